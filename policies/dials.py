@@ -1,0 +1,178 @@
+"""Choosing batch and tier of one trial: its neighbours by predicted goodput, and which trial tries a new tier.
+
+One change at a time: never batch and tier of a trial in one decision, so that what it brought can be told.
+Shares are chosen elsewhere (`policies.division`); in the speed model they scale all candidates of a trial alike.
+Called by `policies.goodput_policy`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from policies.batch import neighbours
+from policies.invariants import MAX_ALTERNATIVES
+from policies.plan import Alternative, Settings, TrialId
+from policies.tier import TIER_FACTS, Tier, is_cheaper
+from policies.world import Standing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialChoice:
+    """The chosen settings, why, what stopped the choice from going further, and what else was weighed."""
+
+    settings: Settings
+    reason: str
+    binding: str
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    settings: Settings
+    goodput: float
+    gain: float
+    needed_gain: float
+
+
+def explorers(standings: Iterable[Standing], cooldown_s: float) -> dict[TrialId, Tier]:
+    """Which trials try which unmeasured tier now: at most one per shape and size of group, the first by id.
+
+    A shape waits while one of its running trials already is on an unmeasured tier.
+    """
+    waiting: set[tuple[str, int]] = set()
+    chosen: dict[tuple[str, int], tuple[TrialId, Tier]] = {}
+    for standing in standings:
+        key = (standing.trial.shape, standing.settings.num_workers)
+        is_running = standing.settings.share > 0 and not standing.trial.is_stale
+        if is_running and not standing.model.is_measured(standing.settings.tier):
+            waiting.add(key)
+        elif is_running and key not in chosen and (tier := _next_tier(standing, cooldown_s)) is not None:
+            chosen[key] = (standing.trial_id, tier)
+    return {trial_id: tier for key, (trial_id, tier) in chosen.items() if key not in waiting}
+
+
+def choose(
+    standing: Standing, share: float, *, min_gain: float, cooldown_s: float, explored: Tier | None
+) -> DialChoice:
+    """Batch and tier of a trial at `share`; `explored` is the unmeasured tier it was chosen to try, if any."""
+    now = dataclasses.replace(standing.settings, share=share)
+    kept = _why_kept(standing, now, cooldown_s)
+    if kept is not None:
+        return DialChoice(settings=now, reason=kept[1], binding=kept[0])
+    goodput = standing.goodput(now)
+    prediction = standing.predict(now)
+    assert goodput is not None
+    assert prediction is not None
+    # A difference smaller than the doubt about the present speed is no difference.
+    options = _options(standing, now, goodput, max(min_gain, prediction.rel_uncertainty))
+    if explored is not None:
+        reason = (
+            f"explores tier {explored.value}, not yet measured; "
+            f"{now.tier.value} is, at {prediction.step_s * 1e3:.1f} ms per step"
+        )
+        settings = dataclasses.replace(now, tier=explored)
+        return DialChoice(
+            settings=settings, reason=reason, binding="exploring", alternatives=_rest(options, settings, now, goodput)
+        )
+    best = max((o for o in options if o.gain >= o.needed_gain), key=_rank, default=None)
+    if best is None:
+        reason, binding = _why_best(now, goodput, options)
+        return DialChoice(settings=now, reason=reason, binding=binding, alternatives=_rest(options, now, now, goodput))
+    return DialChoice(
+        settings=best.settings,
+        reason=_why_changed(standing, now, best),
+        binding="one change at a time",
+        alternatives=_rest(options, best.settings, now, goodput),
+    )
+
+
+def _next_tier(standing: Standing, cooldown_s: float) -> Tier | None:
+    """The dearest allowed tier below the present one that nobody has measured, if the trial is free to try it."""
+    settings = standing.settings
+    if standing.in_force is None or standing.age_s < cooldown_s:
+        return None
+    prediction = standing.predict(settings)
+    if prediction is None or not prediction.is_measured:
+        return None
+    unmeasured = [
+        tier for tier in _tiers(standing) if is_cheaper(tier, settings.tier) and not standing.model.is_measured(tier)
+    ]
+    return min(unmeasured, key=lambda tier: TIER_FACTS[tier].cost_rank, default=None)
+
+
+def _tiers(standing: Standing) -> tuple[Tier, ...]:
+    """The tiers it may use and did not have to flee from."""
+    return tuple(tier for tier in standing.trial.limits.tiers if tier not in standing.trial.fit.banned_tiers)
+
+
+def _why_kept(standing: Standing, now: Settings, cooldown_s: float) -> tuple[str, str] | None:
+    """(binding, reason) where batch and tier are not up for change at all."""
+    dials = f"batch {now.global_batch} and {now.tier.value}"
+    if now.share == 0:
+        return "paused", f"{dials} wait"
+    if standing.in_force is None:
+        return "new", f"begins with {dials}"
+    if standing.trial.is_stale:
+        return "stale", f"{dials} kept while its telemetry is stale"
+    if standing.age_s < cooldown_s:
+        what = "override" if standing.trial.override is not None else "cooldown"
+        return what, f"{dials} kept, changed {standing.age_s:.1f} s ago, cooldown {cooldown_s:.1f} s"
+    prediction = standing.predict(now)
+    if prediction is None or not prediction.is_measured:
+        return "unmeasured", f"{dials} kept until measured at micro-batch {now.micro_batch}"
+    return None
+
+
+def _options(standing: Standing, now: Settings, goodput: float, needed_gain: float) -> list[_Option]:
+    """Every change of batch or of tier whose goodput can be predicted.
+
+    A cheaper tier and another batch must gain `needed_gain`; a dearer tier must only be no slower, because a cheap one
+    has to earn its place.
+    """
+    options = []
+    trial = standing.trial
+    # Without a noise scale nobody can say what another batch is worth.
+    batches = () if standing.noise is None else neighbours(now, trial.limits, trial.fit.micro_batch_cap)
+    tiers = [dataclasses.replace(now, tier=tier) for tier in _tiers(standing) if tier is not now.tier]
+    for settings in (*batches, *tiers):
+        predicted = standing.goodput(settings)
+        if predicted is not None:
+            needed = 0.0 if is_cheaper(now.tier, settings.tier) else needed_gain
+            options.append(_Option(settings, predicted, predicted / goodput - 1, needed))
+    return options
+
+
+def _rank(option: _Option) -> tuple[float, int, str]:
+    return (option.goodput, -option.settings.grad_accum, option.settings.tier.value)
+
+
+def _rest(options: Iterable[_Option], chosen: Settings, now: Settings, goodput: float) -> tuple[Alternative, ...]:
+    """What was weighed and not chosen, best first, the present settings among it."""
+    weighed = [_Option(now, goodput, 0.0, 0.0), *options]
+    others = sorted((o for o in weighed if o.settings != chosen), key=_rank, reverse=True)
+    return tuple(Alternative(settings=o.settings, goodput=o.goodput) for o in others[:MAX_ALTERNATIVES])
+
+
+def _why_best(now: Settings, goodput: float, options: list[_Option]) -> tuple[str, str]:
+    dials = f"batch {now.global_batch} and {now.tier.value} kept"
+    best = max(options, key=_rank, default=None)
+    if best is None or best.gain <= 0:
+        return f"{dials}: at {goodput:.1f} samples/s none of {len(options)} alternatives is better", "none"
+    return (
+        f"{dials}: the best of {len(options)} alternatives gains {best.gain:.1%}, less than {best.needed_gain:.1%}",
+        "hysteresis",
+    )
+
+
+def _why_changed(standing: Standing, now: Settings, best: _Option) -> str:
+    if best.settings.tier is not now.tier:
+        change = f"tier {now.tier.value} -> {best.settings.tier.value}"
+    else:
+        noise = 0.0 if standing.noise is None else standing.noise
+        change = (
+            f"batch {now.global_batch} -> {best.settings.global_batch} "
+            f"({best.settings.micro_batch} x {best.settings.grad_accum}) at noise scale {noise:.0f}"
+        )
+    return f"{change}: goodput {best.goodput:.1f} samples/s, {best.gain:+.1%}"

@@ -1,0 +1,211 @@
+"""What is learned from one trial's telemetry, and the pure functions that advance it.
+
+`update` is called by the controller with summarised observations, live and in a replay alike; `decide` never fits.
+Memory is bounded: at most `MAX_CELLS` cells of `WINDOWS_PER_CELL` numbers and one pair of noise averages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policies.plan import Settings
+from policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
+from policies.tier import Tier, is_cheaper
+
+MAX_CELLS = 24
+MIN_NOISE_ESTIMATES = 10
+"""Estimates before the noise scale is trusted: one alone has a relative error near one."""
+MAX_NOISE_SCALE = float(2**20)
+_NOISE_HORIZON = 100
+_MAX_STEPS = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """Steps of one trial that ran under the same settings, summarised over one telemetry window.
+
+    Attributes:
+        cores: compute granted to each rank, in units of its device (cores of a CPU, SM groups of a GPU).
+        tier, micro_batch, grad_accum, num_workers: the settings.
+        num_steps: steps summarised, >= 1.
+        step_s: median seconds per step, everything included (also the waiting that enforces the share).
+        noise_trace: mean estimate of tr(Sigma), the per-sample gradient variance, None where not estimated.
+        grad_sq: mean estimate of |G|^2, the squared norm of the true gradient, None where not estimated.
+        num_noise: number of estimates behind the two.
+    """
+
+    cores: float
+    tier: Tier
+    micro_batch: int
+    grad_accum: int
+    num_workers: int
+    num_steps: int
+    step_s: float
+    noise_trace: float | None = None
+    grad_sq: float | None = None
+    num_noise: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialFit:
+    """All that is learned about one trial; `TrialFit()` knows nothing.
+
+    Attributes:
+        cells: measured speeds, sorted by key.
+        num_observations: observations taken in so far; the clock by which the oldest cell is dropped.
+        noise_trace, grad_sq: running means of numerator and denominator of the noise scale, kept apart.
+        num_noise: estimates behind the two, capped at the horizon of the running mean.
+        banned_tiers: tiers the trial had to flee from by an override; never chosen again for it.
+        micro_batch_cap: largest micro-batch still trusted after an override that shrank it, None without one.
+    """
+
+    cells: tuple[SpeedCell, ...] = ()
+    num_observations: int = 0
+    noise_trace: float = 0.0
+    grad_sq: float = 0.0
+    num_noise: int = 0
+    banned_tiers: tuple[Tier, ...] = ()
+    micro_batch_cap: int | None = None
+
+
+NOTHING_FITTED = TrialFit()
+
+
+def update(fit: TrialFit, observations: Sequence[Observation]) -> TrialFit:
+    """Take in observations, oldest first, and return the advanced fit. Pure; impossible ones are passed over."""
+    cells = {cell.key: cell for cell in fit.cells}
+    count = fit.num_observations
+    noise_trace, grad_sq, num_noise = fit.noise_trace, fit.grad_sq, fit.num_noise
+    for seen in observations:
+        if not _is_possible(seen):
+            continue
+        count += 1
+        cell = _advance(cells.get(_key_of(seen)), seen, count)
+        cells[cell.key] = cell
+        if _has_noise(seen):
+            assert seen.noise_trace is not None
+            assert seen.grad_sq is not None
+            gain = seen.num_noise / (num_noise + seen.num_noise)
+            noise_trace += gain * (seen.noise_trace - noise_trace)
+            grad_sq += gain * (seen.grad_sq - grad_sq)
+            num_noise = min(num_noise + seen.num_noise, _NOISE_HORIZON)
+    kept = sorted(cells.values(), key=lambda c: -c.seen)[:MAX_CELLS]
+    return dataclasses.replace(
+        fit,
+        cells=tuple(sorted(kept, key=lambda c: c.key)),
+        num_observations=count,
+        noise_trace=noise_trace,
+        grad_sq=grad_sq,
+        num_noise=num_noise,
+    )
+
+
+def predict_step_s(
+    fit: TrialFit, *, cores: float, micro_batch: int, grad_accum: int, tier: Tier, num_workers: int
+) -> Prediction | None:
+    """Seconds per step at the given dials; None where the tier was never measured with that many workers."""
+    model = solve(fit.cells, num_workers)
+    return model.predict(cores=cores, micro_batch=micro_batch, grad_accum=grad_accum, tier=tier)
+
+
+def noise_scale(fit: TrialFit) -> float | None:
+    """The simple noise scale tr(Sigma) / |G|^2 in samples, within [1, 2**20]; None before enough estimates.
+
+    Both terms are unbiased estimates and may come out negative: a gradient that cannot be told from zero means a
+    scale beyond the clamp, a variance that cannot means one below it.
+
+    Source: McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.9 and appendix A.1; numerator and
+    denominator are averaged apart as there and in Pollux (OSDI 2021).
+    """
+    if fit.num_noise < MIN_NOISE_ESTIMATES:
+        return None
+    if fit.noise_trace <= 0:
+        return 1.0
+    if fit.grad_sq * MAX_NOISE_SCALE <= fit.noise_trace:
+        return MAX_NOISE_SCALE
+    return max(1.0, fit.noise_trace / fit.grad_sq)
+
+
+def inherit(fit: TrialFit) -> TrialFit:
+    """What a new trial of the same shape may take over: the speeds, neither the noise nor the bans."""
+    return TrialFit(cells=fit.cells, num_observations=fit.num_observations)
+
+
+def protect(fit: TrialFit, before: Settings, after: Settings) -> TrialFit:
+    """Remember an override from `before` to `after`, so that no policy walks the trial into the same wall again.
+
+    A flight to a dearer tier bans the one it left; a smaller micro-batch becomes the cap.
+    """
+    banned, cap = set(fit.banned_tiers), fit.micro_batch_cap
+    if is_cheaper(before.tier, after.tier):
+        banned.add(before.tier)
+    if after.micro_batch < before.micro_batch:
+        cap = after.micro_batch if cap is None else min(cap, after.micro_batch)
+    return dataclasses.replace(fit, banned_tiers=tuple(sorted(banned)), micro_batch_cap=cap)
+
+
+def pool(fits: Sequence[TrialFit]) -> TrialFit:
+    """The speeds measured by several trials of one shape as one fit, whatever their order; no noise, no bans."""
+    groups: dict[CellKey, list[SpeedCell]] = {}
+    for fit in fits:
+        for cell in fit.cells:
+            groups.setdefault(cell.key, []).append(cell)
+    cells = tuple(_merge(groups[key]) for key in sorted(groups))
+    return TrialFit(cells=cells, num_observations=max((fit.num_observations for fit in fits), default=0))
+
+
+def _is_possible(seen: Observation) -> bool:
+    """Whether every number that goes into the table can be true."""
+    counts = (seen.micro_batch, seen.grad_accum, seen.num_workers, seen.num_steps)
+    times = (seen.step_s, seen.cores)
+    return min(counts) >= 1 and all(math.isfinite(value) and value > 0 for value in times)
+
+
+def _has_noise(seen: Observation) -> bool:
+    """Whether the observation carries usable terms of the noise scale."""
+    terms = (seen.noise_trace, seen.grad_sq)
+    return seen.num_noise > 0 and all(value is not None and math.isfinite(value) for value in terms)
+
+
+def _key_of(seen: Observation) -> CellKey:
+    return (seen.tier, seen.num_workers, seen.micro_batch, bucket_of(seen.cores))
+
+
+def _advance(cell: SpeedCell | None, seen: Observation, count: int) -> SpeedCell:
+    """The cell with one more window; the oldest falls out."""
+    log_cores = math.log(max(seen.cores, 1.0))
+    # Below one core the rank is held back for the rest of the time, so its work takes that much less of the step.
+    log_work = math.log(seen.step_s / seen.grad_accum) + math.log(min(seen.cores, 1.0))
+    old = () if cell is None else cell.recent
+    recent = (*old, log_work)[-WINDOWS_PER_CELL:]
+    mean_log_cores = log_cores if cell is None else cell.log_cores + (log_cores - cell.log_cores) / len(recent)
+    return SpeedCell(
+        tier=seen.tier,
+        num_workers=seen.num_workers,
+        micro_batch=seen.micro_batch,
+        bucket=bucket_of(seen.cores),
+        log_cores=mean_log_cores,
+        recent=recent,
+        num_steps=min(_MAX_STEPS, seen.num_steps + (0 if cell is None else cell.num_steps)),
+        seen=count,
+    )
+
+
+def _merge(cells: Sequence[SpeedCell]) -> SpeedCell:
+    """One cell from those of several trials: the middle of all their windows."""
+    if len(cells) == 1:
+        return cells[0]
+    windows = sorted(value for cell in cells for value in cell.recent)
+    first = max(0, (len(windows) - WINDOWS_PER_CELL) // 2)
+    # fsum rounds once, so that the order of the trials cannot show in the last bit.
+    log_cores = math.fsum(len(c.recent) * c.log_cores for c in cells) / len(windows)
+    return dataclasses.replace(
+        cells[0],
+        log_cores=log_cores,
+        recent=tuple(windows[first : first + WINDOWS_PER_CELL]),
+        num_steps=min(_MAX_STEPS, sum(c.num_steps for c in cells)),
+        seen=max(c.seen for c in cells),
+    )

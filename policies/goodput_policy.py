@@ -1,0 +1,69 @@
+"""The policy that turns all dials by predicted goodput: throughput from measured speeds times statistical efficiency.
+
+Shares: `policies.division`. Batch and tier: `policies.dials`. Nothing is assumed faster before it was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from policies.dials import choose, explorers
+from policies.division import Granted, Rules, divide
+from policies.plan import Allocation, Plan
+from policies.snapshot import Snapshot
+from policies.tier import Tier
+from policies.world import Standing, allocate, make_plan, read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodput:
+    """Shares, batch and tier by predicted goodput, one small step at a time.
+
+    Attributes:
+        guarantee: part of its fair share that a trial keeps whatever the others gain by it.
+        min_gain: predicted relative gain below which nothing is changed.
+        cooldown_s: seconds after a change in which a trial's dials rest; arrivals and departures still move shares.
+        quantum: grid of shares, so that noise in the fits cannot make them tremble.
+        explores: whether one trial of each shape may try a cheaper tier that nobody has measured.
+    """
+
+    guarantee: float = 0.5
+    min_gain: float = 0.05
+    cooldown_s: float = 10.0
+    quantum: float = 1 / 64
+    explores: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guarantee <= 1:
+            raise ValueError(f"guarantee={self.guarantee!r}; allowed: 0 to 1, a part of the fair share")
+        if not 0 <= self.min_gain < 10:
+            raise ValueError(f"min_gain={self.min_gain!r}; allowed: 0 to 10, such as 0.05 for 5 %")
+        if not self.cooldown_s >= 0:
+            raise ValueError(f"cooldown_s={self.cooldown_s!r}; allowed: seconds >= 0")
+        if not 1e-3 <= self.quantum <= 1:
+            raise ValueError(f"quantum={self.quantum!r}; allowed: 0.001 to 1, a part of a device")
+
+    def decide(self, snapshot: Snapshot) -> Plan:
+        """Return the next small step towards the largest goodput."""
+        standings = read(snapshot)
+        rules = Rules(
+            guarantee=self.guarantee, min_gain=self.min_gain, cooldown_s=self.cooldown_s, quantum=self.quantum
+        )
+        granted = divide(snapshot, standings, rules)
+        exploring = explorers(standings, self.cooldown_s) if self.explores else {}
+        rows = [self._allocate(s, granted[s.trial_id], exploring.get(s.trial_id)) for s in standings]
+        return make_plan(snapshot, "goodput", rows)
+
+    def _allocate(self, standing: Standing, granted: Granted, explored: Tier | None) -> Allocation:
+        choice = choose(standing, granted.share, min_gain=self.min_gain, cooldown_s=self.cooldown_s, explored=explored)
+        old = standing.in_force
+        is_share_news = old is None or old.share != granted.share
+        is_dial_news = old is not None and choice.settings != old and not is_share_news
+        return allocate(
+            standing,
+            choice.settings,
+            reason=f"{choice.reason}; {granted.reason}",
+            # What bound the dial that moved is what one wants to know; between two that rest, batch and tier.
+            binding=choice.binding if is_dial_news or not is_share_news else granted.binding,
+            alternatives=choice.alternatives,
+        )

@@ -1,0 +1,134 @@
+"""What a policy decides: a `Plan` of one `Allocation` per trial, and the differences between two plans.
+
+Plans are values. They do not know how they are enforced, offered or acknowledged; the ledger does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NewType
+
+from policies.tier import Tier
+
+TrialId = NewType("TrialId", str)
+DeviceId = NewType("DeviceId", str)
+Generation = NewType("Generation", int)
+
+
+class Effect(StrEnum):
+    """How much an allocation disturbs the trial when it is applied."""
+
+    NONE = "none"
+    STEP = "step"
+    RESTART = "restart"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The dials of one trial.
+
+    Attributes:
+        share: fraction of one device granted to *each* rank, in (0, 1]; 0 pauses the trial at its boundary.
+        micro_batch: samples per rank per forward, >= 1.
+        grad_accum: micro-batches per step and rank, >= 1.
+        tier: precision tier of the matrix products.
+        num_workers: ranks, >= 1.
+    """
+
+    share: float
+    micro_batch: int
+    grad_accum: int
+    tier: Tier
+    num_workers: int
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.micro_batch * self.grad_accum * self.num_workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Other settings the policy weighed, with the goodput it predicted (samples/s; None where it could not)."""
+
+    settings: Settings
+    goodput: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """One trial's part of a plan.
+
+    Attributes:
+        trial_id: the trial.
+        settings: the dials.
+        placement: the device of each rank, in rank order; its length is `settings.num_workers`.
+        effect: what applying it takes, relative to the plan in force.
+        reason: one sentence with numbers.
+        binding: the constraint that stopped the policy from going further, one or two words.
+        predicted_goodput: samples/s of useful progress expected, None where nothing is measured yet.
+        predicted_gain: predicted goodput over that of the settings in force, minus one; None where unknown.
+        alternatives: at most eight other settings that were weighed.
+    """
+
+    trial_id: TrialId
+    settings: Settings
+    placement: tuple[DeviceId, ...]
+    effect: Effect
+    reason: str
+    binding: str = "none"
+    predicted_goodput: float | None = None
+    predicted_gain: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Allocations of all running trials, sorted by trial id, with the plan's monotonic number."""
+
+    generation: Generation
+    allocations: tuple[Allocation, ...]
+    reason: str
+
+    def allocation(self, trial_id: TrialId) -> Allocation | None:
+        """The trial's allocation, or None where the plan has none."""
+        return next((a for a in self.allocations if a.trial_id == trial_id), None)
+
+
+EMPTY_PLAN = Plan(generation=Generation(0), allocations=(), reason="nothing runs yet")
+
+
+def effect_of(old: Settings | None, new: Settings) -> Effect:
+    """What it takes to go from `old` to `new`: world size needs a restart, every other dial a step boundary."""
+    if old is None or old == new:
+        return Effect.NONE
+    if old.num_workers != new.num_workers:
+        return Effect.RESTART
+    return Effect.STEP
+
+
+def changed_dials(old: Settings, new: Settings) -> tuple[str, ...]:
+    """Names of the dials that differ: 'share', 'batch', 'precision', 'workers', in that order."""
+    dials = (
+        ("share", old.share != new.share),
+        ("batch", (old.micro_batch, old.grad_accum) != (new.micro_batch, new.grad_accum)),
+        ("precision", old.tier != new.tier),
+        ("workers", old.num_workers != new.num_workers),
+    )
+    return tuple(name for name, differs in dials if differs)
+
+
+def diff(old: Plan, new: Plan) -> tuple[Allocation, ...]:
+    """Allocations of `new` whose settings or placement differ from `old`, including trials `old` does not have."""
+    changed = []
+    for allocation in new.allocations:
+        before = old.allocation(allocation.trial_id)
+        if before is None or (before.settings, before.placement) != (allocation.settings, allocation.placement):
+            changed.append(allocation)
+    return tuple(changed)
+
+
+def is_same(old: Plan, new: Plan) -> bool:
+    """Whether two plans grant the same to the same trials, whatever their generation and reasons."""
+    return not diff(old, new) and {a.trial_id for a in old.allocations} == {a.trial_id for a in new.allocations}

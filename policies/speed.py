@@ -1,0 +1,243 @@
+"""How fast a trial computes: a bounded table of measured cells, and the model that is solved from it.
+
+A cell holds the seconds of work of one micro-batch at one (tier, workers, micro-batch, compute); the model says
+
+    step_s = grad_accum * (floor + slope * micro_batch) / response(cores)
+
+with `floor` and `slope` per tier and `response(c) = c` below one core (a duty cycle) and `c ** exponent` above it.
+It deliberately knows nothing of trials, noise or plans, and never guesses the speed of a tier that was not measured.
+Called by `policies.fit`, which owns the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median_low
+
+from policies.tier import Tier
+
+WINDOWS_PER_CELL = 5
+"""Windows remembered per cell; their lower median shrugs off two slow ones (paused, contended)."""
+MIN_WINDOWS = 2
+MIN_STEPS = 5
+PRIOR_EXPONENT = 0.8
+MIN_EXPONENT = 0.3
+MAX_EXPONENT = 1.0
+PRIOR_FLOOR_RATIO = 0.4
+"""Part of a micro-batch's time that is assumed not to grow with it, until two sizes of one tier were measured."""
+_PRIOR_EXPONENT_WEIGHT = 0.3
+_BUCKETS_PER_OCTAVE = 4
+
+CellKey = tuple[Tier, int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedCell:
+    """What was measured at one setting.
+
+    Attributes:
+        tier, num_workers, micro_batch: the setting.
+        bucket: compute above one core in quarter octaves; 0 for one core or less, where work scales exactly.
+        log_cores: mean natural logarithm of max(cores, 1) of its windows.
+        recent: logarithms of the seconds of work per micro-batch (duty cycle taken out), oldest first.
+        num_steps: steps behind it, capped.
+        seen: number of the observation that touched it last; the oldest cell is dropped first.
+    """
+
+    tier: Tier
+    num_workers: int
+    micro_batch: int
+    bucket: int
+    log_cores: float
+    recent: tuple[float, ...]
+    num_steps: int
+    seen: int
+
+    @property
+    def key(self) -> CellKey:
+        """What tells it from other cells."""
+        return (self.tier, self.num_workers, self.micro_batch, self.bucket)
+
+    @property
+    def log_work(self) -> float:
+        """Lower median of the recent logarithms of seconds of work per micro-batch."""
+        return median_low(self.recent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """A predicted step time.
+
+    Attributes:
+        step_s: seconds per optimizer step.
+        is_measured: whether this tier was measured at this micro-batch (at whatever compute); otherwise the
+            number is read off the tier's line.
+        rel_uncertainty: about one standard deviation of `step_s`, as a ratio of it.
+    """
+
+    step_s: float
+    is_measured: bool
+    rel_uncertainty: float
+
+
+def bucket_of(cores: float) -> int:
+    """The compute bucket of `cores` > 0.
+
+    >>> bucket_of(0.25), bucket_of(1.0), bucket_of(2.0), bucket_of(15.0)
+    (0, 0, 4, 16)
+    """
+    return round(_BUCKETS_PER_OCTAVE * math.log2(max(cores, 1.0)))
+
+
+def response(cores: float, exponent: float) -> float:
+    """Speed at `cores` relative to one core: linear up to one core, `cores ** exponent` above.
+
+    >>> response(0.5, 0.8), response(1.0, 0.8), round(response(4.0, 0.5), 3)
+    (0.5, 1.0, 2.0)
+    """
+    return cores if cores <= 1.0 else cores**exponent
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """Work per micro-batch of one size at one core, and how well it is known."""
+
+    micro_batch: int
+    work_s: float
+    weight: int
+    rel_spread: float
+    log_cores: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """work_s = floor_s + slope_s * micro_batch; `is_solved` if two sizes or more stand behind it."""
+
+    floor_s: float
+    slope_s: float
+    is_solved: bool
+
+    def work_s(self, micro_batch: int) -> float:
+        return self.floor_s + self.slope_s * micro_batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedModel:
+    """The solved table of one shape of trial with one number of workers. Build it with `solve`."""
+
+    exponent: float = PRIOR_EXPONENT
+    points: dict[Tier, dict[int, _Point]] = field(default_factory=dict)
+    lines: dict[Tier, _Line] = field(default_factory=dict)
+
+    def is_measured(self, tier: Tier) -> bool:
+        """Whether the tier was measured at any micro-batch."""
+        return tier in self.lines
+
+    def predict(self, *, cores: float, micro_batch: int, grad_accum: int, tier: Tier) -> Prediction | None:
+        """Seconds per step at the given dials; None for a tier that was never measured or without compute."""
+        if tier not in self.lines or cores <= 0:
+            return None
+        points = self.points[tier]
+        point = points.get(micro_batch)
+        nearest = point or min(points.values(), key=lambda p: (abs(math.log(p.micro_batch / micro_batch)), p.work_s))
+        work_s = point.work_s if point else self.lines[tier].work_s(micro_batch)
+        # Doubling the micro-batch beyond what was measured costs 10 % of certainty on a solved line, else 25 %.
+        doubt = 0.1 if self.lines[tier].is_solved else 0.25
+        sizes_off = abs(math.log2(micro_batch / nearest.micro_batch))
+        log_cores = math.log(max(cores, 1.0))
+        cores_off = min(abs(log_cores - x) for x in nearest.log_cores)
+        uncertainty = math.hypot(nearest.rel_spread / math.sqrt(nearest.weight), doubt * sizes_off, 0.1 * cores_off)
+        return Prediction(
+            step_s=grad_accum * work_s / response(cores, self.exponent),
+            is_measured=point is not None,
+            rel_uncertainty=uncertainty,
+        )
+
+
+def solve(cells: Iterable[SpeedCell], num_workers: int) -> SpeedModel:
+    """Fit exponent, floors and slopes to the cells of that number of workers.
+
+    A (tier, micro-batch) counts from `MIN_WINDOWS` windows and `MIN_STEPS` steps on.
+    """
+    groups: dict[tuple[Tier, int], list[SpeedCell]] = defaultdict(list)
+    for cell in sorted(cells, key=lambda c: c.key):
+        if cell.num_workers == num_workers and cell.recent:
+            groups[cell.tier, cell.micro_batch].append(cell)
+    trusted = {
+        key: group
+        for key, group in groups.items()
+        if sum(len(c.recent) for c in group) >= MIN_WINDOWS and sum(c.num_steps for c in group) >= MIN_STEPS
+    }
+    exponent = _solve_exponent(trusted.values())
+    points: dict[Tier, dict[int, _Point]] = defaultdict(dict)
+    for (tier, micro_batch), group in trusted.items():
+        points[tier][micro_batch] = _point(micro_batch, group, exponent)
+    return SpeedModel(exponent=exponent, points=dict(points), lines=_solve_lines(points))
+
+
+def _solve_exponent(groups: Iterable[Sequence[SpeedCell]]) -> float:
+    """Weighted regression of log work on log cores inside each group, drawn to the prior where there is little."""
+    numerator = _PRIOR_EXPONENT_WEIGHT * PRIOR_EXPONENT
+    denominator = _PRIOR_EXPONENT_WEIGHT
+    for group in groups:
+        total = sum(len(c.recent) for c in group)
+        mean_x = sum(len(c.recent) * c.log_cores for c in group) / total
+        mean_y = sum(len(c.recent) * c.log_work for c in group) / total
+        for cell in group:
+            deviation = cell.log_cores - mean_x
+            numerator -= len(cell.recent) * deviation * (cell.log_work - mean_y)
+            denominator += len(cell.recent) * deviation**2
+    return min(MAX_EXPONENT, max(MIN_EXPONENT, numerator / denominator))
+
+
+def _point(micro_batch: int, group: Sequence[SpeedCell], exponent: float) -> _Point:
+    """Merge the cells of one tier and size, each brought to one core."""
+    weight = sum(len(c.recent) for c in group)
+    log_work = sum(len(c.recent) * (c.log_work + exponent * c.log_cores) for c in group) / weight
+    spread = sum(abs(value - c.log_work) for c in group for value in c.recent) / weight
+    return _Point(
+        micro_batch=micro_batch,
+        work_s=math.exp(log_work),
+        weight=weight,
+        # 1.25 turns a mean absolute deviation into a standard deviation; 1 % is the least that a timer can claim.
+        rel_spread=max(0.01, 1.25 * spread),
+        log_cores=tuple(c.log_cores for c in group),
+    )
+
+
+def _solve_lines(points: dict[Tier, dict[int, _Point]]) -> dict[Tier, _Line]:
+    """One line per tier; a tier measured at one size borrows the form of the best-known other tier."""
+    lines = {tier: _fit_line(list(sizes.values())) for tier, sizes in points.items() if len(sizes) > 1}
+    forms = sorted(lines, key=lambda t: (-sum(p.weight for p in points[t].values()), t))
+    for tier, sizes in points.items():
+        if tier in lines:
+            continue
+        (point,) = sizes.values()
+        floor_ratio = PRIOR_FLOOR_RATIO
+        if forms:
+            form = lines[forms[0]]
+            floor_ratio = form.floor_s / form.work_s(point.micro_batch)
+        lines[tier] = _Line(
+            floor_ratio * point.work_s, (1 - floor_ratio) * point.work_s / point.micro_batch, is_solved=bool(forms)
+        )
+    return lines
+
+
+def _fit_line(points: Sequence[_Point]) -> _Line:
+    """Least squares of relative errors with floor >= 0 and slope >= 0."""
+    rows = [(p.weight / p.work_s**2, p.micro_batch, p.work_s) for p in points]
+    s0 = sum(w for w, _, _ in rows)
+    s1 = sum(w * m for w, m, _ in rows)
+    s2 = sum(w * m * m for w, m, _ in rows)
+    t0 = sum(w * y for w, _, y in rows)
+    t1 = sum(w * m * y for w, m, y in rows)
+    slope = (s0 * t1 - s1 * t0) / (s0 * s2 - s1 * s1)
+    floor = (t0 - slope * s1) / s0
+    if slope < 0:
+        return _Line(t0 / s0, 0.0, is_solved=True)
+    if floor < 0:
+        return _Line(0.0, t1 / s2, is_solved=True)
+    return _Line(floor, slope, is_solved=True)

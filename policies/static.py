@@ -1,0 +1,63 @@
+"""The policy that leaves the user's settings alone.
+
+Every trial gets its start share. Where the start shares of a device's trials do not fit, all of them are scaled down by
+the same factor, none below its minimum; what one cannot give up the others do. Batch and tier stay as they are, which
+is the start settings until a trial protects itself; it is never led back to what it fled from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from policies.plan import Allocation, Plan
+from policies.snapshot import Snapshot
+from policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Static:
+    """Keeps the start settings.
+
+    Attributes:
+        pause_s: seconds for which a trial that paused itself is left alone.
+    """
+
+    pause_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.pause_s >= 0:
+            raise ValueError(f"pause_s={self.pause_s!r}; allowed: seconds >= 0")
+
+    def decide(self, snapshot: Snapshot) -> Plan:
+        """Return start shares, scaled down where a device cannot hold them."""
+        standings = read(snapshot)
+        claims = [claim_of(s, weight=_start_share(s), max_share=_start_share(s)) for s in standings]
+        room = make_room(standings, claims, self.pause_s)
+        shares = fill_room(standings, room)
+        rows = []
+        for standing in standings:
+            resting = room.resting.get(standing.trial_id)
+            if resting is not None:
+                settings = dataclasses.replace(standing.settings, share=0.0)
+                rows.append(allocate(standing, settings, reason=f"share 0: {resting}", binding="paused"))
+            else:
+                rows.append(_granted(standing, shares[standing.trial_id]))
+        return make_plan(snapshot, "static", rows)
+
+
+def _start_share(standing: Standing) -> float:
+    limits = standing.trial.limits
+    return min(limits.max_share, max(limits.min_share, standing.trial.start.share))
+
+
+def _granted(standing: Standing, share: float) -> Allocation:
+    start = _start_share(standing)
+    device_id = standing.trial.placement[0]
+    if standing.is_pinned:
+        reason, binding = f"share {share:.3f} of {device_id} kept while its telemetry is stale", "stale"
+    elif share < start:
+        reason, binding = f"share {share:.3f} of {device_id}: the start shares, {start:.3f} here, do not fit", "device"
+    else:
+        reason, binding = f"share {share:.3f} of {device_id}: its start share", "start"
+    return allocate(standing, dataclasses.replace(standing.settings, share=share), reason=reason, binding=binding)

@@ -1,0 +1,254 @@
+"""The snapshot as the policies of this package read it: where every trial stands, and what dials would bring it.
+
+Holds what all policies do alike, so that each of their files says only what is its own: speeds pooled over trials of
+one shape, predictions, room for newcomers, and the plan around the allocations. Decides no dial itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from policies.fit import noise_scale, pool
+from policies.goodput import goodput
+from policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
+from policies.shares import Claim, components, fill, fits
+from policies.snapshot import Snapshot, TrialView
+from policies.speed import Prediction, SpeedModel, response, solve
+
+_EPSILON = 1e-9
+_SAME_SHARE = 1e-4
+"""Shares closer than this are the same: no mechanism can tell them apart, and rounding must not move a plan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """One trial, and what follows about it from the whole snapshot.
+
+    Attributes:
+        trial: the trial.
+        in_force: its settings in force, None for a trial new to the plan.
+        settings: the settings in force, else the start settings; with the number of workers it has.
+        age_s: seconds since its settings last changed.
+        units: what a share of 1 is cut from on its smallest device.
+        model: speeds measured by all trials of its shape.
+        noise: its own noise scale, None before it is known.
+    """
+
+    trial: TrialView
+    in_force: Settings | None
+    settings: Settings
+    age_s: float
+    units: int
+    model: SpeedModel
+    noise: float | None
+
+    @property
+    def trial_id(self) -> TrialId:
+        """The trial's id."""
+        return self.trial.trial_id
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is stale while it should be running, and so keeps what it has. A paused trial is not stale."""
+        return self.trial.is_stale and self.in_force is not None and self.in_force.share > 0
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether any speed of its shape is known."""
+        return bool(self.model.lines)
+
+    def is_resting(self, pause_s: float) -> bool:
+        """Whether it is paused and was so for less than `pause_s`."""
+        return self.in_force is not None and self.in_force.share == 0 and self.age_s < pause_s
+
+    def predict(self, settings: Settings) -> Prediction | None:
+        """Seconds per step under `settings`; None where that tier is unmeasured or the trial paused."""
+        return self.model.predict(
+            cores=settings.share * self.units,
+            micro_batch=settings.micro_batch,
+            grad_accum=settings.grad_accum,
+            tier=settings.tier,
+        )
+
+    def goodput(self, settings: Settings) -> float | None:
+        """Samples per second of useful progress under `settings`; None where it cannot be predicted."""
+        prediction = self.predict(settings)
+        if prediction is None:
+            return None
+        throughput_per_s = settings.global_batch / prediction.step_s
+        return goodput(throughput_per_s, self.noise, self.trial.start.global_batch, settings.global_batch)
+
+    def speedup(self, share: float, reference_share: float) -> float:
+        """Speed at `share` over that at `reference_share`; what it computes does not matter to the ratio."""
+        exponent = self.model.exponent
+        return response(share * self.units, exponent) / response(reference_share * self.units, exponent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Who takes part in a division, and who gets nothing and why.
+
+    Attributes:
+        claims: those who get a share; their minima fit every device if pausing could make them fit.
+        resting: ids that get share 0, each with the reason.
+    """
+
+    claims: tuple[Claim, ...]
+    resting: Mapping[TrialId, str]
+
+
+def read(snapshot: Snapshot) -> tuple[Standing, ...]:
+    """Where every trial stands, sorted by trial id."""
+    units = {device.device_id: device.units for device in snapshot.devices}
+    in_force = {allocation.trial_id: allocation.settings for allocation in snapshot.plan.allocations}
+    trials = sorted(snapshot.trials, key=lambda trial: trial.trial_id)
+    models = _models(trials)
+    standings = []
+    for trial in trials:
+        old = in_force.get(trial.trial_id) if trial.override is None else trial.override.settings
+        workers = len(trial.placement)
+        standings.append(
+            Standing(
+                trial=trial,
+                in_force=old,
+                settings=_on_workers(old or trial.start, workers, trial),
+                age_s=snapshot.now_s - trial.changed_at_s,
+                units=min(units[device_id] for device_id in trial.placement),
+                model=models[trial.shape, workers],
+                noise=noise_scale(trial.fit),
+            )
+        )
+    return tuple(standings)
+
+
+def claim_of(standing: Standing, *, weight: float, max_share: float) -> Claim:
+    """The trial's claim: a stale one to exactly what it has, any other between its minimum and `max_share`."""
+    limits = standing.trial.limits
+    low, high = limits.min_share, max(limits.min_share, max_share)
+    if standing.is_pinned:
+        low = high = min(limits.max_share, max(limits.min_share, standing.settings.share))
+    return Claim(
+        trial_id=standing.trial_id,
+        weight=weight,
+        min_share=low,
+        max_share=high,
+        placement=standing.trial.placement,
+    )
+
+
+def make_room(standings: Sequence[Standing], claims: Iterable[Claim], pause_s: float) -> Room:
+    """Let trials rest that are paused for less than `pause_s`, then give way until all minima fit.
+
+    First stale trials give up to their minimum, then trials that may pause do: lightest first, then the youngest.
+    """
+    by_id = {standing.trial_id: standing for standing in standings}
+    resting = {
+        s.trial_id: f"rests since {s.age_s:.1f} s of {pause_s:.1f} s after its pause"
+        for s in standings
+        if s.is_resting(pause_s)
+    }
+    kept = {claim.trial_id: claim for claim in claims if claim.trial_id not in resting}
+    for device_id in _crowded(kept.values()):
+        for claim in [c for c in kept.values() if device_id in c.placement]:
+            low = min(claim.min_share, by_id[claim.trial_id].trial.limits.min_share)
+            kept[claim.trial_id] = dataclasses.replace(claim, min_share=low)
+    paused = []
+    crowded = set(_crowded(kept.values()))
+    for trial in sorted((s.trial for s in standings), key=lambda t: (t.weight, -t.began_at_s, t.trial_id)):
+        full = crowded.intersection(trial.placement)
+        if trial.trial_id in kept and trial.limits.can_pause and full:
+            resting[trial.trial_id] = f"paused at weight {trial.weight:g}: minima of others fill {min(full)}"
+            paused.append(kept.pop(trial.trial_id))
+            crowded = set(_crowded(kept.values()))
+    for claim in reversed(paused):  # a later pause may have made room for an earlier one
+        if not set(_crowded([*kept.values(), claim])).intersection(claim.placement):
+            kept[claim.trial_id] = claim
+            del resting[claim.trial_id]
+    return Room(claims=tuple(kept[trial_id] for trial_id in sorted(kept)), resting=resting)
+
+
+def fill_room(standings: Iterable[Standing], room: Room) -> dict[TrialId, float]:
+    """Fair shares for all who take part. Trials that share devices keep what they have if it is as good as that."""
+    in_force = {s.trial_id: s.in_force.share for s in standings if s.in_force is not None}
+    shares = fill(room.claims)
+    for group in components(room.claims):
+        is_near = all(
+            abs(in_force.get(c.trial_id, math.inf) - shares[c.trial_id]) <= _SAME_SHARE
+            and c.min_share <= in_force[c.trial_id] <= c.max_share
+            for c in group
+        )
+        if is_near and fits(group, in_force):
+            shares |= {c.trial_id: in_force[c.trial_id] for c in group}
+    return shares
+
+
+def allocate(
+    standing: Standing, settings: Settings, *, reason: str, binding: str, alternatives: tuple[Alternative, ...] = ()
+) -> Allocation:
+    """The allocation of `settings`, with its effect and what it is predicted to bring."""
+    old = standing.in_force
+    after = standing.goodput(settings)
+    before = None if old is None else standing.goodput(old)
+    return Allocation(
+        trial_id=standing.trial_id,
+        settings=settings,
+        placement=standing.trial.placement,
+        effect=effect_of(old, settings),
+        reason=reason,
+        binding=binding,
+        predicted_goodput=after,
+        predicted_gain=None if not before or after is None else after / before - 1,
+        alternatives=alternatives,
+    )
+
+
+def make_plan(snapshot: Snapshot, name: str, allocations: Iterable[Allocation]) -> Plan:
+    """The next plan, sorted, with one sentence on what it changes."""
+    rows = tuple(sorted(allocations, key=lambda allocation: allocation.trial_id))
+    in_force = {allocation.trial_id: allocation.settings for allocation in snapshot.plan.allocations}
+    num_new = sum(row.trial_id not in in_force for row in rows)
+    num_changed = sum(in_force.get(row.trial_id, row.settings) != row.settings for row in rows)
+    num_gone = len(in_force.keys() - {row.trial_id for row in rows})
+    return Plan(
+        generation=Generation(snapshot.plan.generation + 1),
+        allocations=rows,
+        reason=f"{name}: {len(rows)} trials, {num_changed} changed, {num_new} new, {num_gone} gone",
+    )
+
+
+def _models(trials: Iterable[TrialView]) -> dict[tuple[str, int], SpeedModel]:
+    """One speed model per shape and number of workers, from all its trials."""
+    groups: dict[tuple[str, int], list[TrialView]] = defaultdict(list)
+    for trial in trials:
+        groups[trial.shape, len(trial.placement)].append(trial)
+    pooled = {shape: pool([t.fit for t in trials if t.shape == shape]) for shape in sorted({s for s, _ in groups})}
+    return {(shape, workers): solve(pooled[shape].cells, workers) for shape, workers in groups}
+
+
+def _on_workers(settings: Settings, num_workers: int, trial: TrialView) -> Settings:
+    """The settings for a group of that size, the global batch kept as well as it divides."""
+    if settings.num_workers == num_workers:
+        return settings
+    limits = trial.limits
+    low = math.ceil(limits.min_global_batch / num_workers)
+    high = max(low, limits.max_global_batch // num_workers)
+    per_rank = min(high, max(low, round(settings.global_batch / num_workers)))
+    grad_accum = next(
+        (n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= limits.max_micro_batch), per_rank
+    )
+    return dataclasses.replace(
+        settings, num_workers=num_workers, micro_batch=per_rank // grad_accum, grad_accum=grad_accum
+    )
+
+
+def _crowded(claims: Iterable[Claim]) -> tuple[DeviceId, ...]:
+    """Devices whose claims' minima do not fit, sorted."""
+    load: dict[DeviceId, float] = defaultdict(float)
+    for claim in claims:
+        for device_id in claim.placement:
+            load[device_id] += claim.min_share
+    return tuple(sorted(device_id for device_id, total in load.items() if total > 1 + _EPSILON))

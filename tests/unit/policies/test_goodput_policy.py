@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from policies.fair_share import FairShare
+from policies.fit import TrialFit, protect
+from policies.goodput_policy import Goodput
+from policies.invariants import check
+from policies.plan import Allocation, Plan, TrialId
+from policies.snapshot import Override, Snapshot, TrialView
+from policies.tier import Tier
+from tests.unit.policies.builders import in_force, limits, measured, observation, settings, trial, world
+
+BOTH = (Tier.FP32, Tier.BF16)
+NOISY = (1000.0, 1.0)
+
+
+def decide(snap: Snapshot, policy: Goodput | None = None) -> Plan:
+    plan = (policy or Goodput()).decide(snap)
+    assert check(snap, plan) == ()
+    return plan
+
+
+def only(snap: Snapshot, policy: Goodput | None = None) -> Allocation:
+    (row,) = decide(snap, policy).allocations
+    return row
+
+
+def running(*rows: TrialView, share: float = 0.5, now_s: float = 100.0) -> Snapshot:
+    """The trials with that share in force since second 0."""
+    return world(rows, plan=in_force(rows, dict.fromkeys((row.trial_id for row in rows), share)), now_s=now_s)
+
+
+def fp32_at_two_sizes(noise: tuple[float, float] | None = NOISY) -> TrialFit:
+    """Twice the samples cost 1.2 times the step."""
+    return measured(observation(0.10, noise=noise), observation(0.12, micro_batch=16, noise=noise))
+
+
+def with_bf16(step_s: float) -> TrialFit:
+    return measured(observation(0.1), observation(step_s, tier=Tier.BF16))
+
+
+def test_when_nothing_is_measured_shares_are_the_fair_ones() -> None:
+    rows = [trial("a", weight=2.0), trial("b"), trial("c", dials=limits(shares=(0.05, 0.1)))]
+    fair = FairShare().decide(world(rows))
+    assert [r.settings for r in decide(world(rows)).allocations] == [r.settings for r in fair.allocations]
+
+
+def test_a_newcomer_begins_with_its_start_settings() -> None:
+    row = trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64)))
+    assert only(world([row])).settings.micro_batch == 8
+
+
+def test_the_batch_doubles_where_that_pays() -> None:
+    allocation = only(running(trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64))), share=1.0))
+    assert allocation.settings.micro_batch == 16
+    assert "batch 8 -> 16" in allocation.reason
+    assert "noise scale 1000" in allocation.reason
+    assert allocation.predicted_gain == pytest.approx(2 / 1.2 * 1008 / 1016 - 1, rel=1e-6)
+    assert allocation.predicted_goodput == pytest.approx(16 / 0.12 * 2**0.8 * 1008 / 1016, rel=1e-6)
+    assert [a.settings.micro_batch for a in allocation.alternatives] == [8]
+
+
+def test_the_batch_stays_as_long_as_the_noise_is_unknown() -> None:
+    row = trial("a", fit=fp32_at_two_sizes(noise=None), dials=limits(batches=(8, 64)))
+    assert only(running(row)).settings.micro_batch == 8
+
+
+def test_the_batch_stays_where_samples_would_be_wasted() -> None:
+    row = trial("a", fit=fp32_at_two_sizes(noise=(1.0, 1.0)), dials=limits(batches=(8, 64)))
+    assert only(running(row)).settings.micro_batch == 8
+
+
+def test_a_gain_below_the_threshold_changes_nothing_and_is_named() -> None:
+    row = trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64)))
+    allocation = only(running(row, share=1.0), Goodput(min_gain=0.7))
+    assert allocation.settings.micro_batch == 8
+    assert allocation.binding == "hysteresis"
+    assert "less than 70.0%" in allocation.reason
+
+
+def test_a_gain_smaller_than_the_doubt_about_the_present_speed_changes_nothing() -> None:
+    shaky = measured(*(observation(s, noise=NOISY) for s in (0.02, 0.1, 0.4)), windows=1)
+    row = trial("a", fit=shaky, dials=limits(batches=(8, 64)))
+    assert only(running(row, share=1.0)).binding == "hysteresis"
+
+
+@pytest.mark.parametrize("reason", ["cooldown", "stale", "unmeasured"])
+def test_dials_rest_in_the_cooldown_while_stale_and_while_unmeasured(reason: str) -> None:
+    row = trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64)))
+    if reason == "cooldown":
+        row = dataclasses.replace(row, changed_at_s=91.0)
+    elif reason == "stale":
+        row = dataclasses.replace(row, is_stale=True)
+    else:
+        row = dataclasses.replace(row, start=settings(micro_batch=12))
+    snap = running(row, share=1.0)
+    allocation = only(snap)
+    assert allocation.settings == snap.plan.allocations[0].settings
+    assert allocation.binding == reason
+
+
+def test_one_trial_of_each_shape_explores_a_cheaper_tier_that_nobody_measured() -> None:
+    dials = limits(tiers=BOTH)
+    rows = [trial(name, fit=measured(observation(0.1)), dials=dials, shape=name[0]) for name in ("a1", "a2", "b1")]
+    plan = decide(running(*rows, share=1 / 3))
+    assert [row.settings.tier for row in plan.allocations] == [Tier.BF16, Tier.FP32, Tier.BF16]
+    assert plan.allocations[0].binding == "exploring"
+    assert "explores tier bf16" in plan.allocations[0].reason
+
+
+def test_nobody_explores_while_another_of_the_shape_does() -> None:
+    dials = limits(tiers=BOTH)
+    rows = [trial(name, fit=measured(observation(0.1)), dials=dials) for name in ("a", "b")]
+    plan = in_force(rows, {"a": 0.5, "b": 0.5}, b=settings(tier=Tier.BF16))
+    tiers = [row.settings.tier for row in decide(world(rows, plan=plan)).allocations]
+    assert tiers == [Tier.FP32, Tier.BF16]
+
+
+@pytest.mark.parametrize("why", ["dial", "switch", "unmeasured", "banned"])
+def test_a_tier_is_not_explored_where_it_is_forbidden_or_too_early(why: str) -> None:
+    fit = TrialFit() if why == "unmeasured" else measured(observation(0.1))
+    if why == "banned":
+        fit = protect(fit, settings(tier=Tier.BF16), settings(tier=Tier.FP32))
+    row = trial("a", fit=fit, dials=limits(tiers=(Tier.FP32,) if why == "dial" else BOTH))
+    assert only(running(row), Goodput(explores=why != "switch")).settings.tier is Tier.FP32
+
+
+def test_a_dearer_tier_is_not_explored() -> None:
+    fit = measured(observation(0.1, tier=Tier.BF16))
+    row = trial("a", start=settings(tier=Tier.BF16), fit=fit, dials=limits(tiers=BOTH))
+    assert only(running(row)).settings.tier is Tier.BF16
+
+
+def test_a_tier_measured_faster_by_another_trial_of_the_shape_is_taken() -> None:
+    rows = [
+        trial("a", fit=measured(observation(0.1)), dials=limits(tiers=BOTH)),
+        trial("b", fit=with_bf16(0.05), dials=limits(tiers=BOTH)),
+    ]
+    plan = decide(running(*rows))
+    assert [row.settings.tier for row in plan.allocations] == [Tier.BF16, Tier.BF16]
+    assert "tier fp32 -> bf16" in plan.allocations[0].reason
+    assert plan.allocations[0].predicted_gain == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("now", "bf16_step_s", "expected"),
+    [
+        (Tier.FP32, 0.09, Tier.BF16),
+        (Tier.FP32, 0.097, Tier.FP32),  # gains 3 %, less than the threshold
+        (Tier.BF16, 0.097, Tier.BF16),
+        (Tier.BF16, 0.103, Tier.FP32),  # no faster: it has not earned its place
+    ],
+)
+def test_a_cheaper_tier_must_earn_its_place(now: Tier, bf16_step_s: float, expected: Tier) -> None:
+    row = trial("a", start=settings(tier=now), fit=with_bf16(bf16_step_s), dials=limits(tiers=BOTH))
+    assert only(running(row)).settings.tier is expected
+
+
+def test_a_tier_and_the_batch_never_change_together() -> None:
+    fit = measured(observation(0.10, noise=NOISY), observation(0.12, micro_batch=16), observation(0.05, tier=Tier.BF16))
+    row = trial("a", fit=fit, dials=limits(batches=(8, 64), tiers=BOTH))
+    after = only(running(row)).settings
+    assert (after.tier, after.micro_batch) in {(Tier.BF16, 8), (Tier.FP32, 16)}
+
+
+def test_an_override_stands_until_the_cooldown_is_over() -> None:
+    fled = settings(micro_batch=4, grad_accum=2)
+    override = Override(number=1, generation=1, settings=fled, reason="out of memory")
+    fit = measured(observation(0.1, noise=NOISY), observation(0.14, micro_batch=4, grad_accum=2))
+    row = trial("a", fit=fit, dials=limits(batches=(8, 8), shares=(0.5, 0.5)), override=override, changed_at_s=95.0)
+    early = only(running(row))
+    assert early.settings == fled
+    assert early.binding == "override"
+    late = only(running(row, now_s=105.0))
+    assert (late.settings.micro_batch, late.settings.grad_accum) == (8, 1)
+
+
+def test_a_micro_batch_that_ran_out_of_memory_is_not_tried_again() -> None:
+    fled = settings(micro_batch=4, grad_accum=2)
+    fit = measured(observation(0.1, noise=NOISY), observation(0.14, micro_batch=4, grad_accum=2))
+    row = trial("a", fit=protect(fit, settings(micro_batch=8), fled), dials=limits(batches=(8, 8)))
+    snap = world([row], plan=in_force([row], {"a": 0.5}, a=fled))
+    assert only(snap).settings.micro_batch == 4
+
+
+def test_shares_move_to_the_trial_that_makes_more_of_them() -> None:
+    seen = (1.0, 4.0, 8.0)
+    steep = measured(*(observation(0.1 / c**0.95, cores=c) for c in seen), windows=5)
+    flat = measured(*(observation(0.1 / c**0.3, cores=c) for c in seen), windows=5)
+    rows = [trial("a", fit=steep, shape="steep"), trial("b", fit=flat, shape="flat")]
+    plan = Goodput().decide(world(rows, units=16))
+    a, b = (row.settings.share for row in plan.allocations)
+    assert a > 0.6
+    assert b >= 0.25  # half of its fair share is guaranteed
+    assert "speed-up" in plan.allocations[0].reason
+
+
+def test_shares_stay_for_a_small_gain_and_move_for_a_large_one() -> None:
+    fit = measured(observation(0.1))
+    rows = [trial("a", fit=fit), trial("b", fit=fit)]
+    near = world(rows, plan=in_force(rows, {"a": 0.52, "b": 0.48}), units=16)
+    assert [row.settings.share for row in decide(near).allocations] == [0.52, 0.48]
+    assert "less than 5.0%" in decide(near).allocations[0].reason
+    far = world(rows, plan=in_force(rows, {"a": 0.9, "b": 0.1}), units=16)
+    assert [row.settings.share for row in decide(far).allocations] == [0.5, 0.5]
+
+
+def test_a_share_in_its_cooldown_moves_only_when_others_come_or_go() -> None:
+    fit = measured(observation(0.1))
+    rows = [trial("a", fit=fit, changed_at_s=99.0), trial("b", fit=fit, changed_at_s=99.0)]
+    plan = in_force(rows, {"a": 0.9, "b": 0.1})
+    assert [r.settings.share for r in decide(world(rows, plan=plan, units=16)).allocations] == [0.9, 0.1]
+    assert [r.settings.share for r in decide(world(rows[:1], plan=plan, units=16)).allocations] == [1.0]
+    joined = decide(world([*rows, trial("c", fit=fit)], plan=plan, units=16))
+    assert [r.settings.share for r in joined.allocations] == pytest.approx([1 / 3] * 3, abs=1 / 64)
+
+
+def test_a_departure_on_another_device_moves_nothing_here() -> None:
+    fit = measured(observation(0.1))
+    rows = [trial("a", fit=fit, changed_at_s=99.0), trial("b", fit=fit, changed_at_s=99.0)]
+    gone = trial("c", placement=(type(rows[0].placement[0])("cpu-9"),))
+    plan = in_force([*rows, gone], {"a": 0.9, "b": 0.1, "c": 1.0})
+    assert [r.settings.share for r in decide(world(rows, plan=plan)).allocations] == [0.9, 0.1]
+
+
+def test_a_stale_trial_keeps_all_of_its_allocation() -> None:
+    rows = [trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64)), is_stale=True), trial("b")]
+    snap = world(rows, plan=in_force(rows[:1], {"a": 0.7}))
+    kept = decide(snap).allocation(TrialId("a"))
+    assert kept is not None
+    assert kept.settings == snap.plan.allocations[0].settings
+    assert kept.binding == "stale"
+
+
+def test_a_paused_trial_is_said_to_wait() -> None:
+    override = Override(number=1, generation=1, settings=settings(share=0.0), reason="memory")
+    row = trial("a", override=override, changed_at_s=99.0)
+    allocation = only(running(row))
+    assert allocation.settings.share == 0
+    assert allocation.predicted_goodput is None
+    assert "wait" in allocation.reason
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"guarantee": 1.1}, {"min_gain": -0.1}, {"cooldown_s": -1.0}, {"quantum": 0.0}, {"min_gain": float("nan")}],
+)
+def test_impossible_parameters_are_refused_by_name(params: dict[str, float]) -> None:
+    (name,) = params
+    with pytest.raises(ValueError, match=f"{name}="):
+        Goodput(**params)  # type: ignore[arg-type]
