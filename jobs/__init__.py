@@ -1,0 +1,29 @@
+"""What is trained: models with their data and loss. Knows nothing of Ray, plans or shares.
+
+Importing this package does not import torch: the table and its checks are plain Python, and `build_job` loads the
+classes when it is first called. The orchestrator's run-file checker uses the former, its workers the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from jobs.table import JOB_INFO, JobInfo, check_param, complete_params, job_info
+
+if TYPE_CHECKING:
+    from jobs.job import Job
+
+__all__ = ["JOB_INFO", "JobInfo", "build_job", "check_param", "complete_params", "job_info"]
+
+
+def build_job(job: str, params: Mapping[str, object]) -> Job:
+    """Build a job from its name and parameters; those not given take their defaults.
+
+    Raises:
+        ValueError: unknown job or parameter, wrong type, out of range, or values that do not go together.
+    """
+    complete = complete_params(job, params)
+    from jobs.classes import JOBS
+
+    return JOBS[job](**complete)

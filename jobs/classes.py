@@ -1,0 +1,17 @@
+"""The class of every job, by name. Imports torch; `jobs.table` has the same names without it.
+
+Used by `build_job`; adding a job takes one line here and one row in `jobs.table.JOB_INFO`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobs.job import Job
+from jobs.language import LanguageJob
+from jobs.mlp import MlpJob
+
+JOBS: dict[str, Callable[..., Job]] = {
+    "language": LanguageJob,
+    "mlp": MlpJob,
+}

@@ -1,0 +1,220 @@
+"""The `language` job: a byte-level GPT on the Python standard library's source files of the running machine.
+
+A sample is a window of `context` + 1 bytes; windows do not overlap, and sample i is window i. Sizes to try,
+set by `width`, `layers`, `heads` and `context`, are listed in this package's README. Knows nothing of ranks, shares or
+precision; every matrix product is a plain `nn.Linear` so that the orchestrator may swap it for one with a tier.
+
+Shapes: B samples, T positions, N = B * T, D features, H heads, E features per head, V = 256 byte values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jobs.corpus import Corpus, load_corpus, standard_library
+from jobs.data import Indices
+from jobs.job import LossTerms
+from jobs.optim import adamw
+
+NUM_BYTE_VALUES = 256
+EVAL_BATCH = 64
+"""Held-out windows per forward pass; bounds the memory of an evaluation."""
+
+INIT_STD = 0.02
+"""Standard deviation of the initial weights. Source: GPT-2, Radford et al. 2019."""
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Mix each position with those before it; (B, T, D) to (B, T, D)."""
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q_BHTE, k_BHTE, v_BHTE = qkv.unbind(0)
+        drop = self.dropout if self.training else 0.0
+        mixed_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, dropout_p=drop, is_causal=True)
+        return cast(Tensor, self.proj(mixed_BHTE.transpose(1, 2).reshape(B, T, D)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, dropout)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Attention, then the position-wise MLP, each added to its input; (B, T, D) to (B, T, D)."""
+        x_BTD = x_BTD + self.drop(self.attention(self.norm_attention(x_BTD)))
+        hidden = F.gelu(self.up(self.norm_mlp(x_BTD)), approximate="tanh")
+        return cast(Tensor, x_BTD + self.drop(self.down(hidden)))
+
+
+class ByteGpt(nn.Module):
+    """Pre-norm GPT over bytes with learned positions and an own output matrix."""
+
+    def __init__(self, *, width: int, layers: int, heads: int, context: int, dropout: float) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(NUM_BYTE_VALUES, width)
+        self.positions = nn.Embedding(context, width)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, NUM_BYTE_VALUES)
+        self._init_weights(layers)
+
+    def _init_weights(self, layers: int) -> None:
+        # What is added to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2).
+        residual_std = INIT_STD / math.sqrt(2 * layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=residual_std if name.endswith((".proj", ".down")) else INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits of the next byte at every position, samples one after another; (B, T) to (N, V)."""
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self.drop(self.bytes(tokens_BT) + self.positions(positions_T))
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        # Flat before the head: of three dimensions a Linear returns a view, which FSDP2 warns about in a root module.
+        return cast(Tensor, self.head(self.norm(x_BTD).flatten(0, 1)))
+
+
+class LanguageJob:
+    """Next-byte prediction on Python source text; the metric is nats per held-out byte."""
+
+    name: str = "language"
+    metric: str = "val_loss"
+
+    def __init__(  # noqa: PLR0913 - one argument per parameter of the table
+        self,
+        *,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        context: int = 64,
+        dropout: float = 0.0,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eval_windows: int = 256,
+        max_bytes: int | None = None,
+        data_dir: str | None = None,
+    ) -> None:
+        self._width, self._layers, self._heads, self._context = width, layers, heads, context
+        self._dropout, self._lr, self._weight_decay, self._betas = dropout, lr, weight_decay, (beta1, beta2)
+        self._eval_windows, self._max_bytes = eval_windows, max_bytes
+        self._root = standard_library() if data_dir is None else Path(data_dir)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text, loaded on first use."""
+        return load_corpus(self._root, self._max_bytes)
+
+    @property
+    def num_train_samples(self) -> int:
+        """Training windows; loads the text."""
+        return len(self._windows(self.corpus.train))
+
+    @property
+    def num_eval_samples(self) -> int:
+        """Held-out windows that an evaluation looks at; loads the text."""
+        return min(self._eval_windows, len(self._windows(self.corpus.held_out)))
+
+    def prepare(self) -> None:
+        """Load the text and check that both parts hold a window.
+
+        Raises:
+            ValueError: a part is shorter than one window, or there are no files.
+        """
+        for part, text in (("training", self.corpus.train), ("held-out", self.corpus.held_out)):
+            if len(text) <= self._context:
+                raise ValueError(
+                    f"job language: {len(text)} bytes of {part} text below {self._root} are less than one window; "
+                    f"needed: context + 1 = {self._context + 1}; lower context, raise max_bytes or change data_dir"
+                )
+
+    def build_model(self) -> nn.Module:
+        """A fresh fp32 `ByteGpt` on the default device."""
+        return ByteGpt(
+            width=self._width,
+            layers=self._layers,
+            heads=self._heads,
+            context=self._context,
+            dropout=self._dropout,
+        )
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        return list(cast(ByteGpt, model).blocks)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW at the base learning rate."""
+        return adamw(model, lr=self._lr, betas=self._betas, weight_decay=self._weight_decay)
+
+    def batch(self, indices: Sequence[int] | Indices, device: torch.device) -> tuple[Tensor, ...]:
+        """Inputs and targets of the windows of those numbers, each (B, context) int64 on `device`."""
+        return self._inputs_and_targets(
+            self._windows(self.corpus.train), torch.tensor(indices, dtype=torch.int64, device="cpu"), device
+        )
+
+    def num_elements(self, num_samples: int) -> int:
+        """Bytes predicted in that many windows."""
+        return num_samples * self._context
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> LossTerms:
+        """Cross-entropy in nats, summed over all bytes of the batch."""
+        inputs_BT, targets_BT = batch
+        logits_NV = model(inputs_BT)
+        loss_sum = F.cross_entropy(logits_NV.float(), targets_BT.flatten(), reduction="sum")
+        return LossTerms(loss_sum=loss_sum, num_elements=targets_BT.numel())
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Nats and bits per byte over windows spread evenly over the held-out text; the same ones every time."""
+        windows = self._windows(self.corpus.held_out)
+        chosen = torch.linspace(0, len(windows) - 1, self.num_eval_samples, dtype=torch.float64, device="cpu").long()
+        was_training = model.training
+        model.eval()
+        sums, num_elements = [], 0
+        with torch.no_grad():
+            for part in torch.split(chosen, EVAL_BATCH):
+                terms = self.loss(model, self._inputs_and_targets(windows, part, device))
+                sums.append(terms.loss_sum)
+                num_elements += terms.num_elements
+        model.train(was_training)
+        nats = torch.stack(sums).double().cpu().sum().item() / num_elements
+        return {"val_loss": nats, "val_bits_per_byte": nats / math.log(2)}
+
+    def _windows(self, text: Tensor) -> Tensor:
+        """All windows of a text as a view, (num_windows, context + 1) uint8; what is left at the end is unused."""
+        size = self._context + 1
+        return text[: len(text) // size * size].view(-1, size)
+
+    @staticmethod
+    def _inputs_and_targets(windows: Tensor, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Moved as bytes and widened there: an eighth of the traffic.
+        window_BT = windows[indices].to(device).long()
+        return window_BT[:, :-1], window_BT[:, 1:]
