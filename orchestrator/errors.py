@@ -1,0 +1,96 @@
+"""Every deliberate error of the orchestrator, in one tree.
+
+    OrchestratorError
+    |- ConfigError         the run file or a command-line argument is wrong      (exit 2)
+    |- UnfitEnvironmentError  the machine or the cluster lacks something          (exit 3)
+    |- PlanError           a policy raised, overran or returned an illegal plan
+    |- ApplyError          a trial could not apply an allocation
+    |- TelemetryError      a record that cannot be true, or a damaged table
+    |- ShareError          a share cannot be enforced as asked
+    |- CheckpointError     a checkpoint is missing, damaged or does not fit
+    |- JournalError        the journal cannot be read or written
+    |- TraceError          a trace or workload file is malformed
+    `- WorkerGroupError    a slot or its worker group failed
+
+A message says what failed, the value seen, what is allowed and what to do. Every class survives pickling: Ray does it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class OrchestratorError(Exception):
+    """Base of all deliberate errors; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class ConfigError(OrchestratorError):
+    """A user's mistake in a run file or an argument.
+
+    Attributes:
+        text: the message without its place.
+        file: the run file, if one is to blame.
+        line: 1-based line in it, if known.
+        key: dotted path of the key, if known.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self, text: str, file: Path | str | None = None, line: int | None = None, key: str | None = None
+    ) -> None:
+        self.text, self.file, self.line, self.key = text, file, line, key
+        place = "" if file is None else f"{file}:{line}: " if line is not None else f"{file}: "
+        super().__init__(f"{place}{key}: {text}" if key else f"{place}{text}")
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
+        """Pickle by constructor arguments, not by the formatted message."""
+        return type(self), (self.text, self.file, self.line, self.key)
+
+
+class UnfitEnvironmentError(OrchestratorError):
+    """The machine or the cluster lacks something a run needs."""
+
+    exit_code = 3
+
+
+class PlanError(OrchestratorError):
+    """A policy raised, overran its deadline or returned an illegal plan."""
+
+
+class ApplyError(OrchestratorError):
+    """A trial could not apply an allocation."""
+
+
+class TelemetryError(OrchestratorError):
+    """A record that cannot be true, or a telemetry table that cannot be read."""
+
+
+class ShareError(OrchestratorError):
+    """A share cannot be enforced as asked."""
+
+
+class CheckpointError(OrchestratorError):
+    """A checkpoint is missing, damaged or does not fit the trial."""
+
+
+class JournalError(OrchestratorError):
+    """The journal cannot be read or written."""
+
+
+class TraceError(OrchestratorError):
+    """A trace or workload file is malformed."""
+
+
+class WorkerGroupError(OrchestratorError):
+    """A slot or its worker group failed. `story` holds the last events of the trial, oldest first."""
+
+    def __init__(self, text: str, story: tuple[str, ...] = ()) -> None:
+        self.text, self.story = text, story
+        super().__init__("\n  ".join((text, *story)))
+
+    def __reduce__(self) -> tuple[type[WorkerGroupError], tuple[object, ...]]:
+        """Pickle by constructor arguments."""
+        return type(self), (self.text, self.story)

@@ -1,0 +1,1 @@
+"""What trials say about their steps, and what is made of it."""

@@ -1,0 +1,85 @@
+"""The wire format of telemetry: what each rank says about each optimizer step.
+
+A batch of records travels as one bytes object: an 8-byte header and a packed numpy structured array. Who sent it is
+bound to the connection (slot, epoch, rank), never to a field of the payload, so a trial cannot write as another one.
+Knows nothing of Ray, windows or files. Written by `orchestrator.train`, read by `telemetry.window` and `.store`.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.errors import TelemetryError
+from policies.tier import Tier
+
+SCHEMA_VERSION = 1
+MAX_BATCH_BYTES = 1 << 20
+_MAGIC = 0x6F72
+_HEADER = struct.Struct("<HHI")
+
+TIERS: tuple[Tier, ...] = tuple(Tier)
+"""Tiers by wire code: a record stores the index into this tuple. New tiers are appended, never inserted."""
+
+STEP_DTYPE = np.dtype(
+    [
+        ("seq", "<u8"),  # per (slot, epoch, rank, attempt), from 0, without gaps
+        ("step", "<i8"),  # optimizer steps done before this one
+        ("generation", "<i8"),  # of the allocation in force during the step
+        ("cursor", "<i8"),  # global sample position at which the step began
+        ("num_samples", "<i4"),  # samples consumed by the step over all ranks; 0 when the step was skipped
+        ("micro_batch", "<i4"),
+        ("grad_accum", "<i4"),
+        ("num_workers", "<i4"),
+        ("tier", "<i2"),  # index into TIERS
+        ("flags", "<u2"),  # bit 0: skipped (non-finite); bit 1: an allocation was applied before this step
+        ("share", "<f4"),
+        ("cores", "<f4"),  # device units granted to this rank
+        ("start_s", "<f8"),  # CLOCK_MONOTONIC at the start of the step
+        ("step_s", "<f4"),  # whole step, from boundary to boundary
+        ("data_s", "<f4"),  # waiting for data
+        ("wait_s", "<f4"),  # held back at the boundary to enforce the share
+        ("switch_s", "<f4"),  # spent applying an allocation
+        ("cpu_s", "<f4"),  # CPU seconds of the process during the step
+        ("loss", "<f4"),  # mean training loss of this rank's samples
+        ("grad_norm", "<f4"),  # of the whole gradient, before clipping
+        ("learning_rate", "<f4"),
+        ("noise_trace", "<f4"),  # estimate of tr(Sigma) per sample; NaN when not estimated
+        ("grad_sq", "<f4"),  # estimate of |G|^2; NaN when not estimated
+        ("memory_bytes", "<i8"),  # peak device (or resident host) memory of the rank
+    ]
+)
+
+FLAG_SKIPPED = 1
+FLAG_APPLIED = 2
+
+StepArray = npt.NDArray[np.void]
+
+
+def pack(records: StepArray) -> bytes:
+    """Encode a structured array of dtype `STEP_DTYPE` as one message."""
+    if records.dtype != STEP_DTYPE:
+        raise TelemetryError(f"records have dtype {records.dtype}; allowed: STEP_DTYPE of schema {SCHEMA_VERSION}")
+    return _HEADER.pack(_MAGIC, SCHEMA_VERSION, len(records)) + records.tobytes()
+
+
+def unpack(message: bytes) -> StepArray:
+    """Decode one message; the result is read-only and shares its memory.
+
+    Raises:
+        TelemetryError: wrong magic, schema, length, or more than `MAX_BATCH_BYTES`.
+    """
+    if len(message) > MAX_BATCH_BYTES:
+        raise TelemetryError(f"a telemetry message has {len(message)} bytes; allowed: {MAX_BATCH_BYTES}")
+    if len(message) < _HEADER.size:
+        raise TelemetryError(f"a telemetry message has {len(message)} bytes; the header alone has {_HEADER.size}")
+    magic, version, count = _HEADER.unpack_from(message)
+    if (magic, version) != (_MAGIC, SCHEMA_VERSION):
+        raise TelemetryError(
+            f"telemetry magic {magic:#x} schema {version}; allowed: {_MAGIC:#x} schema {SCHEMA_VERSION}"
+        )
+    if len(message) - _HEADER.size != count * STEP_DTYPE.itemsize:
+        raise TelemetryError(f"a telemetry message announces {count} records but holds {len(message)} bytes")
+    return np.frombuffer(message, dtype=STEP_DTYPE, offset=_HEADER.size)

@@ -1,0 +1,384 @@
+"""What the last seconds of one trial's telemetry say: rates, loss, staleness, observations for the fit.
+
+One window per trial attempt, in the policy actor. Rows that cannot be true (`telemetry.validation`) are refused and
+counted. The numbers come from rank 0; the other ranks are watched for stragglers and memory. What is kept is
+bounded, whatever is sent. Knows no Ray, no plan and no clock: the time is an argument. Called by the controller.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from orchestrator.telemetry import validation
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, STEP_DTYPE, TIERS, StepArray
+from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
+from policies.fit import Observation
+
+MAX_PENDING_ROWS = 16_384
+"""Rows kept between two calls of `observations`; beyond, the oldest go."""
+
+_MAX_RECENT_ROWS = 4_096
+_MAX_TAIL_ROWS = 64
+_FUTURE_SLACK_S = 1.0
+_LOSS_STEPS = 20
+"""Steps over which the loss is smoothed (time constant of the average)."""
+
+_STALE_STEPS = 5
+_JUDGED_MEMORY = 2_000
+_MIN_JUDGED = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldReport:
+    """What became of one batch.
+
+    Attributes:
+        accepted: rows that count.
+        refused: rows that cannot be true.
+        duplicates: rows seen before; dropped, and nobody's fault.
+        missing: rows that were never seen, judged by gaps in the sequence.
+        reasons: why rows were refused, with their number, most frequent first.
+        mask: True for each accepted row of the batch.
+    """
+
+    accepted: int
+    refused: int
+    duplicates: int
+    missing: int
+    reasons: tuple[tuple[str, int], ...]
+    mask: Bools = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowView:
+    """A trial's telemetry in numbers. None where nothing was measured yet.
+
+    Attributes:
+        step: optimizer steps done.
+        num_samples: samples consumed since the start of training, as far as seen.
+        cursor: global sample position after the last row.
+        generation: of the allocation that the last row ran under.
+        throughput_per_s: samples/s of wall time over the last seconds.
+        step_s: median seconds per step over the last seconds.
+        loss: smoothed training loss.
+        memory_bytes: last peak memory, the largest over all ranks.
+        noise_trace: last estimate of tr(Sigma).
+        grad_sq: last estimate of |G|^2, of the same row.
+        straggler_ratio: slowest rank's median busy time over that of all ranks; 1 for one rank.
+        is_stale: whether rank 0 has been silent for too long.
+        is_suspect: whether so many rows were refused that the rest should not be relied on either.
+        num_refused: rows refused so far.
+        num_missing: rows lost so far.
+    """
+
+    step: int
+    num_samples: int
+    cursor: int
+    generation: int
+    throughput_per_s: float | None
+    step_s: float | None
+    loss: float | None
+    memory_bytes: int | None
+    noise_trace: float | None
+    grad_sq: float | None
+    straggler_ratio: float
+    is_stale: bool
+    is_suspect: bool
+    num_refused: int
+    num_missing: int
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What is remembered of one rank."""
+
+    anchor: Anchor | None = None
+    last_seq: int | None = None
+    clock_lag_s: float | None = None
+    memory_bytes: int = 0
+    busy_s: Floats = field(default_factory=lambda: np.empty(0))
+
+
+class _Rows:
+    """The newest accepted rows, in chunks, at most `limit` of them."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._chunks: deque[StepArray] = deque()
+        self._num_rows = 0
+
+    def add(self, rows: StepArray) -> None:
+        """Append a chunk and forget the oldest rows beyond the limit."""
+        self._chunks.append(rows[-self._limit :])
+        self._num_rows += len(self._chunks[-1])
+        while self._num_rows > self._limit:
+            excess = self._num_rows - self._limit
+            oldest = self._chunks.popleft()
+            if len(oldest) > excess:
+                self._chunks.appendleft(oldest[excess:])
+            self._num_rows -= min(excess, len(oldest))
+
+    def trim(self, ended_after_s: float) -> None:
+        """Forget chunks that ended before that time."""
+        while self._chunks and float(_end_s(self._chunks[0][-1:])[0]) < ended_after_s:
+            self._num_rows -= len(self._chunks.popleft())
+
+    def joined(self) -> StepArray:
+        """All rows, oldest first."""
+        return np.concatenate(self._chunks) if self._chunks else np.empty(0, dtype=STEP_DTYPE)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._chunks.clear()
+        self._num_rows = 0
+
+
+class TrialWindow:
+    """The telemetry of one attempt of one trial.
+
+    Args:
+        stale_after_s: silence after which the trial counts as stale; five of its steps, if that is longer.
+        num_workers: ranks of the trial, None to take what the rows say.
+        window_s: seconds that rates look back.
+        has_shared_clock: whether the ranks read the same CLOCK_MONOTONIC as `now_s`, being on one node. If not, the
+            first batch of a rank sets its clock against ours.
+        max_refused_ratio: part of the recent rows that may be refused before the trial is suspect.
+    """
+
+    def __init__(
+        self,
+        *,
+        stale_after_s: float,
+        num_workers: int | None = None,
+        window_s: float = 5.0,
+        has_shared_clock: bool = True,
+        max_refused_ratio: float = 0.05,
+    ) -> None:
+        self._stale_after_s, self._num_workers, self._window_s = stale_after_s, num_workers, window_s
+        self._has_shared_clock, self._max_refused_ratio = has_shared_clock, max_refused_ratio
+        self._ranks: dict[int, _Rank] = {}
+        self._pending, self._recent = _Rows(MAX_PENDING_ROWS), _Rows(_MAX_RECENT_ROWS)
+        self._heard_at_s: float | None = None
+        self._step = self._num_samples = self._cursor = self._generation = 0
+        self._has_rows = False
+        self._loss: float | None = None
+        self._noise: tuple[float, float] | None = None
+        self._num_refused = self._num_missing = 0
+        self._judged = self._judged_bad = 0.0
+
+    def fold(self, rank: int, records: StepArray, now_s: float, *, newest_generation: int) -> FoldReport:
+        """Take in a batch of one rank; never raises, whatever the rows say. Sending a batch again changes nothing.
+
+        Args:
+            rank: the sender, as the connection knows it.
+            records: rows of dtype `STEP_DTYPE`, oldest first.
+            now_s: when the batch arrived.
+            newest_generation: newest plan that was offered; rows of a later one are refused.
+        """
+        if self._heard_at_s is None:
+            self._heard_at_s = now_s
+        wrong = self._wrong_batch(rank, records)
+        if wrong is not None:
+            return self._report(np.full(len(records), validation.code_of(wrong), dtype=np.int8), 0)
+        if not len(records):
+            return self._report(np.zeros(0, dtype=np.int8), 0)
+        state = self._ranks.setdefault(rank, _Rank())
+        codes = validation.judge(records, self._bounds(state, records, now_s, newest_generation))
+        missing = _advance_seq(state, records, codes)
+        good = codes == validation.GOOD
+        if good.any():
+            rows = records[good]
+            _advance_rank(state, rows)
+            if rank == 0:
+                self._heard_at_s = now_s
+                self._advance_trial(rows)
+        return self._report(codes, missing)
+
+    def observations(self, now_s: float) -> tuple[Observation, ...]:  # noqa: ARG002 - every reader is told the time
+        """Steps of rank 0 since the last call, summarised by the settings they ran under, oldest settings first.
+
+        Left out: skipped steps, the first step after an applied allocation and the smaller batch at an end.
+        """
+        rows = self._pending.joined()
+        self._pending.clear()
+        unusual = (rows["flags"] & (FLAG_SKIPPED | FLAG_APPLIED)) != 0
+        full = rows["micro_batch"].astype(np.int64) * rows["grad_accum"] * rows["num_workers"]
+        rows = rows[~unusual & (rows["num_samples"] == full)]
+        return tuple(_summarise(group) for group in _same_settings(rows))
+
+    def view(self, now_s: float) -> WindowView:
+        """The trial as it stands at `now_s`."""
+        if self._heard_at_s is None:
+            self._heard_at_s = now_s
+        throughput_per_s, step_s, longest_s = self._rates()
+        silence_s = max(self._stale_after_s, _STALE_STEPS * longest_s)
+        noise_trace, grad_sq = self._noise or (None, None)
+        return WindowView(
+            step=self._step,
+            num_samples=self._num_samples,
+            cursor=self._cursor,
+            generation=self._generation,
+            throughput_per_s=throughput_per_s,
+            step_s=step_s,
+            loss=self._loss,
+            memory_bytes=max((state.memory_bytes for state in self._ranks.values()), default=0) or None,
+            noise_trace=noise_trace,
+            grad_sq=grad_sq,
+            straggler_ratio=self._straggler_ratio(),
+            is_stale=now_s - self._heard_at_s > silence_s,
+            is_suspect=self._judged >= _MIN_JUDGED and self._judged_bad > self._max_refused_ratio * self._judged,
+            num_refused=self._num_refused,
+            num_missing=self._num_missing,
+        )
+
+    def _wrong_batch(self, rank: int, records: StepArray) -> str | None:
+        if records.dtype != STEP_DTYPE:
+            return "shape"
+        if rank < 0 or (self._num_workers is not None and rank >= self._num_workers):
+            return "rank"
+        return None
+
+    def _bounds(self, state: _Rank, records: StepArray, now_s: float, newest_generation: int) -> Bounds:
+        if state.clock_lag_s is None:
+            end_s = float(records["start_s"][-1]) + float(records["step_s"][-1])
+            state.clock_lag_s = 0.0 if self._has_shared_clock or not np.isfinite(end_s) else now_s - end_s
+        return Bounds(
+            newest_generation=newest_generation,
+            num_workers=self._num_workers,
+            latest_end_s=now_s - state.clock_lag_s + _FUTURE_SLACK_S,
+            last_seq=state.last_seq,
+            anchor=state.anchor,
+        )
+
+    def _advance_trial(self, rows: StepArray) -> None:
+        """Fold accepted rows of rank 0, at least one."""
+        last = rows[-1]
+        if not self._has_rows:
+            self._has_rows, self._num_samples = True, int(rows["cursor"][0])
+        self._num_samples += int(rows["num_samples"].sum(dtype=np.int64))
+        self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else 1)
+        self._cursor = int(last["cursor"]) + int(last["num_samples"])
+        self._generation = int(last["generation"])
+        self._pending.add(rows)
+        self._recent.add(rows)
+        self._recent.trim(float(_end_s(rows[-1:])[0]) - self._window_s)
+        self._advance_loss(rows["loss"][np.isfinite(rows["loss"])].astype(np.float64))
+        known = np.flatnonzero(np.isfinite(rows["noise_trace"]) & np.isfinite(rows["grad_sq"]))
+        if len(known):
+            self._noise = float(rows["noise_trace"][known[-1]]), float(rows["grad_sq"][known[-1]])
+
+    def _advance_loss(self, losses: Floats) -> None:
+        if not len(losses):
+            return
+        # One exponential average over the whole batch at once: weights decay by `keep` with every later step.
+        keep = 1.0 - 1.0 / _LOSS_STEPS
+        start = float(losses[0]) if self._loss is None else self._loss
+        weights = (1.0 - keep) * keep ** np.arange(len(losses) - 1, -1, -1)
+        self._loss = start * keep ** len(losses) + float(weights @ losses)
+
+    def _rates(self) -> tuple[float | None, float | None, float]:
+        """Samples/s and median and longest step seconds over the window before the last row."""
+        rows = self._recent.joined()
+        if not len(rows):
+            return None, None, 0.0
+        ends_s = _end_s(rows)
+        rows = rows[ends_s > ends_s[-1] - self._window_s]
+        # Wall time and not the sum of steps: time that no step accounts for (evaluation, a pause) is time gone by.
+        span_s = float(ends_s[-1] - rows["start_s"][0])
+        throughput_per_s = float(rows["num_samples"].sum(dtype=np.int64)) / span_s if span_s > 0 else None
+        return throughput_per_s, float(np.median(rows["step_s"])), float(rows["step_s"].max())
+
+    def _straggler_ratio(self) -> float:
+        medians = [float(np.median(state.busy_s)) for state in self._ranks.values() if len(state.busy_s)]
+        middle = float(np.median(medians)) if len(medians) > 1 else 0.0
+        return max(medians) / middle if middle > 0 else 1.0
+
+    def _report(self, codes: validation.Codes, missing: int) -> FoldReport:
+        accepted = int((codes == validation.GOOD).sum())
+        refused = int((codes > validation.GOOD).sum())
+        self._num_refused += refused
+        self._num_missing += missing
+        self._judged += accepted + refused
+        self._judged_bad += refused
+        if self._judged > _JUDGED_MEMORY:
+            # Forgetting by halves: a trial that behaves again is trusted again.
+            self._judged, self._judged_bad = self._judged / 2, self._judged_bad / 2
+        reasons: tuple[tuple[str, int], ...] = ()
+        if refused:
+            numbers = np.bincount(codes[codes > 0], minlength=len(validation.REASONS))
+            order = sorted(np.flatnonzero(numbers), key=lambda code: (-int(numbers[code]), int(code)))
+            reasons = tuple((validation.REASONS[code], int(numbers[code])) for code in order)
+        return FoldReport(
+            accepted=accepted,
+            refused=refused,
+            duplicates=len(codes) - accepted - refused,
+            missing=missing,
+            reasons=reasons,
+            mask=codes == validation.GOOD,
+        )
+
+
+def _end_s(rows: StepArray) -> Floats:
+    ends: Floats = rows["start_s"] + rows["step_s"]
+    return ends
+
+
+def _advance_seq(state: _Rank, records: StepArray, codes: validation.Codes) -> int:
+    """Remember the highest credible sequence number; returns how many below it were never seen."""
+    fresh = records["seq"][(codes != validation.DUPLICATE) & (codes != validation.code_of("seq"))]
+    if not len(fresh):
+        return 0
+    highest = int(fresh.max())
+    before = int(fresh[0]) - 1 if state.last_seq is None else state.last_seq
+    state.last_seq = highest
+    return highest - before - len(fresh)
+
+
+def _advance_rank(state: _Rank, rows: StepArray) -> None:
+    last = rows[-1]
+    end_s = float(_end_s(rows).max())
+    if state.anchor is not None:
+        end_s = max(end_s, state.anchor.end_s)
+    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=end_s)
+    state.memory_bytes = int(last["memory_bytes"])
+    busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64)
+    state.busy_s = np.concatenate((state.busy_s, busy_s))[-_MAX_TAIL_ROWS:]
+
+
+def _same_settings(rows: StepArray) -> Iterator[StepArray]:
+    """Rows grouped by generation and settings, in order of first appearance."""
+    if not len(rows):
+        return
+    changes = np.zeros(len(rows) - 1, dtype=np.bool_)
+    names = ("generation", "cores", "tier", "micro_batch", "grad_accum", "num_workers")
+    for name in names:
+        changes |= rows[name][1:] != rows[name][:-1]
+    groups: dict[tuple[float, ...], list[StepArray]] = {}
+    # Settings change rarely: cutting at changes leaves a handful of runs to group, not thousands of rows.
+    for run in np.split(rows, np.flatnonzero(changes) + 1):
+        groups.setdefault(tuple(run[name][0].item() for name in names), []).append(run)
+    for runs in groups.values():
+        yield np.concatenate(runs)
+
+
+def _summarise(rows: StepArray) -> Observation:
+    """One observation of rows that ran under the same settings, at least one."""
+    first = rows[0]
+    estimated = rows[np.isfinite(rows["noise_trace"]) & np.isfinite(rows["grad_sq"])]
+    return Observation(
+        # Single precision on the wire must not make two cells of what is one setting.
+        cores=round(float(first["cores"]), 4),
+        tier=TIERS[int(first["tier"])],
+        micro_batch=int(first["micro_batch"]),
+        grad_accum=int(first["grad_accum"]),
+        num_workers=int(first["num_workers"]),
+        num_steps=len(rows),
+        step_s=float(np.median(rows["step_s"])),
+        noise_trace=float(estimated["noise_trace"].mean(dtype=np.float64)) if len(estimated) else None,
+        grad_sq=float(estimated["grad_sq"].mean(dtype=np.float64)) if len(estimated) else None,
+        num_noise=len(estimated),
+    )

@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import TelemetryError
+from orchestrator.telemetry import store
+from orchestrator.telemetry.record import STEP_DTYPE
+from orchestrator.telemetry.store import TelemetryWriter, compact, read_table
+from orchestrator.telemetry.tables import SCHEMAS, StepRows, TableKind, step_batch
+from tests.run_directory import records
+
+
+def steps(directory: Path) -> pa.Table:
+    return read_table(directory, TableKind.STEPS).table
+
+
+def suffixes(directory: Path) -> list[str]:
+    return sorted(path.suffix for path in directory.iterdir())
+
+
+def test_a_step_row_has_every_field_of_the_record_and_who_sent_it(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    sent = records(3, generation=7)
+    writer.append_steps("a", 2, 1, sent)
+    writer.flush()
+    table = steps(tmp_path)
+    assert table.column_names == ["trial_id", "attempt", "rank", *(STEP_DTYPE.names or ())]
+    assert table.select(["trial_id", "attempt", "rank"]).to_pylist() == [{"trial_id": "a", "attempt": 2, "rank": 1}] * 3
+    for name in set(STEP_DTYPE.names or ()) - {"tier"}:
+        np.testing.assert_array_equal(table[name].to_numpy(), sent[name])
+    assert table["tier"].to_pylist() == ["fp32"] * 3
+    assert pa.types.is_dictionary(table["tier"].type)
+
+
+def test_rows_can_be_read_while_the_writer_goes_on(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    for seq in range(0, 30, 10):
+        writer.append_steps("a", 0, 0, records(10, seq=seq))
+        assert steps(tmp_path).num_rows == seq
+        writer.flush()
+        assert steps(tmp_path).num_rows == seq + 10
+
+
+def test_trials_that_appear_later_keep_their_names(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    for name in ("m", "a", "z"):
+        writer.append_steps(name, 0, 0, records(1))
+        writer.flush()
+    assert steps(tmp_path)["trial_id"].to_pylist() == ["a", "m", "z"]
+    writer.close()
+    assert steps(tmp_path)["trial_id"].to_pylist() == ["a", "m", "z"]
+
+
+def test_closing_leaves_parquet_alone_and_the_same_rows(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    writer.append_steps("a", 0, 0, records(5))
+    writer.append_devices([{"device_id": "d", "t_s": 1.0, "utilisation_ratio": None}])
+    writer.append_results([{"trial_id": "a", "index": 0, "metrics": {"x": 1.0, "bad": None}, "checkpoint": None}])
+    writer.flush()
+    before = {kind: read_table(tmp_path, kind).table for kind in TableKind}
+    writer.close()
+    assert suffixes(tmp_path) == [".parquet"] * 3
+    for kind in TableKind:
+        assert read_table(tmp_path, kind).table.equals(before[kind])
+
+
+def test_a_second_writer_leaves_the_segments_of_the_first_alone(tmp_path: Path) -> None:
+    first = TelemetryWriter(tmp_path)
+    first.append_steps("a", 0, 0, records(5))
+    first.flush()
+    (old,) = tmp_path.iterdir()
+    content = old.read_bytes()
+    second = TelemetryWriter(tmp_path)
+    second.append_steps("a", 0, 0, records(5, seq=5))
+    second.flush()
+    assert old.read_bytes() == content
+    assert steps(tmp_path)["seq"].to_pylist() == list(range(10))
+
+
+def test_a_resent_row_is_kept_once_and_the_first_wins(tmp_path: Path) -> None:
+    first, second = TelemetryWriter(tmp_path), TelemetryWriter(tmp_path)
+    first.append_steps("a", 0, 0, records(5))
+    first.flush()
+    resent = records(8)
+    resent["loss"] = 9.0
+    second.append_steps("a", 0, 0, resent)
+    second.append_steps("a", 1, 0, records(1))
+    second.append_steps("a", 0, 1, records(1))
+    second.flush()
+    read = read_table(tmp_path, TableKind.STEPS)
+    assert read.num_duplicates == 5
+    losses = read.table.filter((pa.compute.field("attempt") == 0) & (pa.compute.field("rank") == 0))["loss"]
+    assert losses.to_pylist() == [2.0] * 5 + [9.0] * 3
+    assert read.table.num_rows == 10
+
+
+@pytest.mark.parametrize("kind", [TableKind.DEVICES, TableKind.RESULTS])
+def test_resent_device_and_result_rows_are_kept_once(tmp_path: Path, kind: TableKind) -> None:
+    row: dict[str, Any] = {"device_id": "d", "t_s": 1.0} if kind is TableKind.DEVICES else {"trial_id": "a", "index": 0}
+    writer = TelemetryWriter(tmp_path)
+    for _ in range(2):
+        (writer.append_devices if kind is TableKind.DEVICES else writer.append_results)([row])
+    writer.flush()
+    assert read_table(tmp_path, kind).table.num_rows == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0.0, 1.0), noise=st.binary(max_size=16))
+def test_a_torn_tail_costs_only_the_batch_it_tore(
+    tmp_path_factory: pytest.TempPathFactory, cut: float, noise: bytes
+) -> None:
+    directory = tmp_path_factory.mktemp("torn")
+    writer = TelemetryWriter(directory)
+    ends = []
+    for seq in range(0, 40, 10):
+        writer.append_steps("a", 0, 0, records(10, seq=seq))
+        writer.flush()
+        (path,) = directory.iterdir()
+        ends.append(path.stat().st_size)
+    size = round(ends[-1] * cut)
+    path.write_bytes(path.read_bytes()[:size] + noise)
+    whole = sum(end <= size for end in ends)
+    assert steps(directory)["seq"].to_pylist() == list(range(10 * whole))
+
+
+def test_a_torn_segment_is_noted_and_does_not_break_the_others(tmp_path: Path) -> None:
+    for seq in (0, 10):
+        writer = TelemetryWriter(tmp_path)
+        writer.append_steps("a", 0, 0, records(10, seq=seq))
+        writer.flush()
+    torn = min(tmp_path.iterdir())
+    torn.write_bytes(torn.read_bytes()[:-3])
+    read = read_table(tmp_path, TableKind.STEPS)
+    assert read.table["seq"].to_pylist() == list(range(10, 20))
+    assert "torn after 0 rows" in read.notes[0]
+    compact(tmp_path)
+    assert steps(tmp_path)["seq"].to_pylist() == list(range(10, 20))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"not arrow at all, " * 20])
+def test_a_file_that_is_no_segment_is_passed_over(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "steps-00001.arrows").write_bytes(content)
+    (tmp_path / "steps-00002.parquet").write_bytes(content)
+    writer = TelemetryWriter(tmp_path)
+    writer.append_steps("a", 0, 0, records(2))
+    writer.flush()
+    read = read_table(tmp_path, TableKind.STEPS)
+    assert read.table.num_rows == 2
+    assert read.notes
+
+
+def test_a_crash_between_rename_and_removal_duplicates_nothing(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    writer.append_steps("a", 0, 0, records(10))
+    writer.flush()
+    (segment,) = tmp_path.iterdir()
+    content = segment.read_bytes()
+    writer.close()
+    segment.write_bytes(content)
+    assert steps(tmp_path).num_rows == 10
+    TelemetryWriter(tmp_path).close()
+    assert suffixes(tmp_path) == [".parquet"]
+    assert steps(tmp_path).num_rows == 10
+
+
+def test_a_crash_inside_compaction_leaves_the_segment_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TelemetryWriter(tmp_path)
+    writer.append_steps("a", 0, 0, records(10))
+    writer.flush()
+
+    def full_disk(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_sync", full_disk)
+    with pytest.raises(TelemetryError, match="the segment was kept"):
+        writer.close()
+    assert suffixes(tmp_path) == [".arrows"]
+    assert steps(tmp_path).num_rows == 10
+
+
+class FullDisk:
+    """Stands for a segment whose writes fail while `is_full`."""
+
+    def __init__(self) -> None:
+        self.is_full = True
+        self.num_rows = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        self.num_rows += batch.num_rows
+
+    def close(self) -> None: ...
+
+
+def test_rows_wait_in_bounded_memory_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAX_BUFFERED_ROWS", 25)
+    writer, disk = TelemetryWriter(tmp_path), FullDisk()
+    monkeypatch.setitem(writer._segments, TableKind.STEPS, disk)
+    for seq in range(0, 40, 10):
+        writer.append_steps("a", 0, 0, records(10, seq=seq))
+        assert not writer.flush()
+    assert writer.num_rows_dropped == 20
+    disk.is_full = False
+    assert writer.flush()
+    assert disk.num_rows == 20
+
+
+def test_closing_on_a_full_disk_says_what_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TelemetryWriter(tmp_path)
+    monkeypatch.setitem(writer._segments, TableKind.STEPS, FullDisk())
+    writer.append_steps("a", 0, 0, records(10))
+    with pytest.raises(TelemetryError, match="10 step rows lost"):
+        writer.close()
+
+
+class TornStream:
+    """Stands for a stream whose last write was cut short."""
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("num_before", "num_left"), [(0, 1), (2, 2)])
+def test_a_segment_that_failed_is_given_up_for_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_before: int, num_left: int
+) -> None:
+    segment = store._Segment(tmp_path, TableKind.STEPS)
+    batches = [
+        step_batch([StepRows(trial_id="a", attempt=0, rank=0, records=records(4, seq=4 * number))])
+        for number in range(num_before + 1)
+    ]
+    for batch in batches[:-1]:
+        segment.write(batch)
+    with monkeypatch.context() as patched:
+        patched.setattr(pa.ipc, "new_stream", lambda *_: TornStream())
+        if num_before:
+            segment._stream = TornStream()
+        with pytest.raises(OSError, match="No space"):
+            segment.write(batches[-1])
+    segment.write(batches[-1])
+    assert len(list(tmp_path.iterdir())) == num_left
+    assert steps(tmp_path)["seq"].to_pylist() == list(range(4 * (num_before + 1)))
+
+
+def test_records_the_caller_changes_later_are_stored_as_they_were(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    ring = records(3)
+    writer.append_steps("a", 0, 0, ring)
+    ring["loss"] = -1.0
+    writer.flush()
+    assert steps(tmp_path)["loss"].to_pylist() == [2.0] * 3
+
+
+def test_a_tier_code_that_names_nothing_becomes_null(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    odd = records(3)
+    odd["tier"] = [0, -1, 999]
+    writer.append_steps("a", 0, 0, odd)
+    writer.flush()
+    assert steps(tmp_path)["tier"].to_pylist() == ["fp32", None, None]
+
+
+def test_many_rows_are_written_without_waiting_for_a_flush(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    writer.append_steps("a", 0, 0, records(70_000))
+    assert steps(tmp_path).num_rows == 70_000
+
+
+def test_records_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TelemetryError, match="allowed: STEP_DTYPE"):
+        TelemetryWriter(tmp_path).append_steps("a", 0, 0, np.zeros(1, dtype=[("seq", "<u8")]))
+
+
+@pytest.mark.parametrize("row", [{"device": "d"}, {"device_id": "d", "units": "many"}, {"units": 2**40}])
+def test_a_row_that_fits_no_column_is_refused_at_once(tmp_path: Path, row: dict[str, Any]) -> None:
+    writer = TelemetryWriter(tmp_path)
+    with pytest.raises(TelemetryError, match="devices"):
+        writer.append_devices([row])
+    assert writer.flush()
+
+
+def write_schema(path: Path, version: bytes, columns: list[str]) -> None:
+    batch = step_batch([StepRows(trial_id="a", attempt=0, rank=0, records=records(2))])
+    table = pa.Table.from_batches([batch]).select(columns).replace_schema_metadata({"orchestrator.schema": version})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+
+
+@pytest.mark.parametrize("suffix", ["arrows", "parquet"])
+def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"steps-00001.{suffix}"
+    write_schema(path, b"99", ["trial_id", "seq"])
+    with pytest.raises(TelemetryError, match=r"schema 99; allowed: 1\.\.1"):
+        steps(tmp_path)
+    compact(tmp_path)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("suffix", ["arrows", "parquet"])
+def test_columns_an_older_file_lacks_become_null(tmp_path: Path, suffix: str) -> None:
+    write_schema(tmp_path / f"steps-00001.{suffix}", b"1", ["trial_id", "attempt", "rank", "seq"])
+    table = steps(tmp_path)
+    assert table.schema.equals(SCHEMAS[TableKind.STEPS])
+    assert table["loss"].null_count == table.num_rows == 2
+
+
+def test_an_empty_directory_gives_empty_tables_with_all_columns(tmp_path: Path) -> None:
+    for kind in TableKind:
+        assert read_table(tmp_path, kind).table.schema.equals(SCHEMAS[kind])
+    TelemetryWriter(tmp_path).close()
+    assert not list(tmp_path.iterdir())
