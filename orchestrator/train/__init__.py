@@ -1,0 +1,1 @@
+"""What runs on every rank of a worker group: the loop, its boundary, its dials."""

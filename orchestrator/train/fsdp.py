@@ -1,0 +1,129 @@
+"""Sharding a model over ranks with FSDP2, or leaving it alone on one rank, behind the same few functions.
+
+One rank has nothing to shard, and wrapping every block costs a small model 2.6 times its step there, so one rank keeps
+the plain model; parameter names are the same in every form, and a trial changes form through its checkpoint.
+Uses public API of `torch.distributed.fsdp` only, present in torch 2.11 to 2.13 with one meaning: `fully_shard` (also
+of a list of modules), `FSDPModule.set_requires_gradient_sync`, `set_is_last_backward`. Only 2.13 has been run.
+Mixed precision stays off (`MixedPrecisionPolicy()`): precision is the tier of each linear layer, turned live, while the
+dtype of communication is fixed when the model is wrapped. Knows nothing of plans or of Ray; called by the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+DEFAULT_MIN_UNIT_BYTES = 4 << 20
+"""Below about this size a collective's fixed cost outweighs what overlapping it with compute can hide."""
+
+
+def shard(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh | None,
+    *,
+    min_unit_bytes: int = DEFAULT_MIN_UNIT_BYTES,
+) -> int:
+    """Shard `model` over `mesh` in place, in units of neighbouring blocks; on one rank leave it untouched.
+
+    Make the optimizer afterwards: sharding replaces the parameters.
+
+    Args:
+        model: the model, with its precision tiers installed already.
+        blocks: parts of `model` in forward order, none inside another.
+        mesh: one-dimensional mesh over the ranks, or None for one rank.
+        min_unit_bytes: neighbouring blocks share a unit until it holds this many bytes of parameters; what is
+            left over, and all that is in no block, belongs to the root unit.
+
+    Returns:
+        Number of units, the root's included; 0 where nothing was sharded.
+
+    Raises:
+        ValueError: the mesh has more than one dimension.
+    """
+    if mesh is None or mesh.size() == 1:
+        return 0
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh has {mesh.ndim} dimensions; allowed: 1; pass the sub-mesh over the data ranks")
+    units = group_blocks([_parameter_bytes(block) for block in blocks], min_unit_bytes)
+    policy = MixedPrecisionPolicy()
+    for start, stop in units:
+        fully_shard(list(blocks[start:stop]), mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return len(units) + 1
+
+
+def group_blocks(block_bytes: Sequence[int], min_unit_bytes: int) -> list[tuple[int, int]]:
+    """Neighbouring blocks as [start, stop) ranges of at least `min_unit_bytes` each; a short rest is in no range.
+
+    One range over all blocks would only stand beside the root unit and hide nothing, so it is dropped too.
+    """
+    units, start, held = [], 0, 0
+    for index, size in enumerate(block_bytes):
+        held += size
+        if held >= min_unit_bytes:
+            units.append((start, index + 1))
+            start, held = index + 1, 0
+    return [] if units == [(0, len(block_bytes))] else units
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters of `module`."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def set_gradient_sync(model: nn.Module, is_last: bool) -> None:
+    """Whether the next backward pass reduces gradients over the ranks: only the last micro-batch of a step needs it.
+
+    Does nothing to a model that is not sharded. Until the last micro-batch FSDP2 keeps unsharded gradients.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        model.set_is_last_backward(is_last)
+
+
+def local_grads(model: nn.Module) -> list[Tensor]:
+    """The part of every gradient that this rank holds, in parameter order; a rank's part may be empty."""
+    return [_local(param.grad) for param in model.parameters() if param.grad is not None]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that lives on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_sq(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """Sum of squares over all local `tensors` and, with a `group`, over its ranks; a scalar on the tensors' device.
+
+    With a group the tensors must be disjoint shards: what every rank holds whole would be counted once per rank.
+    """
+    total: Tensor = torch.nn.utils.get_total_norm(list(tensors)).square()
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def clip_and_norm(model: nn.Module, max_norm: float | None) -> Tensor:
+    """The norm of the whole gradient over all ranks, before clipping it to `max_norm` (None: do not clip).
+
+    A plain scalar on the model's device, the same on every rank; nothing waits for the device until it is read.
+    """
+    params = [param for param in model.parameters() if param.grad is not None]
+    if max_norm is None:
+        norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def full_named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, whole and detached; gathers over the ranks, so every rank must exhaust it."""
+    for name, param in model.named_parameters():
+        whole = param.detach()
+        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole

@@ -1,0 +1,117 @@
+"""What a training loop needs from the outside, without Ray: its newest order, and somewhere to put what happened.
+
+`Outbox` is the sending half: filled by the training thread, emptied by a sender thread. It never blocks training: when
+the other side is gone for long, the oldest step records are dropped and counted; everything else is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+import numpy as np
+
+from orchestrator.control.orders import Ack, Events, Outcome, OverrideReport, Report, SlotOrder
+from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
+
+_RECORDS_PER_MESSAGE = 2048
+_MAX_RECORDS_KEPT = 65536
+
+
+class Link(Protocol):
+    """The outside of one rank. `version` is read at every step boundary; everything else only when it changed."""
+
+    version: int
+    outbox: Outbox
+
+    def order(self) -> SlotOrder:
+        """The newest order (rank 0 only)."""
+        ...
+
+    def wait(self, version: int, timeout_s: float) -> None:
+        """Return when the version differs from `version`, or after the timeout (rank 0 only)."""
+        ...
+
+    def flush(self, timeout_s: float) -> bool:
+        """Return once everything in the outbox has been taken over there; False after the timeout."""
+        ...
+
+    def leave(self, outcome: Outcome) -> Outcome:
+        """Meet the other ranks out of band and agree how the trial ended.
+
+        Raises:
+            WorkerGroupError: a rank did not come; the worker group must be restarted.
+        """
+        ...
+
+
+class Outbox:
+    """What a rank has to tell, in order, kept until it was taken over."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._filled = threading.Event()
+        self._rows: StepArray = np.zeros(_RECORDS_PER_MESSAGE, dtype=STEP_DTYPE)
+        self._num_rows = 0
+        self._full: list[StepArray] = []
+        self._acks: list[Ack] = []
+        self._overrides: list[OverrideReport] = []
+        self._reports: list[Report] = []
+        self._num_taken = 0
+        self.num_dropped = 0
+
+    def add_record(self, row: tuple[float, ...]) -> None:
+        """Append one step record, fields in the order of `STEP_DTYPE`."""
+        with self._lock:
+            self._rows[self._num_rows] = row
+            self._num_rows += 1
+            if self._num_rows == _RECORDS_PER_MESSAGE:
+                self._full.append(self._rows)
+                self._rows, self._num_rows = np.zeros(_RECORDS_PER_MESSAGE, dtype=STEP_DTYPE), 0
+                if len(self._full) * _RECORDS_PER_MESSAGE > _MAX_RECORDS_KEPT:
+                    self.num_dropped += len(self._full.pop(0))
+
+    def add_ack(self, ack: Ack) -> None:
+        """Append an acknowledgement and ask for it to be sent at once."""
+        with self._lock:
+            self._acks.append(ack)
+        self._filled.set()
+
+    def add_override(self, report: OverrideReport) -> None:
+        """Append a protective move and ask for it to be sent at once."""
+        with self._lock:
+            self._overrides.append(report)
+        self._filled.set()
+
+    def add_report(self, report: Report) -> None:
+        """Append a report and ask for it to be sent at once."""
+        with self._lock:
+            self._reports.append(report)
+        self._filled.set()
+
+    def wait_filled(self, timeout_s: float) -> None:
+        """Return when something urgent waits, or after the timeout."""
+        if self._filled.wait(timeout_s):
+            self._filled.clear()
+
+    def nudge(self) -> None:
+        """Make `wait_filled` return now."""
+        self._filled.set()
+
+    def take(self) -> Events:
+        """Everything that waits, as one message; it is the caller's to deliver, again and again if need be."""
+        with self._lock:
+            records = [pack(rows) for rows in self._full]
+            if self._num_rows:
+                records.append(pack(self._rows[: self._num_rows]))
+            events = Events(
+                number=self._num_taken,
+                acks=tuple(self._acks),
+                overrides=tuple(self._overrides),
+                reports=tuple(self._reports),
+                records=tuple(records),
+            )
+            self._full, self._num_rows = [], 0
+            self._acks, self._overrides, self._reports = [], [], []
+            self._num_taken += 1
+            return events

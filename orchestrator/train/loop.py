@@ -1,0 +1,264 @@
+"""The loop of one attempt of a trial: boundary, step, telemetry; and at each report evaluation, commit, credit.
+
+Runs on every rank of a worker group. Talks to the outside only through a `Link` and a `Boundary`, so a test can run
+it without Ray. Within its envelope a trial protects itself at once (a non-finite gradient raises the tier) and says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.job import Job
+from orchestrator.control.orders import (
+    Ack,
+    Grant,
+    Outcome,
+    OverrideReport,
+    Report,
+    SlotOrder,
+    Status,
+    StopMode,
+    TrialOrder,
+)
+from orchestrator.errors import ApplyError
+from orchestrator.share.mechanism import ShareMechanism
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, TIERS
+from orchestrator.train.boundary import Boundary
+from orchestrator.train.link import Link
+from orchestrator.train.stepper import Ranks, Stepper, StepResult, dearer_tier
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPS = 3
+"""Consecutive non-finite steps in the dearest tier after which a trial is given up as diverged."""
+
+
+class TrialLoop:
+    """One attempt of one trial on one rank."""
+
+    def __init__(
+        self, order: SlotOrder, job: Job, ranks: Ranks, boundary: Boundary, link: Link, share: ShareMechanism
+    ) -> None:
+        assert order.trial is not None
+        self._trial: TrialOrder = order.trial
+        self._ranks, self._boundary, self._link, self._share = ranks, boundary, link, share
+        self._directory = Path(self._trial.directory)
+        self._job = job
+        self._stepper: Stepper | None = None
+        self._order = order
+        self._grant: Grant | None = None
+        self._unsaid_ack: Ack | None = None
+        self._num_reports = self._trial.num_reports_done
+        self._num_overrides = 0
+        self._num_skips = 0
+        self._seq = 0
+
+    def run(self) -> Outcome:
+        """Train until the trial is done or told to leave.
+
+        Raises:
+            ApplyError: it diverged, or an allocation could not be applied.
+        """
+        stepper = self._stepper = Stepper(self._trial, self._job, self._ranks)
+        if self._trial.resume_from is not None:
+            extra = stepper.resume(Path(self._trial.resume_from))
+            self._num_reports = max(self._num_reports, int(extra["num_reports"]))
+            logger.info("resumed from %s at step %d", self._trial.resume_from, stepper.step_index)
+        self._follow(None, stepper)
+        if not self._await(lambda: self._grant is not None, stepper):
+            return self._leave(stepper)
+        while self._num_reports < self._trial.max_reports:
+            if not self._train_to_report(stepper) or not self._report(stepper):
+                return self._leave(stepper)
+        return self._outcome(Status.DONE, stepper)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Steps and samples done so far, for the outcome of an attempt that raised."""
+        if self._stepper is None:
+            return 0, 0
+        return self._stepper.step_index, self._stepper.cursor.position
+
+    @property
+    def _is_paused(self) -> bool:
+        """Whether the trial holds no share and waits at its boundary with all its state."""
+        return self._grant is not None and self._grant.settings.share == 0
+
+    def _train_to_report(self, stepper: Stepper) -> bool:
+        """Step until the next report is due; False when told to leave before."""
+        target = (self._num_reports + 1) * self._trial.samples_per_report
+        while stepper.cursor.position < target:
+            began_s, cpu_s = time.monotonic(), time.process_time()
+            switch_s = self._cross(stepper)
+            if not self._await(lambda: not self._is_paused, stepper):
+                return False
+            wait_s = self._share.hold_back()
+            position = stepper.cursor.position
+            result = stepper.step()
+            self._record(stepper, result, position, (began_s, cpu_s, wait_s, switch_s))
+            self._protect(stepper, result)
+        return True
+
+    def _cross(self, stepper: Stepper) -> float:
+        """Follow a new order from here on; returns the seconds that took."""
+        order = self._boundary.cross()
+        self._say_ack()
+        return self._follow(order, stepper)
+
+    def _follow(self, order: SlotOrder | None, stepper: Stepper) -> float:
+        """Make an order the current one and apply the allocation it brings; returns the seconds that took."""
+        if order is not None:
+            self._order = order
+        grant = self._order.grant
+        if grant is None or (self._grant is not None and grant.generation <= self._grant.generation):
+            return 0.0
+        began_s = time.monotonic()
+        self._apply(grant, stepper)
+        return time.monotonic() - began_s
+
+    def _apply(self, grant: Grant, stepper: Stepper) -> None:
+        """Turn all dials; every rank does so before the same step."""
+        began_s = time.monotonic()
+        if grant.settings.share > 0:  # a pause is kept here, at the boundary; no mechanism knows a share of nothing
+            self._share.apply(grant.units[self._ranks.rank], grant.amount)
+        stepper.turn(grant.settings)
+        self._grant = grant
+        applied_s = time.monotonic()
+        self._unsaid_ack = Ack(
+            generation=grant.generation,
+            settings=grant.settings,
+            step=stepper.step_index,
+            applied_s=applied_s,
+            switch_s=applied_s - began_s,
+        )
+        if self._ranks.world_size == 1:
+            self._say_ack()
+
+    def _say_ack(self) -> None:
+        """Acknowledge one boundary later: the step in between proved that every rank has applied it."""
+        if self._unsaid_ack is not None and self._ranks.rank == 0:
+            self._link.outbox.add_ack(self._unsaid_ack)
+        self._unsaid_ack = None
+
+    def _protect(self, stepper: Stepper, result: StepResult) -> None:
+        """After a non-finite gradient: the next dearer tier at once, inside the envelope; given up at the top."""
+        if not result.is_skipped:
+            self._num_skips = 0
+            return
+        self._num_skips += 1
+        settings = stepper.settings
+        dearer = dearer_tier(settings.tier, self._trial.limits.tiers)
+        if dearer is None:
+            if self._num_skips >= MAX_SKIPS:
+                raise ApplyError(
+                    f"{self._trial.trial_id} diverged: the gradient at step {stepper.step_index} was not finite"
+                    f" {self._num_skips} times in {settings.tier}, the dearest tier allowed; lower the learning rate"
+                )
+            return
+        protected = replace(settings, tier=dearer)
+        stepper.turn(protected)
+        self._num_overrides += 1
+        reason = f"non-finite gradient at step {stepper.step_index} in {settings.tier}: goes on in {dearer}"
+        logger.warning("override %d: %s", self._num_overrides, reason)
+        if self._ranks.rank == 0:
+            report = OverrideReport(
+                generation=0 if self._grant is None else self._grant.generation,
+                number=self._trial.attempt * 1_000_000 + self._num_overrides,
+                settings=protected,
+                step=stepper.step_index,
+                reason=reason,
+            )
+            self._link.outbox.add_override(report)
+
+    def _report(self, stepper: Stepper) -> bool:
+        """Evaluate, commit, tell the search, and wait for its word to go on; False when told to leave."""
+        metrics = stepper.evaluate()
+        self._num_reports += 1
+        path = self._commit(stepper)
+        if self._ranks.rank == 0:
+            self._link.outbox.add_report(
+                Report(
+                    index=self._num_reports - 1,
+                    step=stepper.step_index,
+                    num_samples=stepper.cursor.position,
+                    metrics=metrics,
+                    checkpoint=str(path),
+                )
+            )
+        logger.info("report %d at step %d: %s", self._num_reports - 1, stepper.step_index, metrics)
+        if self._num_reports >= self._trial.max_reports:
+            return True
+        return self._await(lambda: self._order.credit > self._num_reports, stepper)
+
+    def _await(self, is_met: Callable[[], bool], stepper: Stepper) -> bool:
+        """Wait at a boundary until an order meets a condition; False when told to leave first."""
+        while self._order.stop is StopMode.NONE:
+            if is_met():
+                return True
+            order = self._boundary.wait()
+            self._say_ack()
+            self._follow(order, stepper)
+        return False
+
+    def _leave(self, stepper: Stepper) -> Outcome:
+        """Do what the order to stop asks for."""
+        if self._order.stop is StopMode.CHECKPOINT:
+            path = self._commit(stepper) if self._grant is not None else None
+            return self._outcome(Status.INTERRUPTED, stepper, path)
+        return self._outcome(Status.STOPPED, stepper)
+
+    def _commit(self, stepper: Stepper) -> Path:
+        return stepper.commit(self._directory / "checkpoints", {"num_reports": self._num_reports})
+
+    def _outcome(self, status: Status, stepper: Stepper, path: Path | None = None) -> Outcome:
+        return Outcome(
+            status=status,
+            step=stepper.step_index,
+            num_samples=stepper.cursor.position,
+            reason="",
+            checkpoint=None if path is None else str(path),
+        )
+
+    def _record(
+        self, stepper: Stepper, result: StepResult, position: int, times: tuple[float, float, float, float]
+    ) -> None:
+        """Append this step's telemetry; fields in the order of STEP_DTYPE."""
+        began_s, cpu_s, wait_s, switch_s = times
+        settings, grant = stepper.settings, self._grant
+        assert grant is not None
+        flags = (FLAG_SKIPPED if result.is_skipped else 0) | (FLAG_APPLIED if switch_s else 0)
+        nan = float("nan")
+        self._link.outbox.add_record(
+            (
+                self._seq,
+                stepper.step_index - (0 if result.is_skipped else 1),
+                grant.generation,
+                position,
+                result.num_samples,
+                settings.micro_batch,
+                settings.grad_accum,
+                settings.num_workers,
+                TIERS.index(settings.tier),
+                flags,
+                settings.share,
+                grant.amount,
+                began_s,
+                time.monotonic() - began_s,
+                result.data_s,
+                wait_s,
+                switch_s,
+                time.process_time() - cpu_s,
+                result.loss,
+                result.grad_norm,
+                result.learning_rate,
+                nan if result.noise is None else result.noise.noise_trace,
+                nan if result.noise is None else result.noise.grad_sq,
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            )
+        )
+        self._seq += 1
