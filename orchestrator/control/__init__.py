@@ -1,0 +1,1 @@
+"""The policy actor: what happens to plans, trials and slots."""

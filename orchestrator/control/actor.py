@@ -1,0 +1,247 @@
+"""The policy actor: a thin Ray shell around the controller. It waits, wakes and ticks; it decides nothing.
+
+Named and detached, restarted by Ray when its process dies; everything it must remember is in the journal. Imports
+neither torch nor ray.train nor ray.tune.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import uuid
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.clock import SystemClock
+from orchestrator.control.controller import Answer, Controller
+from orchestrator.control.orders import Events, Outcome, SlotHello, SlotOrder, Status
+from orchestrator.control.rendezvous import Rendezvous
+from orchestrator.control.spec import RunSpec
+from orchestrator.control.status import StatusWriter
+from orchestrator.errors import TelemetryError
+from policies import build_policy
+from policies.plan import TrialId
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 20.0
+_SLOW_PERIOD_S = 1.0
+
+
+class PolicyActor:
+    """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.run`."""
+
+    def __init__(self, spec: RunSpec, start_id: str) -> None:
+        logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
+        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger("orchestrator").addHandler(log)
+        self._controller = Controller(spec, SystemClock(), incarnation=uuid.uuid4().hex[:8])
+        self._controller.begin(start_id)
+        self._policy = build_policy(spec.policy, spec.policy_params)
+        self._deadline_s, self._period_s = spec.deadline_s, spec.period_s
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
+        self._deciding: asyncio.Future[Any] | None = None
+        self._events: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._wake = asyncio.Event()
+        self._rendezvous = Rendezvous()
+        self._status = StatusWriter(self._controller.state)
+        self._ticker: asyncio.Task[None] | None = None
+        self._is_over = False
+
+    async def ready(self) -> int:
+        """Process id, once the actor runs; starts the ticks."""
+        self._ensure_ticks()
+        return os.getpid()
+
+    # The search.
+
+    async def submit(self, trial_id: TrialId, params: dict[str, Any]) -> None:
+        """Queue a trial."""
+        self._controller.submit(trial_id, params)
+        self._after()
+
+    async def answer(self, trial_id: TrialId, index: int) -> Answer | None:
+        """Wait for report `index` of a trial; None after some seconds without one: ask again."""
+        answer = await self._poll(f"trial:{trial_id}", lambda: self._controller.answer(trial_id, index))
+        result: Answer | None = answer
+        return result
+
+    async def release(self, trial_id: TrialId) -> None:
+        """The search has no further use for a trial."""
+        self._controller.release(trial_id)
+        self._after()
+
+    async def interrupt(self) -> None:
+        """Let every trial commit and leave."""
+        self._controller.interrupt()
+        self._after()
+
+    # Worker groups.
+
+    async def expect_slot(self, slot_id: str) -> None:
+        """The supervisor is opening a slot."""
+        self._controller.expect_slot(slot_id)
+
+    async def attach(self, hello: SlotHello) -> int:
+        """A worker group reports for work."""
+        self._rendezvous.forget(hello.slot_id)
+        epoch = self._controller.attach(hello)
+        self._after()
+        return epoch
+
+    async def watch(self, slot_id: str, epoch: int, incarnation: str, seq: int) -> SlotOrder | None:
+        """Wait until the slot's order differs from the one seen; None when the epoch is over."""
+
+        def look() -> tuple[SlotOrder | None] | None:
+            order = self._controller.order(slot_id, epoch)
+            is_news = order is None or (order.incarnation, order.seq) != (incarnation, seq)
+            return (order,) if is_news else None
+
+        found = await self._poll(f"slot:{slot_id}", look)
+        return self._controller.order(slot_id, epoch) if found is None else found[0]
+
+    async def tell(self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], rank: int, events: Events) -> bool:
+        """What a rank says happened."""
+        self._ensure_ticks()
+        try:
+            is_current = self._controller.take_events(slot_id, epoch, attempt, rank, events)
+        except TelemetryError as error:
+            logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
+            return True
+        self._after()
+        return is_current
+
+    async def leave(
+        self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], rank: int, outcome: Outcome
+    ) -> Outcome | None:
+        """Meet the other ranks of a slot; the common outcome, or None when not all came in time."""
+        world_size = self._controller.world_size(slot_id)
+        meeting = f"{slot_id}:{epoch}:{attempt}"
+        agreed = await self._rendezvous.meet(meeting, slot_id, rank, world_size, outcome)
+        if agreed is None and outcome.status is Status.FAILED:
+            self._controller.poison_slot(slot_id, epoch, outcome)
+        return agreed
+
+    async def finish(self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], outcome: Outcome) -> None:
+        """All ranks have left the trial."""
+        self._controller.finish(slot_id, epoch, attempt, outcome)
+        self._after()
+
+    # The driver.
+
+    async def lose_slot(self, slot_id: str, reason: str) -> None:
+        """A slot ended without being told to."""
+        self._controller.lose_slot(slot_id, reason)
+        self._after()
+
+    async def close_slot(self, slot_id: str) -> None:
+        """Tell a slot to end when it is idle."""
+        self._controller.close_slot(slot_id)
+        self._after()
+
+    async def slot_closed(self, slot_id: str) -> None:
+        """A slot's loop returned as told."""
+        self._controller.slot_closed(slot_id)
+        self._after()
+
+    async def status(self) -> dict[str, Any]:
+        """The content of status.json, now."""
+        return self._status.now()
+
+    async def set_state(self, state: str) -> None:
+        """The driver says how the run stands: starting, running, stopping."""
+        self._status.run_state = state
+        self._status.write()
+
+    async def wants_slot(self) -> bool:
+        """Whether a closed slot should be opened again."""
+        return self._controller.wants_slot()
+
+    async def end_run(self, state: str) -> None:
+        """Close journal and tables; the actor is of no use afterwards."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._is_over = True
+        self._status.run_state = state
+        self._status.write()
+        self._controller.close()
+
+    # Inside.
+
+    def _ensure_ticks(self) -> None:
+        if self._ticker is None and not self._is_over:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever())
+
+    def _after(self) -> None:
+        """Wake whom the last change concerns."""
+        self._ensure_ticks()
+        slots, trials = self._controller.take_changes()
+        for key in [*(f"slot:{slot_id}" for slot_id in slots), *(f"trial:{trial_id}" for trial_id in trials)]:
+            self._events.pop(key, asyncio.Event()).set()
+        if self._controller.state.wants_decision:
+            self._wake.set()
+
+    async def _poll(self, key: str, look: Any) -> Any:
+        """What `look` finds, as soon as it is not None; None after `POLL_S`."""
+        self._ensure_ticks()
+        deadline_s = asyncio.get_running_loop().time() + POLL_S
+        while (found := look()) is None:
+            self._after()  # looking may have granted a credit
+            event = self._events[key]
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(event.wait(), max(0.0, left_s))
+            except TimeoutError:
+                return None
+        return found
+
+    async def _tick_for_ever(self) -> None:
+        """Decide every period and at once when trials come or go; the first of three places that catch everything."""
+        loop = asyncio.get_running_loop()
+        next_slow_s = loop.time()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._period_s)
+            self._wake.clear()
+            try:
+                await self._decide()
+                if loop.time() >= next_slow_s:
+                    next_slow_s = loop.time() + _SLOW_PERIOD_S
+                    self._controller.decider.settle_gains()
+                    self._controller.close_idle_slots()
+                    self._controller.telemetry.append_devices(self._status.sample_devices())
+                    self._controller.telemetry.flush()
+                    self._status.write()
+            except Exception:
+                logger.exception("a tick failed; the plan in force stays")
+            self._after()
+
+    async def _decide(self) -> None:
+        """One decision: snapshot, policy in its own thread with a deadline, plan."""
+        controller = self._controller
+        controller.state.wants_decision = False
+        snapshot = controller.decider.snapshot()
+        if snapshot is None:
+            return
+        if self._deciding is not None and not self._deciding.done():
+            controller.decider.refuse(snapshot, "the policy still has not returned from an earlier decision", [])
+            controller.publish_offers()
+            return
+        self._deciding = asyncio.get_running_loop().run_in_executor(self._pool, self._policy.decide, snapshot)
+        try:
+            plan = await asyncio.wait_for(asyncio.shield(self._deciding), self._deadline_s)
+        except TimeoutError:
+            controller.decider.refuse(
+                snapshot, f"the policy took longer than its deadline of {self._deadline_s:g} s", []
+            )
+        except Exception as error:  # a user's policy may raise anything
+            logger.exception("the policy raised")
+            controller.decider.refuse(snapshot, f"the policy raised {type(error).__name__}: {error}", [])
+        else:
+            controller.decider.accept(snapshot, plan)
+        controller.publish_offers()

@@ -1,0 +1,435 @@
+"""The controller: events from worker groups and from the search in, orders and answers out. No Ray, no waiting.
+
+Every method is idempotent, because a caller whose answer was lost asks again. Methods return at once; who has to wait
+(a long poll) waits in the actor, which is told through `take_changes` whom to wake.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.clock import Clock
+from orchestrator.control.decider import Decider
+from orchestrator.control.journal import FILE_NAME, SCHEMA_VERSION, Journal, read
+from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
+from orchestrator.control.orders import (
+    Ack,
+    Events,
+    Outcome,
+    OverrideReport,
+    Report,
+    SlotHello,
+    SlotOp,
+    SlotOrder,
+    StopMode,
+    TrialOrder,
+)
+from orchestrator.control.recovery import forget_workers, recover
+from orchestrator.control.spec import RunSpec
+from orchestrator.control.state import RunState
+from orchestrator.telemetry.record import unpack
+from orchestrator.telemetry.store import TelemetryWriter
+from policies.codec import to_jsonable
+from policies.fit import protect
+from policies.plan import TrialId, changed_dials
+from policies.snapshot import Override
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the search learns of a trial. `report` is None while it is pending, and at its end."""
+
+    state: TrialState
+    report: Report | None = None
+    reason: str = ""
+    is_last: bool = False
+
+
+class Controller:
+    """One run. All methods run on one event loop."""
+
+    def __init__(self, spec: RunSpec, clock: Clock, incarnation: str) -> None:
+        run_dir = Path(spec.run_dir)
+        self.state = RunState(spec, clock, Journal(run_dir / FILE_NAME), incarnation)
+        self.decider = Decider(self.state)
+        self.telemetry = TelemetryWriter(run_dir / "telemetry")
+        self._is_interrupted = False
+
+    def begin(self, start_id: str) -> None:
+        """Write the head of a new journal, or take up what an existing one says.
+
+        An entry of the same `start_id` means that only the actor was restarted; otherwise the whole run is started anew
+        and the worker groups of the journal are gone.
+        """
+        spec, state = self.state.spec, self.state
+        entries = list(read(Path(spec.run_dir) / FILE_NAME))
+        if not entries:
+            state.log("run", schema=SCHEMA_VERSION, run_id=spec.run_id, start_id=start_id, spec=spec.to_jsonable())
+        else:
+            recover(state, entries)
+            are_workers_gone = all(entry.get("start_id") != start_id for entry in entries)
+            state.log("recovered", start_id=start_id, are_workers_gone=are_workers_gone)
+            if are_workers_gone:
+                forget_workers(state)
+        state.journal.sync()
+
+    # The search.
+
+    def submit(self, trial_id: TrialId, params: dict[str, Any]) -> None:
+        """Queue a trial of the search; known ones are left as they are."""
+        trial = self.state.lifecycle.submit(trial_id, {**self.state.spec.params, **params})
+        if trial is not None:
+            self.state.log("trial_queued", trial_id=trial_id, params=trial.params)
+            self.state.journal.sync()
+            self._assign()
+
+    def answer(self, trial_id: TrialId, index: int) -> Answer | None:
+        """Report `index` of a trial, or its end; None while it is pending. Asking grants the trial that report."""
+        trial = self.state.lifecycle.trials[trial_id]
+        if index < len(trial.reports):
+            is_last = trial.state.is_final and index == len(trial.reports) - 1
+            return Answer(state=trial.state, report=trial.reports[index], reason=trial.reason, is_last=is_last)
+        if trial.state.is_final:
+            return Answer(state=trial.state, reason=trial.reason, is_last=True)
+        if self._is_interrupted and trial.state is TrialState.QUEUED:
+            return Answer(state=trial.state, reason="the run was interrupted", is_last=True)
+        if trial.credit <= index:
+            trial.credit = index + 1
+            self._refresh(trial)
+        return None
+
+    def stop_trial(self, trial_id: TrialId, mode: StopMode) -> None:
+        """The search has no further use for a trial, or the run is interrupted."""
+        trial = self.state.lifecycle.stop(trial_id, mode)
+        if trial is None:
+            return
+        self.state.log("trial_stop", trial_id=trial_id, mode=mode.value)
+        if trial.state.is_final:
+            self._log_end(trial)
+        self._refresh(trial)
+        self.state.changed_trials.add(trial_id)
+
+    def interrupt(self) -> None:
+        """Let every running trial commit and leave; nothing is assigned any more."""
+        self._is_interrupted = True
+        for trial in self.state.lifecycle.running():
+            self.stop_trial(trial.trial_id, StopMode.CHECKPOINT)
+        self.state.changed_trials.update(self.state.lifecycle.trials)
+
+    def release(self, trial_id: TrialId) -> None:
+        """The search's stand-in of a trial has gone; the trial ends, unless the whole run is only interrupted."""
+        if not self._is_interrupted:
+            self.stop_trial(trial_id, StopMode.DISCARD)
+
+    # Worker groups.
+
+    def expect_slot(self, slot_id: str) -> None:
+        """The supervisor is opening a slot."""
+        self.state.lifecycle.expect_slot(slot_id)
+
+    def attach(self, hello: SlotHello) -> int:
+        """A worker group reports for work; returns its epoch."""
+        state = self.state
+        state.set_devices(hello.devices)
+        carried = state.lifecycle.slots[hello.slot_id].trial_id if hello.slot_id in state.lifecycle.slots else None
+        slot, orphan = state.lifecycle.attach(hello)
+        if carried is not None:
+            state.end_trial(carried)
+        state.log("slot", slot_id=slot.slot_id, state=slot.state.value, epoch=slot.epoch, hello=to_jsonable(hello))
+        self._log_requeue(orphan)
+        slot.idle_since_s = state.clock.now_s()
+        state.publish(slot, state.idle_order(slot))
+        self._assign()
+        state.journal.sync()
+        return slot.epoch
+
+    def order(self, slot_id: str, epoch: int) -> SlotOrder | None:
+        """The newest order of a slot, or None when its epoch is over (the caller must end)."""
+        slot = self.state.lifecycle.slots.get(slot_id)
+        if slot is None or slot.epoch != epoch or slot.state in {SlotState.CLOSED, SlotState.LOST}:
+            return None
+        if slot_id not in self.state.orders:
+            self._publish_for(slot)
+        return self.state.orders[slot_id]
+
+    def take_events(self, slot_id: str, epoch: int, attempt_of: tuple[TrialId, int], rank: int, events: Events) -> bool:
+        """What a rank says happened; False when it speaks for an attempt that is over."""
+        state = self.state
+        slot = state.lifecycle.slots.get(slot_id)
+        trial = (
+            None
+            if slot is None or slot.epoch != epoch or slot.trial_id is None
+            else state.lifecycle.trials[slot.trial_id]
+        )
+        if trial is None or (trial.trial_id, trial.attempt) != attempt_of:
+            return False
+        for message in events.records:
+            self._take_records(trial, rank, message)
+        if rank == 0:
+            for override in events.overrides:  # before any new grant
+                self._take_override(trial, override)
+            for ack in events.acks:
+                self._take_ack(trial, ack)
+            for report in events.reports:
+                self._take_report(trial, report)
+        return True
+
+    def finish(self, slot_id: str, epoch: int, attempt_of: tuple[TrialId, int], outcome: Outcome) -> None:
+        """The trial left its slot on all ranks."""
+        state = self.state
+        slot = state.lifecycle.slots.get(slot_id)
+        if slot is None or slot.epoch != epoch or slot.trial_id is None:
+            return
+        trial = state.lifecycle.trials[slot.trial_id]
+        if (trial.trial_id, trial.attempt) != attempt_of:
+            return
+        state.lifecycle.finish(slot, outcome)
+        state.end_trial(trial.trial_id)
+        slot.idle_since_s = state.clock.now_s()
+        if trial.state.is_final:
+            self._log_end(trial)
+        else:
+            self._log_requeue(trial)
+        state.publish(slot, state.idle_order(slot))
+        self._assign()
+        state.journal.sync()
+
+    def world_size(self, slot_id: str) -> int:
+        """Ranks of a slot's worker group; 1 for an unknown one."""
+        slot = self.state.lifecycle.slots.get(slot_id)
+        return 1 if slot is None or slot.hello is None else len(slot.hello.placement)
+
+    def poison_slot(self, slot_id: str, epoch: int, outcome: Outcome) -> None:
+        """One rank raised and the others did not come: the trial fails with that when the group has restarted."""
+        slot = self.state.lifecycle.slots.get(slot_id)
+        if slot is not None and slot.epoch == epoch:
+            self.state.lifecycle.poison(slot_id, outcome)
+
+    def lose_slot(self, slot_id: str, reason: str) -> None:
+        """The supervisor saw a slot end without being told to."""
+        state = self.state
+        slot = state.lifecycle.slots.get(slot_id)
+        carried = None if slot is None else slot.trial_id
+        orphan = state.lifecycle.lose_slot(slot_id, reason)
+        if slot is None:
+            return
+        if carried is not None:
+            state.end_trial(carried)
+        state.log("slot", slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None)
+        self._log_requeue(orphan)
+        self._assign()
+        state.journal.sync()
+        state.changed_slots.add(slot_id)
+
+    def close_slot(self, slot_id: str) -> None:
+        """Tell a slot to end when it is idle; its loop returns."""
+        slot = self.state.lifecycle.slots.get(slot_id)
+        if slot is None or slot.is_closing:
+            return
+        slot.is_closing = True
+        if slot.state is SlotState.IDLE:
+            self.state.publish(slot, self.state.idle_order(slot))
+
+    def close_idle_slots(self) -> None:
+        """Let go of slots that have had nothing to do for long."""
+        state = self.state
+        if state.lifecycle.queue:
+            return
+        for slot in state.open_slots():
+            is_idle = slot.state is SlotState.IDLE and slot.hello is not None
+            if is_idle and state.clock.now_s() - slot.idle_since_s > state.spec.idle_close_s:
+                self.close_slot(slot.slot_id)
+
+    def wants_slot(self) -> bool:
+        """Whether a closed slot should be opened again: trials wait and none is on its way."""
+        is_opening = any(slot.state is SlotState.OPENING for slot in self.state.open_slots())
+        return bool(self.state.lifecycle.queue) and not self._is_interrupted and not is_opening
+
+    def slot_closed(self, slot_id: str) -> None:
+        """The slot's loop returned as told."""
+        self.state.lifecycle.close_slot(slot_id)
+        slot = self.state.lifecycle.slots[slot_id]
+        self.state.log("slot", slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None)
+
+    def close(self) -> None:
+        """Nothing more will come: close journal and tables."""
+        self.state.journal.close()
+        self.telemetry.close()
+
+    # Decisions.
+
+    def publish_offers(self) -> None:
+        """Send out what can be granted now."""
+        offered = self.decider.offers()
+        if not offered:
+            return
+        self.state.journal.sync()
+        for trial_id in offered:
+            self._refresh(self.state.lifecycle.trials[trial_id])
+
+    def take_changes(self) -> tuple[set[str], set[TrialId]]:
+        """Slots and trials whose waiters have something to read; forgotten by this call."""
+        changes = self.state.changed_slots, self.state.changed_trials
+        self.state.changed_slots, self.state.changed_trials = set(), set()
+        return changes
+
+    # Inside.
+
+    def _assign(self) -> None:
+        if self._is_interrupted:
+            return
+        state = self.state
+        for slot, trial in state.lifecycle.assign():
+            state.log(
+                "trial_assigned",
+                trial_id=trial.trial_id,
+                attempt=trial.attempt,
+                slot_id=slot.slot_id,
+                epoch=slot.epoch,
+            )
+            state.begin_trial(trial, slot)
+            self._refresh(trial)
+        state.journal.sync()
+
+    def _refresh(self, trial: Trial) -> None:
+        """Publish the order of the slot that carries the trial."""
+        slot = self.state.slot_of(trial)
+        if slot is not None:
+            self._publish_for(slot)
+
+    def _publish_for(self, slot: Slot) -> None:
+        state = self.state
+        if slot.trial_id is None:
+            state.publish(slot, state.idle_order(slot))
+            return
+        trial = state.lifecycle.trials[slot.trial_id]
+        line = state.ledger.lines[trial.trial_id]
+        order = SlotOrder(
+            incarnation=state.incarnation,
+            seq=state.next_seq(slot),
+            op=SlotOp.RUN,
+            trial=self._trial_order(trial),
+            grant=line.offers[-1] if line.offers else line.applied,
+            credit=trial.credit,
+            stop=trial.stop,
+        )
+        state.publish(slot, order)
+
+    def _trial_order(self, trial: Trial) -> TrialOrder:
+        spec = self.state.spec
+        return TrialOrder(
+            trial_id=trial.trial_id,
+            attempt=trial.attempt,
+            seed=spec.seed,
+            job=spec.job,
+            params=trial.params,
+            start=spec.start,
+            limits=spec.limits,
+            samples_per_report=spec.samples_per_report,
+            max_reports=spec.max_reports,
+            directory=str(Path(spec.run_dir) / "trials" / trial.trial_id),
+            resume_from=trial.checkpoint,
+            num_reports_done=len(trial.reports),
+        )
+
+    def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:
+        records = unpack(message)
+        window = self.state.windows[trial.trial_id]
+        report = window.fold(rank, records, self.state.clock.now_s(), newest_generation=self.state.plan.generation)
+        if report.accepted:
+            self.telemetry.append_steps(trial.trial_id, trial.attempt, rank, records[report.mask])
+        if report.refused:
+            logger.warning("telemetry.refused trial=%s rank=%d %s", trial.trial_id, rank, report.reasons)
+
+    def _take_ack(self, trial: Trial, ack: Ack) -> None:
+        state = self.state
+        before = state.ledger.running_settings(trial.trial_id)
+        grant = state.ledger.acknowledge(trial.trial_id, ack.generation)
+        if grant is None:
+            return
+        now_s = state.clock.now_s()
+        dials = () if before is None else changed_dials(before, grant.settings)
+        for dial in dials:
+            state.changes_applied[dial] = state.changes_applied.get(dial, 0) + 1
+        if dials:
+            state.changed_at_s[trial.trial_id] = now_s
+        state.overrides.pop(trial.trial_id, None)
+        view = state.windows[trial.trial_id].view(now_s)
+        state.meter.applied(trial.trial_id, ack.generation, view.num_samples, now_s)
+        committed_s = state.committed_at_s.get(ack.generation, ack.applied_s)
+        state.log(
+            "ack",
+            generation=ack.generation,
+            trial_id=trial.trial_id,
+            attempt=trial.attempt,
+            step=ack.step,
+            settings=to_jsonable(ack.settings),
+            ack_s=max(0.0, ack.applied_s - committed_s),
+            switch_s=ack.switch_s,
+            dials=list(dials),
+        )
+        self.publish_offers()
+
+    def _take_override(self, trial: Trial, report: OverrideReport) -> None:
+        state = self.state
+        before = state.ledger.running_settings(trial.trial_id)
+        if not state.ledger.record_override(trial.trial_id, report.number, report.settings):
+            return
+        state.overrides[trial.trial_id] = Override(
+            number=report.number, generation=report.generation, settings=report.settings, reason=report.reason
+        )
+        state.changed_at_s[trial.trial_id] = state.clock.now_s()
+        if before is not None:
+            state.fits[trial.trial_id] = protect(state.fits[trial.trial_id], before, report.settings)
+        trial.story.append(f"override {report.number} at step {report.step}: {report.reason}")
+        state.log("override", trial_id=trial.trial_id, **to_jsonable(report))
+        state.journal.sync()
+        state.wants_decision = True
+
+    def _take_report(self, trial: Trial, report: Report) -> None:
+        if not self.state.lifecycle.add_report(trial, report):
+            return
+        fields = asdict(report)
+        fields["metrics"] = {key: _finite(value) for key, value in report.metrics.items()}
+        self.state.log("result", trial_id=trial.trial_id, **fields)
+        self.state.journal.sync()
+        self.telemetry.append_results([{"trial_id": trial.trial_id, "attempt": trial.attempt, **fields}])
+        self.state.changed_trials.add(trial.trial_id)
+
+    def _log_end(self, trial: Trial) -> None:
+        self.state.log(
+            "trial_ended",
+            trial_id=trial.trial_id,
+            state=trial.state.value,
+            reason=trial.reason,
+            step=trial.step,
+            num_samples=trial.num_samples,
+        )
+        self.state.journal.sync()
+        self.state.changed_trials.add(trial.trial_id)
+
+    def _log_requeue(self, trial: Trial | None) -> None:
+        if trial is None:
+            return
+        self.state.changed_trials.add(trial.trial_id)
+        if trial.state.is_final:
+            self._log_end(trial)
+            return
+        self.state.log(
+            "trial_requeued",
+            trial_id=trial.trial_id,
+            attempt=trial.attempt,
+            num_restarts=trial.num_restarts,
+            checkpoint=trial.checkpoint,
+            reason=trial.story[-1],
+        )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a diverged metric is null."""
+    return value if value == value and abs(value) != float("inf") else None  # noqa: PLR0124

@@ -1,0 +1,171 @@
+"""From telemetry to a plan: folds observations into fits, freezes the snapshot, takes or refuses an answer.
+
+The policy itself is called in between, by the actor, because it may overrun. A refused plan changes nothing: the plan
+in force stays, and trials that are new to it are served by fair shares until the policy is sane again.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from orchestrator.control.journal import SPARE_REASON
+from orchestrator.control.lifecycle import Trial
+from orchestrator.control.orders import Grant
+from orchestrator.control.state import RunState
+from policies.codec import to_jsonable
+from policies.fair_share import FairShare
+from policies.fit import noise_scale, update
+from policies.goodput import efficiency
+from policies.invariants import check
+from policies.plan import Allocation, Plan, TrialId, changed_dials, diff, is_same
+from policies.snapshot import Snapshot, TrialView
+
+logger = logging.getLogger(__name__)
+
+
+class Decider:
+    """Makes snapshots and takes plans for one run."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._last_refusal = ""
+
+    def snapshot(self) -> Snapshot | None:
+        """The world now, with fits advanced by what was observed since the last call; None when no trial runs."""
+        state = self._state
+        now_s = state.clock.now_s()
+        trials = state.lifecycle.running()
+        for trial in trials:
+            self._advance_fit(trial, now_s)
+        if not trials:
+            return None
+        return Snapshot(
+            now_s=now_s,
+            seed=state.spec.seed,
+            plan=state.plan,
+            devices=tuple(sorted(state.devices.values(), key=lambda device: device.device_id)),
+            trials=tuple(self._view(trial, now_s) for trial in trials),
+        )
+
+    def accept(self, snapshot: Snapshot, plan: Plan) -> bool:
+        """Take a plan that breaks no invariant: journal it, then make it the target. False when it was refused."""
+        violations = check(snapshot, plan)
+        if violations:
+            self.refuse(snapshot, "the plan breaks invariants", [violation.text for violation in violations])
+            return False
+        self._last_refusal = ""
+        state = self._state
+        if snapshot.plan is not state.plan or is_same(state.plan, plan):
+            return True
+        state.log("plan", generation=plan.generation, snapshot=to_jsonable(snapshot), plan=to_jsonable(plan))
+        state.journal.sync()
+        self._begin_gains(snapshot, plan)
+        state.plan = plan
+        state.committed_at_s[plan.generation] = state.clock.now_s()
+        state.overrides.clear()
+        state.ledger.commit(plan)
+        logger.info("plan.committed generation=%d %s", plan.generation, plan.reason)
+        return True
+
+    def refuse(self, snapshot: Snapshot, reason: str, violations: list[str]) -> None:
+        """Log why a decision was not taken, once per reason, and look after trials that have no allocation yet."""
+        state = self._state
+        story = f"{reason}: {'; '.join(violations)}"
+        if story != self._last_refusal:
+            self._last_refusal = story
+            logger.warning("plan.refused %s; the plan in force stays", story)
+            state.log("refusal", generation=state.plan.generation, reason=reason, violations=violations)
+            state.journal.sync()
+        if any(state.plan.allocation(trial.trial_id) is None for trial in snapshot.trials):
+            spare = FairShare().decide(snapshot)
+            self.accept(snapshot, replace(spare, reason=f"{SPARE_REASON} ({reason})"))
+
+    def offers(self) -> dict[TrialId, Grant]:
+        """Grants that became possible; journalled, not yet synced."""
+        granted = self._state.ledger.offer()
+        for trial_id, grant in granted.items():
+            self._state.log(
+                "offer",
+                generation=grant.generation,
+                trial_id=trial_id,
+                settings=to_jsonable(grant.settings),
+                units=[list(units) for units in grant.units],
+                amount=grant.amount,
+            )
+        return granted
+
+    def settle_gains(self) -> None:
+        """Journal the realised gain of changes that have settled."""
+        state = self._state
+        now_s = state.clock.now_s()
+        for trial in state.lifecycle.running():
+            view = state.windows[trial.trial_id].view(now_s)
+            gain = state.meter.settle(trial.trial_id, view.num_samples, now_s)
+            if gain is None:
+                continue
+            for dial in gain.dials:
+                state.gains[dial] = state.gains.get(dial, 0.0) + gain.realised
+            state.log(
+                "gain",
+                generation=gain.generation,
+                trial_id=gain.trial_id,
+                dial="+".join(gain.dials),
+                predicted=gain.predicted,
+                realised=gain.realised,
+            )
+
+    def _advance_fit(self, trial: Trial, now_s: float) -> None:
+        state = self._state
+        observations = state.windows[trial.trial_id].observations(now_s)
+        if observations:
+            fit = update(state.fits[trial.trial_id], observations)
+            state.fits[trial.trial_id] = fit
+            state.shape_fits[state.spec.shape(trial.params)] = fit
+
+    def _view(self, trial: Trial, now_s: float) -> TrialView:
+        state = self._state
+        view = state.windows[trial.trial_id].view(now_s)
+        return TrialView(
+            trial_id=trial.trial_id,
+            shape=state.spec.shape(trial.params),
+            start=state.spec.start,
+            limits=state.spec.limits,
+            placement=state.ledger.lines[trial.trial_id].placement,
+            weight=1.0,
+            step=max(view.step, trial.step),
+            num_samples=max(view.num_samples, trial.num_samples),
+            target_samples=state.spec.target_samples,
+            throughput_per_s=view.throughput_per_s,
+            loss=view.loss,
+            is_stale=view.is_stale,
+            fit=state.fits[trial.trial_id],
+            override=state.overrides.get(trial.trial_id),
+            changed_at_s=state.changed_at_s[trial.trial_id],
+            began_at_s=trial.began_at_s,
+        )
+
+    def _begin_gains(self, snapshot: Snapshot, plan: Plan) -> None:
+        for allocation in diff(snapshot.plan, plan):
+            # From here and not from the acknowledgement: a policy must not turn again what is on its way.
+            self._state.changed_at_s[allocation.trial_id] = snapshot.now_s
+            before = snapshot.plan.allocation(allocation.trial_id)
+            trial = next(t for t in snapshot.trials if t.trial_id == allocation.trial_id)
+            if before is None or trial.throughput_per_s is None:
+                continue
+            self._state.meter.committed(
+                allocation.trial_id,
+                plan.generation,
+                changed_dials(before.settings, allocation.settings),
+                allocation.predicted_gain,
+                trial.throughput_per_s * _efficiency(trial, before),
+                _efficiency(trial, allocation),
+            )
+
+
+def _efficiency(trial: TrialView, allocation: Allocation) -> float:
+    """Statistical efficiency of an allocation as far as the noise scale is known, else 1."""
+    noise = noise_scale(trial.fit)
+    if noise is None:
+        return 1.0
+    return efficiency(noise, trial.start.global_batch, allocation.settings.global_batch)

@@ -1,0 +1,253 @@
+"""The states of slots and trials, as plain state machines: events in, states out. No Ray, no clock, no files.
+
+A slot is a long-lived worker group that serves trials in turn. A trial is queued, runs in a slot, and ends; when its
+slot dies it goes back to the front of the queue and resumes from its last commit, a bounded number of times.
+
+    slot:  OPENING -attach-> IDLE -assign-> RUNNING -finish-> IDLE -close-> CLOSED
+                ^---- attach again (its processes died; the epoch grows) ----'   LOST: its controller died
+    trial: QUEUED -assign-> RUNNING -> DONE | STOPPED | FAILED, or back to QUEUED
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from orchestrator.control.orders import Outcome, Report, SlotHello, Status, StopMode
+from policies.plan import TrialId
+
+STORY_LENGTH = 20
+
+
+class SlotState(StrEnum):
+    """Where a slot is in its life."""
+
+    OPENING = "opening"
+    IDLE = "idle"
+    RUNNING = "running"
+    CLOSED = "closed"
+    LOST = "lost"
+
+
+class TrialState(StrEnum):
+    """Where a trial is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more will happen to the trial."""
+        return self in {TrialState.DONE, TrialState.STOPPED, TrialState.FAILED}
+
+
+@dataclass(slots=True)
+class Slot:
+    """A worker group. `epoch` fences messages of its earlier processes; `poison` says why its ranks lost each other."""
+
+    slot_id: str
+    state: SlotState = SlotState.OPENING
+    epoch: int = 0
+    hello: SlotHello | None = None
+    trial_id: TrialId | None = None
+    is_closing: bool = False
+    idle_since_s: float = 0.0
+    poison: Outcome | None = None
+
+
+@dataclass(slots=True)
+class Trial:
+    """A trial and its story. `num_restarts` counts slots that died under it."""
+
+    trial_id: TrialId
+    index: int
+    params: dict[str, Any]
+    state: TrialState = TrialState.QUEUED
+    attempt: int = 0
+    num_restarts: int = 0
+    slot_id: str | None = None
+    reports: list[Report] = field(default_factory=list)
+    checkpoint: str | None = None
+    credit: int = 0
+    stop: StopMode = StopMode.NONE
+    reason: str = ""
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
+    step: int = 0
+    num_samples: int = 0
+    began_at_s: float = 0.0
+
+
+class Lifecycle:
+    """All slots and trials of a run."""
+
+    def __init__(self, restart_budget: int) -> None:
+        self._restart_budget = restart_budget
+        self.slots: dict[str, Slot] = {}
+        self.trials: dict[TrialId, Trial] = {}
+        self._queue: deque[TrialId] = deque()
+
+    @property
+    def queue(self) -> tuple[TrialId, ...]:
+        """Trials waiting for a slot, next first."""
+        return tuple(self._queue)
+
+    def running(self) -> list[Trial]:
+        """Trials in a slot, by id."""
+        return sorted((t for t in self.trials.values() if t.state is TrialState.RUNNING), key=lambda t: t.trial_id)
+
+    def submit(self, trial_id: TrialId, params: dict[str, Any]) -> Trial | None:
+        """Queue a trial; None when it is known already (a resend)."""
+        if trial_id in self.trials:
+            return None
+        trial = Trial(trial_id=trial_id, index=len(self.trials), params=params)
+        trial.story.append("queued")
+        self.trials[trial_id] = trial
+        self._queue.append(trial_id)
+        return trial
+
+    def expect_slot(self, slot_id: str) -> None:
+        """The supervisor is opening a slot of this name."""
+        slot = self.slots.setdefault(slot_id, Slot(slot_id))
+        if slot.state in {SlotState.CLOSED, SlotState.LOST}:
+            slot.state, slot.is_closing = SlotState.OPENING, False
+
+    def attach(self, hello: SlotHello) -> tuple[Slot, Trial | None]:
+        """A worker group is there (again): its slot, and the trial its earlier processes took down."""
+        slot = self.slots.setdefault(hello.slot_id, Slot(hello.slot_id))
+        orphan = self._take_back(slot, "its worker group died")
+        slot.epoch += 1
+        slot.state, slot.hello = SlotState.IDLE, hello
+        return slot, orphan
+
+    def lose_slot(self, slot_id: str, reason: str) -> Trial | None:
+        """A slot is gone with its controller; returns the trial it carried."""
+        slot = self.slots.get(slot_id)
+        if slot is None or slot.state in {SlotState.CLOSED, SlotState.LOST}:
+            return None
+        orphan = self._take_back(slot, reason)
+        slot.state = SlotState.LOST
+        return orphan
+
+    def poison(self, slot_id: str, outcome: Outcome) -> None:
+        """The ranks lost each other over one rank's outcome: it ends the trial when the group has restarted."""
+        self.slots[slot_id].poison = outcome
+
+    def close_slot(self, slot_id: str) -> None:
+        """The slot's loop returned as told."""
+        self.slots[slot_id].state = SlotState.CLOSED
+
+    def assign(self) -> list[tuple[Slot, Trial]]:
+        """Give queued trials to idle slots, first come first served."""
+        pairs = []
+        idle = sorted((s for s in self.slots.values() if s.state is SlotState.IDLE), key=lambda s: s.slot_id)
+        for slot in idle:
+            if slot.is_closing or not self._queue:
+                continue
+            trial = self.trials[self._queue[0]]
+            self.place(trial, slot)
+            pairs.append((slot, trial))
+        return pairs
+
+    def place(self, trial: Trial, slot: Slot) -> None:
+        """Put a queued trial into a slot."""
+        self.remove_from_queue(trial.trial_id)
+        slot.state, slot.trial_id = SlotState.RUNNING, trial.trial_id
+        trial.state, trial.slot_id = TrialState.RUNNING, slot.slot_id
+        trial.story.append(f"attempt {trial.attempt} began in {slot.slot_id}")
+
+    def put_back(self, trial: Trial, attempt: int) -> None:
+        """Put a trial at the front of the queue for its next attempt."""
+        trial.state, trial.attempt = TrialState.QUEUED, attempt
+        self.remove_from_queue(trial.trial_id)
+        self._queue.appendleft(trial.trial_id)
+
+    def remove_from_queue(self, trial_id: TrialId) -> None:
+        """Forget a trial's place in the queue, if it has one."""
+        if trial_id in self._queue:
+            self._queue.remove(trial_id)
+
+    def add_report(self, trial: Trial, report: Report) -> bool:
+        """Take the trial's next report; False for one already taken.
+
+        Raises:
+            ValueError: a report is missing in between.
+        """
+        if report.index < len(trial.reports):
+            return False
+        if report.index > len(trial.reports):
+            raise ValueError(f"report {report.index} of {trial.trial_id} came before report {len(trial.reports)}")
+        trial.reports.append(report)
+        trial.checkpoint = report.checkpoint or trial.checkpoint
+        trial.step, trial.num_samples = report.step, report.num_samples
+        trial.story.append(f"report {report.index} at step {report.step}")
+        return True
+
+    def finish(self, slot: Slot, outcome: Outcome) -> Trial | None:
+        """The trial left its slot; returns it, or None when the slot carries none (a resend)."""
+        if slot.trial_id is None:
+            return None
+        trial = self.trials[slot.trial_id]
+        slot.trial_id, slot.state = None, SlotState.IDLE
+        trial.slot_id = None
+        trial.step, trial.num_samples = max(trial.step, outcome.step), max(trial.num_samples, outcome.num_samples)
+        trial.checkpoint = outcome.checkpoint or trial.checkpoint
+        self._settle(trial, outcome)
+        return trial
+
+    def stop(self, trial_id: TrialId, mode: StopMode) -> Trial | None:
+        """Ask a trial to leave; a queued one ends at once. Returns it when that changed anything."""
+        trial = self.trials.get(trial_id)
+        if trial is None or trial.state.is_final or trial.stop is mode:
+            return None
+        trial.stop = mode
+        if trial.state is TrialState.QUEUED and mode is StopMode.DISCARD:
+            self._queue.remove(trial_id)
+            self._end(trial, TrialState.STOPPED, "stopped while it was waiting")
+        return trial
+
+    def _settle(self, trial: Trial, outcome: Outcome) -> None:
+        if outcome.status is Status.INTERRUPTED:
+            trial.story.append(f"interrupted at step {outcome.step}")
+            self.put_back(trial, trial.attempt + 1)
+            return
+        state = {
+            Status.DONE: TrialState.DONE,
+            Status.STOPPED: TrialState.STOPPED,
+            Status.FAILED: TrialState.FAILED,
+        }[outcome.status]
+        self._end(trial, state, outcome.reason)
+
+    def _take_back(self, slot: Slot, reason: str) -> Trial | None:
+        """Put the trial of a dead slot at the front of the queue, or fail it when it used up its restarts."""
+        if slot.trial_id is None:
+            return None
+        trial = self.trials[slot.trial_id]
+        slot.trial_id, trial.slot_id = None, None
+        if slot.poison is not None:
+            poison, slot.poison = slot.poison, None
+            self._end(trial, TrialState.FAILED, poison.reason)
+            return trial
+        trial.num_restarts += 1
+        trial.attempt += 1
+        trial.story.append(f"{slot.slot_id} lost: {reason}")
+        if trial.stop is StopMode.DISCARD:
+            self._end(trial, TrialState.STOPPED, "stopped while its slot was lost")
+        elif trial.num_restarts > self._restart_budget:
+            self._end(
+                trial,
+                TrialState.FAILED,
+                f"its slot died {trial.num_restarts} times under it; allowed: {self._restart_budget} restarts"
+                " (slots.restart_budget)",
+            )
+        else:
+            self.put_back(trial, trial.attempt)
+        return trial
+
+    def _end(self, trial: Trial, state: TrialState, reason: str) -> None:
+        trial.state, trial.reason = state, reason
+        trial.story.append(f"{state.value}: {reason}" if reason else state.value)

@@ -1,0 +1,182 @@
+"""The messages between the policy actor and the worker groups: plain frozen values, no Ray.
+
+Orders are states, not events: a worker that missed ten of them and reads the eleventh knows all it needs. What workers
+send back is idempotent: acknowledged by (trial, attempt, number), so a resend after a lost answer does no harm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from policies.plan import DeviceId, Settings, TrialId
+from policies.snapshot import DeviceView, DialLimits
+
+
+class SlotOp(StrEnum):
+    """What a slot shall do now."""
+
+    IDLE = "idle"
+    RUN = "run"
+    CLOSE = "close"
+
+
+class StopMode(StrEnum):
+    """How a trial shall leave its slot."""
+
+    NONE = "none"
+    DISCARD = "discard"  # the search has no further use for it
+    CHECKPOINT = "checkpoint"  # commit first: the run is interrupted and will be resumed
+
+
+class Status(StrEnum):
+    """How a trial left its slot, as the worker group saw it."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """An allocation as offered to the ranks of a trial.
+
+    Attributes:
+        generation: of the plan it belongs to.
+        settings: the dials.
+        units: for each rank, the numbers of the device units it may use (cores, SM groups).
+        amount: how many units' worth each rank may use, e.g. 0.5 cores.
+    """
+
+    generation: int
+    settings: Settings
+    units: tuple[tuple[int, ...], ...]
+    amount: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialOrder:
+    """Everything a worker group needs to run one attempt of a trial.
+
+    Attributes:
+        trial_id: the trial.
+        attempt: 0 for the first; later ones resume from the last commit.
+        seed: of model initialisation and sampling.
+        job: a key of `jobs.JOBS`.
+        params: its parameters, those of the search included.
+        start: the user's settings; `start.global_batch` is the base of the learning-rate rule.
+        limits: the envelope of safety overrides.
+        samples_per_report: samples between two reports to the search.
+        max_reports: reports after which the trial is done.
+        directory: the trial's own directory (log, checkpoints).
+        resume_from: a committed checkpoint, or None.
+        num_reports_done: reports that were already taken before this attempt.
+    """
+
+    trial_id: TrialId
+    attempt: int
+    seed: int
+    job: str
+    params: dict[str, Any]
+    start: Settings
+    limits: DialLimits
+    samples_per_report: int
+    max_reports: int
+    directory: str
+    resume_from: str | None
+    num_reports_done: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotOrder:
+    """The state a slot shall reach. `seq` grows with every change; `incarnation` changes when the actor restarts.
+
+    Attributes:
+        op: idle, run or close.
+        trial: the trial to run, with `op` RUN.
+        grant: the newest offered allocation of that trial, None until its first.
+        credit: the trial may take reports with an index below this number.
+        stop: whether and how the trial shall leave.
+    """
+
+    incarnation: str
+    seq: int
+    op: SlotOp
+    trial: TrialOrder | None = None
+    grant: Grant | None = None
+    credit: int = 0
+    stop: StopMode = StopMode.NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotHello:
+    """What a worker group says of itself when it attaches."""
+
+    slot_id: str
+    placement: tuple[DeviceId, ...]
+    devices: tuple[DeviceView, ...]
+    enforced_by: str
+    enforcement: str
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """All ranks of the trial run with the allocation since `step`."""
+
+    generation: int
+    settings: Settings
+    step: int
+    applied_s: float  # CLOCK_MONOTONIC of the node
+    switch_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverrideReport:
+    """A protective move of the trial: it runs with `settings` since `step`, inside the envelope of `generation`."""
+
+    generation: int
+    number: int
+    settings: Settings
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One report of a trial to the search; taken after evaluation and commit."""
+
+    index: int
+    step: int
+    num_samples: int
+    metrics: dict[str, float]
+    checkpoint: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an attempt ended, as one rank saw it. `checkpoint` is set when it was interrupted after a commit."""
+
+    status: Status
+    step: int
+    num_samples: int
+    reason: str = ""
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Events:
+    """One message of a rank: what happened since the last one, oldest first, and packed step records."""
+
+    number: int
+    acks: tuple[Ack, ...] = ()
+    overrides: tuple[OverrideReport, ...] = ()
+    reports: tuple[Report, ...] = ()
+    records: tuple[bytes, ...] = field(default=())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to send."""
+        return not (self.acks or self.overrides or self.reports or self.records)

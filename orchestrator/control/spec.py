@@ -1,0 +1,91 @@
+"""What the controller must know of a run: the resolved run file, reduced to plain frozen values.
+
+Built once by the driver; travels to the actor and is written into the journal, so that a restarted actor has it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from policies.plan import Settings
+from policies.snapshot import DialLimits
+from policies.tier import Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """One run.
+
+    Attributes:
+        run_id: its name.
+        run_dir: its directory, absolute.
+        seed: of everything random in it.
+        job: a key of `jobs.JOBS`.
+        params: job parameters that are the same for every trial.
+        speed_free_params: names of parameters that do not change how fast a step is (learning rate, seed ...).
+        start: the user's settings of each trial.
+        limits: the ranges of the dials.
+        dials: names of the dials the policy may turn.
+        samples_per_report: samples between two reports of a trial to the search.
+        max_reports: reports of a trial that runs to its end.
+        policy: a key of `policies.POLICIES`, or 'module:Class'.
+        policy_params: its parameters.
+        period_s: seconds between two decisions.
+        deadline_s: seconds a decision may take.
+        restart_budget: slots that may die under one trial before it is failed.
+        stale_after_s: seconds without telemetry after which a trial counts as stale.
+        idle_close_s: seconds after which an idle slot with nothing queued is closed.
+        max_units: use at most this many units of a device (cores), None for all.
+        metric: the validation metric the search looks at.
+        mode: 'min' or 'max'.
+        log_level: of the worker logs.
+    """
+
+    run_id: str
+    run_dir: str
+    seed: int
+    job: str
+    params: dict[str, Any]
+    speed_free_params: tuple[str, ...]
+    start: Settings
+    limits: DialLimits
+    dials: tuple[str, ...]
+    samples_per_report: int
+    max_reports: int
+    policy: str
+    policy_params: dict[str, Any]
+    period_s: float
+    deadline_s: float
+    restart_budget: int
+    stale_after_s: float
+    idle_close_s: float
+    max_units: int | None
+    metric: str
+    mode: str
+    log_level: str = "INFO"
+
+    @property
+    def target_samples(self) -> int:
+        """Samples of a trial that runs to its end."""
+        return self.samples_per_report * self.max_reports
+
+    def shape(self, params: dict[str, Any]) -> str:
+        """Key of everything that fixes a trial's speed apart from its dials."""
+        parts = [f"{key}={params[key]}" for key in sorted(params) if key not in self.speed_free_params]
+        return ",".join([self.job, *parts])
+
+    def to_jsonable(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_jsonable(cls, values: dict[str, Any]) -> RunSpec:
+        """The inverse of `to_jsonable`, for a restarted actor."""
+        fields = dict(values)
+        start, limits = dict(fields["start"]), dict(fields["limits"])
+        fields["start"] = Settings(**{**start, "tier": Tier(start["tier"])})
+        fields["limits"] = DialLimits(**{**limits, "tiers": tuple(Tier(tier) for tier in limits["tiers"])})
+        fields["dials"] = tuple(fields["dials"])
+        fields["speed_free_params"] = tuple(fields["speed_free_params"])
+        return cls(**fields)

@@ -1,0 +1,113 @@
+"""The state of a run inside the policy actor, shared by the parts that change it.
+
+One object, owned by one event loop: the controller takes events in, the decider makes plans, status reads. Every change
+that must survive a crash goes through `log`, which is the journal.
+"""
+
+from __future__ import annotations
+
+from orchestrator.clock import Clock
+from orchestrator.control.gain import GainMeter
+from orchestrator.control.journal import Journal
+from orchestrator.control.ledger import Ledger
+from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
+from orchestrator.control.orders import SlotOp, SlotOrder
+from orchestrator.control.spec import RunSpec
+from orchestrator.telemetry.window import TrialWindow
+from policies.fit import NOTHING_FITTED, TrialFit, inherit
+from policies.plan import EMPTY_PLAN, DeviceId, Plan, TrialId
+from policies.snapshot import DeviceView, Override
+
+
+class RunState:
+    """Everything the actor knows of one run.
+
+    Attributes:
+        plan: the plan in force.
+        windows: telemetry of the running trials.
+        fits: what is learned of the running trials.
+        shape_fits: the newest fit of each shape, for trials yet to come.
+        overrides: protective moves since the plan in force.
+        changed_at_s: when each trial's settings last changed.
+        orders: the newest order of each slot.
+        changes_applied: acknowledged changes per dial.
+        gains: sum of realised gains per dial.
+    """
+
+    def __init__(self, spec: RunSpec, clock: Clock, journal: Journal, incarnation: str) -> None:
+        self.spec, self.clock, self.journal = spec, clock, journal
+        self.incarnation = incarnation
+        self.lifecycle = Lifecycle(spec.restart_budget)
+        self.ledger = Ledger()
+        self.plan: Plan = EMPTY_PLAN
+        self.devices: dict[DeviceId, DeviceView] = {}
+        self.windows: dict[TrialId, TrialWindow] = {}
+        self.fits: dict[TrialId, TrialFit] = {}
+        self.shape_fits: dict[str, TrialFit] = {}
+        self.overrides: dict[TrialId, Override] = {}
+        self.changed_at_s: dict[TrialId, float] = {}
+        self.meter = GainMeter()
+        self.orders: dict[str, SlotOrder] = {}
+        self.changes_applied: dict[str, int] = dict.fromkeys(("share", "batch", "precision"), 0)
+        self.gains: dict[str, float] = {}
+        self.committed_at_s: dict[int, float] = {}
+        self.changed_slots: set[str] = set()
+        self.changed_trials: set[TrialId] = set()
+        self.wants_decision = False
+
+    def log(self, kind: str, **fields: object) -> None:
+        """Append an entry to the journal; durable after `journal.sync()`."""
+        self.journal.append(kind, self.clock.now_s(), self.clock.wall_s(), **fields)
+
+    def set_devices(self, devices: tuple[DeviceView, ...]) -> None:
+        """Add devices that a worker group brought."""
+        self.devices |= {device.device_id: device for device in devices}
+        self.ledger.set_devices(tuple(self.devices.values()))
+
+    def begin_trial(self, trial: Trial, slot: Slot) -> None:
+        """Open the accounts of a trial that was assigned to a slot."""
+        assert slot.hello is not None
+        now_s = self.clock.now_s()
+        shape = self.spec.shape(trial.params)
+        trial.began_at_s = now_s
+        self.ledger.open_line(trial.trial_id, slot.hello.placement)
+        self.windows[trial.trial_id] = TrialWindow(
+            stale_after_s=self.spec.stale_after_s, num_workers=len(slot.hello.placement)
+        )
+        self.fits[trial.trial_id] = inherit(self.shape_fits.get(shape, NOTHING_FITTED))
+        self.changed_at_s[trial.trial_id] = now_s
+        self.changed_trials.add(trial.trial_id)
+        self.wants_decision = True
+
+    def end_trial(self, trial_id: TrialId) -> None:
+        """Close the accounts of a trial whose processes use nothing any more."""
+        self.ledger.close_line(trial_id)
+        self.meter.forget(trial_id)
+        for table in (self.windows, self.fits, self.overrides, self.changed_at_s):
+            table.pop(trial_id, None)
+        self.changed_trials.add(trial_id)
+        self.wants_decision = True
+
+    def publish(self, slot: Slot, order: SlotOrder) -> None:
+        """Make `order` the slot's newest, numbered after the last one."""
+        self.orders[slot.slot_id] = order
+        self.changed_slots.add(slot.slot_id)
+
+    def next_seq(self, slot: Slot) -> int:
+        """Number for the slot's next order; unique over restarts of the actor through the incarnation."""
+        last = self.orders.get(slot.slot_id)
+        return 1 if last is None else last.seq + 1
+
+    def idle_order(self, slot: Slot) -> SlotOrder:
+        """What a slot without a trial shall do."""
+        op = SlotOp.CLOSE if slot.is_closing else SlotOp.IDLE
+        return SlotOrder(incarnation=self.incarnation, seq=self.next_seq(slot), op=op)
+
+    def slot_of(self, trial: Trial) -> Slot | None:
+        """The slot that carries the trial."""
+        return None if trial.slot_id is None else self.lifecycle.slots.get(trial.slot_id)
+
+    def open_slots(self) -> list[Slot]:
+        """Slots that are not closed or lost."""
+        gone = {SlotState.CLOSED, SlotState.LOST}
+        return [slot for slot in self.lifecycle.slots.values() if slot.state not in gone]

@@ -1,0 +1,170 @@
+"""The run as one dict: the content of `status.json`, from which every view is made.
+
+Reads the state, changes nothing in it. The file is replaced atomically, so that a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.control.lifecycle import Trial, TrialState
+from orchestrator.control.state import RunState
+from orchestrator.telemetry.sampler import DeviceSample, Samplers, open_samplers
+from policies.plan import DeviceId, Settings
+from policies.snapshot import DeviceKind
+
+FILE_NAME = "status.json"
+SCHEMA_VERSION = 1
+
+
+class StatusWriter:
+    """Makes and writes the status of one run. `run_state` is what the driver last said."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._samplers: Samplers | None = None
+        self._sampled: tuple[str, ...] = ()
+        self._started_at = state.clock.wall_s()
+        self._samples: dict[str, DeviceSample] = {}
+        self.run_state = "starting"
+
+    def sample_devices(self) -> list[dict[str, Any]]:
+        """Look at every device; rows for the telemetry table."""
+        now_s, wall_s = self._state.clock.now_s(), self._state.clock.wall_s()
+        rows = []
+        for sample in self._open_samplers().sample():
+            self._samples[sample.device_id] = sample
+            rows.append({**asdict(sample), "t_s": now_s, "wall_s": wall_s})
+        return rows
+
+    def now(self) -> dict[str, Any]:
+        """The status of this instant."""
+        state = self._state
+        spec = state.spec
+        return {
+            "schema": SCHEMA_VERSION,
+            "run_id": spec.run_id,
+            "state": self.run_state,
+            "started_at": self._started_at,
+            "actor_pid": os.getpid(),
+            "updated_at": state.clock.wall_s(),
+            "policy": spec.policy,
+            "generation": int(state.plan.generation),
+            "metric": spec.metric,
+            "mode": spec.mode,
+            "dials": {
+                dial: {
+                    "enabled": dial in spec.dials,
+                    "changes_applied": state.changes_applied.get(dial, 0),
+                    "gain": state.gains.get(dial),
+                }
+                for dial in ("share", "batch", "precision")
+            },
+            "devices": [self._device(device_id) for device_id in sorted(state.devices)],
+            "slots": [
+                {"slot_id": slot.slot_id, "state": slot.state.value, "epoch": slot.epoch, "trial_id": slot.trial_id}
+                for slot in sorted(state.lifecycle.slots.values(), key=lambda slot: slot.slot_id)
+            ],
+            "trials": [self._trial(trial) for trial in state.lifecycle.trials.values()],
+        }
+
+    def write(self) -> None:
+        """Replace the file."""
+        path = Path(self._state.spec.run_dir) / FILE_NAME
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(self.now(), allow_nan=False, default=_plain))
+        os.replace(draft, path)  # noqa: PTH105
+
+    def _open_samplers(self) -> Samplers:
+        """Samplers of the devices known now; the actor sees those of its own node."""
+        known = tuple(sorted(self._state.devices))
+        if self._samplers is None or known != self._sampled:
+            if self._samplers is not None:
+                self._samplers.close()
+            devices = self._state.devices.values()
+            cpus = [device.device_id for device in devices if device.kind is DeviceKind.CPU]
+            gpus = {d.device_id.removeprefix("cuda:"): d.device_id for d in devices if d.kind is DeviceKind.CUDA}
+            self._samplers, self._sampled = open_samplers(cpus[0] if cpus else None, gpus), known
+        return self._samplers
+
+    def _device(self, device_id: DeviceId) -> dict[str, Any]:
+        device = self._state.devices[device_id]
+        sample = self._samples.get(device_id)
+        return {
+            "device_id": device_id,
+            "kind": device.kind.value,
+            "units": device.units,
+            "granted_share": round(self._state.ledger.held(device.device_id), 6),
+            "utilisation_ratio": None if sample is None else sample.utilisation_ratio,
+            "memory_used_bytes": None if sample is None else sample.memory_used_bytes,
+            "memory_total_bytes": None if sample is None else sample.memory_total_bytes,
+        }
+
+    def _trial(self, trial: Trial) -> dict[str, Any]:
+        state = self._state
+        window = state.windows.get(trial.trial_id)
+        view = None if window is None else window.view(state.clock.now_s())
+        line = state.ledger.lines.get(trial.trial_id)
+        settings = state.ledger.running_settings(trial.trial_id)
+        slot = state.slot_of(trial)
+        num_samples = max(trial.num_samples, 0 if view is None else view.num_samples)
+        throughput = None if view is None else view.throughput_per_s
+        last = trial.reports[-1].metrics if trial.reports else {}
+        return {
+            "trial_id": trial.trial_id,
+            "index": trial.index,
+            "state": trial.state.value,
+            "slot_id": trial.slot_id,
+            "attempt": trial.attempt,
+            "step": max(trial.step, 0 if view is None else view.step),
+            "num_samples": num_samples,
+            "target_samples": state.spec.target_samples,
+            "loss": None if view is None else view.loss,
+            "metric_value": last.get(state.spec.metric),
+            "throughput_per_s": throughput,
+            "amount": None if line is None or line.applied is None else line.applied.amount,
+            "enforced_by": None if slot is None or slot.hello is None else slot.hello.enforced_by,
+            **_dials(settings, state.spec.start),
+            "decision": self._decision(trial),
+            "time_left_s": _time_left_s(trial, state.spec.target_samples - num_samples, throughput),
+            "log_path": str(Path(state.spec.run_dir) / "trials" / trial.trial_id / "log.txt"),
+            "error": trial.reason if trial.state is TrialState.FAILED else None,
+            "params": trial.params,
+        }
+
+    def _decision(self, trial: Trial) -> dict[str, Any] | None:
+        allocation = self._state.plan.allocation(trial.trial_id)
+        line = self._state.ledger.lines.get(trial.trial_id)
+        if allocation is None or line is None or line.target is None:
+            return None
+        override = self._state.overrides.get(trial.trial_id)
+        reason = allocation.reason if override is None else f"override: {override.reason}"
+        return {"generation": line.target.generation, "reason": reason}
+
+
+def _dials(settings: Settings | None, start: Settings) -> dict[str, Any]:
+    """The dials as the trial last acknowledged them; the user's own before that, without a share."""
+    shown = settings or start
+    return {
+        "share": None if settings is None else settings.share,
+        "num_workers": shown.num_workers,
+        "micro_batch": shown.micro_batch,
+        "grad_accum": shown.grad_accum,
+        "global_batch": shown.global_batch,
+        "tier": shown.tier.value,
+    }
+
+
+def _time_left_s(trial: Trial, samples_left: int, throughput_per_s: float | None) -> float | None:
+    if trial.state is not TrialState.RUNNING or not throughput_per_s:
+        return None
+    return max(0.0, samples_left / throughput_per_s)
+
+
+def _plain(value: object) -> object:
+    """JSON for the few values that are not plain: numpy scalars."""
+    return value.item() if hasattr(value, "item") else str(value)

@@ -1,0 +1,264 @@
+"""The controller: a whole run without Ray, its faults, and its recovery from the journal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.control.journal import read
+from orchestrator.control.lifecycle import TrialState
+from orchestrator.control.orders import Events, OverrideReport, SlotOp, Status, StopMode
+from policies.plan import Plan, Settings, TrialId
+from policies.tier import Tier
+from tests.unit.orchestrator.control.worlds import World
+
+T0, T1, T2 = TrialId("t0"), TrialId("t1"), TrialId("t2")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "run")
+
+
+def test_a_trial_runs_reports_and_ends(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {"lr": 0.1})
+    assert world.controller.answer(T0, 0) is None
+    world.decide()
+    for index in range(3):
+        world.controller.answer(T0, index)
+        worker.obey()
+        worker.report(index)
+        answer = world.controller.answer(T0, index)
+        assert answer is not None
+        assert answer.report is not None
+        assert answer.report.index == index
+    worker.finish()
+    last = world.controller.answer(T0, 3)
+    assert last is not None
+    assert (last.state, last.report, last.is_last) == (TrialState.DONE, None, True)
+    order = worker.order()
+    assert order is not None
+    assert order.op is SlotOp.IDLE
+    assert world.held() == 0.0
+
+
+def test_credit_is_what_the_search_asked_for(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    credits = []
+    for index in range(2):
+        world.controller.answer(T0, index)
+        order = worker.order()
+        assert order is not None
+        credits.append(order.credit)
+    assert credits == [1, 2]
+
+
+def test_two_trials_never_hold_more_than_the_device(world: World) -> None:
+    first = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    first.obey()
+    assert world.held() == 1.0
+    second = world.attach("slot-1")
+    world.controller.submit(T1, {})
+    world.decide()
+    order = second.order()
+    assert order is not None
+    assert order.grant is None, "nothing may be granted before the release is acknowledged"
+    first.obey()
+    order = second.order()
+    assert order is not None
+    assert order.grant is not None
+    second.obey()
+    assert world.held() == 1.0
+
+
+def test_a_plan_is_on_disk_before_it_is_offered(world: World) -> None:
+    world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    kinds = [entry["kind"] for entry in read(world.run_dir / "journal.jsonl")]
+    assert kinds.index("plan") < kinds.index("offer")
+
+
+def test_a_dead_slot_gives_its_trial_back_at_the_front(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.controller.submit(T1, {})
+    world.decide()
+    worker.obey()
+    worker.report(0)
+    again = world.attach("slot-0")
+    order = again.order()
+    assert order is not None
+    assert order.trial is not None
+    assert (order.trial.trial_id, order.trial.attempt, order.trial.resume_from) == (T0, 1, "/c/0")
+    assert order.trial.num_reports_done == 1
+    assert worker.order() is None, "the earlier processes are fenced"
+
+
+def test_what_a_dead_attempt_says_is_refused(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    worker.obey()
+    world.attach("slot-0")
+    assert not worker.tell(Events(number=9))
+
+
+def test_a_trial_that_kills_its_slot_again_and_again_fails_by_name(world: World) -> None:
+    world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.controller.submit(T1, {})
+    world.attach("slot-0")
+    worker = world.attach("slot-0")
+    trial = world.controller.state.lifecycle.trials[T0]
+    assert trial.state is TrialState.FAILED
+    assert "died 2 times" in trial.reason
+    order = worker.order()
+    assert order is not None
+    assert order.trial is not None
+    assert order.trial.trial_id == T1, "the queue goes on"
+
+
+def test_a_stopped_trial_is_told_and_frees_its_slot(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    worker.obey()
+    world.controller.release(T0)
+    order = worker.order()
+    assert order is not None
+    assert order.stop is StopMode.DISCARD
+    worker.finish(Status.STOPPED)
+    assert world.controller.state.lifecycle.trials[T0].state is TrialState.STOPPED
+
+
+def test_an_interrupted_run_lets_trials_commit_and_assigns_nothing(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.controller.submit(T1, {})
+    world.decide()
+    worker.obey()
+    world.controller.interrupt()
+    order = worker.order()
+    assert order is not None
+    assert order.stop is StopMode.CHECKPOINT
+    worker.finish(Status.INTERRUPTED, checkpoint="/c/mid")
+    idle = worker.order()
+    assert idle is not None
+    assert idle.op is SlotOp.IDLE
+    assert world.controller.state.lifecycle.trials[T0].checkpoint == "/c/mid"
+    answer = world.controller.answer(T0, 0)
+    assert answer is not None
+    assert answer.is_last
+
+
+def test_an_override_is_recorded_before_any_new_grant_and_bans_the_tier(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    worker.obey()
+    assert worker.grant is not None
+    bf16 = Settings(share=1.0, micro_batch=8, grad_accum=1, tier=Tier.BF16, num_workers=1)
+    report = OverrideReport(generation=worker.grant.generation, number=1, settings=bf16, step=3, reason="test")
+    worker.tell(Events(number=1, overrides=(report,)))
+    snapshot = world.controller.decider.snapshot()
+    assert snapshot is not None
+    assert snapshot.trials[0].override is not None
+    assert snapshot.trials[0].override.settings.tier is Tier.BF16
+    kinds = [entry["kind"] for entry in read(world.run_dir / "journal.jsonl")]
+    assert kinds[-1] == "override"
+
+
+def test_a_plan_that_breaks_an_invariant_is_refused_and_newcomers_are_served(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    snapshot = world.controller.decider.snapshot()
+    assert snapshot is not None
+    empty = Plan(generation=snapshot.plan.generation, allocations=(), reason="nonsense")
+    assert not world.controller.decider.accept(snapshot, empty)
+    world.controller.publish_offers()
+    order = worker.order()
+    assert order is not None
+    assert order.grant is not None, "fair shares stand in"
+    refusals = [entry for entry in read(world.run_dir / "journal.jsonl") if entry["kind"] == "refusal"]
+    assert len(refusals) == 1
+    assert refusals[0]["violations"]
+
+
+def test_a_restarted_actor_knows_everything(world: World) -> None:
+    workers = [world.attach("slot-0"), world.attach("slot-1")]
+    for trial in (T0, T1, T2):
+        world.controller.submit(trial, {"lr": 0.5})
+        world.controller.answer(trial, 0)
+    world.decide()
+    for _ in range(3):
+        for worker in workers:
+            worker.obey()
+    workers[0].report(0)
+    world.controller.release(T1)
+    before = world.controller.state
+    world.restart()
+    after = world.controller.state
+    assert after.plan == before.plan
+    assert after.ledger.lines == before.ledger.lines
+    assert after.lifecycle.queue == before.lifecycle.queue
+    for trial_id, known in before.lifecycle.trials.items():
+        other = after.lifecycle.trials[trial_id]
+        assert (other.state, other.attempt, other.slot_id, other.reports, other.checkpoint, other.stop) == (
+            known.state,
+            known.attempt,
+            known.slot_id,
+            known.reports,
+            known.checkpoint,
+            known.stop,
+        )
+    assert after.changes_applied == before.changes_applied
+    order = workers[0].order()
+    assert order is not None
+    assert order.trial is not None
+    assert order.trial.trial_id == T0
+    workers[0].obey()
+    assert world.held() <= 1.0
+
+
+def test_a_run_started_anew_puts_running_trials_back(world: World) -> None:
+    worker = world.attach("slot-0")
+    for trial in (T0, T1):
+        world.controller.submit(trial, {})
+    world.decide()
+    worker.obey()
+    worker.report(0)
+    world.start_id = "s2"
+    world.restart()
+    state = world.controller.state
+    assert state.lifecycle.queue == (T0, T1)
+    assert state.lifecycle.trials[T0].checkpoint == "/c/0"
+    assert world.held() == 0.0
+    answer = world.controller.answer(T0, 0)
+    assert answer is not None, "reports already taken are answered at once"
+    assert answer.report is not None
+    again = world.attach("slot-0")
+    assert again.epoch > worker.epoch
+    order = again.order()
+    assert order is not None
+    assert order.trial is not None
+    assert (order.trial.trial_id, order.trial.num_reports_done) == (T0, 1)
+
+
+def test_a_restart_of_the_actor_after_a_new_start_does_not_forget_workers_again(world: World) -> None:
+    world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.start_id = "s2"
+    world.restart()
+    worker = world.attach("slot-0")
+    world.decide()
+    worker.obey()
+    world.restart()
+    trial = world.controller.state.lifecycle.trials[T0]
+    assert trial.state is TrialState.RUNNING
+    assert trial.slot_id == "slot-0"

@@ -1,0 +1,74 @@
+"""The journal: what was appended comes back, whatever a crash did to its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.control.journal import Journal, read
+from orchestrator.errors import JournalError
+
+
+def write(path: Path, count: int) -> None:
+    journal = Journal(path)
+    for number in range(count):
+        journal.append("thing", 1.0, 2.0, number=number)
+    journal.close()
+
+
+def test_entries_come_back_in_order_and_numbered(tmp_path: Path) -> None:
+    write(tmp_path / "j", 3)
+    assert [(entry["seq"], entry["number"]) for entry in read(tmp_path / "j")] == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_a_line_is_canonical(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append("k", 1.5, 2.0, b=1, a=[1, "x"])
+    journal.close()
+    assert (tmp_path / "j").read_text() == '{"a":[1,"x"],"b":1,"kind":"k","seq":1,"t_s":1.5,"wall_s":2.0}\n'
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"kind":"thing"', b"\xff\x00"])
+def test_a_torn_line_is_not_read_and_a_new_writer_drops_it(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "j"
+    write(path, 2)
+    path.write_bytes(path.read_bytes() + torn)
+    assert len(list(read(path))) == 2
+    journal = Journal(path)
+    assert journal.append("thing", 1.0, 2.0, number=2) == 3
+    journal.close()
+    assert [entry["number"] for entry in read(path)] == [0, 1, 2]
+
+
+def test_every_cut_of_the_file_leaves_a_readable_prefix(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    write(path, 3)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        entries = list(read(path))
+        assert [entry["number"] for entry in entries] == list(range(whole[:length].count(b"\n")))
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    write(path, 3)
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = lines[1][:-1]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(JournalError, match=":2: damaged journal line"):
+        list(read(path))
+
+
+def test_nan_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    with pytest.raises(JournalError, match="not plain JSON"):
+        journal.append("k", 1.0, 2.0, value=float("nan"))
+    journal.close()
+    assert (tmp_path / "j").read_bytes() == b""
+
+
+def test_a_missing_journal_is_named(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="cannot read the journal"):
+        list(read(tmp_path / "none"))

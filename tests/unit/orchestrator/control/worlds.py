@@ -1,0 +1,185 @@
+"""A run without Ray: a controller on a manual clock, and worker groups that do what they are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.clock import ManualClock
+from orchestrator.control.controller import Controller
+from orchestrator.control.orders import (
+    Ack,
+    Events,
+    Grant,
+    Outcome,
+    Report,
+    SlotHello,
+    SlotOp,
+    SlotOrder,
+    Status,
+)
+from orchestrator.control.spec import RunSpec
+from orchestrator.telemetry.record import STEP_DTYPE, TIERS, pack
+from policies import build_policy
+from policies.plan import DeviceId, Settings, TrialId
+from policies.policy import Policy
+from policies.snapshot import DeviceKind, DeviceView, DialLimits
+from policies.tier import Tier
+
+DEVICE = DeviceView(device_id=DeviceId("cpu:0"), node_id="n0", kind=DeviceKind.CPU, units=2)
+
+
+def spec(run_dir: Path, policy: str = "fair_share") -> RunSpec:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return RunSpec(
+        run_id="r",
+        run_dir=str(run_dir),
+        seed=0,
+        job="mlp",
+        params={"depth": 2},
+        speed_free_params=("lr",),
+        start=Settings(share=0.5, micro_batch=8, grad_accum=1, tier=Tier.FP32, num_workers=1),
+        limits=DialLimits(
+            min_share=0.125,
+            max_share=1.0,
+            min_global_batch=8,
+            max_global_batch=64,
+            max_micro_batch=32,
+            tiers=(Tier.FP32, Tier.BF16),
+        ),
+        dials=("share", "batch", "precision"),
+        samples_per_report=800,
+        max_reports=3,
+        policy=policy,
+        policy_params={},
+        period_s=0.5,
+        deadline_s=2.0,
+        restart_budget=1,
+        stale_after_s=10.0,
+        idle_close_s=60.0,
+        max_units=None,
+        metric="val_loss",
+        mode="min",
+    )
+
+
+@dataclass
+class Worker:
+    """One slot's worker group of one rank."""
+
+    world: World
+    slot_id: str
+    epoch: int
+    grant: Grant | None = None
+    seen: int = 0
+    seq: int = 0
+    step: int = 0
+    position: int = 0
+    attempt: tuple[TrialId, int] | None = None
+
+    def order(self) -> SlotOrder | None:
+        return self.world.controller.order(self.slot_id, self.epoch)
+
+    def obey(self, num_steps: int = 5, step_s: float = 0.02) -> None:
+        """Apply what is granted and train some steps."""
+        order = self.order()
+        if order is None or order.op is not SlotOp.RUN or order.trial is None:
+            return
+        attempt = (order.trial.trial_id, order.trial.attempt)
+        if attempt != self.attempt:
+            self.attempt, self.grant, self.seq, self.step, self.position = attempt, None, 0, 0, 0
+        acks: tuple[Ack, ...] = ()
+        if order.grant is not None and (self.grant is None or order.grant.generation > self.grant.generation):
+            self.grant = order.grant
+            acks = (self.ack(order.grant),)
+        records = (self.train(num_steps, step_s),) if self.grant is not None else ()
+        self.tell(Events(number=0, acks=acks, records=records))
+
+    def ack(self, grant: Grant) -> Ack:
+        now_s = self.world.clock.now_s()
+        return Ack(
+            generation=grant.generation, settings=grant.settings, step=self.step, applied_s=now_s, switch_s=0.001
+        )
+
+    def train(self, num_steps: int, step_s: float) -> bytes:
+        assert self.grant is not None
+        rows = np.zeros(num_steps, dtype=STEP_DTYPE)
+        settings = self.grant.settings
+        start_s = self.world.clock.now_s()
+        self.world.clock.advance(num_steps * step_s)
+        for index in range(num_steps):
+            rows[index]["seq"], rows[index]["step"] = self.seq, self.step
+            rows[index]["generation"] = self.grant.generation
+            rows[index]["cursor"], rows[index]["num_samples"] = self.position, settings.global_batch
+            rows[index]["micro_batch"], rows[index]["grad_accum"] = settings.micro_batch, settings.grad_accum
+            rows[index]["num_workers"], rows[index]["tier"] = settings.num_workers, TIERS.index(settings.tier)
+            rows[index]["share"], rows[index]["cores"] = settings.share, self.grant.amount
+            rows[index]["start_s"], rows[index]["step_s"] = start_s + index * step_s, step_s
+            rows[index]["cpu_s"], rows[index]["loss"], rows[index]["grad_norm"] = step_s, 2.0, 1.0
+            rows[index]["learning_rate"] = 0.1
+            rows[index]["noise_trace"] = rows[index]["grad_sq"] = np.nan
+            rows[index]["memory_bytes"] = 1 << 20
+            self.seq, self.step, self.position = self.seq + 1, self.step + 1, self.position + settings.global_batch
+        return pack(rows)
+
+    def report(self, index: int, value: float = 1.0) -> None:
+        report = Report(
+            index=index,
+            step=self.step,
+            num_samples=self.position,
+            metrics={"val_loss": value},
+            checkpoint=f"/c/{index}",
+        )
+        self.tell(Events(number=0, reports=(report,)))
+
+    def tell(self, events: Events) -> bool:
+        assert self.attempt is not None
+        return self.world.controller.take_events(self.slot_id, self.epoch, self.attempt, 0, events)
+
+    def finish(self, status: Status = Status.DONE, reason: str = "", checkpoint: str | None = None) -> None:
+        assert self.attempt is not None
+        outcome = Outcome(
+            status=status, step=self.step, num_samples=self.position, reason=reason, checkpoint=checkpoint
+        )
+        self.world.controller.finish(self.slot_id, self.epoch, self.attempt, outcome)
+
+
+@dataclass
+class World:
+    """A controller and its surroundings."""
+
+    run_dir: Path
+    policy_name: str = "fair_share"
+    start_id: str = "s1"
+    clock: ManualClock = field(default_factory=lambda: ManualClock(100.0))
+
+    def __post_init__(self) -> None:
+        self.policy: Policy = build_policy(self.policy_name, {})
+        self.restart()
+
+    def restart(self) -> None:
+        """A new actor process on the same run directory."""
+        self.controller = Controller(spec(self.run_dir, self.policy_name), self.clock, incarnation="i")
+        self.controller.begin(self.start_id)
+
+    def attach(self, slot_id: str) -> Worker:
+        hello = SlotHello(
+            slot_id=slot_id,
+            placement=(DEVICE.device_id,),
+            devices=(DEVICE,),
+            enforced_by="cpu_cores",
+            enforcement="",
+            pids=(1,),
+        )
+        return Worker(self, slot_id, self.controller.attach(hello))
+
+    def decide(self) -> None:
+        snapshot = self.controller.decider.snapshot()
+        if snapshot is not None:
+            self.controller.decider.accept(snapshot, self.policy.decide(snapshot))
+        self.controller.publish_offers()
+
+    def held(self) -> float:
+        return self.controller.state.ledger.held(DEVICE.device_id)
