@@ -1,0 +1,64 @@
+"""Commands on what a run left behind: `explain` and `verify`. Both also work while the run goes on, and only read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from orchestrator.commands.shared import json_option, opened, print_json, run_argument, storage_option
+from orchestrator.config.words import printable
+
+
+@click.command(epilog="\b\nExamples:\n  orchestrator explain demo\n  orchestrator explain demo --decision 7 --json")
+@run_argument
+@storage_option
+@click.option(
+    "--decision",
+    type=click.IntRange(min=0),
+    default=None,
+    metavar="N",
+    help="Generation of the plan to explain; the last one if not given.",
+)
+@json_option
+def explain(run: str, storage: Path, decision: int | None, as_json: bool) -> int:
+    """Explain a decision of RUN: what was weighed, what was chosen and why, what it gained.
+
+    With --json: {generation, reason, chosen, alternatives, binding, predicted_gain, realised_gain, applied}.
+    """
+    run_dir = opened(run, storage)
+    from orchestrator.view import explain as view
+
+    answer = view.explain(run_dir, decision)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(view.render(answer))
+    return 0
+
+
+@click.command(epilog="\b\nExamples:\n  orchestrator verify demo\n  orchestrator verify runs/demo --json")
+@run_argument
+@storage_option
+@json_option
+def verify(run: str, storage: Path, as_json: bool) -> int:
+    """Check the journal and telemetry of RUN: over-commitment, torn allocations, lost samples, leaks.
+
+    Exit code 1 if anything is found. With --json: {violations: [...]}.
+    """
+    run_dir = opened(run, storage)
+    from orchestrator.view.verify import verify as verify_run
+
+    answer = verify_run(run_dir)
+    violations = answer["violations"]
+    if as_json:
+        print_json(answer)
+    else:
+        for violation in violations:
+            click.echo(f"violation: {printable(str(violation))}")
+        count = len(violations)
+        click.echo(f"{run_dir.name}: {count or 'no'} violation{'' if count == 1 else 's'}")
+    return 1 if violations else 0
+
+
+TABLE: dict[str, click.Command] = {"explain": explain, "verify": verify}

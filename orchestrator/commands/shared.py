@@ -1,0 +1,42 @@
+"""What several commands share: the RUN argument with its completion, `--storage`, and printing JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from orchestrator.run_dirs import find_run, list_runs
+
+
+def _complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    storage = Path(ctx.params.get("storage") or "runs")
+    return [CompletionItem(run.name, help=run.state) for run in list_runs(storage) if run.name.startswith(incomplete)]
+
+
+run_argument = click.argument("run", shell_complete=_complete_run)
+storage_option = click.option(
+    "--storage",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Directory in which RUN is looked for by name.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def opened(run: str, storage: Path) -> Path:
+    """The run directory of a RUN argument.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    return find_run(run, storage)
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    """Print an answer as JSON; values JSON does not know (paths, enums) become text."""
+    click.echo(json.dumps(answer, indent=2, default=str))

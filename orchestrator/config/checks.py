@@ -1,0 +1,225 @@
+"""What must hold between the values of a run file, whatever machine it runs on.
+
+Every check looks at the whole configuration and yields all it finds as (path, text); none of them reads a file, a clock
+or the machine. Called by `config.resolve` once every single value is valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+
+from jobs.table import JOB_INFO, check_param
+from orchestrator.config.model import Distribution, ParamValue, RunConfig
+from orchestrator.config.source import KeyPath
+from orchestrator.config.words import did_you_mean, printable, seen
+from policies.tier import is_cheaper
+
+Finding = tuple[KeyPath, str]
+_MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*):([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
+_HOST_PORT = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})", re.ASCII)
+_MAX_PAIRS = 4096
+
+
+def check_all(config: RunConfig) -> Iterator[Finding]:
+    """Every contradiction of the configuration, section by section."""
+    for check in (_storage, _job, _space, _grid, _scheduler, _batch, _shares, _tiers, _policy, _times, _cluster):
+        yield from check(config)
+
+
+def _storage(config: RunConfig) -> Iterator[Finding]:
+    if not config.storage.isprintable():
+        yield ("storage",), f"got {seen(config.storage)}; allowed: a path without control characters"
+    elif config.storage.startswith("~"):
+        yield ("storage",), f"got {seen(config.storage)}; '~' is not expanded, write the path out"
+
+
+def _job(config: RunConfig) -> Iterator[Finding]:
+    if config.job.name not in JOB_INFO:
+        names = list(JOB_INFO)
+        text = f"unknown job {seen(config.job.name)}; allowed: {', '.join(names)}{did_you_mean(config.job.name, names)}"
+        yield ("job", "name"), text
+        return
+    for name, value in config.job.params.items():
+        yield from _param(config.job.name, name, [value], ("job", "params", name))
+
+
+def _param(job: str, name: str, values: list[ParamValue], path: KeyPath) -> Iterator[Finding]:
+    names = [param.name for param in JOB_INFO[job].params]
+    if name not in names:
+        shown = f"'{printable(name, 60)}'"
+        yield path, f"unknown parameter {shown} of job {job}; allowed: {', '.join(names)}{did_you_mean(name, names)}"
+        return
+    for value in values:
+        try:
+            check_param(job, name, value)
+        except ValueError as error:
+            yield path, f"got {seen(value)}; {printable(str(error))}"
+            return
+
+
+def _space(config: RunConfig) -> Iterator[Finding]:
+    job = config.job.name
+    if job not in JOB_INFO:
+        return
+    for name, distribution in config.search.space.items():
+        path: KeyPath = ("search", "space", name)
+        if name in config.job.params:
+            yield path, "is searched here and fixed in job.params; keep one of them"
+        yield from _param(job, name, _samples(distribution), path)
+    for multiple, divisor in JOB_INFO[job].divisible:
+        yield from _divisible(config, multiple, divisor)
+
+
+def _samples(distribution: Distribution) -> list[ParamValue]:
+    """Values that stand for a distribution: all listed ones, or the two ends of a range."""
+    if distribution.randint is not None:
+        low, high = distribution.randint
+        return [low, high - 1]
+    return list(distribution.values)
+
+
+def _divisible(config: RunConfig, multiple: str, divisor: str) -> Iterator[Finding]:
+    pairs = itertools.product(_integers(config, multiple), _integers(config, divisor))
+    for number, by in itertools.islice(pairs, _MAX_PAIRS):
+        if by > 0 and number % by:
+            text = (
+                f"a trial could get {multiple}={number} with {divisor}={by}; {multiple} must be a multiple of {divisor}"
+            )
+            name = multiple if multiple in (*config.search.space, *config.job.params) else divisor
+            yield (("search", "space", name) if name in config.search.space else ("job", "params", name)), text
+            return
+
+
+def _integers(config: RunConfig, name: str) -> list[int]:
+    """All integers a parameter can take; of a long range, its beginning."""
+    if name in config.search.space:
+        distribution = config.search.space[name]
+        if distribution.randint is not None:
+            low, high = distribution.randint
+            return list(range(low, min(high, low + _MAX_PAIRS)))
+        values: tuple[ParamValue, ...] = distribution.values
+    else:
+        param = JOB_INFO[config.job.name].param(name)
+        values = (config.job.params.get(name, param.default if param else None),)
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def _grid(config: RunConfig) -> Iterator[Finding]:
+    points, trials = config.search.grid_points, config.search.num_trials
+    if trials % points:
+        nearest = max(points, trials - trials % points)
+        text = f"got {trials}; the grid has {points} points and each is tried equally often; allowed: {nearest} or "
+        yield ("search", "num_trials"), text + "another multiple"
+
+
+def _scheduler(config: RunConfig) -> Iterator[Finding]:
+    scheduler = config.search.scheduler
+    if scheduler.name == "asha" and scheduler.grace_reports > config.trial.max_reports:
+        text = f"got {scheduler.grace_reports}; allowed: at most trial.max_reports = {config.trial.max_reports}"
+        yield ("search", "scheduler", "grace_reports"), text
+
+
+def _batch(config: RunConfig) -> Iterator[Finding]:
+    trial, dial = config.trial, config.dials.batch
+    batch = trial.global_batch
+    how = f"trial.micro_batch {trial.micro_batch} x grad_accum {trial.grad_accum} x num_workers {trial.num_workers}"
+    largest = batch
+    if dial.enabled and trial.micro_batch > dial.max_micro:
+        yield (
+            ("dials", "batch", "max_micro"),
+            f"got {dial.max_micro}; allowed: at least trial.micro_batch = {trial.micro_batch}",
+        )
+    if dial.enabled and dial.change_global:
+        if dial.min_global > dial.max_global:
+            yield (
+                ("dials", "batch", "min_global"),
+                f"got {dial.min_global}; allowed: at most max_global = {dial.max_global}",
+            )
+            return
+        if not dial.min_global <= batch <= dial.max_global:
+            text = f"{how} = {batch} samples per step; allowed: dials.batch from {dial.min_global} to {dial.max_global}"
+            yield ("trial", "micro_batch"), text
+            return
+        largest = dial.max_global
+    if trial.samples_per_report < largest:
+        what = how if largest == batch else "dials.batch.max_global"
+        text = f"got {trial.samples_per_report}; allowed: at least one step between reports, {what} = {largest}"
+        yield ("trial", "samples_per_report"), text
+
+
+def _shares(config: RunConfig) -> Iterator[Finding]:
+    dial, share = config.dials.share, config.trial.share
+    if not dial.enabled:
+        return
+    if dial.min > dial.max:
+        yield ("dials", "share", "min"), f"got {dial.min}; allowed: at most max = {dial.max}"
+    elif share is not None and not dial.min <= share <= dial.max:
+        yield ("trial", "share"), f"got {share}; allowed: dials.share from {dial.min} to {dial.max}"
+
+
+def _tiers(config: RunConfig) -> Iterator[Finding]:
+    path, tiers = ("dials", "precision", "tiers"), config.dials.precision.tiers
+    if len(set(tiers)) != len(tiers):
+        yield path, f"got [{', '.join(tiers)}]; allowed: each tier once"
+    elif any(is_cheaper(before, after) for before, after in itertools.pairwise(tiers)):
+        ordered = [tier for tier in type(tiers[0]) if tier in tiers]
+        yield path, f"got [{', '.join(tiers)}]; allowed: dearest first, [{', '.join(ordered)}]"
+
+
+def _policy(config: RunConfig) -> Iterator[Finding]:
+    from policies import POLICIES
+
+    name, path = config.policy.name, ("policy", "name")
+    if name in POLICIES:
+        yield from _policy_params(config, POLICIES[name])
+        return
+    match = _MODULE_CLASS.fullmatch(name)
+    if match is None:
+        allowed = f"allowed: {', '.join(POLICIES)}, or module:Class{did_you_mean(name, POLICIES)}"
+        yield path, f"unknown policy {seen(name)}; {allowed}"
+        return
+    # Only the outermost package is looked for: looking deeper would run the user's code, and `check` runs none.
+    package = match[1].split(".")[0]
+    if package in sys.stdlib_module_names:
+        yield path, f"got {seen(name)}; a policy cannot come from the standard library; name a module of your own"
+    elif package not in sys.modules and importlib.util.find_spec(package) is None:
+        yield path, f"got {seen(name)}; no module '{package}' is installed or on PYTHONPATH"
+
+
+def _policy_params(config: RunConfig, policy: type) -> Iterator[Finding]:
+    from policies import build_policy
+
+    fields = [field.name for field in dataclasses.fields(policy) if field.init]
+    unknown = [name for name in config.policy.params if name not in fields]
+    for name in unknown:
+        allowed = f"allowed: {', '.join(fields) or 'none, it takes no parameters'}{did_you_mean(name, fields)}"
+        text = f"unknown parameter '{printable(name, 60)}' of policy {config.policy.name}; {allowed}"
+        yield ("policy", "params", name), text
+    for name, value in config.policy.params.items():
+        try:
+            build_policy(config.policy.name, {} if name in unknown else {name: value})
+        except ValueError as error:
+            yield ("policy", "params", name), f"got {seen(value)}; {printable(str(error))}"
+
+
+def _times(config: RunConfig) -> Iterator[Finding]:
+    stale_s, send_s = config.telemetry.stale_after_s, config.telemetry.send_period_s
+    if stale_s < 2 * send_s:
+        text = f"got {stale_s}; allowed: at least twice send_period_s = {send_s}, or every trial would look stale"
+        yield ("telemetry", "stale_after_s"), text
+
+
+def _cluster(config: RunConfig) -> Iterator[Finding]:
+    address = config.cluster.address
+    match = _HOST_PORT.fullmatch(address)
+    if address not in {"local", "auto"} and (match is None or not 1 <= int(match[3]) <= 65535):
+        suggestion = did_you_mean(address, ("local", "auto"))
+        yield ("cluster", "address"), f"got {seen(address)}; allowed: local, auto, or host:port{suggestion}"
+    elif address != "local" and config.cluster.num_cpus is not None:
+        text = f"got {config.cluster.num_cpus}; allowed: only with address: local, a running cluster has its own cores"
+        yield ("cluster", "num_cpus"), text

@@ -1,0 +1,131 @@
+"""Whether this machine can serve a run file: devices, cores, the storage directory, the run directory.
+
+Asks the operating system only (no torch, no Ray, no NVML), so that `check` stays quick. A run that addresses another
+cluster is not held against this machine's cores. Called by `check` and `run` before any process starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config.checks import Finding
+from orchestrator.config.model import RunConfig
+from orchestrator.config.source import KeyPath
+from orchestrator.config.words import printable
+from orchestrator.errors import ConfigError
+from orchestrator.names import run_directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a run may use here.
+
+    Attributes:
+        num_cores: cores this process may run on.
+        num_gpus: NVIDIA devices the kernel shows; CUDA_VISIBLE_DEVICES may hide some of them later.
+    """
+
+    num_cores: int
+    num_gpus: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices a share is cut from: the GPUs, or the CPU as one device."""
+        return self.num_gpus or 1
+
+    @property
+    def words(self) -> str:
+        """The machine in a few words."""
+        cores = f"{self.num_cores} core{'s' if self.num_cores != 1 else ''}"
+        return (
+            f"{cores}, {self.num_gpus} GPU{'s' if self.num_gpus != 1 else ''}" if self.num_gpus else f"{cores}, no GPU"
+        )
+
+
+def this_machine() -> Machine:
+    """The machine this process runs on."""
+    gpus = sum(1 for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit())
+    return Machine(num_cores=len(os.sched_getaffinity(0)), num_gpus=gpus)
+
+
+def check_fit(config: RunConfig, machine: Machine, *, is_new: bool = True) -> Iterator[Finding]:
+    """Everything that keeps the run from working here; `is_new` is False for a run that is resumed."""
+    if config.cluster.address == "local":
+        yield from _cores(config, machine)
+        yield from _shares(config, machine)
+    yield from _directories(config, is_new=is_new)
+
+
+def _cores(config: RunConfig, machine: Machine) -> Iterator[Finding]:
+    asked = config.cluster.num_cpus
+    if asked is not None and asked > machine.num_cores:
+        text = f"got {asked}; allowed: at most the {machine.num_cores} this process may use, or null for all of them"
+        yield ("cluster", "num_cpus"), text
+
+
+def _shares(config: RunConfig, machine: Machine) -> Iterator[Finding]:
+    """Every slot's ranks must get their smallest share at the same time, or a trial would wait for ever."""
+    slots, workers, devices = config.search.num_slots, config.trial.num_workers, machine.num_devices
+    given = config.trial.share
+    asked: list[tuple[float, str, KeyPath]] = [(given, "trial.share", ("trial", "share"))] if given is not None else []
+    if config.dials.share.enabled:
+        asked.append((config.dials.share.min, "dials.share.min", ("dials", "share", "min")))
+    elif given is None:
+        return
+    for share, name, path in asked:
+        # A rank lies on one device, so a device serves only whole ranks; the tolerance is for 10 x 0.1.
+        ranks = devices * int(1 / share + 1e-9)
+        if slots * workers <= ranks:
+            continue
+        text = f"{slots} trials at a time x {workers} ranks x {name} {share} = {slots * workers * share:.3g} devices, "
+        text += f"but {machine.words} make {devices}; "
+        fits = ranks // workers
+        if fits:
+            text += (
+                f"allowed: search.max_concurrent at most {fits}, or {name} at most {_largest(slots * workers, devices)}"
+            )
+        else:
+            text += (
+                f"allowed: trial.num_workers at most {ranks}, or {name} at most {_largest(slots * workers, devices)}"
+            )
+        yield path, text
+        return
+
+
+def _largest(ranks: int, devices: int) -> str:
+    per_device = -(-ranks // devices)
+    return f"{int(1000 / per_device) / 1000:g}"
+
+
+def _directories(config: RunConfig, *, is_new: bool) -> Iterator[Finding]:
+    storage = Path(config.storage)
+    existing = storage
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            yield ("storage",), f"{_shown(existing)} is a file; allowed: a directory, or one that can be made"
+            return
+        if not os.access(existing, os.W_OK | os.X_OK):
+            yield (
+                ("storage",),
+                f"{_shown(existing)} cannot be written; choose another directory or change its permissions",
+            )
+            return
+        directory = run_directory(storage, config.name)
+        if is_new and directory.exists():
+            text = (
+                f"{_shown(storage / config.name)} exists already; `orchestrator resume {config.name}` goes on with it"
+            )
+            yield ("name",), f"{text}, or choose another name (--set name=...)"
+    except ConfigError as error:
+        yield ("name",), error.text
+    except (OSError, RuntimeError) as error:
+        yield ("storage",), f"{_shown(storage)} cannot be used ({printable(str(error), 120)}); choose another directory"
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path), 200)

@@ -1,0 +1,279 @@
+"""What a run file may say: one frozen pydantic model per section, with type, range, unit and default of every field.
+
+Only the shape and the range of single values live here; what must hold between values is in `config.checks`, what the
+machine must offer in `config.machine`. Types are strict: `true` is no number and `"1"` is no integer. Every other part
+of the orchestrator reads these models and none of them reads YAML.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator.config.words import seen
+from orchestrator.names import NAME_PATTERN
+from policies.tier import Tier
+
+ParamValue = bool | int | float | str | None
+
+
+def _scalar(value: object) -> object:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise PydanticCustomError("words", f"got {seen(value)}; allowed: text, a finite number, true, false or null")
+
+
+Scalar = Annotated[ParamValue, BeforeValidator(_scalar)]
+Params = dict[str, Scalar]
+Values = Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1, max_length=1000)]
+FloatBounds = Annotated[tuple[float, float], Field(strict=False)]
+IntBounds = Annotated[tuple[int, int], Field(strict=False)]
+TierList = Annotated[tuple[Annotated[Tier, Field(strict=False)], ...], Field(strict=False, min_length=1)]
+
+
+class Section(BaseModel):
+    """What all sections have in common: frozen, strict, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class JobSection(Section):
+    """What is trained."""
+
+    name: str = Field(description="what is trained, such as language or mlp", min_length=1, max_length=64)
+    params: Params = Field(default_factory=dict, description="fixed parameters of the job, by name")
+
+
+class Distribution(Section):
+    """Where a searched parameter is drawn from: exactly one of the five."""
+
+    uniform: FloatBounds | None = Field(default=None, description="[low, high], every value equally likely")
+    loguniform: FloatBounds | None = Field(default=None, description="[low, high], > 0, every magnitude equally likely")
+    randint: IntBounds | None = Field(default=None, description="[low, high], whole numbers, high excluded")
+    choice: Values | None = Field(default=None, description="a list of values, one drawn at random")
+    grid: Values | None = Field(default=None, description="a list of values, each of them tried")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_one_of_five(cls, data: object) -> object:
+        wanted = "allowed: one of {uniform: [low, high]}, {loguniform: [low, high]}, {randint: [low, high]}, "
+        wanted += "{choice: [a, b]}, {grid: [a, b]}"
+        if not isinstance(data, dict):
+            raise PydanticCustomError("words", f"got {seen(data)}; {wanted}")
+        kinds = [kind for kind in cls.model_fields if kind in data]
+        if len(kinds) > 1 or not data:
+            raise PydanticCustomError("words", f"got {' and '.join(kinds) or 'an empty mapping'}; {wanted}")
+        if kinds and data[kinds[0]] is None:
+            raise PydanticCustomError("words", f"got no values for {kinds[0]}; {wanted}")
+        return data
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Distribution:
+        bounds = self.uniform or self.loguniform or self.randint
+        if bounds is not None and bounds[0] >= bounds[1]:
+            raise PydanticCustomError("words", f"{self.kind}: got [{bounds[0]}, {bounds[1]}]; allowed: low < high")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            low = self.loguniform[0]
+            raise PydanticCustomError("words", f"loguniform: got low = {low}; allowed: low > 0, or use uniform")
+        listed = self.choice or self.grid or ()
+        if len({(type(v), v) for v in listed}) != len(listed):
+            raise PydanticCustomError("words", f"{self.kind}: a value is listed twice; list each value once")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Name of the one distribution given."""
+        return next(kind for kind in type(self).model_fields if getattr(self, kind) is not None)
+
+    @property
+    def values(self) -> tuple[ParamValue, ...]:
+        """The bounds (low, high) or the listed values."""
+        found: tuple[ParamValue, ...] = getattr(self, self.kind)
+        return found
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the values are listed rather than bounded."""
+        return self.kind in {"choice", "grid"}
+
+    @model_serializer
+    def _as_written(self) -> dict[str, list[ParamValue]]:
+        return {self.kind: list(self.values)}
+
+
+class AshaScheduler(Section):
+    """Successive halving: at each rung only the best part of the trials goes on."""
+
+    name: Literal["asha"] = Field(description="successive halving")
+    grace_reports: int = Field(
+        default=1, ge=1, le=10_000, description="reports every trial gets before it may be stopped"
+    )
+    reduction_factor: int = Field(default=2, ge=2, le=100, description="at a rung one in this many trials goes on")
+
+
+class FifoScheduler(Section):
+    """Every trial runs to its end."""
+
+    name: Literal["fifo"] = Field(description="no early stopping")
+
+
+class SearchSection(Section):
+    """Which trials there are, and how many at a time."""
+
+    space: dict[str, Distribution] = Field(default_factory=dict, description="searched parameters of the job, by name")
+    num_trials: int = Field(default=1, ge=1, le=100_000, description="trials in all")
+    max_concurrent: int = Field(default=1, ge=1, le=1_000, description="trials at a time; also the number of slots")
+    scheduler: Annotated[AshaScheduler | FifoScheduler, Field(discriminator="name")] = Field(
+        default=FifoScheduler(name="fifo"), description="{name: asha, ...} or {name: fifo}"
+    )
+
+    @property
+    def grid_points(self) -> int:
+        """Number of combinations of all grid values; 1 without a grid."""
+        points = 1
+        for distribution in self.space.values():
+            points *= len(distribution.grid or (None,))
+        return points
+
+    @property
+    def num_slots(self) -> int:
+        """Slots worth opening: no more than there are trials."""
+        return min(self.max_concurrent, self.num_trials)
+
+
+class TrialSection(Section):
+    """How one trial starts and when it reports."""
+
+    samples_per_report: int = Field(
+        default=4096,
+        ge=1,
+        le=10**12,
+        description="training samples between two reports; a report evaluates and checkpoints",
+    )
+    max_reports: int = Field(default=4, ge=1, le=10_000, description="reports after which a trial is complete")
+    num_workers: int = Field(default=1, ge=1, le=64, description="ranks per trial")
+    micro_batch: int = Field(default=16, ge=1, le=2**20, description="samples per rank per forward at the start")
+    grad_accum: int = Field(default=1, ge=1, le=2**16, description="micro-batches per step and rank at the start")
+    share: float | None = Field(
+        default=None, gt=0, le=1, description="fraction of a device per rank at the start; null for equal parts"
+    )
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step at the start."""
+        return self.micro_batch * self.grad_accum * self.num_workers
+
+
+class ShareDial(Section):
+    """The part of a device each rank may use."""
+
+    enabled: bool = Field(default=True, description="whether the policy may turn it")
+    min: float = Field(default=0.125, gt=0, le=1, description="smallest share per rank, fraction of a device")
+    max: float = Field(default=1.0, gt=0, le=1, description="largest share per rank, fraction of a device")
+
+
+class BatchDial(Section):
+    """Micro-batch, accumulation and global batch."""
+
+    enabled: bool = Field(default=True, description="whether the policy may turn it")
+    min_global: int = Field(default=1, ge=1, le=2**30, description="smallest samples per optimizer step")
+    max_global: int = Field(default=128, ge=1, le=2**30, description="largest samples per optimizer step")
+    max_micro: int = Field(default=64, ge=1, le=2**20, description="largest samples per rank per forward")
+    change_global: bool = Field(
+        default=True, description="whether samples per step may change; the learning rate follows"
+    )
+
+
+class PrecisionDial(Section):
+    """The number format of the matrix products."""
+
+    enabled: bool = Field(default=True, description="whether the policy may turn it")
+    tiers: TierList = Field(
+        default=(Tier.FP32, Tier.BF16), description="allowed tiers, dearest first; trials start at it"
+    )
+
+
+class DialsSection(Section):
+    """What a policy may turn while trials run, and how far."""
+
+    share: ShareDial = Field(default=ShareDial(), description="part of a device")
+    batch: BatchDial = Field(default=BatchDial(), description="samples per forward and per step")
+    precision: PrecisionDial = Field(default=PrecisionDial(), description="number format")
+
+
+class PolicySection(Section):
+    """Who turns the dials."""
+
+    name: str = Field(
+        default="goodput", min_length=1, max_length=200, description="a policy, or module:Class of your own"
+    )
+    period_s: float = Field(default=0.5, ge=0.05, le=3600, description="seconds between two decisions")
+    deadline_s: float = Field(default=2.0, ge=0.01, le=3600, description="seconds after which a decision is given up")
+    params: Params = Field(default_factory=dict, description="parameters of the policy, by name")
+
+
+class SlotsSection(Section):
+    """The long-lived worker groups that serve trials."""
+
+    idle_close_s: float = Field(
+        default=60.0, ge=0, le=86_400, description="seconds without a trial before a slot closes"
+    )
+    restart_budget: int = Field(
+        default=2, ge=0, le=100, description="times one trial may lose its slot before it fails"
+    )
+    open_timeout_s: float = Field(default=120.0, ge=1, le=86_400, description="seconds a slot may take to open")
+
+
+class TelemetrySection(Section):
+    """How often ranks report to the policy actor."""
+
+    send_period_s: float = Field(default=0.5, ge=0.05, le=60, description="seconds between two batches of step records")
+    stale_after_s: float = Field(
+        default=10.0, ge=0.1, le=3600, description="seconds of silence before a trial is stale"
+    )
+
+
+class ClusterSection(Section):
+    """Where the run takes place."""
+
+    address: str = Field(
+        default="local",
+        min_length=1,
+        max_length=300,
+        description="local for an own cluster, auto for the running one, or host:port",
+    )
+    num_cpus: int | None = Field(
+        default=None, ge=1, le=100_000, description="cores for a local cluster; null for all this process may use"
+    )
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="name of the run, and of its directory in storage")
+    storage: str = Field(
+        default="runs", min_length=1, max_length=4096, description="directory that holds run directories"
+    )
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of everything random in the run")
+    job: JobSection = Field(description="what is trained")
+    search: SearchSection = Field(default=SearchSection(), description="which trials there are")
+    trial: TrialSection = Field(default=TrialSection(), description="how one trial starts and reports")
+    dials: DialsSection = Field(default=DialsSection(), description="what a policy may turn")
+    policy: PolicySection = Field(default=PolicySection(), description="who turns the dials")
+    slots: SlotsSection = Field(default=SlotsSection(), description="long-lived worker groups")
+    telemetry: TelemetrySection = Field(default=TelemetrySection(), description="step records")
+    cluster: ClusterSection = Field(default=ClusterSection(), description="where the run takes place")
+
+    @property
+    def start_share(self) -> float:
+        """Share of a device each rank starts with: as given, or equal parts inside the range of the dial."""
+        if self.trial.share is not None:
+            return self.trial.share
+        equal = 1.0 / (self.search.num_slots * self.trial.num_workers)
+        dial = self.dials.share
+        return min(max(equal, dial.min), dial.max) if dial.enabled else equal

@@ -1,0 +1,137 @@
+"""From a run file and `--set` to a configuration that is known to be right, with the origin of each value.
+
+Precedence: `--set` over the file over the default; the environment plays no part. Nothing here starts a process or
+writes a file. Called by the command line, and by `resume` with the configuration a run directory holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.config.checks import Finding, check_all
+from orchestrator.config.machine import Machine, check_fit, this_machine
+from orchestrator.config.model import RunConfig
+from orchestrator.config.overrides import apply_overrides, parse_override
+from orchestrator.config.problems import Place, from_pydantic, join
+from orchestrator.config.render import to_yaml
+from orchestrator.config.source import KeyPath, parse, read_text
+from orchestrator.config.words import printable
+from orchestrator.errors import ConfigError
+from orchestrator.names import run_directory
+
+DEFAULT = "default"
+SET = "--set"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRun:
+    """A valid configuration.
+
+    Attributes:
+        config: the values.
+        origins: dotted path of each value -> 'file:line', '--set' or 'default'.
+        place: finds the line of a key, for problems found later.
+    """
+
+    config: RunConfig
+    origins: Mapping[str, str]
+    place: Place
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute path of the run directory, whether or not it exists."""
+        return run_directory(self.config.storage, self.config.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars that `load_config` would read back."""
+        return self.config.model_dump(mode="json")
+
+    def to_yaml(self, *, with_origins: bool = False) -> str:
+        """The configuration as a run file, every value written out."""
+        return to_yaml(self.to_dict(), self.origins if with_origins else None)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedRun:
+    """Read, overlay and check a run file. The machine is not looked at: see `require_fit`.
+
+    Args:
+        path: the run file.
+        overrides: texts of the form 'a.b=value', later ones winning.
+
+    Raises:
+        ConfigError: anything is wrong; its message has one line per problem.
+    """
+    path = Path(path)
+    shown = printable(str(path), 200)
+    document = parse(read_text(path), shown)
+    parsed = [parse_override(text) for text in overrides]
+    place = Place(document, shown, tuple(override.path for override in parsed))
+    problems = list(document.problems)
+    config = None
+    try:
+        config = RunConfig.model_validate(apply_overrides(document.data, parsed))
+    except ValidationError as error:
+        problems += from_pydantic(error, RunConfig, place)
+    if config is not None:
+        problems += as_errors(check_all(config), place)
+    if problems or config is None:
+        raise join(sorted(problems, key=lambda problem: problem.line or 0))
+    return ResolvedRun(config=config, origins=_origins(config, place), place=place)
+
+
+def fit_problems(resolved: ResolvedRun, machine: Machine | None = None, *, is_new: bool = True) -> list[ConfigError]:
+    """What keeps a valid configuration from running on this machine; empty if nothing does."""
+    return as_errors(check_fit(resolved.config, machine or this_machine(), is_new=is_new), resolved.place)
+
+
+def require_fit(resolved: ResolvedRun, machine: Machine | None = None, *, is_new: bool = True) -> None:
+    """Refuse a run that this machine can never serve, or whose directory exists already.
+
+    Raises:
+        ConfigError: it does not fit; its message has one line per problem.
+    """
+    problems = fit_problems(resolved, machine, is_new=is_new)
+    if problems:
+        raise join(problems)
+
+
+def as_errors(findings: Iterable[Finding], place: Place) -> list[ConfigError]:
+    """The findings with file and line."""
+    return [place.error(path, text) for path, text in findings]
+
+
+def _origins(config: RunConfig, place: Place) -> dict[str, str]:
+    return {
+        ".".join(str(p) for p in path): _origin(path, place) for path in _leaves(config.model_dump(mode="json"), ())
+    }
+
+
+def _origin(path: KeyPath, place: Place) -> str:
+    if place.is_set(path):
+        return SET
+    line = place.document.lines.get(path)
+    # A value reached through an alias has no line of its own; its nearest key has.
+    is_written = line is not None or _is_inside_alias(path, place)
+    return f"{place.file}:{line or place.document.line_of(path)}" if is_written else DEFAULT
+
+
+def _is_inside_alias(path: KeyPath, place: Place) -> bool:
+    data = place.document.data
+    for part in path:
+        if not isinstance(data, Mapping) or part not in data:
+            return False
+        data = data[part]
+    return True
+
+
+def _leaves(data: Mapping[str, object], path: KeyPath) -> Iterator[KeyPath]:
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key)

@@ -1,0 +1,232 @@
+"""Whether this machine has what a run needs, one finding per line, each with what to do about it.
+
+Looks at package metadata, the kernel's files and sockets; imports neither torch nor ray, so that it also answers where
+those are broken. Called by `orchestrator doctor`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+
+from orchestrator.config.machine import this_machine
+
+PYTHON_RANGE = ((3, 11), (3, 13))
+# Distribution -> tested range: at least the first, below the second; a test holds it against pyproject.toml.
+PACKAGE_RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
+    "torch": ((2, 11), (2, 14)),
+    "ray": ((2, 60), (2, 61)),
+    "nvidia-ml-py": ((13,), None),
+    "pyarrow": ((17,), None),
+    "numpy": ((2,), None),
+    "psutil": ((6,), None),
+    "click": ((8, 1), None),
+    "pydantic": ((2, 10), None),
+    "pyyaml": ((6,), None),
+    "rich": ((13, 9), None),
+}
+# What Ray's State API and dashboard, Train and Tune need beyond ray itself.
+STATE_API_MODULES = ("aiohttp", "aiohttp_cors", "grpc", "opencensus", "prometheus_client")
+RAY_EXTRA_MODULES = ("fsspec", "pandas", "requests", "tensorboardX")
+_GIB = 1 << 30
+_MIN_DISK_BYTES = 2 * _GIB
+_MIN_SHM_BYTES = _GIB
+_NUM_PORTS = 8
+
+
+class Status(StrEnum):
+    """How bad a finding is: `warn` costs speed or a feature, `fail` keeps runs from working."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One finding. `remedy` is empty where nothing is to be done."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def examine(storage: Path) -> list[Check]:
+    """All checks, in a fixed order; `storage` is where runs will be written."""
+    checks = [check_python(sys.version_info[:3])]
+    checks += [check_package(name, installed_version(name)) for name in PACKAGE_RANGES]
+    checks += [check_modules("state api", "ray[default]", STATE_API_MODULES)]
+    checks += [check_modules("train and tune", "ray[train,tune]", RAY_EXTRA_MODULES)]
+    machine = this_machine()
+    checks += [check_cores(machine.num_cores, os.cpu_count() or 1), check_affinity()]
+    checks += [check_devices(machine.num_gpus), check_nvml(machine.num_gpus), check_ports()]
+    checks += [check_disk(storage), check_shared_memory(Path("/dev/shm"))]
+    return checks
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def parse_version(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: '2.13.0+cpu' -> (2, 13, 0)."""
+    numbers = []
+    for part in version.partition("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+        if digits != part:
+            break
+    return tuple(numbers)
+
+
+def check_python(version: tuple[int, ...]) -> Check:
+    """Whether this Python is one of those that are tested."""
+    low, high = PYTHON_RANGE
+    detail = ".".join(str(n) for n in version)
+    if low <= version[:2] < high:
+        return Check(name="python", status=Status.OK, detail=detail)
+    remedy = f"use Python {_dotted(low)} or newer, below {_dotted(high)}"
+    return Check(name="python", status=Status.FAIL, detail=detail, remedy=remedy)
+
+
+def check_package(name: str, version: str | None) -> Check:
+    """Whether a distribution is installed in a tested version: too old fails, too new warns."""
+    low, high = PACKAGE_RANGES[name]
+    wanted = f"'{name}>={_dotted(low)}{f',<{_dotted(high)}' if high else ''}'"
+    if version is None:
+        return Check(name=name, status=Status.FAIL, detail="not installed", remedy=f"pip install {wanted}")
+    numbers = parse_version(version)
+    if numbers < low:
+        return Check(name=name, status=Status.FAIL, detail=f"{version} is too old", remedy=f"pip install {wanted}")
+    if high is not None and numbers >= high:
+        detail = f"{version} is newer than what is tested"
+        return Check(name=name, status=Status.WARN, detail=detail, remedy=f"pip install {wanted}")
+    return Check(name=name, status=Status.OK, detail=version)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(n) for n in version)
+
+
+def check_modules(name: str, extra: str, modules: tuple[str, ...]) -> Check:
+    """Whether the modules of a Ray extra can be found (they are not imported)."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        remedy = f"pip install '{extra}'; without it stopped trials leak and metrics are missing"
+        return Check(name=name, status=Status.FAIL, detail=f"missing: {', '.join(missing)}", remedy=remedy)
+    return Check(name=name, status=Status.OK, detail=f"{extra} is complete")
+
+
+def check_cores(num_usable: int, num_present: int) -> Check:
+    """How many cores this process may run on."""
+    detail = f"{num_usable} of {num_present} usable"
+    if num_usable < 2:
+        remedy = "two or more cores let two trials run at a time; set search.max_concurrent: 1 here"
+        return Check(name="cores", status=Status.WARN, detail=detail, remedy=remedy)
+    return Check(name="cores", status=Status.OK, detail=detail)
+
+
+def check_affinity() -> Check:
+    """Whether the process may pin itself, which is how a share of a CPU is enforced."""
+    try:
+        os.sched_setaffinity(0, os.sched_getaffinity(0))
+    except OSError as error:
+        remedy = "allow sched_setaffinity (seccomp profile of the container), or set dials.share.enabled: false"
+        return Check(name="cpu affinity", status=Status.FAIL, detail=f"refused: {error}", remedy=remedy)
+    return Check(name="cpu affinity", status=Status.OK, detail="may be set")
+
+
+def check_devices(num_gpus: int) -> Check:
+    """Which devices trials run on."""
+    if num_gpus == 0:
+        return Check(name="devices", status=Status.OK, detail="the CPU (no NVIDIA device found)")
+    return Check(name="devices", status=Status.OK, detail=f"{num_gpus} NVIDIA device{'s' if num_gpus > 1 else ''}")
+
+
+def _load_nvml() -> None:
+    ctypes.CDLL("libnvidia-ml.so.1")
+
+
+def check_nvml(num_gpus: int, load: Callable[[], None] = _load_nvml) -> Check:
+    """Whether the driver's management library can be loaded where there is a GPU."""
+    if num_gpus == 0:
+        return Check(name="nvml", status=Status.OK, detail="not needed without a GPU")
+    try:
+        load()
+    except OSError as error:
+        remedy = "install the NVIDIA driver's libnvidia-ml, or run the container with the utility capability"
+        return Check(name="nvml", status=Status.WARN, detail=f"cannot be loaded: {error}", remedy=remedy)
+    return Check(name="nvml", status=Status.OK, detail="can be loaded")
+
+
+def _free_ports(count: int) -> Iterator[int]:
+    opened = []
+    try:
+        for _ in range(count):
+            server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            opened.append(server)
+            server.bind(("127.0.0.1", 0))
+            server.listen(1)
+            yield server.getsockname()[1]
+    finally:
+        for server in opened:
+            server.close()
+
+
+def check_ports(free_ports: Callable[[int], Iterator[int]] = _free_ports) -> Check:
+    """Whether a local cluster could listen on as many loopback ports as it needs."""
+    try:
+        ports = list(free_ports(_NUM_PORTS))
+    except OSError as error:
+        remedy = "allow listening on 127.0.0.1 and check net.ipv4.ip_local_port_range"
+        return Check(name="ports", status=Status.FAIL, detail=f"cannot listen: {error}", remedy=remedy)
+    return Check(name="ports", status=Status.OK, detail=f"{len(ports)} loopback ports can be opened")
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def check_disk(storage: Path) -> Check:
+    """Whether the storage directory can be written and has room for checkpoints."""
+    place = _nearest_existing(storage)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        remedy = "name another directory (storage in the run file), or change its permissions"
+        return Check(name="disk", status=Status.FAIL, detail=f"{place} cannot be written", remedy=remedy)
+    return _check_room("disk", place, _MIN_DISK_BYTES, "free some space or name another directory (storage)")
+
+
+def check_shared_memory(place: Path) -> Check:
+    """Whether /dev/shm has room for Ray's object store; with less Ray falls back to slow files in /tmp."""
+    if not place.is_dir():
+        remedy = "mount a tmpfs on /dev/shm (docker run --shm-size=2g)"
+        return Check(name="shared memory", status=Status.WARN, detail=f"there is no {place}", remedy=remedy)
+    return _check_room("shared memory", place, _MIN_SHM_BYTES, "docker run --shm-size=2g, or a larger tmpfs")
+
+
+def _check_room(name: str, place: Path, needed_bytes: int, remedy: str) -> Check:
+    free_bytes = shutil.disk_usage(place).free
+    detail = f"{free_bytes / _GIB:.1f} GiB free on {place}"
+    if free_bytes < needed_bytes:
+        detail += f", recommended {needed_bytes / _GIB:.0f} GiB"
+        return Check(name=name, status=Status.WARN, detail=detail, remedy=remedy)
+    return Check(name=name, status=Status.OK, detail=detail)

@@ -1,0 +1,1 @@
+"""Files that `orchestrator init` writes for the user. Holds no code."""

@@ -1,0 +1,103 @@
+"""Each check of the doctor says ok, warn or fail, and what to do unless it is ok."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator import doctor
+from orchestrator.doctor import PACKAGE_RANGES, PYTHON_RANGE, Status, check_package, parse_version
+
+ROOT = Path(__file__).parents[3]
+
+
+def _wanted(low: tuple[int, ...], high: tuple[int, ...] | None) -> str:
+    below = "" if high is None else ",<" + ".".join(map(str, high))
+    return ">=" + ".".join(map(str, low)) + below
+
+
+def test_the_tested_ranges_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {}
+    for requirement in project["dependencies"]:
+        name, _, bounds = requirement.partition(">=")
+        declared[name.partition("[")[0]] = ">=" + bounds
+    assert {name: _wanted(*bounds) for name, bounds in PACKAGE_RANGES.items()} == declared
+    assert project["requires-python"] == _wanted(*PYTHON_RANGE)
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [("2.13.0+cpu", (2, 13, 0)), ("2.11", (2, 11)), ("2.60.0rc1", (2, 60, 0)), ("3.0a1", (3, 0)), ("", ()), ("x", ())],
+)
+def test_a_version_is_read_up_to_its_first_word(version: str, numbers: tuple[int, ...]) -> None:
+    assert parse_version(version) == numbers
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [("2.13.0+cpu", "ok"), ("2.11.0", "ok"), ("2.14.0", "warn"), ("2.10.9", "fail"), ("", "fail"), (None, "fail")],
+)
+def test_a_package_outside_the_tested_range_is_not_ok(version: str | None, status: str) -> None:
+    check = check_package("torch", version)
+    assert check.status == status
+    assert (check.remedy == "") == (status == "ok")
+
+
+def test_an_untested_python_fails() -> None:
+    assert doctor.check_python((3, 10, 1)).status is Status.FAIL
+    assert doctor.check_python((3, 13, 0)).status is Status.FAIL
+    assert doctor.check_python((3, 12, 4)).status is Status.OK
+
+
+def test_a_missing_ray_extra_fails_and_names_it() -> None:
+    check = doctor.check_modules("state api", "ray[default]", ("json", "no_such_module"))
+    assert (check.status, check.detail) == (Status.FAIL, "missing: no_such_module")
+    assert "ray[default]" in check.remedy
+
+
+def test_one_core_is_a_warning() -> None:
+    assert doctor.check_cores(1, 8).status is Status.WARN
+    assert doctor.check_cores(2, 8).status is Status.OK
+
+
+def test_nvml_matters_only_where_there_is_a_gpu() -> None:
+    def broken() -> None:
+        raise OSError("libnvidia-ml.so.1: cannot open shared object file")
+
+    assert doctor.check_nvml(0, broken).status is Status.OK
+    assert doctor.check_nvml(1, broken).status is Status.WARN
+    assert doctor.check_nvml(1, lambda: None).status is Status.OK
+
+
+def test_no_free_port_fails() -> None:
+    def none_left(count: int) -> Iterator[int]:
+        yield from range(count - 1)
+        raise OSError("address already in use")
+
+    assert doctor.check_ports(none_left).status is Status.FAIL
+    assert doctor.check_ports().status is Status.OK
+
+
+def test_a_storage_that_cannot_be_written_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert doctor.check_disk(tmp_path / "file" / "runs").status is Status.FAIL
+    assert doctor.check_disk(tmp_path / "not" / "yet").status is not Status.FAIL
+    assert not (tmp_path / "not").exists()
+
+
+def test_missing_shared_memory_is_a_warning(tmp_path: Path) -> None:
+    assert doctor.check_shared_memory(tmp_path / "shm").status is Status.WARN
+
+
+def test_everything_is_examined_and_every_problem_has_a_remedy(tmp_path: Path) -> None:
+    checks = doctor.examine(tmp_path)
+    names = [check.name for check in checks]
+    assert len(set(names)) == len(names)
+    assert {"python", "torch", "ray", "state api", "devices", "nvml", "ports", "disk", "shared memory", "cores"} < set(
+        names
+    )
+    assert all(bool(check.remedy) == (check.status is not Status.OK) for check in checks)
