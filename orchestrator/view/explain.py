@@ -1,0 +1,264 @@
+"""Why a decision was taken: what was weighed and chosen, what held it back, what was predicted and what came true.
+
+Reads the journal alone, so it also works while the run goes on, after a crash and on another machine. `explain` gives
+plain values for `--json`, `render` makes them readable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ConfigError, JournalError
+from orchestrator.telemetry.history import (
+    Acknowledged,
+    GainRealised,
+    History,
+    Overridden,
+    PlanCommitted,
+    Refused,
+    read_history,
+)
+from orchestrator.view.text import (
+    MISSING,
+    clean,
+    dicts,
+    mapping,
+    show_count,
+    show_gain,
+    show_number,
+    show_seconds,
+    show_settings,
+    table,
+    wrap,
+)
+from policies.codec import plan_from, snapshot_from, to_jsonable
+from policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff
+from policies.snapshot import Snapshot
+
+_WIDTH = 100
+
+
+def explain(run_dir: Path, decision: int | None) -> dict[str, Any]:
+    """One decision in full, or all of them in short.
+
+    Args:
+        run_dir: the run.
+        decision: generation of the plan; None for the summary of all.
+
+    Returns:
+        For one decision `generation`, `reason`, `chosen` (what changed, one item per trial), `alternatives`, `binding`,
+        `predicted_gain`, `realised_gain`, `applied` and `trials`, which holds the same keys for each changed trial; of
+        several trials the top-level values are those of the one with the largest predicted gain.
+        For all of them `run_id`, `decisions`, `overrides` and `refusals`.
+
+    Raises:
+        ConfigError: there is no such run or decision.
+        JournalError: the decision is there but cannot be read.
+    """
+    history = read_history(run_dir)
+    if decision is None:
+        return _summary(run_dir, history)
+    plans = {entry.generation: entry for entry in history.of(PlanCommitted)}
+    entry = next((plan for generation, plan in plans.items() if generation == decision), None)
+    if entry is None:
+        allowed = f"{min(plans)} to {max(plans)}" if plans else "none yet, the run has taken no decision"
+        raise ConfigError(
+            f"decision {decision} is not in {run_dir}; allowed: {allowed}; `orchestrator explain {run_dir}` lists them"
+        )
+    return _one(entry, _Outcomes(history))
+
+
+def render(answer: Mapping[str, Any]) -> str:
+    """What `explain` returned, for people."""
+    return "\n".join(_render_summary(answer) if "decisions" in answer else _render_one(answer))
+
+
+class _Outcomes:
+    """What became of allocations, by generation and trial."""
+
+    def __init__(self, history: History) -> None:
+        self._acks: dict[tuple[Generation, TrialId], list[Acknowledged]] = {}
+        self._gains: dict[tuple[Generation, TrialId], float] = {}
+        for entry in history.entries:
+            if isinstance(entry, Acknowledged):
+                self._acks.setdefault((entry.generation, entry.trial_id), []).append(entry)
+            elif isinstance(entry, GainRealised):
+                self._gains[entry.generation, entry.trial_id] = entry.realised
+
+    def realised_gain(self, generation: Generation, trial_id: TrialId) -> float | None:
+        return self._gains.get((generation, trial_id))
+
+    def applied(self, generation: Generation, trial_id: TrialId) -> list[dict[str, Any]]:
+        acks = self._acks.get((generation, trial_id), [])
+        return [{"trial": ack.trial_id, "step": ack.step, "ack_s": ack.ack_s} for ack in acks]
+
+
+def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
+    snapshot, plan = _decoded(entry)
+    before = {trial.trial_id: snapshot.settings_in_force(trial) for trial in snapshot.trials}
+    trials = [
+        _trial(plan.generation, allocation, before.get(allocation.trial_id), outcomes)
+        for allocation in _changed(snapshot.plan, plan, before)
+    ]
+    trials.sort(key=lambda item: (item["predicted_gain"] is None, -(item["predicted_gain"] or 0.0), item["trial"]))
+    first: Mapping[str, Any] = trials[0] if trials else {}
+    return {
+        "generation": int(plan.generation),
+        "reason": plan.reason,
+        "chosen": [item["chosen"] for item in trials],
+        "alternatives": first.get("alternatives", []),
+        "binding": first.get("binding", "none"),
+        "predicted_gain": first.get("predicted_gain"),
+        "realised_gain": first.get("realised_gain"),
+        "applied": [ack for item in trials for ack in item["applied"]],
+        "trials": trials,
+        "t_s": entry.t_s,
+        "wall_s": entry.wall_s,
+    }
+
+
+def _trial(
+    generation: Generation, allocation: Allocation, before: Settings | None, outcomes: _Outcomes
+) -> dict[str, Any]:
+    """What the decision meant for one trial."""
+    trial_id = allocation.trial_id
+    return {
+        "trial": trial_id,
+        "reason": allocation.reason,
+        "chosen": {
+            "trial": trial_id,
+            "before": None if before is None else to_jsonable(before),
+            "after": to_jsonable(allocation.settings),
+            "dials": [] if before is None else list(changed_dials(before, allocation.settings)),
+            "placement": list(allocation.placement),
+            "effect": allocation.effect.value,
+            "reason": allocation.reason,
+            "goodput": allocation.predicted_goodput,
+        },
+        "alternatives": [
+            {"allocation": to_jsonable(other.settings), "goodput": other.goodput} for other in allocation.alternatives
+        ],
+        "binding": allocation.binding,
+        "predicted_gain": allocation.predicted_gain,
+        "realised_gain": outcomes.realised_gain(generation, trial_id),
+        "applied": outcomes.applied(generation, trial_id),
+    }
+
+
+def _changed(old: Plan, new: Plan, before: Mapping[TrialId, Settings | None]) -> tuple[Allocation, ...]:
+    """Allocations that differ from what was in force, overrides included; of a plan that changes none, all of them."""
+    moved = {allocation.trial_id for allocation in diff(old, new)}
+    changed = [a for a in new.allocations if a.trial_id in moved or before.get(a.trial_id) != a.settings]
+    return tuple(changed) or new.allocations
+
+
+def _decoded(entry: PlanCommitted) -> tuple[Snapshot, Plan]:
+    try:
+        return snapshot_from(entry.snapshot), plan_from(entry.plan)
+    except ValueError as error:
+        raise JournalError(
+            f"decision {entry.generation} cannot be read: {error}; allowed: what this version of the orchestrator wrote"
+        ) from error
+
+
+def _summary(run_dir: Path, history: History) -> dict[str, Any]:
+    origin_s = history.entries[0].wall_s if history.entries else 0.0
+    outcomes = _Outcomes(history)
+    decisions: list[dict[str, Any]] = []
+    for entry in history.of(PlanCommitted):
+        try:
+            one = _one(entry, outcomes)
+        except JournalError as error:
+            decisions.append({"generation": int(entry.generation), "error": str(error)})
+            continue
+        decisions.append(
+            {
+                "generation": one["generation"],
+                "after_s": entry.wall_s - origin_s,
+                "reason": one["reason"],
+                "num_changed": len(one["chosen"]),
+                "num_applied": len(one["applied"]),
+                "predicted_gain": one["predicted_gain"],
+                "realised_gain": one["realised_gain"],
+            }
+        )
+    return {
+        "run_id": run_dir.name,
+        "decisions": decisions,
+        "overrides": [
+            {"trial": o.trial_id, "generation": int(o.generation), "reason": o.reason, "after_s": o.wall_s - origin_s}
+            for o in history.of(Overridden)
+        ],
+        "refusals": [
+            {"reason": r.reason, "violations": list(r.violations), "after_s": r.wall_s - origin_s}
+            for r in history.of(Refused)
+        ],
+    }
+
+
+def _render_summary(answer: Mapping[str, Any]) -> list[str]:
+    decisions = dicts(answer["decisions"])
+    if not decisions:
+        lines = ["no decision has been taken yet"]
+    else:
+        columns = ["plan", "after", "changed", "applied", "predicted", "realised", "reason"]
+        rows = [
+            [
+                show_count(item["generation"]),
+                show_seconds(item.get("after_s")),
+                show_count(item.get("num_changed")),
+                show_count(item.get("num_applied")),
+                show_gain(item.get("predicted_gain")),
+                show_gain(item.get("realised_gain")),
+                str(item.get("reason") or item.get("error")),
+            ]
+            for item in decisions
+        ]
+        lines = table(columns, rows, numeric=columns[:-1])
+    for item in dicts(answer["overrides"]):
+        lines.append(
+            f"override after {show_seconds(item['after_s'])} by {clean(item['trial'])}: {clean(item['reason'])}"
+        )
+    for item in dicts(answer["refusals"]):
+        lines.append(f"refused after {show_seconds(item['after_s'])}: {clean(item['reason'])}")
+        lines.extend(f"  {clean(text)}" for text in _texts(item["violations"]))
+    if decisions:
+        lines.append(f"one of them in full: orchestrator explain RUN --decision {decisions[-1]['generation']}")
+    return lines
+
+
+def _render_one(answer: Mapping[str, Any]) -> list[str]:
+    lines = wrap(f"decision {show_count(answer['generation'])}: {clean(answer['reason'])}", _WIDTH)
+    for item in dicts(answer["trials"]):
+        lines += ["", *_render_trial(item)]
+    return lines
+
+
+def _render_trial(item: Mapping[str, object]) -> list[str]:
+    chosen = mapping(item["chosen"])
+    before, after = mapping(chosen["before"]), mapping(chosen["after"])
+    rows = [["CHOSEN", show_settings(after), show_number(chosen["goodput"])]]
+    others = [other for other in dicts(item["alternatives"]) if other["allocation"] != after]
+    if before and before != after and all(other["allocation"] != before for other in others):
+        rows.append(["before", show_settings(before), MISSING])
+    for other in others:
+        settings = mapping(other["allocation"])
+        label = "before" if settings == before else ""
+        rows.append([label, show_settings(settings), show_number(other["goodput"])])
+    applied = [
+        f"at step {show_count(ack['step'])}, {show_number(ack['ack_s'], 3)} s after the decision"
+        for ack in dicts(item["applied"])
+    ]
+    effect = clean(chosen["effect"])
+    return [
+        *wrap(f"{clean(item['trial'])}: {clean(item['reason'])}", _WIDTH),
+        *(f"  {line}" for line in table(["", "settings", "goodput/s"], rows, numeric=["goodput/s"])),
+        f"  bound by {clean(item['binding'])}; applied {'; '.join(applied) or 'not yet'} ({effect} effect)",
+        f"  gain predicted {show_gain(item['predicted_gain'])}, realised {show_gain(item['realised_gain'])}",
+    ]
+
+
+def _texts(value: object) -> list[str]:
+    return [str(text) for text in value] if isinstance(value, list) else []

@@ -1,0 +1,328 @@
+"""What the live table shows, as plain lines: a pure function of a status, a width and the time.
+
+Knows nothing of terminals or colours; each line says what it is, and `view.terminal` decides how that looks. Strings
+are clean (see `view.text`). Below `WIDE` columns a running trial takes two lines, from there on one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.view.text import (
+    MISSING,
+    clean,
+    clip,
+    clip_front,
+    dicts,
+    mapping,
+    number,
+    pad,
+    show_count,
+    show_gain,
+    show_gib,
+    show_number,
+    show_seconds,
+    whole,
+    wrap,
+)
+
+WIDE = 160
+MIN_WIDTH = 40
+STALE_AFTER_S = 15.0
+_BAR_CELLS = 10
+_ERROR_CHARACTERS = 400
+_ORDER = ("running", "failed", "queued", "done", "stopped")
+DIALS = ("share", "batch", "precision")
+
+
+class Role(StrEnum):
+    """What a line is."""
+
+    TITLE = "title"
+    HEAD = "head"
+    RUNNING = "running"
+    WAITING = "waiting"
+    ENDED = "ended"
+    FAILED = "failed"
+    DETAIL = "detail"
+    DEVICE = "device"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One line of text of at most the frame's width, and what it is."""
+
+    text: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """What one refresh shows."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def text(self) -> str:
+        """All lines as they stand."""
+        return "\n".join(line.text for line in self.lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    name: str
+    width: int
+    is_number: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """Words that are the same in every trial's line."""
+
+    metric: str
+    unit: str
+
+
+_COLUMNS = (
+    _Column(name="trial", width=12, is_number=False),
+    _Column(name="state", width=7, is_number=False),
+    _Column(name="step", width=5),
+    _Column(name="loss", width=7),
+    _Column(name="samples/s", width=9),
+    _Column(name="share", width=5),
+    _Column(name="batch", width=8),
+    _Column(name="tier", width=4, is_number=False),
+    _Column(name="left", width=7),
+)
+
+
+def build_frame(status: Mapping[str, object], *, width: int, max_rows: int, now_s: float) -> Frame:
+    """Lay out a status.
+
+    Args:
+        status: the content of `status.json`.
+        width: columns of the terminal; below `MIN_WIDTH` lines are cut at that.
+        max_rows: trials shown at most; the rest is counted.
+        now_s: seconds since the epoch, for how old the status is.
+    """
+    width = max(width, MIN_WIDTH)
+    trials = sorted(dicts(status.get("trials")), key=_rank)
+    shown = trials[: max(1, max_rows)]
+    lines = [*_title(status, trials, width, now_s), _line(_cells_of_head(width), Role.HEAD, width)]
+    words = _Shown(
+        metric=clean(status.get("metric") or "metric"),
+        unit=_unit({str(device.get("kind")) for device in dicts(status.get("devices"))}),
+    )
+    for trial in shown:
+        lines.extend(_trial_lines(trial, words, width))
+    if len(trials) > len(shown):
+        counts = _counts(trials[len(shown) :])
+        lines.append(_line(f"... and {len(trials) - len(shown)} more: {counts}", Role.NOTE, width))
+    lines.extend(_line(_device(device), Role.DEVICE, width) for device in dicts(status.get("devices")))
+    lines.append(_line("dials: " + "; ".join(dial_texts(status)), Role.NOTE, width))
+    for trial in trials:
+        if trial.get("state") == "failed":
+            lines.extend(_failure(trial, width))
+    return Frame(lines=tuple(lines))
+
+
+def plain_line(status: Mapping[str, object], now_s: float) -> str:
+    """The same facts on one line, for a log or a terminal that cannot redraw."""
+    trials = sorted(dicts(status.get("trials")), key=_rank)
+    parts = [
+        f"{_elapsed(status, now_s)} {_state(status)} plan {show_count(status.get('generation'))}: {_counts(trials)}"
+    ]
+    for trial in trials:
+        if trial.get("state") == "running":
+            rate = f"{show_number(trial.get('throughput_per_s'), 3)} samples/s"
+            parts.append(
+                f"{clean(trial.get('trial_id'))} step {show_count(trial.get('step'))}"
+                f" loss {show_number(trial.get('loss'))} {rate} share {show_number(trial.get('share'), 2)}"
+                f" ({_enforced(trial)}) batch {_batch(trial)} {_tier(trial)}"
+                f" left {show_seconds(trial.get('time_left_s'))}{_prefixed(_decision(trial))}"
+            )
+    for device in dicts(status.get("devices")):
+        parts.append(
+            f"{clean(device.get('device_id'))} granted {_percent(device.get('granted_share'))}"
+            f" used {_percent(device.get('utilisation_ratio'))}"
+        )
+    parts.append("dials " + ", ".join(dial_texts(status)))
+    return " | ".join(parts)
+
+
+def failure_text(trial: Mapping[str, object]) -> str:
+    """Which trial failed, why, and where its log is, on one line."""
+    error = clip(clean(trial.get("error") or "no reason was given"), _ERROR_CHARACTERS)
+    return f"{clean(trial.get('trial_id'))} failed: {error}; log: {clean(trial.get('log_path') or MISSING)}"
+
+
+def dial_texts(status: Mapping[str, object]) -> list[str]:
+    """What each dial did so far, one text per dial."""
+    texts = []
+    dials = mapping(status.get("dials"))
+    for name in DIALS:
+        dial = mapping(dials.get(name))
+        if not dial.get("enabled"):
+            texts.append(f"{name} off")
+            continue
+        changes = whole(dial.get("changes_applied")) or 0
+        gain = "" if number(dial.get("gain")) is None else f", gain {show_gain(dial.get('gain'))}"
+        texts.append(f"{name} {changes} change{'s' * (changes != 1)}{gain}")
+    return texts
+
+
+def _title(
+    status: Mapping[str, object], trials: Sequence[Mapping[str, object]], width: int, now_s: float
+) -> list[Line]:
+    metric = f"{clean(status.get('metric') or MISSING)} ({clean(status.get('mode') or MISSING)})"
+    lines = [
+        _line(
+            f"{clean(status.get('run_id') or MISSING)}  {_state(status)} {_elapsed(status, now_s)}"
+            f"  policy {clean(status.get('policy') or MISSING)}  plan {show_count(status.get('generation'))}  {metric}",
+            Role.TITLE,
+            width,
+        ),
+        _line(_counts(trials), Role.NOTE, width),
+    ]
+    age_s = now_s - (number(status.get("updated_at")) or now_s)
+    if age_s > STALE_AFTER_S and _state(status) in {"starting", "running", "stopping"}:
+        text = f"no news for {show_seconds(age_s)}: the run may have crashed; `orchestrator resume` takes it up"
+        lines.append(_line(text, Role.FAILED, width))
+    return lines
+
+
+def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list[Line]:
+    state = clean(trial.get("state") or MISSING)
+    columns = _fitted(_COLUMNS, width)
+    cells = [
+        clip_front(clean(trial.get("trial_id") or MISSING), columns[0].width),
+        state,
+        show_count(trial.get("step")),
+    ]
+    if state != "running":
+        role = {"queued": Role.WAITING, "failed": Role.FAILED}.get(state, Role.ENDED)
+        value = number(trial.get("metric_value"))
+        metric = "" if value is None else f"{shown.metric} {show_number(value)}"
+        return [_line(f"{_row(cells, columns)}  {metric}", role, width)]
+    cells += [
+        show_number(trial.get("loss")),
+        show_number(trial.get("throughput_per_s")),
+        show_number(trial.get("share"), 3),
+        _batch(trial),
+        _tier(trial),
+        show_seconds(trial.get("time_left_s")),
+    ]
+    row = _row(cells, columns)
+    details = "; ".join(text for text in (_held(trial, shown.unit), _decision(trial)) if text)
+    if width >= WIDE:
+        return [_line(f"{row}  {details}", Role.RUNNING, width)]
+    return [_line(row, Role.RUNNING, width), _line(f"  {details}", Role.DETAIL, width)]
+
+
+def _row(cells: Sequence[str], columns: Sequence[_Column]) -> str:
+    """Cells under their columns; there may be fewer of them."""
+    return "  ".join(
+        pad(cell, column.width, right=column.is_number) for cell, column in zip(cells, columns, strict=False)
+    )
+
+
+def _cells_of_head(width: int) -> str:
+    head = "  ".join(pad(column.name, column.width, right=column.is_number) for column in _fitted(_COLUMNS, width))
+    return f"{head}  share enforced by; last decision" if width >= WIDE else head
+
+
+def _fitted(columns: Sequence[_Column], width: int) -> list[_Column]:
+    """Give the first column (the name) what a wide terminal has to spare."""
+    first, *others = columns
+    spare = 8 if width >= WIDE else 0
+    narrow = sum(column.width for column in columns) + 2 * len(others) - width
+    name_width = first.width + spare if narrow <= 0 else max(4, first.width - narrow)
+    return [_Column(name=first.name, width=name_width, is_number=False), *others]
+
+
+def _device(device: Mapping[str, object]) -> str:
+    granted = number(device.get("granted_share")) or 0.0
+    cells = round(_BAR_CELLS * min(max(granted, 0.0), 1.0))
+    unit = _unit({str(device.get("kind"))})
+    memory = f"memory {show_gib(device.get('memory_used_bytes'))}/{show_gib(device.get('memory_total_bytes'))} GiB"
+    return (
+        f"{clean(device.get('device_id') or MISSING)} [{'#' * cells}{'.' * (_BAR_CELLS - cells)}]"
+        f" granted {_percent(device.get('granted_share'))} of {show_count(device.get('units'))} {unit},"
+        f" used {_percent(device.get('utilisation_ratio'))}, {memory}"
+    )
+
+
+def _failure(trial: Mapping[str, object], width: int) -> list[Line]:
+    return [Line(text=text, role=Role.FAILED) for text in wrap(failure_text(trial), width)]
+
+
+def _rank(trial: Mapping[str, object]) -> tuple[int, int]:
+    state = str(trial.get("state"))
+    return _ORDER.index(state) if state in _ORDER else len(_ORDER), whole(trial.get("index")) or 0
+
+
+def _counts(trials: Sequence[Mapping[str, object]]) -> str:
+    counts = Counter(clean(trial.get("state") or MISSING) for trial in trials)
+    named = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
+    return f"{len(trials)} trial{'s' * (len(trials) != 1)}" + (f": {named}" if named else "")
+
+
+def _state(status: Mapping[str, object]) -> str:
+    return clean(status.get("state") or MISSING)
+
+
+def _elapsed(status: Mapping[str, object], now_s: float) -> str:
+    started = number(status.get("started_at"))
+    is_over = _state(status) in {"done", "failed", "interrupted"}
+    until = (number(status.get("updated_at")) or now_s) if is_over else now_s
+    return MISSING if started is None else show_seconds(until - started)
+
+
+def _batch(trial: Mapping[str, object]) -> str:
+    if trial.get("micro_batch") is None:
+        return MISSING
+    ranks = whole(trial.get("num_workers")) or 1
+    batch = f"{show_count(trial.get('micro_batch'))}x{show_count(trial.get('grad_accum'))}"
+    return batch if ranks == 1 else f"{batch}*{ranks}"
+
+
+def _tier(trial: Mapping[str, object]) -> str:
+    return clean(trial.get("tier") or MISSING)
+
+
+def _enforced(trial: Mapping[str, object]) -> str:
+    return clean(trial.get("enforced_by") or "nothing")
+
+
+def _held(trial: Mapping[str, object], unit: str) -> str:
+    """What the share amounts to and what enforces it."""
+    return f"{show_number(trial.get('amount'), 3)} {unit} by {_enforced(trial)}"
+
+
+def _unit(kinds: set[str]) -> str:
+    """What a share is cut from on devices of these kinds."""
+    return "cores" if kinds == {"cpu"} else "SM groups" if kinds == {"cuda"} else "units"
+
+
+def _decision(trial: Mapping[str, object]) -> str:
+    decision = mapping(trial.get("decision"))
+    if not decision:
+        return ""
+    return f"plan {show_count(decision.get('generation'))}: {clean(decision.get('reason') or MISSING)}"
+
+
+def _prefixed(text: str) -> str:
+    return f" {text}" if text else ""
+
+
+def _percent(value: object) -> str:
+    known = number(value)
+    return MISSING if known is None else f"{100 * known:.0f} %"
+
+
+def _line(text: str, role: Role, width: int) -> Line:
+    return Line(text=clip(text.rstrip(), width), role=role)

@@ -1,0 +1,136 @@
+"""What is said at the end of a run: who won, what each dial did, what to do next, and where everything lies.
+
+A pure function of the last status. Called by the driver when a run ends; the last line is the run directory, alone, so
+that scripts can take it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from orchestrator.view.frame import DIALS, failure_text
+from orchestrator.view.text import (
+    MISSING,
+    clean,
+    clip,
+    dicts,
+    mapping,
+    number,
+    show_count,
+    show_gain,
+    show_number,
+    show_seconds,
+    table,
+    whole,
+)
+
+_MAX_RANKED = 20
+_PARAM_CHARACTERS = 48
+
+
+def render(status: Mapping[str, object], run_dir: Path) -> str:
+    """The report, several lines without a newline at the end; the last one is the run directory."""
+    trials = dicts(status.get("trials"))
+    ranked = rank(trials, str(status.get("mode")))
+    parts = [
+        [_headline(status, trials)],
+        _ranking(ranked, status),
+        [failure_text(trial) for trial in trials if trial.get("state") == "failed"],
+        _dials(status),
+        _next_commands(status, run_dir),
+        [str(run_dir)],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def rank(trials: Sequence[Mapping[str, object]], mode: str) -> list[Mapping[str, object]]:
+    """Trials by metric, best first; those without a value follow in the order of the search."""
+    sign = -1.0 if mode == "max" else 1.0
+
+    def key(trial: Mapping[str, object]) -> tuple[bool, float, int]:
+        value = number(trial.get("metric_value"))
+        return value is None, 0.0 if value is None else sign * value, whole(trial.get("index")) or 0
+
+    return sorted(trials, key=key)
+
+
+def _headline(status: Mapping[str, object], trials: Sequence[Mapping[str, object]]) -> str:
+    started, updated = number(status.get("started_at")), number(status.get("updated_at"))
+    took = MISSING if started is None or updated is None else show_seconds(updated - started)
+    num_done = sum(trial.get("state") in {"done", "stopped"} for trial in trials)
+    return (
+        f"run {clean(status.get('run_id') or MISSING)} {clean(status.get('state') or MISSING)} after {took}:"
+        f" {num_done} of {len(trials)} trials ended well, {show_count(status.get('generation'))} plans"
+        f" by policy {clean(status.get('policy') or MISSING)}"
+    )
+
+
+def _ranking(ranked: Sequence[Mapping[str, object]], status: Mapping[str, object]) -> list[str]:
+    if not ranked:
+        return []
+    metric = clean(status.get("metric") or "metric")
+    rows = [
+        [
+            str(place),
+            clean(trial.get("trial_id") or MISSING),
+            show_number(trial.get("metric_value")),
+            clean(trial.get("state") or MISSING),
+            show_count(trial.get("step")),
+            show_count(trial.get("num_samples")),
+            clip(_params(mapping(trial.get("params"))), _PARAM_CHARACTERS),
+        ]
+        for place, trial in enumerate(ranked[:_MAX_RANKED], start=1)
+    ]
+    columns = ["", "trial", metric, "state", "step", "samples", "parameters"]
+    lines = table(columns, rows, numeric=["", metric, "step", "samples"])
+    if len(ranked) > _MAX_RANKED:
+        lines.append(f"... and {len(ranked) - _MAX_RANKED} more")
+    return lines
+
+
+def _dials(status: Mapping[str, object]) -> list[str]:
+    """What each dial did and gained."""
+    lines = []
+    dials = mapping(status.get("dials"))
+    for name in DIALS:
+        dial = mapping(dials.get(name))
+        if not dial.get("enabled"):
+            lines.append(f"dial {name:<10} off")
+            continue
+        changes = whole(dial.get("changes_applied")) or 0
+        gain = number(dial.get("gain"))
+        text = "no gain measured" if gain is None else f"measured gains add up to {show_gain(gain)} goodput"
+        lines.append(f"dial {name:<10} {changes} change{'s' * (changes != 1)} applied, {text}")
+    return lines
+
+
+def _next_commands(status: Mapping[str, object], run_dir: Path) -> list[str]:
+    run = shlex.quote(clean(run_dir))
+    commands = []
+    if status.get("state") != "done":
+        commands.append((f"orchestrator resume {run}", "go on from the last checkpoints"))
+    commands.append((f"orchestrator explain {run}", "every decision, with what it predicted and what it gained"))
+    generation = whole(status.get("generation"))
+    if generation:
+        commands.append(
+            (f"orchestrator explain {run} --decision {generation}", "one of them in full: what was weighed")
+        )
+    commands.append((f"orchestrator verify {run}", "check that nothing was lost, torn or over-committed"))
+    code = f"import orchestrator; print(orchestrator.load_run({json.dumps(clean(run_dir))}).trials)"
+    width = max(len(command) for command, _ in commands)
+    return [
+        "next:",
+        *(f"  {command:<{width}}  # {text}" for command, text in commands),
+        f"  python -c {shlex.quote(code)}",
+    ]
+
+
+def _params(params: Mapping[str, object]) -> str:
+    shown = []
+    for name, value in params.items():
+        text = f"{value:.4g}" if isinstance(value, float) else clean(value)
+        shown.append(f"{clean(name)}={text}")
+    return " ".join(shown)
