@@ -1,0 +1,75 @@
+"""From the resolved run file to what the controller and the search need of it. No Ray, no torch."""
+
+from __future__ import annotations
+
+from jobs.table import complete_params, job_info
+from orchestrator.config import ResolvedRun
+from orchestrator.config.model import RunConfig
+from orchestrator.control.spec import RunSpec
+from policies.plan import Settings
+from policies.snapshot import DialLimits
+
+
+def run_spec(resolved: ResolvedRun) -> RunSpec:
+    """The controller's view of a run."""
+    config = resolved.config
+    info = job_info(config.job.name)
+    start = start_settings(config)
+    dials = config.dials
+    enabled = {"share": dials.share.enabled, "batch": dials.batch.enabled, "precision": dials.precision.enabled}
+    return RunSpec(
+        run_id=config.name,
+        run_dir=str(resolved.run_dir),
+        seed=config.seed,
+        job=config.job.name,
+        params=dict(config.job.params),
+        speed_free_params=tuple(param.name for param in info.params if not param.changes_speed),
+        start=start,
+        limits=dial_limits(config, start),
+        dials=tuple(dial for dial, is_enabled in enabled.items() if is_enabled),
+        samples_per_report=config.trial.samples_per_report,
+        max_reports=config.trial.max_reports,
+        policy=config.policy.name,
+        policy_params=dict(config.policy.params),
+        period_s=config.policy.period_s,
+        deadline_s=config.policy.deadline_s,
+        restart_budget=config.slots.restart_budget,
+        stale_after_s=config.telemetry.stale_after_s,
+        idle_close_s=config.slots.idle_close_s,
+        max_units=config.cluster.num_cpus,
+        metric=info.metric,
+        mode=info.mode,
+    )
+
+
+def start_settings(config: RunConfig) -> Settings:
+    """The dials with which every trial begins."""
+    return Settings(
+        share=config.start_share,
+        micro_batch=config.trial.micro_batch,
+        grad_accum=config.trial.grad_accum,
+        tier=config.dials.precision.tiers[0],
+        num_workers=config.trial.num_workers,
+    )
+
+
+def dial_limits(config: RunConfig, start: Settings) -> DialLimits:
+    """The ranges of the dials; a dial that may not be turned has its start as only value."""
+    share, batch, precision = config.dials.share, config.dials.batch, config.dials.precision
+    can_change_global = batch.enabled and batch.change_global
+    return DialLimits(
+        min_share=share.min if share.enabled else start.share,
+        max_share=share.max if share.enabled else start.share,
+        min_global_batch=batch.min_global if can_change_global else start.global_batch,
+        max_global_batch=batch.max_global if can_change_global else start.global_batch,
+        max_micro_batch=batch.max_micro if batch.enabled else start.micro_batch,
+        tiers=precision.tiers if precision.enabled else (start.tier,),
+    )
+
+
+def middle_params(config: RunConfig) -> dict[str, object]:
+    """Parameters of a trial that stands for the search: the fixed ones and, of each searched one, its first value."""
+    params: dict[str, object] = dict(config.job.params)
+    for name, distribution in config.search.space.items():
+        params[name] = distribution.values[0]
+    return dict(complete_params(config.job.name, params))

@@ -1,0 +1,1 @@
+"""Ray Tune: the search and the stand-ins of its trials."""

@@ -1,0 +1,149 @@
+"""Whole runs from the command line: what they leave, what faults do to them, and how they are taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+import orchestrator
+from tests.integration.runs import Started, call, results, run_file, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def violations(run_dir: Path) -> list[object]:
+    answer = call("verify", str(run_dir), "--json")
+    found: list[object] = json.loads(answer.stdout)["violations"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Started, int, str]:
+    """A static run without any fault."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    run = start("run", str(run_file(directory / "run.yaml")), run_dir=directory / "runs" / "r")
+    code, output = run.end()
+    return run, code, output
+
+
+def test_a_run_ends_well_and_says_where_everything_is(undisturbed: tuple[Started, int, str]) -> None:
+    run, code, output = undisturbed
+    assert code == 0, output
+    assert output.strip().splitlines()[-1] == str(run.run_dir)
+    assert "Traceback" not in output
+    assert violations(run.run_dir) == []
+    assert run.status["state"] == "done"
+    assert [trial["state"] for trial in run.status["trials"]] == ["done"] * 3
+
+
+def test_nothing_is_left_of_a_run(undisturbed: tuple[Started, int, str]) -> None:
+    run, _, _ = undisturbed
+    ended = run.of("run_ended")[-1]
+    assert ended["leaks"] == {"actors": 0, "placement_groups": 0, "processes": 0}
+    pids = [pid for entry in run.of("slot") if entry["hello"] for pid in entry["hello"]["pids"]]
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in [*pids, run.status["actor_pid"]])
+
+
+def test_its_tables_hold_every_step(undisturbed: tuple[Started, int, str]) -> None:
+    run, _, _ = undisturbed
+    tables = orchestrator.load_run(run.run_dir)
+    assert tables.steps.num_rows == 3 * 9000
+    assert tables.results.num_rows == 9
+    assert tables.plans.num_rows >= 3
+
+
+def test_every_decision_can_be_explained(undisturbed: tuple[Started, int, str]) -> None:
+    run, _, _ = undisturbed
+    answer = json.loads(call("explain", str(run.run_dir), "--decision", "1", "--json").stdout)
+    assert answer["generation"] == 1
+    assert set(answer) >= {
+        "reason",
+        "chosen",
+        "alternatives",
+        "binding",
+        "predicted_gain",
+        "realised_gain",
+        "applied",
+    }
+    assert answer["applied"]
+
+
+def test_a_finished_run_is_neither_started_nor_resumed_again(
+    undisturbed: tuple[Started, int, str], tmp_path: Path
+) -> None:
+    run, _, _ = undisturbed
+    again = call("run", str(run.run_dir.parent.parent / "run.yaml"))
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+    resumed = call("resume", str(run.run_dir))
+    assert resumed.returncode == 2
+    assert "nothing to resume" in resumed.stderr
+
+
+def test_killed_workers_and_a_killed_actor_change_no_result(
+    undisturbed: tuple[Started, int, str], tmp_path: Path
+) -> None:
+    run = start("run", str(run_file(tmp_path / "run.yaml")), run_dir=tmp_path / "runs" / "r")
+    run.wait_until(lambda: run.of("result"), "the first report")
+    assigned = run.of("trial_assigned")[0]
+    hello = next(entry["hello"] for entry in run.of("slot") if entry["slot_id"] == assigned["slot_id"])
+    os.kill(hello["pids"][0], signal.SIGKILL)
+    run.wait_until(lambda: run.of("trial_requeued"), "the trial was given back")
+    run.wait_until(lambda: run.status.get("actor_pid"), "the actor said who it is")
+    actor_pid = run.status["actor_pid"]
+    os.kill(actor_pid, signal.SIGKILL)
+    run.wait_until(lambda: run.of("recovered"), "the actor came back")
+    code, output = run.end()
+    assert code == 0, output
+    assert violations(run.run_dir) == []
+    assert run.of("trial_requeued"), "the worker was really killed"
+    assert run.status["actor_pid"] != actor_pid, "the actor was really killed"
+    assert results(run.run_dir) == results(undisturbed[0].run_dir), "bit-equal to the undisturbed run"
+
+
+def test_an_interrupted_run_is_resumed_without_losing_a_step(
+    undisturbed: tuple[Started, int, str], tmp_path: Path
+) -> None:
+    run = start("run", str(run_file(tmp_path / "run.yaml")), run_dir=tmp_path / "runs" / "r")
+    run.wait_until(lambda: len(run.of("result")) >= 2, "two reports")
+    run.interrupt()
+    code, output = run.end()
+    assert code == 130, output
+    assert run.status["state"] == "interrupted"
+    assert run.of("run_ended")[-1]["leaks"] == {"actors": 0, "placement_groups": 0, "processes": 0}
+    interrupted = [entry for entry in run.of("trial_requeued") if "interrupted" in entry["reason"]]
+    assert interrupted
+    assert all(Path(entry["checkpoint"]).is_dir() for entry in interrupted)
+    resumed = start("resume", str(run.run_dir), run_dir=run.run_dir)
+    code, output = resumed.end()
+    assert code == 0, output
+    assert violations(run.run_dir) == []
+    assert results(run.run_dir) == results(undisturbed[0].run_dir), "bit-equal to the undisturbed run"
+
+
+def test_two_ranks_with_every_dial_turning(undisturbed: tuple[Started, int, str], tmp_path: Path) -> None:
+    changes = {
+        "trial": {"samples_per_report": 24000, "max_reports": 2, "micro_batch": 8, "num_workers": 2},
+        "search": {
+            "space": {"lr": {"loguniform": [0.002, 0.05]}},
+            "num_trials": 2,
+            "max_concurrent": 1,
+            "scheduler": {"name": "asha"},
+        },
+        "dials": {},
+        "policy": {"name": "goodput", "params": {"cooldown_s": 0.5}},
+    }
+    run = start("run", str(run_file(tmp_path / "run.yaml", **changes)), run_dir=tmp_path / "runs" / "r")
+    code, output = run.end()
+    assert code == 0, output
+    assert violations(run.run_dir) == []
+    assert run.status["dials"]["batch"]["changes_applied"] >= 1
+    assert all(trial["num_workers"] == 2 for trial in run.status["trials"])
+    steps = orchestrator.load_run(run.run_dir).steps.to_pandas()
+    assert set(steps["rank"]) == {0, 1}
