@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 20.0
 _SLOW_PERIOD_S = 1.0
+_STORE_DELAY_S = 0.005
 
 
 class PolicyActor:
@@ -51,6 +52,7 @@ class PolicyActor:
         self._rendezvous = Rendezvous()
         self._status = StatusWriter(self._controller.state)
         self._ticker: asyncio.Task[None] | None = None
+        self._storing: asyncio.Task[None] | None = None
         self._is_over = False
 
     async def ready(self) -> int:
@@ -114,6 +116,8 @@ class PolicyActor:
             logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
             return True
         self._after()
+        if events.records:
+            await self._store()  # what is answered must survive this process; the sender repeats what is not
         return is_current
 
     async def leave(
@@ -199,6 +203,17 @@ class PolicyActor:
             except TimeoutError:
                 return None
         return found
+
+    async def _store(self) -> None:
+        """Return once the records taken so far are in their file; messages of the same moment share one write."""
+        if self._storing is None:
+            self._storing = asyncio.get_running_loop().create_task(self._store_soon())
+        await asyncio.shield(self._storing)
+
+    async def _store_soon(self) -> None:
+        await asyncio.sleep(_STORE_DELAY_S)
+        self._storing = None  # records that come from here on wait for the next write
+        self._controller.telemetry.flush()
 
     async def _tick_for_ever(self) -> None:
         """Decide every period and at once when trials come or go; the first of three places that catch everything."""
