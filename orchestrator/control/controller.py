@@ -359,8 +359,6 @@ class Controller:
         if dials:
             state.changed_at_s[trial.trial_id] = now_s
         state.overrides.pop(trial.trial_id, None)
-        view = state.windows[trial.trial_id].view(now_s)
-        state.meter.applied(trial.trial_id, ack.generation, view.num_samples, now_s)
         committed_s = state.committed_at_s.get(ack.generation, ack.applied_s)
         state.log(
             "ack",

@@ -101,11 +101,13 @@ class Decider:
         now_s = state.clock.now_s()
         for trial in state.lifecycle.running():
             view = state.windows[trial.trial_id].view(now_s)
-            gain = state.meter.settle(trial.trial_id, view.num_samples, now_s)
+            if view.updated_s is None:
+                continue
+            gain = state.meter.settle(trial.trial_id, view.generation, view.num_samples, view.updated_s)
             if gain is None:
                 continue
             for dial in gain.dials:
-                state.gains[dial] = state.gains.get(dial, 0.0) + gain.realised
+                state.gains[dial].add(gain.realised)
             state.log(
                 "gain",
                 generation=gain.generation,

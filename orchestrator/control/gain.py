@@ -5,12 +5,13 @@ Pure bookkeeping on numbers the controller hands in; it decides nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from policies.plan import TrialId
 
 SETTLE_S = 1.5
-"""Seconds after an acknowledgement before its gain is taken, so that one slow step weighs little."""
+"""Seconds of training over which a gain is taken, so that one slow step weighs little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,23 +54,28 @@ class GainMeter:
         """A change was committed; nothing of it is applied yet. `efficiency_after` belongs to the new batch."""
         self._open[trial_id] = _Measurement(generation, dials, predicted, goodput_before, efficiency_after)
 
-    def applied(self, trial_id: TrialId, generation: int, num_samples: int, now_s: float) -> None:
-        """The trial runs with the change from here on."""
-        measurement = self._open.get(trial_id)
-        if measurement is not None and measurement.generation == generation:
-            measurement.since_s, measurement.samples_at_start = now_s, num_samples
-
     def forget(self, trial_id: TrialId) -> None:
         """The trial left its slot."""
         self._open.pop(trial_id, None)
 
-    def settle(self, trial_id: TrialId, num_samples: int, now_s: float) -> RealisedGain | None:
-        """The gain of the trial's open change, once enough time has passed; each change is answered once."""
+    def settle(self, trial_id: TrialId, generation: int, num_samples: int, updated_s: float) -> RealisedGain | None:
+        """The gain of the trial's open change, once it has trained with it for a while; each is answered once.
+
+        Args:
+            trial_id: the trial.
+            generation: of the allocation its newest step ran under.
+            num_samples: samples consumed up to that step.
+            updated_s: when that step ended, by the trial's own records: what is under way does not count.
+        """
         measurement = self._open.get(trial_id)
-        if measurement is None or measurement.since_s is None or now_s - measurement.since_s < SETTLE_S:
+        if measurement is None or generation != measurement.generation:
+            return None
+        if measurement.since_s is None:
+            measurement.since_s, measurement.samples_at_start = updated_s, num_samples
+        if updated_s - measurement.since_s < SETTLE_S:
             return None
         del self._open[trial_id]
-        throughput = (num_samples - measurement.samples_at_start) / (now_s - measurement.since_s)
+        throughput = (num_samples - measurement.samples_at_start) / (updated_s - measurement.since_s)
         if throughput <= 0 or measurement.goodput_before <= 0:
             return None
         return RealisedGain(
@@ -79,3 +85,20 @@ class GainMeter:
             predicted=measurement.predicted,
             realised=throughput * measurement.efficiency_after / measurement.goodput_before - 1.0,
         )
+
+
+class GainMean:
+    """The typical gain of a dial: the geometric mean over its changes, because gains multiply."""
+
+    def __init__(self) -> None:
+        self._log_sum, self._count = 0.0, 0
+
+    def add(self, realised: float) -> None:
+        """Take in the gain of one change, > -1."""
+        self._log_sum += math.log1p(realised)
+        self._count += 1
+
+    @property
+    def per_change(self) -> float:
+        """Gain of one change, a ratio minus one."""
+        return math.expm1(self._log_sum / self._count) if self._count else 0.0

@@ -166,7 +166,7 @@ def _override(state: RunState, entry: Entry) -> None:
 
 def _gain(state: RunState, entry: Entry) -> None:
     for dial in entry["dial"].split("+"):
-        state.gains[dial] = state.gains.get(dial, 0.0) + entry["realised"]
+        state.gains[dial].add(entry["realised"])
 
 
 def _hello_from(values: dict[str, Any]) -> SlotHello:

@@ -6,8 +6,10 @@ that must survive a crash goes through `log`, which is the journal.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from orchestrator.clock import Clock
-from orchestrator.control.gain import GainMeter
+from orchestrator.control.gain import GainMean, GainMeter
 from orchestrator.control.journal import Journal
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
@@ -31,7 +33,7 @@ class RunState:
         changed_at_s: when each trial's settings last changed.
         orders: the newest order of each slot.
         changes_applied: acknowledged changes per dial.
-        gains: sum of realised gains per dial.
+        gains: typical realised gain per dial.
     """
 
     def __init__(self, spec: RunSpec, clock: Clock, journal: Journal, incarnation: str) -> None:
@@ -49,7 +51,7 @@ class RunState:
         self.meter = GainMeter()
         self.orders: dict[str, SlotOrder] = {}
         self.changes_applied: dict[str, int] = dict.fromkeys(("share", "batch", "precision"), 0)
-        self.gains: dict[str, float] = {}
+        self.gains: dict[str, GainMean] = defaultdict(GainMean)
         self.committed_at_s: dict[int, float] = {}
         self.changed_slots: set[str] = set()
         self.changed_trials: set[TrialId] = set()

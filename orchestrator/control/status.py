@@ -60,7 +60,7 @@ class StatusWriter:
                 dial: {
                     "enabled": dial in spec.dials,
                     "changes_applied": state.changes_applied.get(dial, 0),
-                    "gain": state.gains.get(dial),
+                    "gain": state.gains[dial].per_change if dial in state.gains else None,
                 }
                 for dial in ("share", "batch", "precision")
             },

@@ -62,6 +62,7 @@ class WindowView:
         num_samples: samples consumed since the start of training, as far as seen.
         cursor: global sample position after the last row.
         generation: of the allocation that the last row ran under.
+        updated_s: when the last row's step ended, on the rank's clock; None before the first.
         throughput_per_s: samples/s of wall time over the last seconds.
         step_s: median seconds per step over the last seconds.
         loss: smoothed training loss.
@@ -79,6 +80,7 @@ class WindowView:
     num_samples: int
     cursor: int
     generation: int
+    updated_s: float | None
     throughput_per_s: float | None
     step_s: float | None
     loss: float | None
@@ -163,6 +165,7 @@ class TrialWindow:
         self._ranks: dict[int, _Rank] = {}
         self._pending, self._recent = _Rows(MAX_PENDING_ROWS), _Rows(_MAX_RECENT_ROWS)
         self._heard_at_s: float | None = None
+        self._updated_s: float | None = None
         self._step = self._num_samples = self._cursor = self._generation = 0
         self._has_rows = False
         self._loss: float | None = None
@@ -222,6 +225,7 @@ class TrialWindow:
             num_samples=self._num_samples,
             cursor=self._cursor,
             generation=self._generation,
+            updated_s=self._updated_s,
             throughput_per_s=throughput_per_s,
             step_s=step_s,
             loss=self._loss,
@@ -263,6 +267,7 @@ class TrialWindow:
         self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else 1)
         self._cursor = int(last["cursor"]) + int(last["num_samples"])
         self._generation = int(last["generation"])
+        self._updated_s = float(_end_s(rows[-1:])[0])
         self._pending.add(rows)
         self._recent.add(rows)
         self._recent.trim(float(_end_s(rows[-1:])[0]) - self._window_s)

@@ -7,15 +7,11 @@ raises when the ranks lost each other, and Ray Train restarts the group, which a
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
-import traceback
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,19 +21,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from jobs import build_job
-from orchestrator.control.orders import Outcome, SlotHello, SlotOp, SlotOrder, Status
+from orchestrator.control.orders import SlotHello
 from orchestrator.share import CpuCores, Logical, ShareMechanism
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.isolation import ProcessState
-from orchestrator.train.loop import TrialLoop
 from orchestrator.train.ray_link import RayLink
+from orchestrator.train.serve import Server
 from orchestrator.train.stepper import Ranks, Stepper
 from policies.plan import DeviceId
 from policies.snapshot import DeviceKind, DeviceView
 
-logger = logging.getLogger(__name__)
-
-_FLUSH_TIMEOUT_S = 10.0
 _SIDE_GROUP_TIMEOUT = timedelta(minutes=30)
 
 
@@ -64,68 +57,10 @@ def slot_loop(config: dict[str, Any]) -> None:
     gc.collect()
     gc.freeze()  # what is here now stays: later collections, between two trials, need not look at it again
     try:
-        _serve(ranks, boundary, link, share, clean)
+        Server(ranks=ranks, boundary=boundary, link=link, share=share, clean=clean).serve()
     finally:
         link.close()
         share.release()
-
-
-def _serve(ranks: Ranks, boundary: Boundary, link: RayLink, share: ShareMechanism, clean: ProcessState) -> None:
-    """Run the trials this slot is given until it is told to close."""
-    finished: tuple[str, int] | None = None
-    while True:
-        order = boundary.wait()
-        if order is None:
-            continue
-        if order.op is SlotOp.CLOSE:
-            return
-        if order.op is not SlotOp.RUN or order.trial is None:
-            continue
-        attempt = (order.trial.trial_id, order.trial.attempt)
-        if attempt == finished:  # an order from before the actor learned that this attempt is over
-            continue
-        link.begin(*attempt)
-        outcome = _run_trial(order, ranks, boundary, link, share)
-        share.release()
-        for leak in (*clean.leaks(), *clean.restore(order.trial.seed)):
-            logger.warning("trial %s left %s", order.trial.trial_id, leak)
-        _finish(ranks, boundary, link, outcome)
-        finished = attempt
-
-
-def _run_trial(order: SlotOrder, ranks: Ranks, boundary: Boundary, link: RayLink, share: ShareMechanism) -> Outcome:
-    """One attempt; whatever it raises ends the trial, not the slot: the second of three places that catch all."""
-    trial = order.trial
-    assert trial is not None
-    with _log_to(Path(trial.directory), ranks.rank):
-        loop: TrialLoop | None = None
-        try:
-            logger.info("trial %s attempt %d begins: %s", trial.trial_id, trial.attempt, trial.params)
-            torch.manual_seed(trial.seed)
-            job = build_job(trial.job, trial.params)
-            job.prepare()
-            loop = TrialLoop(order, job, ranks, boundary, link, share)
-            outcome = loop.run()
-        except Exception as error:
-            logger.exception("trial %s failed", trial.trial_id)
-            step, num_samples = (0, 0) if loop is None else loop.progress
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
-            outcome = Outcome(status=Status.FAILED, step=step, num_samples=num_samples, reason=reason)
-        logger.info("trial %s attempt %d ends: %s %s", trial.trial_id, trial.attempt, outcome.status, outcome.reason)
-        return outcome
-
-
-def _finish(ranks: Ranks, boundary: Boundary, link: RayLink, outcome: Outcome) -> None:
-    """All ranks leave the trial together, or the group is given up."""
-    link.flush(_FLUSH_TIMEOUT_S)
-    if ranks.world_size > 1:
-        # Out of band: a rank that raised alone has left the others in a collective that will never end.
-        outcome = link.leave(outcome)
-        boundary.drain()
-    if ranks.rank == 0:
-        link.finish(outcome)
-    gc.collect()
 
 
 def _open_ranks(rank: int, world_size: int) -> Ranks:
@@ -178,18 +113,3 @@ def _device(device: torch.device, max_units: int | None) -> DeviceView:
     num_cores = len(os.sched_getaffinity(0))
     units = num_cores if max_units is None else min(max_units, num_cores)
     return DeviceView(device_id=DeviceId(f"cpu:{node_id[:8]}"), node_id=node_id, kind=DeviceKind.CPU, units=units)
-
-
-@contextlib.contextmanager
-def _log_to(directory: Path, rank: int) -> Iterator[None]:
-    """Write what the orchestrator logs in this process to the trial's own file; rank 0 to log.txt."""
-    directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("orchestrator")
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()

@@ -102,7 +102,7 @@ def _dials(status: Mapping[str, object]) -> list[str]:
             continue
         changes = whole(dial.get("changes_applied")) or 0
         gain = number(dial.get("gain"))
-        text = "no gain measured" if gain is None else f"measured gains add up to {show_gain(gain)} goodput"
+        text = "no gain measured" if gain is None else f"measured gain per change {show_gain(gain)} goodput"
         lines.append(f"dial {name:<10} {changes} change{'s' * (changes != 1)} applied, {text}")
     return lines
 

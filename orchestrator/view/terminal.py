@@ -35,7 +35,7 @@ PLAIN_PERIOD_S = 5.0
 EXIT_CODES = {"done": 0, "failed": 1, "interrupted": 130}
 """What following a run to its end returns, by the state it ended in."""
 
-_STYLES = {
+STYLES = {
     Role.TITLE: "bold",
     Role.HEAD: "underline",
     Role.RUNNING: "",
@@ -46,6 +46,7 @@ _STYLES = {
     Role.DEVICE: "cyan",
     Role.NOTE: "",
 }
+"""How each kind of line looks, in rich's words; the picture in the README is drawn with the same."""
 _FIXED_LINES = 6
 _TERMINAL_GONE = (OSError, ValueError)
 """What writing to a terminal raises that hung up or was closed; the run goes on without it."""
@@ -209,7 +210,7 @@ class _Table:
         self._last = (size, frame)
         drawn = Text(no_wrap=True, overflow="crop", end="")
         for number, line in enumerate(frame.lines):
-            drawn.append("\n" if number else "").append(line.text, style=_STYLES[line.role])
+            drawn.append("\n" if number else "").append(line.text, style=STYLES[line.role])
         if is_last:
             self._live.vertical_overflow = "visible"
         self._live.update(drawn, refresh=True)

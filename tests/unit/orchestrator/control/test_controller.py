@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.control.journal import read
 from orchestrator.control.lifecycle import TrialState
-from orchestrator.control.orders import Events, OverrideReport, SlotOp, Status, StopMode
+from orchestrator.control.orders import Events, Outcome, OverrideReport, SlotOp, Status, StopMode
 from policies.plan import Plan, Settings, TrialId
 from policies.tier import Tier
 from tests.unit.orchestrator.control.worlds import World
@@ -122,6 +122,43 @@ def test_a_trial_that_kills_its_slot_again_and_again_fails_by_name(world: World)
     assert order is not None
     assert order.trial is not None
     assert order.trial.trial_id == T1, "the queue goes on"
+
+
+def test_ranks_that_lost_each_other_fail_the_trial_with_the_reason_of_the_one_that_raised(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    worker.obey()
+    raised = Outcome(status=Status.FAILED, step=3, num_samples=24, reason="ValueError: boom")
+    world.controller.poison_slot("slot-0", worker.epoch, raised)
+    assert world.controller.state.lifecycle.trials[T0].state is TrialState.RUNNING, "its other ranks are still there"
+    world.attach("slot-0")
+    trial = world.controller.state.lifecycle.trials[T0]
+    assert (trial.state, trial.reason) == (TrialState.FAILED, "ValueError: boom")
+    assert world.held() == 0.0
+
+
+def test_a_slot_idle_for_long_is_closed_and_wanted_again_when_trials_wait(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.close_idle_slots()
+    order = worker.order()
+    assert order is not None
+    assert order.op is SlotOp.IDLE
+    world.clock.advance(61.0)
+    world.controller.close_idle_slots()
+    order = worker.order()
+    assert order is not None
+    assert order.op is SlotOp.CLOSE
+    world.controller.slot_closed("slot-0")
+    assert not world.controller.wants_slot()
+    world.controller.submit(T0, {})
+    assert world.controller.wants_slot()
+    world.controller.expect_slot("slot-0")
+    assert not world.controller.wants_slot(), "one is on its way"
+    again = world.attach("slot-0")
+    order = again.order()
+    assert order is not None
+    assert order.op is SlotOp.RUN
 
 
 def test_a_stopped_trial_is_told_and_frees_its_slot(world: World) -> None:

@@ -30,7 +30,7 @@ def test_the_report_tells_ranking_failures_and_what_each_dial_did() -> None:
     assert lines[3].split()[:3] == ["1", "trial-0001", "2.500"]
     assert lines[3].endswith("lr=0.01 width=64")
     assert "trial-0002 failed: ValueError: width must divide heads; log: runs/demo/trials/trial-0002/log.txt" in lines
-    assert "dial share      5 changes applied, measured gains add up to +31 % goodput" in lines
+    assert "dial share      5 changes applied, measured gain per change +31 % goodput" in lines
     assert "dial batch      2 changes applied, no gain measured" in lines
     assert "dial precision  off" in lines
 

@@ -1,0 +1,137 @@
+"""Serving trials in turn in one process: begin, run, clean up, leave together. No Ray.
+
+Whatever a trial raises ends the trial, not the slot. What a trial leaves behind in the process is put right and named
+in the log, so that the next one starts as in a new process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from jobs import build_job
+from jobs.job import Job
+from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
+from orchestrator.share import ShareMechanism
+from orchestrator.train.boundary import Boundary
+from orchestrator.train.isolation import ProcessState, seed_generators
+from orchestrator.train.link import Link
+from orchestrator.train.loop import TrialLoop
+from orchestrator.train.stepper import Ranks
+from policies.plan import TrialId
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_TIMEOUT_S = 10.0
+
+
+class SlotLink(Link, Protocol):
+    """The outside of one rank of a slot: that of a trial, and the words with which trials come and go."""
+
+    def begin(self, trial_id: TrialId, attempt: int) -> None:
+        """From here on, what is told belongs to this attempt."""
+        ...
+
+    def finish(self, outcome: Outcome) -> None:
+        """All ranks have left the trial (rank 0)."""
+        ...
+
+
+def job_of(trial: TrialOrder) -> Job:
+    """The job of a trial, from the table."""
+    return build_job(trial.job, trial.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Everything one rank needs to serve trials.
+
+    Attributes:
+        clean: the process before its first trial.
+        build: makes the job of a trial.
+    """
+
+    ranks: Ranks
+    boundary: Boundary
+    link: SlotLink
+    share: ShareMechanism
+    clean: ProcessState
+    build: Callable[[TrialOrder], Job] = job_of
+
+    def serve(self) -> None:
+        """Run the trials this slot is given until it is told to close.
+
+        Raises:
+            WorkerGroupError: the ranks could not agree on the end of a trial.
+        """
+        finished: tuple[str, int] | None = None
+        while True:
+            order = self.boundary.wait()
+            if order is None:
+                continue
+            if order.op is SlotOp.CLOSE:
+                return
+            if order.op is not SlotOp.RUN or order.trial is None:
+                continue
+            attempt = (order.trial.trial_id, order.trial.attempt)
+            if attempt == finished:  # an order from before the actor learned that this attempt is over
+                continue
+            self.link.begin(*attempt)
+            outcome = self._run_trial(order, order.trial)
+            self.share.release()
+            for leak in (*self.clean.leaks(), *self.clean.restore(order.trial.seed)):
+                logger.warning("trial %s left %s", order.trial.trial_id, leak)
+            self._finish(outcome)
+            finished = attempt
+
+    def _run_trial(self, order: SlotOrder, trial: TrialOrder) -> Outcome:
+        """One attempt; the second of three places that catch everything."""
+        with _log_to(Path(trial.directory), self.ranks.rank):
+            loop: TrialLoop | None = None
+            try:
+                logger.info("trial %s attempt %d begins: %s", trial.trial_id, trial.attempt, trial.params)
+                seed_generators(trial.seed)
+                job = self.build(trial)
+                job.prepare()
+                loop = TrialLoop(order, job, self.ranks, self.boundary, self.link, self.share)
+                outcome = loop.run()
+            except Exception as error:
+                logger.exception("trial %s failed", trial.trial_id)
+                step, num_samples = (0, 0) if loop is None else loop.progress
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                reason = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+                outcome = Outcome(status=Status.FAILED, step=step, num_samples=num_samples, reason=reason)
+            logger.info("trial %s attempt %d ends: %s", trial.trial_id, trial.attempt, outcome.status)
+            return outcome
+
+    def _finish(self, outcome: Outcome) -> None:
+        """All ranks leave the trial together, or the group is given up."""
+        self.link.flush(_FLUSH_TIMEOUT_S)
+        if self.ranks.world_size > 1:
+            # Out of band: a rank that raised alone has left the others in a collective that will never end.
+            outcome = self.link.leave(outcome)
+            self.boundary.drain()
+        if self.ranks.rank == 0:
+            self.link.finish(outcome)
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _log_to(directory: Path, rank: int) -> Iterator[None]:
+    """Write what the orchestrator logs in this process to the trial's own file; rank 0 to log.txt."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(directory / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("orchestrator")
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()

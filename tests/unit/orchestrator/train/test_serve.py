@@ -1,0 +1,132 @@
+"""A slot serves trials in turn: nothing of one trial reaches the next, and a trial's error ends only the trial."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs.job import Job, LossTerms
+from jobs.mlp import MlpJob
+from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
+from orchestrator.telemetry.record import STEP_DTYPE, StepArray
+from orchestrator.train.boundary import Boundary
+from orchestrator.train.isolation import ProcessState
+from orchestrator.train.serve import Server
+from policies.plan import TrialId
+from tests.unit.orchestrator.train.links import ONE_RANK, FakeShare, Script, order
+
+
+class DrawingJob(MlpJob):
+    """Its batches depend on every generator, the default dtype and an environment variable."""
+
+    def batch(self, indices: object, device: torch.device) -> tuple[Tensor, ...]:
+        inputs, labels = super().batch(indices, device)  # type: ignore[arg-type]
+        noise = torch.rand(1) + random.random() + float(np.random.rand())
+        return (inputs + noise.to(inputs.dtype) * float(os.environ.get("SCALE", "1"))), labels
+
+
+class DirtyJob(DrawingJob):
+    """Changes everything in its process that a trial should leave alone, and fails."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> LossTerms:
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(2)
+        torch.use_deterministic_algorithms(True)
+        torch.set_grad_enabled(False)
+        torch.set_float32_matmul_precision("medium")
+        os.environ["SCALE"] = "7"
+        os.chdir("/")
+        random.seed(99)
+        torch.manual_seed(99)
+        raise ValueError("as dirty as can be")
+
+
+class SlotScript(Script):
+    """One order after the other; what a trial said is kept by trial."""
+
+    def __init__(self, orders: list[SlotOrder]) -> None:
+        super().__init__(orders[0])
+        self._queue = orders[1:]
+        self.outcomes: list[Outcome] = []
+        self.told: list[StepArray] = []
+
+    def begin(self, trial_id: TrialId, attempt: int) -> None:
+        self._records.clear()
+        self.outbox.take()
+
+    def finish(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.told.append(self.records if self._records else np.empty(0, dtype=STEP_DTYPE))
+        self._order = self._queue.pop(0)
+        self.version += 1
+
+
+def serve(tmp_path: Path, jobs: list[Job]) -> SlotScript:
+    """Serve a trial for each job, one after the other, in this process."""
+    orders = []
+    for number in range(len(jobs)):
+        first = order(tmp_path / f"t{number}")
+        assert first.trial is not None
+        orders.append(replace(first, trial=replace(first.trial, trial_id=TrialId(f"t{number}"))))
+    script = SlotScript([*orders, SlotOrder(incarnation="i", seq=9, op=SlotOp.CLOSE)])
+
+    def build(trial: TrialOrder) -> Job:
+        return jobs[int(trial.trial_id[1:])]
+
+    boundary = Boundary(script, 0, 1, None)
+    clean = ProcessState.capture()
+    Server(ranks=ONE_RANK, boundary=boundary, link=script, share=FakeShare(), clean=clean, build=build).serve()
+    return script
+
+
+def job(kind: type[MlpJob] = DrawingJob) -> MlpJob:
+    return kind(width=16, num_samples=512)
+
+
+def test_a_trial_after_a_dirty_one_is_bit_equal_to_one_in_a_clean_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clean = serve(tmp_path / "clean", [job()])
+    after = serve(tmp_path / "after", [job(), job(DirtyJob), job()])
+    assert [outcome.status for outcome in after.outcomes] == [Status.DONE, Status.FAILED, Status.DONE]
+    assert len(clean.told[0]) == 40
+    for trial in (0, 2):
+        assert (after.told[trial]["loss"] == clean.told[0]["loss"]).all()
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.is_grad_enabled()
+    assert "SCALE" not in os.environ
+    named = " ".join(record.getMessage() for record in caplog.records if " left " in record.getMessage())
+    for word in ("dtype", "SCALE"):
+        assert word in named, "what was left is named in the log"
+
+
+def test_a_failed_trial_says_where_and_its_log_has_the_traceback(tmp_path: Path) -> None:
+    script = serve(tmp_path, [job(DirtyJob)])
+    assert script.outcomes[0].reason.startswith("ValueError: as dirty as can be (test_serve.py:")
+    assert "Traceback" in (tmp_path / "t0" / "log.txt").read_text()
+
+
+class ThreadJob(MlpJob):
+    """Leaves a thread behind."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.is_over = threading.Event()
+        threading.Thread(target=self.is_over.wait, name="left-behind", daemon=True).start()
+
+
+def test_a_thread_left_behind_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    leaky = ThreadJob(width=16, num_samples=512)
+    try:
+        serve(tmp_path, [leaky])
+        assert any("left-behind" in record.getMessage() for record in caplog.records)
+    finally:
+        leaky.is_over.set()
