@@ -36,9 +36,11 @@ def test_a_rank_that_never_comes_is_told_to_those_that_did() -> None:
 
 
 def test_a_resend_counts_once() -> None:
-    rendezvous = Rendezvous(timeout_s=0.01)
-    assert meet(rendezvous, {0: outcome(Status.DONE)}, 2) == [None]
-    assert meet(rendezvous, {0: outcome(Status.DONE)}, 2) == [None]
+    async def twice() -> list[Outcome | None]:
+        rendezvous = Rendezvous(timeout_s=0.01)
+        return [await rendezvous.meet("m", "slot-0", 0, 2, outcome(Status.DONE)) for _ in range(2)]
+
+    assert asyncio.run(twice()) == [None, None]
 
 
 def test_a_new_worker_group_starts_with_a_clean_sheet() -> None:
