@@ -8,34 +8,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import ray
 from ray.exceptions import RayError
 
 from orchestrator.clock import SystemClock
+from orchestrator.cluster import cluster_leaks, num_child_processes, ray_cluster
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.config.render import scalar
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal
 from orchestrator.control.orders import TrialOrder
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
-from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError
+from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError, WorkerGroupError
 from orchestrator.names import write_atomically
 from orchestrator.run_spec import middle_params, run_spec
-from orchestrator.share.cpu_cores import WORKER_ENVIRONMENT
 from orchestrator.supervisor import SlotSpec, Supervisor
 from orchestrator.view.report import render as render_report
 from orchestrator.view.terminal import LiveView, read_status
 from policies.plan import TrialId
+
+if TYPE_CHECKING:
+    from orchestrator.tune.search import Search
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,6 @@ EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 _GRACE_S = 60.0
 _CLOSE_TIMEOUT_S = 30.0
 _POLL_S = 0.2
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are in our own journal and tables
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a slot that ends is noticed sooner; nothing is reported through it
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # two processes per slot less; slots are told to close by the actor
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    **WORKER_ENVIRONMENT,
-    "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent when it is told to be
-}
 
 
 def start(resolved: ResolvedRun, *, plain: bool | None = None) -> int:
@@ -77,8 +68,8 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
         ConfigError: there is nothing to resume.
     """
     status = read_status(run_dir / STATUS_NAME)
-    if not (run_dir / JOURNAL_NAME).exists():
-        raise ConfigError(f"{run_dir} holds no journal; nothing to resume, start it with: orchestrator run FILE")
+    if not (run_dir / "run.yaml").exists():
+        raise ConfigError(f"{run_dir} holds no run.yaml and is no run directory; see: orchestrator list")
     if status is not None and status.get("state") == "done":
         raise ConfigError(f"the run in {run_dir} is done; nothing to resume")
     place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
@@ -99,17 +90,24 @@ class _Driver:
         self._num_signals = 0
 
     def execute(self, plain: bool | None) -> int:
-        """The whole life of the run."""
+        """The whole life of the run.
+
+        Raises:
+            OrchestratorError: it could not go on; the journal says that it failed.
+        """
+        error: OrchestratorError | None = None
         view = LiveView(lambda: read_status(self._run_dir / STATUS_NAME), plain=plain)
-        with _single_driver(self._run_dir), _ray_cluster(self._config.cluster.address, self._config.cluster.num_cpus):
+        with _single_driver(self._run_dir), ray_cluster(self._config.cluster, self._namespace):
             with self._signals():
                 view.start()
                 try:
                     state = self._search()
+                except OrchestratorError as problem:
+                    state, error = "failed", problem
                 finally:
                     view.stop()
-            leaks = {"placement_groups": _num_placement_groups(), "actors": 0}
-        leaks["processes"] = _num_ray_processes()
+            leaks = cluster_leaks()
+        leaks["processes"] = num_child_processes()
         journal = Journal(self._run_dir / JOURNAL_NAME)
         clock = SystemClock()
         journal.append("run_ended", clock.now_s(), clock.wall_s(), state=state, leaks=leaks)
@@ -117,6 +115,8 @@ class _Driver:
         status = read_status(self._run_dir / STATUS_NAME)
         if status is not None:
             _say(render_report(status, self._run_dir))
+        if error is not None:
+            raise error
         return {"done": EXIT_DONE, "interrupted": EXIT_INTERRUPTED}.get(state, EXIT_FAILED)
 
     def _search(self) -> str:
@@ -159,10 +159,14 @@ class _Driver:
         search = Search(self._config, self._spec.metric, self._spec.mode, str(self._run_dir))
         search.start(policy, ACTOR_NAME, self._namespace)
         ray.get(policy.set_state.remote("running"))
+        give_up_s = time.monotonic() + self._config.slots.open_timeout_s
         while not search.join(_POLL_S):
             if supervisor.gave_up is not None:
                 search.interrupt()
-                raise OrchestratorError(f"slots cannot be opened: {supervisor.gave_up}")
+                raise WorkerGroupError(f"slots cannot be opened: {supervisor.gave_up}")
+            if time.monotonic() > give_up_s:
+                self._require_a_slot(policy, search)
+                give_up_s = float("inf")
             wish = self._wish_to_stop()
             if wish == "now":
                 return "interrupted"
@@ -176,6 +180,19 @@ class _Driver:
             return "failed"
         trials = ray.get(policy.status.remote())["trials"]
         return "done" if any(trial["state"] in {"done", "stopped"} for trial in trials) else "failed"
+
+    def _require_a_slot(self, policy: Any, search: Search) -> None:
+        """Stock Ray Train retries for ever what can never be met; a run says so."""
+        if any(slot["epoch"] for slot in ray.get(policy.status.remote())["slots"]):
+            return
+        search.interrupt()
+        slots, trial = self._config.slots, self._config.trial
+        raise UnfitEnvironmentError(
+            f"no slot opened within {slots.open_timeout_s:g} s; each needs {trial.num_workers} workers with"
+            f" {self._slot_spec().cpus_per_worker:g} CPUs each, and the cluster has {ray.cluster_resources()} of which"
+            f" {ray.available_resources()} are free; free some, lower search.max_concurrent or trial.num_workers, or"
+            " raise slots.open_timeout_s"
+        )
 
     def _wish_to_stop(self) -> str | None:
         """Whether a signal or another process asked for the end: 'graceful', 'now' or None."""
@@ -266,58 +283,6 @@ def _single_driver(run_dir: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
-
-
-@contextlib.contextmanager
-def _ray_cluster(address: str, num_cpus: int | None) -> Iterator[None]:
-    """A cluster to run in: an own one with its own short temporary directory, or a running one.
-
-    Raises:
-        UnfitEnvironmentError: it does not start or cannot be reached.
-    """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    is_own = address == "local"
-    # Unix sockets allow 107 bytes of path; a directory of its own keeps other clusters of this machine out of sight.
-    temporary = tempfile.mkdtemp(prefix="orch-", dir="/tmp") if is_own else None
-    try:
-        if temporary is not None:
-            os.environ["RAY_TMPDIR"] = temporary
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or len(os.sched_getaffinity(0)),
-                include_dashboard=True,  # Ray Train frees a dead slot's resources through it
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
-        else:
-            environment = {"env_vars": dict(_ENVIRONMENT)}
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
-    except Exception as error:
-        raise UnfitEnvironmentError(
-            f"Ray does not start at address {address!r}: {error}; see: orchestrator doctor"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            os.environ.pop("RAY_TMPDIR", None)
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _num_placement_groups() -> int:
-    """Placement groups of the cluster that are not removed."""
-    table = ray.util.placement_group_table()
-    return sum(1 for group in table.values() if group["state"] != "REMOVED")
-
-
-def _num_ray_processes(timeout_s: float = 10.0) -> int:
-    """Children this process still has after Ray was shut down."""
-    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=timeout_s)
-    return sum(1 for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
 
 
 def _say(text: str) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from orchestrator.control.journal import read
 
-TIMEOUT_S = 150.0
+TIMEOUT_S = 300.0
 
 
 def run_file(path: Path, **changes: Any) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import orchestrator
 from tests.integration.runs import Started, call, results, run_file, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def violations(run_dir: Path) -> list[object]:
@@ -112,7 +112,8 @@ def test_an_interrupted_run_is_resumed_without_losing_a_step(
 ) -> None:
     run = start("run", str(run_file(tmp_path / "run.yaml")), run_dir=tmp_path / "runs" / "r")
     run.wait_until(lambda: len(run.of("result")) >= 2, "two reports")
-    run.interrupt()
+    stopped = call("stop", str(run.run_dir))
+    assert stopped.returncode == 0, stopped.stderr
     code, output = run.end()
     assert code == 130, output
     assert run.status["state"] == "interrupted"
@@ -122,6 +123,35 @@ def test_an_interrupted_run_is_resumed_without_losing_a_step(
     assert all(Path(entry["checkpoint"]).is_dir() for entry in interrupted)
     resumed = start("resume", str(run.run_dir), run_dir=run.run_dir)
     code, output = resumed.end()
+    assert code == 0, output
+    assert violations(run.run_dir) == []
+    assert results(run.run_dir) == results(undisturbed[0].run_dir), "bit-equal to the undisturbed run"
+
+
+def test_two_interrupts_stop_at_once_and_leave_nothing(tmp_path: Path) -> None:
+    run = start("run", str(run_file(tmp_path / "run.yaml")), run_dir=tmp_path / "runs" / "r")
+    run.wait_until(lambda: run.of("ack"), "training began")
+    tree = psutil.Process(run.process.pid).children(recursive=True)
+    assert tree
+    run.interrupt()
+    run.wait_until(lambda: run.of("trial_stop"), "the first interrupt was taken")
+    run.interrupt()
+    code, output = run.end()
+    assert code == 130, output
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(tree, timeout=10.0)
+    assert alive == []
+
+
+def test_a_slot_whose_controller_dies_is_opened_again(undisturbed: tuple[Started, int, str], tmp_path: Path) -> None:
+    run = start("run", str(run_file(tmp_path / "run.yaml")), run_dir=tmp_path / "runs" / "r")
+    run.wait_until(lambda: len(run.of("ack")) >= 2, "both slots train")
+    children = psutil.Process(run.process.pid).children(recursive=True)
+    controllers = [child for child in children if "ray::TrainController" in " ".join(child.cmdline())]
+    assert len(controllers) == 2
+    controllers[0].kill()
+    run.wait_until(lambda: [entry for entry in run.of("slot") if entry["state"] == "lost"], "the loss was seen")
+    code, output = run.end()
     assert code == 0, output
     assert violations(run.run_dir) == []
     assert results(run.run_dir) == results(undisturbed[0].run_dir), "bit-equal to the undisturbed run"

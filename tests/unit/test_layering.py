@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "ray": (
         "orchestrator/control/actor.py",
+        "orchestrator/cluster.py",
         "orchestrator/run.py",
         "orchestrator/tune/*.py",
         "orchestrator/train/slot.py",
