@@ -44,7 +44,7 @@ from policies.plan import (
     is_same,
 )
 from policies.policy import Policy
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Snapshot, TrialView
+from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Quota, Snapshot, TrialView
 from policies.speed import Prediction
 from policies.static import Static
 from policies.tier import TIER_FACTS, Tier, TierFacts, is_cheaper
@@ -75,6 +75,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Prediction",
+    "Quota",
     "Settings",
     "Snapshot",
     "Static",

@@ -97,7 +97,8 @@ def _encode(value: object, path: str, *, as_float: bool) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             name: _encode(getattr(value, name), f"{path}.{name}", as_float=wants_float)
-            for name, wants_float in _fields_of(type(value))
+            for name, wants_float, unless in _fields_of(type(value))
+            if unless is dataclasses.MISSING or getattr(value, name) != unless
         }
     if isinstance(value, Enum):
         return _encode_scalar(value.value, path, as_float=False)
@@ -126,10 +127,17 @@ def _key(key: object, path: str) -> str:
 
 
 @cache
-def _fields_of(cls: type) -> tuple[tuple[str, bool], ...]:
-    """Names of a dataclass's fields, each with whether it is declared to hold floats."""
+def _fields_of(cls: type) -> tuple[tuple[str, bool, object], ...]:
+    """Names of a dataclass's fields, whether each is declared to hold floats, and the value at which it is left out."""
     hints = get_type_hints(cls)
-    return tuple((field.name, _holds_floats(hints[field.name])) for field in dataclasses.fields(cls))
+    return tuple(
+        (
+            field.name,
+            _holds_floats(hints[field.name]),
+            field.default if field.metadata.get("sparse") else dataclasses.MISSING,
+        )
+        for field in dataclasses.fields(cls)
+    )
 
 
 def _holds_floats(hint: object) -> bool:

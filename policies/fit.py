@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from policies.plan import Settings
+from policies.plan import SPARSE, Settings
 from policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
 from policies.tier import Tier, is_cheaper
 
-MAX_CELLS = 24
+MAX_CELLS = 48
 MIN_NOISE_ESTIMATES = 10
 """Estimates before the noise scale is trusted: one alone has a relative error near one."""
 MAX_NOISE_SCALE = float(2**20)
@@ -35,6 +35,9 @@ class Observation:
         noise_trace: mean estimate of tr(Sigma), the per-sample gradient variance, None where not estimated.
         grad_sq: mean estimate of |G|^2, the squared norm of the true gradient, None where not estimated.
         num_noise: number of estimates behind the two.
+        num_nodes: nodes that the ranks are spread over.
+        device_type: the type of the devices, as in `DeviceView`.
+        crowd_share: shares that other trials held on the fullest of its devices, summed.
     """
 
     cores: float
@@ -47,6 +50,9 @@ class Observation:
     noise_trace: float | None = None
     grad_sq: float | None = None
     num_noise: int = 0
+    num_nodes: int = field(default=1, metadata=SPARSE)
+    device_type: str = field(default="", metadata=SPARSE)
+    crowd_share: float = field(default=0.0, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +165,13 @@ def pool(fits: Sequence[TrialFit]) -> TrialFit:
 
 def _is_possible(seen: Observation) -> bool:
     """Whether every number that goes into the table can be true."""
-    counts = (seen.micro_batch, seen.grad_accum, seen.num_workers, seen.num_steps)
+    counts = (seen.micro_batch, seen.grad_accum, seen.num_workers, seen.num_steps, seen.num_nodes)
     times = (seen.step_s, seen.cores)
-    return min(counts) >= 1 and all(math.isfinite(value) and value > 0 for value in times)
+    return (
+        min(counts) >= 1
+        and 0 <= seen.crowd_share < math.inf
+        and all(math.isfinite(value) and value > 0 for value in times)
+    )
 
 
 def _has_noise(seen: Observation) -> bool:
@@ -171,7 +181,20 @@ def _has_noise(seen: Observation) -> bool:
 
 
 def _key_of(seen: Observation) -> CellKey:
-    return (seen.tier, seen.num_workers, seen.micro_batch, bucket_of(seen.cores))
+    return (
+        seen.tier,
+        seen.num_workers,
+        seen.micro_batch,
+        bucket_of(seen.cores),
+        seen.num_nodes,
+        seen.device_type,
+        _crowd_of(seen),
+    )
+
+
+def _crowd_of(seen: Observation) -> int:
+    """What others held, in quarters of a device."""
+    return round(4 * seen.crowd_share)
 
 
 def _advance(cell: SpeedCell | None, seen: Observation, count: int) -> SpeedCell:
@@ -191,6 +214,9 @@ def _advance(cell: SpeedCell | None, seen: Observation, count: int) -> SpeedCell
         recent=recent,
         num_steps=min(_MAX_STEPS, seen.num_steps + (0 if cell is None else cell.num_steps)),
         seen=count,
+        num_nodes=seen.num_nodes,
+        device_type=seen.device_type,
+        crowd=_crowd_of(seen),
     )
 
 

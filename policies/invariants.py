@@ -67,23 +67,33 @@ def _rows(snapshot: Snapshot, rows: tuple[object, ...]) -> Iterator[Violation]:
     """Every allocation by itself, then the sum of the shares on each device."""
     trials = {str(trial.trial_id): trial for trial in snapshot.trials}
     in_force = {allocation.trial_id: allocation.settings for allocation in snapshot.plan.allocations}
+    devices = frozenset(str(device.device_id) for device in snapshot.devices)
     load: dict[DeviceId, list[float]] = {}
+    used: dict[str, list[float]] = {}
+    held: dict[str, list[float]] = {}
     for row in rows:
         trial_id = _read(row, "trial_id")
         trial = trials.get(trial_id) if type(trial_id) is str else None
         if trial is None or type(row) is not Allocation:
             continue
         old = in_force.get(trial.trial_id) if trial.override is None else trial.override.settings
-        for code, text in _allocation_problems(trial, old, row):
+        for code, text in _allocation_problems(trial, old, row, devices):
             yield Violation(code=code, trial_id=trial.trial_id, text=f"{_show(trial_id)}: {text}")
-        share = _read(_read(row, "settings"), "share")
+        share, placement = _read(_read(row, "settings"), "share"), _seats(trial, _read(row, "placement"))
         if _is_number(share):
-            for device_id in trial.placement:
+            for device_id in placement:
                 load.setdefault(device_id, []).append(float(share))
+            used.setdefault(trial.user, []).append(share * len(placement))
+            held.setdefault(trial.user, []).append(0.0 if old is None else old.share * len(trial.placement))
     for device_id, shares in load.items():  # 6
         if math.fsum(shares) > 1 + TOLERANCE:
             total = f"shares on {device_id!r} sum to {math.fsum(shares):.9f} over {len(shares)} ranks"
             yield _plan_violation("device.overcommitted", f"{total}; allowed: 1")
+    for quota in snapshot.quotas:  # 15
+        total_used, total_held = (math.fsum(table.get(quota.user, ())) for table in (used, held))
+        if total_used > max(quota.max_devices, total_held) + TOLERANCE:
+            text = f"user {_show(quota.user)} gets {total_used:.6f} devices; allowed: {quota.max_devices:g}, its quota"
+            yield _plan_violation("quota", text)
 
 
 def _roster(snapshot: Snapshot, rows: tuple[object, ...]) -> Iterator[Violation]:
@@ -112,29 +122,60 @@ def _roster(snapshot: Snapshot, rows: tuple[object, ...]) -> Iterator[Violation]
         yield _plan_violation("plan.order", "allocations are not sorted by trial id; allowed: ascending")
 
 
-def _allocation_problems(trial: TrialView, old: Settings | None, row: Allocation) -> Iterator[tuple[str, str]]:
+def _allocation_problems(
+    trial: TrialView, old: Settings | None, row: Allocation, devices: frozenset[str]
+) -> Iterator[tuple[str, str]]:
     """Every broken invariant of one allocation, as (code, text)."""
     settings, placement = _read(row, "settings"), _read(row, "placement")
-    is_plain = type(placement) is tuple and all(type(device_id) is str for device_id in placement)
-    if not is_plain or placement != trial.placement:  # 3
-        yield "placement", f"placement={_show(placement)}; allowed: {_show(trial.placement)}, the trial's own"
+    if problem := _placement_problem(trial, placement, _read(settings, "share"), devices):  # 3
+        yield "placement", f"placement={_show(placement)}; allowed: {problem}"
     if problem := _text_problem(_read(row, "reason")):  # 10
         yield "reason", f"the reason {problem}"
     if problem := _text_problem(_read(row, "binding")):
         yield "binding", f"the binding constraint {problem}"
-    for name in ("predicted_goodput", "predicted_gain"):  # 12
+    for name in ("predicted_goodput", "predicted_gain", "cost_s"):  # 12
         value = _read(row, name)
-        if value is not None and not _is_number(value):
-            yield name, f"{name}={_show(value)}; allowed: a finite number or None"
+        if (value is not None or name == "cost_s") and not _is_number(value):
+            yield name, f"{name}={_show(value)}; allowed: a finite number{'' if name == 'cost_s' else ' or None'}"
     yield from _alternative_problems(_read(row, "alternatives"))
     types_wrong = list(_settings_problems("settings", settings))
     yield from types_wrong
     if types_wrong or type(settings) is not Settings:
         return
-    yield from _limit_problems(trial, old, settings)
-    effect = _read(row, "effect")  # 9
-    if type(effect) is not Effect or effect is not effect_of(old, settings):
-        yield "effect", f"effect={_show(effect)}; allowed: {effect_of(old, settings).value!r}, what the change takes"
+    seats = _seats(trial, placement)
+    yield from _limit_problems(trial, old, settings, seats)
+    yield from _promise_problems(trial, old, settings, seats, devices)
+    effect, needed = _read(row, "effect"), effect_of(old, settings, moves=seats != trial.placement)  # 9
+    if type(effect) is not Effect or effect is not needed:
+        yield "effect", f"effect={_show(effect)}; allowed: {needed.value!r}, what the change takes"
+
+
+def _placement_problem(trial: TrialView, placement: object, share: object, devices: frozenset[str]) -> str | None:
+    """What is allowed where the placement is wrong, else None."""
+    if not _are_ids(placement):
+        return "a tuple of device ids"
+    if not trial.limits.can_move:
+        return None if placement == trial.placement else f"{_show(trial.placement)}, the trial's own"
+    if share == 0:
+        return None if not placement else "(), for a trial that may move and gets share 0"
+    if not placement or len(set(placement)) != len(placement):
+        return "another device for each rank"
+    gone = sorted(set(placement) - devices)
+    return f"devices of the snapshot, which {_show(gone[0])} is not" if gone else None
+
+
+def _promise_problems(
+    trial: TrialView, old: Settings | None, new: Settings, placement: tuple[DeviceId, ...], devices: frozenset[str]
+) -> Iterator[tuple[str, str]]:
+    """13, 14: what a running trial was promised, as long as the devices it runs on are there."""
+    if old is None or not trial.placement or not old.share > 0 or not devices.issuperset(trial.placement):
+        return
+    held, kept = old.share * len(trial.placement), min(trial.guaranteed, old.share * len(trial.placement))
+    given = new.share * len(placement)
+    if given < kept - TOLERANCE:  # 13
+        yield "guaranteed", f"{given:.6f} devices of the {held:.6f} it has; allowed: at least {kept:.6f}, guaranteed"
+    if trial.is_protected and (placement != trial.placement or new.share == 0):  # 14
+        yield "protected", f"placement={_show(placement)} at share {new.share}; allowed: where it runs, it is protected"
 
 
 def _settings_problems(where: str, settings: object) -> Iterator[tuple[str, str]]:
@@ -153,12 +194,14 @@ def _settings_problems(where: str, settings: object) -> Iterator[tuple[str, str]
         yield "tier", f"{where}.tier={_show(tier)}; allowed: a Tier"
 
 
-def _limit_problems(trial: TrialView, old: Settings | None, new: Settings) -> Iterator[tuple[str, str]]:
+def _limit_problems(
+    trial: TrialView, old: Settings | None, new: Settings, placement: tuple[DeviceId, ...]
+) -> Iterator[tuple[str, str]]:
     """4 to 8: the trial's limits. What an override or an earlier plan already set may stay, though nothing new."""
     limits = trial.limits
-    if new.num_workers != len(trial.placement):
-        yield "num_workers", f"num_workers={new.num_workers}; allowed: {len(trial.placement)}, the trial's placement"
-    may_pause = limits.can_pause or (old is not None and old.share == 0)
+    if problem := _workers_problem(trial, old, new, placement):
+        yield "num_workers", f"num_workers={new.num_workers}; allowed: {problem}"
+    may_pause = limits.can_pause or not trial.placement or (old is not None and old.share == 0)
     inside = limits.min_share - TOLERANCE <= new.share <= limits.max_share + TOLERANCE
     if not inside and not (new.share == 0 and may_pause):
         allowed = f"[{limits.min_share}, {limits.max_share}]{' or 0' if may_pause else ''}"
@@ -166,11 +209,27 @@ def _limit_problems(trial: TrialView, old: Settings | None, new: Settings) -> It
     if new.micro_batch > limits.max_micro_batch and (old is None or new.micro_batch > old.micro_batch):
         yield "micro_batch", f"micro_batch={new.micro_batch}; allowed: <= {limits.max_micro_batch}"
     same_batch = old is not None and new.global_batch == old.global_batch
-    if not limits.min_global_batch <= new.global_batch <= limits.max_global_batch and not same_batch:
+    # A batch need not divide by a number of ranks that the policy chose: less than one sample each may be off.
+    slack = new.num_workers * new.grad_accum - 1 if limits.can_move else 0
+    low, high = limits.min_global_batch - slack, limits.max_global_batch + slack
+    if not low <= new.global_batch <= high and not same_batch:
         allowed = f"[{limits.min_global_batch}, {limits.max_global_batch}]"
         yield "global_batch", f"global batch {_show(new.global_batch)}; allowed: {allowed}"
     if new.tier not in limits.tiers and (old is None or new.tier is not old.tier):
         yield "tier", f"tier={new.tier.value!r}; allowed: {', '.join(tier.value for tier in limits.tiers)}"
+
+
+def _workers_problem(
+    trial: TrialView, old: Settings | None, new: Settings, placement: tuple[DeviceId, ...]
+) -> str | None:
+    """What is allowed where the number of ranks is wrong, else None."""
+    limits, num_workers = trial.limits, new.num_workers
+    if (placement or not limits.can_move) and num_workers != len(placement):
+        return f"{len(placement)}, the length of the placement"
+    if not limits.can_move or (old is not None and old.num_workers == num_workers):
+        return None
+    low, high = limits.min_workers or trial.start.num_workers, limits.max_workers or trial.start.num_workers
+    return None if low <= num_workers <= high else f"{low} to {high}"
 
 
 def _alternative_problems(alternatives: object) -> Iterator[tuple[str, str]]:
@@ -211,6 +270,16 @@ def _read(owner: object, name: str) -> object:
     if type(owner) not in (Plan, Allocation, Settings, Alternative):
         return _MISSING
     return getattr(owner, name, _MISSING)
+
+
+def _seats(trial: TrialView, placement: object) -> tuple[DeviceId, ...]:
+    """The devices a row means: the trial's own unless it may move and the row has something usable."""
+    return placement if trial.limits.can_move and _are_ids(placement) else trial.placement
+
+
+def _are_ids(placement: object) -> TypeGuard[tuple[DeviceId, ...]]:
+    """Whether it is a tuple of plain strings, as device ids are."""
+    return type(placement) is tuple and all(type(device_id) is str for device_id in placement)
 
 
 def _is_int(value: object) -> TypeGuard[int]:

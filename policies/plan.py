@@ -5,7 +5,8 @@ Plans are values. They do not know how they are enforced, offered or acknowledge
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
@@ -14,6 +15,10 @@ from policies.tier import Tier
 TrialId = NewType("TrialId", str)
 DeviceId = NewType("DeviceId", str)
 Generation = NewType("Generation", int)
+
+
+SPARSE: Mapping[str, bool] = {"sparse": True}
+"""Metadata of a field that `policies.codec` leaves out while it has its default, so that old journals stay the same."""
 
 
 class Effect(StrEnum):
@@ -63,13 +68,15 @@ class Allocation:
     Attributes:
         trial_id: the trial.
         settings: the dials.
-        placement: the device of each rank, in rank order; its length is `settings.num_workers`.
+        placement: the device of each rank, in rank order; its length is `settings.num_workers`. Empty for a trial that
+            waits without holding any device, which only one that may move can do (share 0 then).
         effect: what applying it takes, relative to the plan in force.
         reason: one sentence with numbers.
         binding: the constraint that stopped the policy from going further, one or two words.
         predicted_goodput: samples/s of useful progress expected, None where nothing is measured yet.
         predicted_gain: predicted goodput over that of the settings in force, minus one; None where unknown.
         alternatives: at most eight other settings that were weighed.
+        cost_s: seconds of the trial's time that the change was predicted to cost.
     """
 
     trial_id: TrialId
@@ -81,6 +88,7 @@ class Allocation:
     predicted_goodput: float | None = None
     predicted_gain: float | None = None
     alternatives: tuple[Alternative, ...] = ()
+    cost_s: float = field(default=0.0, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +107,15 @@ class Plan:
 EMPTY_PLAN = Plan(generation=Generation(0), allocations=(), reason="nothing runs yet")
 
 
-def effect_of(old: Settings | None, new: Settings) -> Effect:
-    """What it takes to go from `old` to `new`: world size needs a restart, every other dial a step boundary."""
-    if old is None or old == new:
+def effect_of(old: Settings | None, new: Settings, *, moves: bool = False) -> Effect:
+    """What it takes to go from `old` to `new`: world size needs a restart, every other dial a step boundary.
+
+    `moves` says that the placement differs from the trial's own, which needs a restart too: leaving all devices, coming
+    back to some, or other devices than before.
+    """
+    if old is None or (old == new and not moves):
         return Effect.NONE
-    if old.num_workers != new.num_workers:
+    if old.num_workers != new.num_workers or moves:
         return Effect.RESTART
     return Effect.STEP
 

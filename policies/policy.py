@@ -4,7 +4,7 @@ The contract, checked by `tests/conformance/test_policies.py`:
 
 - `decide` is a pure function: no clock, no I/O, no randomness but `snapshot.seed`, no state but `snapshot.plan`.
 - It returns a plan with `generation == snapshot.plan.generation + 1` that holds exactly one allocation for every trial
-  of the snapshot, sorted by trial id, on the trial's own placement, inside its limits.
+  of the snapshot, sorted by trial id, inside its limits; on the trial's own placement unless it may move.
 - The sum of shares on a device never exceeds 1.
 - The order of trials in the snapshot does not matter.
 - In an unchanged world the second plan equals the first (no thrash).

@@ -5,11 +5,11 @@ Built by the controller from live telemetry, by the simulator from a trace, or b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from policies.fit import TrialFit
-from policies.plan import DeviceId, Plan, Settings, TrialId
+from policies.plan import SPARSE, DeviceId, Plan, Settings, TrialId
 from policies.tier import Tier
 
 
@@ -22,12 +22,26 @@ class DeviceKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceView:
-    """One device. `units` is what a share is cut from: cores of a CPU node, SM groups of a GPU."""
+    """One device.
+
+    Attributes:
+        device_id, node_id: its name, and the host it is in.
+        kind: what it is.
+        units: what a share is cut from: cores of a CPU node, SM groups of a GPU.
+        device_type: its model, such as 'h200'; speeds measured on one type are not those of another. May be empty.
+        speed: how fast the type is assumed to be relative to others until it was measured.
+        memory_bytes: its memory, 0 where not known.
+        price_per_s: what it costs while a trial holds it; 0 where nobody pays.
+    """
 
     device_id: DeviceId
     node_id: str
     kind: DeviceKind
     units: int
+    device_type: str = field(default="", metadata=SPARSE)
+    speed: float = field(default=1.0, metadata=SPARSE)
+    memory_bytes: int = field(default=0, metadata=SPARSE)
+    price_per_s: float = field(default=0.0, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +56,9 @@ class DialLimits:
         max_micro_batch: samples per rank per forward.
         tiers: allowed tiers, dearest first.
         can_pause: whether share 0 is allowed.
+        can_move: whether a policy may choose the trial's devices. It then may also wait without any (share 0, an empty
+            placement), but a running one only gives up all its devices if `can_pause`.
+        min_workers, max_workers: ranks the policy may choose for a trial that can move; None for `start.num_workers`.
     """
 
     min_share: float
@@ -51,6 +68,9 @@ class DialLimits:
     max_micro_batch: int
     tiers: tuple[Tier, ...]
     can_pause: bool = False
+    can_move: bool = field(default=False, metadata=SPARSE)
+    min_workers: int | None = field(default=None, metadata=SPARSE)
+    max_workers: int | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +93,8 @@ class TrialView:
             share what is measured.
         start: the user's settings, with which the trial began; `start.global_batch` is the base of efficiency.
         limits: the ranges of the dials.
-        placement: the device of each rank; fixed while its worker group lives.
+        placement: the device of each rank; fixed while its worker group lives, unless `limits.can_move`. Empty while
+            it waits for devices.
         weight: how much its goodput counts, > 0.
         step: optimizer steps done.
         num_samples: samples consumed.
@@ -85,6 +106,19 @@ class TrialView:
         override: the last protective move since the plan in force, if any.
         changed_at_s: when its settings last changed.
         began_at_s: when it was admitted.
+        progress: samples of useful progress, counted in samples at the start batch; None where `num_samples` counts.
+            `target_samples` is in the same unit.
+        attained_s: device-seconds it was granted so far (share times ranks times seconds).
+        user: who pays; quotas are per user.
+        priority: trials of a higher priority are served first.
+        is_protected: whether it is never paused, moved or resized once it runs.
+        guaranteed: devices (ranks times share) below which it is never brought once it has them.
+        deadline_s: when it should have ended, on the snapshot's clock; None without one.
+        restart_s: measured seconds that a restart costs it; None where unmeasured.
+        survival: probability that it survives its next rung in the search; None where there is no rung.
+        rung_samples: samples at which that rung is; None where there is none.
+        memory_fixed_bytes, memory_sample_bytes: memory of one rank, and more of it per sample of the micro-batch; 0
+            where not known.
     """
 
     trial_id: TrialId
@@ -103,6 +137,31 @@ class TrialView:
     override: Override | None
     changed_at_s: float
     began_at_s: float
+    progress: float | None = field(default=None, metadata=SPARSE)
+    attained_s: float = field(default=0.0, metadata=SPARSE)
+    user: str = field(default="", metadata=SPARSE)
+    priority: int = field(default=0, metadata=SPARSE)
+    is_protected: bool = field(default=False, metadata=SPARSE)
+    guaranteed: float = field(default=0.0, metadata=SPARSE)
+    deadline_s: float | None = field(default=None, metadata=SPARSE)
+    restart_s: float | None = field(default=None, metadata=SPARSE)
+    survival: float | None = field(default=None, metadata=SPARSE)
+    rung_samples: int | None = field(default=None, metadata=SPARSE)
+    memory_fixed_bytes: int = field(default=0, metadata=SPARSE)
+    memory_sample_bytes: int = field(default=0, metadata=SPARSE)
+
+    @property
+    def remaining(self) -> float:
+        """Samples of useful progress until it ends, >= 0."""
+        return max(0.0, self.target_samples - (self.num_samples if self.progress is None else self.progress))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """The most devices (ranks times share) that the trials of one user may hold together."""
+
+    user: str
+    max_devices: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +173,8 @@ class Snapshot:
         seed: the only source of randomness a policy may use.
         plan: the plan in force.
         devices: sorted by device id.
-        trials: sorted by trial id.
+        trials: sorted by trial id; those that wait for devices are among them.
+        quotas: sorted by user; a user without one has no quota.
     """
 
     now_s: float
@@ -122,6 +182,7 @@ class Snapshot:
     plan: Plan
     devices: tuple[DeviceView, ...]
     trials: tuple[TrialView, ...]
+    quotas: tuple[Quota, ...] = field(default=(), metadata=SPARSE)
 
     def device(self, device_id: DeviceId) -> DeviceView:
         """The device of that id.

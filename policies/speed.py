@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
+from policies.plan import SPARSE
 from policies.tier import Tier
 
 WINDOWS_PER_CELL = 5
@@ -31,7 +32,7 @@ PRIOR_FLOOR_RATIO = 0.4
 _PRIOR_EXPONENT_WEIGHT = 0.3
 _BUCKETS_PER_OCTAVE = 4
 
-CellKey = tuple[Tier, int, int, int]
+CellKey = tuple[Tier, int, int, int, int, str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,9 @@ class SpeedCell:
         recent: logarithms of the seconds of work per micro-batch (duty cycle taken out), oldest first.
         num_steps: steps behind it, capped.
         seen: number of the observation that touched it last; the oldest cell is dropped first.
+        num_nodes: nodes that its ranks were spread over.
+        device_type: the type of its devices.
+        crowd: quarters of a device that others held beside it (on its fullest device).
     """
 
     tier: Tier
@@ -55,11 +59,22 @@ class SpeedCell:
     recent: tuple[float, ...]
     num_steps: int
     seen: int
+    num_nodes: int = field(default=1, metadata=SPARSE)
+    device_type: str = field(default="", metadata=SPARSE)
+    crowd: int = field(default=0, metadata=SPARSE)
 
     @property
     def key(self) -> CellKey:
         """What tells it from other cells."""
-        return (self.tier, self.num_workers, self.micro_batch, self.bucket)
+        return (
+            self.tier,
+            self.num_workers,
+            self.micro_batch,
+            self.bucket,
+            self.num_nodes,
+            self.device_type,
+            self.crowd,
+        )
 
     @property
     def log_work(self) -> float:

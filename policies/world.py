@@ -117,7 +117,7 @@ def read(snapshot: Snapshot) -> tuple[Standing, ...]:
                 in_force=old,
                 settings=_on_workers(old or trial.start, workers, trial),
                 age_s=snapshot.now_s - trial.changed_at_s,
-                units=min(units[device_id] for device_id in trial.placement),
+                units=min((units[device_id] for device_id in trial.placement if device_id in units), default=1),
                 model=models[trial.shape, workers],
                 noise=noise_scale(trial.fit),
             )
