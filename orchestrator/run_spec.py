@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from jobs.table import complete_params, job_info
 from orchestrator.config import ResolvedRun
+from orchestrator.config.machine import this_machine
 from orchestrator.config.model import RunConfig
 from orchestrator.control.spec import RunSpec
 from policies.plan import Settings
 from policies.snapshot import DialLimits
+from policies.tier import Tier, real_tiers
 
 
 def run_spec(resolved: ResolvedRun) -> RunSpec:
@@ -48,7 +50,7 @@ def start_settings(config: RunConfig) -> Settings:
         share=config.start_share,
         micro_batch=config.trial.micro_batch,
         grad_accum=config.trial.grad_accum,
-        tier=config.dials.precision.tiers[0],
+        tier=allowed_tiers(config)[0],
         num_workers=config.trial.num_workers,
     )
 
@@ -63,8 +65,13 @@ def dial_limits(config: RunConfig, start: Settings) -> DialLimits:
         min_global_batch=batch.min_global if can_change_global else start.global_batch,
         max_global_batch=batch.max_global if can_change_global else start.global_batch,
         max_micro_batch=batch.max_micro if batch.enabled else start.micro_batch,
-        tiers=precision.tiers if precision.enabled else (start.tier,),
+        tiers=allowed_tiers(config) if precision.enabled else (start.tier,),
     )
+
+
+def allowed_tiers(config: RunConfig) -> tuple[Tier, ...]:
+    """The tiers of the run file; with `auto` those that this machine has units for."""
+    return config.dials.precision.tiers or real_tiers(this_machine().device)
 
 
 def middle_params(config: RunConfig) -> dict[str, object]:

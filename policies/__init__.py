@@ -47,7 +47,7 @@ from policies.policy import Policy
 from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Quota, Snapshot, TrialView
 from policies.speed import Prediction
 from policies.static import Static
-from policies.tier import TIER_FACTS, Tier, TierFacts, is_cheaper
+from policies.tier import NAMED_TIERS, TIER_FACTS, Tier, TierFacts, is_cheaper, tier_facts
 
 POLICIES: dict[str, type] = {
     "static": Static,
@@ -57,6 +57,7 @@ POLICIES: dict[str, type] = {
 
 __all__ = [
     "EMPTY_PLAN",
+    "NAMED_TIERS",
     "NOTHING_FITTED",
     "POLICIES",
     "TIER_FACTS",
@@ -103,6 +104,7 @@ __all__ = [
     "protect",
     "settings_from",
     "snapshot_from",
+    "tier_facts",
     "to_jsonable",
     "update",
 ]

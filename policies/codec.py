@@ -19,6 +19,7 @@ from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_
 from policies.fit import Observation, TrialFit
 from policies.plan import Allocation, Plan, Settings
 from policies.snapshot import DeviceView, DialLimits, Override, Snapshot, TrialView
+from policies.tier import TIER_WORDS, Tier
 
 _T = TypeVar("_T")
 _Reader = Callable[[object, str], object]
@@ -168,6 +169,13 @@ def _reader_of(hint: object, /) -> _Reader:
     return _SCALARS[hint]
 
 
+def _read_tier(obj: object, path: str) -> Tier:
+    try:
+        return Tier(_read_str(obj, path))
+    except ValueError:
+        raise _wrong(path, obj, TIER_WORDS) from None
+
+
 def _dataclass_reader(cls: type) -> _Reader:
     hints = get_type_hints(cls)
     readers = {field.name: _reader_of(hints[field.name]) for field in dataclasses.fields(cls)}
@@ -242,7 +250,13 @@ def _read_str(obj: object, path: str) -> str:
     return obj
 
 
-_SCALARS: dict[object, _Reader] = {float: _read_float, int: _read_int, bool: _read_bool, str: _read_str}
+_SCALARS: dict[object, _Reader] = {
+    float: _read_float,
+    int: _read_int,
+    bool: _read_bool,
+    str: _read_str,
+    Tier: _read_tier,
+}
 
 
 def _wrong(path: str, seen: object, allowed: str) -> ValueError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from policies.batch import neighbours
 from policies.invariants import MAX_ALTERNATIVES
 from policies.plan import Alternative, Settings, TrialId
-from policies.tier import TIER_FACTS, Tier, is_cheaper
+from policies.tier import Tier, is_cheaper, tier_facts
 from policies.world import Standing
 
 
@@ -99,7 +99,7 @@ def _next_tier(standing: Standing, cooldown_s: float) -> Tier | None:
     unmeasured = [
         tier for tier in _tiers(standing) if is_cheaper(tier, settings.tier) and not standing.model.is_measured(tier)
     ]
-    return min(unmeasured, key=lambda tier: TIER_FACTS[tier].cost_rank, default=None)
+    return min(unmeasured, key=lambda tier: tier_facts(tier).cost_rank, default=None)
 
 
 def _tiers(standing: Standing) -> tuple[Tier, ...]:

@@ -17,7 +17,7 @@ from jobs.table import JOB_INFO, check_param
 from orchestrator.config.model import Distribution, ParamValue, RunConfig
 from orchestrator.config.source import KeyPath
 from orchestrator.config.words import did_you_mean, printable, seen
-from policies.tier import is_cheaper
+from policies.tier import by_cost, is_cheaper
 
 Finding = tuple[KeyPath, str]
 _MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*):([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
@@ -167,8 +167,10 @@ def _tiers(config: RunConfig) -> Iterator[Finding]:
     if len(set(tiers)) != len(tiers):
         yield path, f"got [{', '.join(tiers)}]; allowed: each tier once"
     elif any(is_cheaper(before, after) for before, after in itertools.pairwise(tiers)):
-        ordered = [tier for tier in type(tiers[0]) if tier in tiers]
-        yield path, f"got [{', '.join(tiers)}]; allowed: dearest first, [{', '.join(ordered)}]"
+        yield path, f"got [{', '.join(tiers)}]; allowed: dearest first, [{', '.join(by_cost(tiers))}]"
+    for tier in config.dials.precision.emulate:
+        if tier not in tiers:
+            yield (*path[:2], "emulate"), f"got {tier}, which is not among tiers; add it there or leave it out here"
 
 
 def _policy(config: RunConfig) -> Iterator[Finding]:

@@ -16,7 +16,11 @@ from orchestrator.config.model import RunConfig
 from orchestrator.config.source import KeyPath
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
+from orchestrator.hardware import this_device
 from orchestrator.names import run_directory
+from policies.tier import DeviceFacts, support_of
+
+_PLAIN = DeviceFacts(name="this processor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +30,12 @@ class Machine:
     Attributes:
         num_cores: cores this process may run on.
         num_gpus: NVIDIA devices the kernel shows; CUDA_VISIBLE_DEVICES may hide some of them later.
+        device: which number formats ranks have units for.
     """
 
     num_cores: int
     num_gpus: int
+    device: DeviceFacts = _PLAIN
 
     @property
     def num_devices(self) -> int:
@@ -48,7 +54,7 @@ class Machine:
 def this_machine() -> Machine:
     """The machine this process runs on."""
     gpus = sum(1 for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit())
-    return Machine(num_cores=len(os.sched_getaffinity(0)), num_gpus=gpus)
+    return Machine(num_cores=len(os.sched_getaffinity(0)), num_gpus=gpus, device=this_device(gpus))
 
 
 def check_fit(config: RunConfig, machine: Machine, *, is_new: bool = True) -> Iterator[Finding]:
@@ -56,6 +62,7 @@ def check_fit(config: RunConfig, machine: Machine, *, is_new: bool = True) -> It
     if config.cluster.address == "local":
         yield from _cores(config, machine)
         yield from _shares(config, machine)
+        yield from _tiers(config, machine)
     yield from _directories(config, is_new=is_new)
 
 
@@ -93,6 +100,21 @@ def _shares(config: RunConfig, machine: Machine) -> Iterator[Finding]:
             )
         yield path, text
         return
+
+
+def _tiers(config: RunConfig, machine: Machine) -> Iterator[Finding]:
+    """A tier that this kind of device has no unit for is refused, unless its emulation is asked for by name.
+
+    A processor that lacks an instruction that others have computes the tier all the same; no policy picks it for speed.
+    """
+    dial, device = config.dials.precision, machine.device
+    for number, tier in enumerate(dial.tiers):
+        support = support_of(tier, device)
+        # No device has a fixed-point unit: who names that tier asks for the emulation.
+        if support.is_real or support.is_near or tier.fixed is not None or tier in dial.emulate:
+            continue
+        text = f"{support.reason}; nearest tier: {support.nearest}; to emulate it, slower, add emulate: [{tier}]"
+        yield ("dials", "precision", "tiers", number), text
 
 
 def _largest(ranks: int, devices: int) -> str:

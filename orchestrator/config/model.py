@@ -10,12 +10,22 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from orchestrator.config.words import seen
+from orchestrator.config.words import did_you_mean, seen
 from orchestrator.names import NAME_PATTERN
-from policies.tier import Tier
+from policies.tier import NAMED_TIERS, TIER_WORDS, Tier
 
 ParamValue = bool | int | float | str | None
 
@@ -33,7 +43,44 @@ Params = dict[str, Scalar]
 Values = Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1, max_length=1000)]
 FloatBounds = Annotated[tuple[float, float], Field(strict=False)]
 IntBounds = Annotated[tuple[int, int], Field(strict=False)]
-TierList = Annotated[tuple[Annotated[Tier, Field(strict=False)], ...], Field(strict=False, min_length=1)]
+
+
+def _tier(value: object) -> Tier:
+    try:
+        return Tier(value)  # type: ignore[arg-type]  # anything that is no text is refused there
+    except ValueError as error:
+        text = str(error)
+        if not text.partition("; allowed: ")[0].endswith("names no tier"):
+            raise PydanticCustomError("words", f"got {text}") from None
+        text = f"got {seen(value)}; allowed: {TIER_WORDS}{did_you_mean(str(value), NAMED_TIERS)}"
+        raise PydanticCustomError("words", text.replace("{", "{{").replace("}", "}}")) from None
+
+
+def _tier_list(value: object) -> object:
+    """`auto` as no tiers at all; in a list, a `fixed(k=8,bits=16)` that YAML took apart at its comma made whole."""
+    if value == "auto":
+        return ()
+    if not isinstance(value, (list, tuple)) or not value:
+        raise PydanticCustomError("words", f"got {seen(value)}; allowed: auto, or a non-empty list, {TIER_WORDS}")
+    items: list[object] = []
+    for item in value:
+        last = items[-1] if items else None
+        is_open = isinstance(last, str) and last.count("(") > last.count(")")
+        if is_open and isinstance(item, (str, int)):
+            items[-1] = f"{last},{item}"
+        else:
+            items.append(item)
+    return items
+
+
+TierWord = Annotated[Tier, PlainValidator(_tier), WithJsonSchema({"type": "string"})]
+TierList = Annotated[
+    tuple[TierWord, ...],
+    Field(strict=False),
+    BeforeValidator(_tier_list),
+    PlainSerializer(lambda tiers: [tier.value for tier in tiers] or "auto"),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "array", "minItems": 1, "items": {"type": "string"}}]}),
+]
 
 
 class Section(BaseModel):
@@ -194,7 +241,17 @@ class PrecisionDial(Section):
 
     enabled: bool = Field(default=True, description="whether the policy may turn it")
     tiers: TierList = Field(
-        default=(Tier.FP32, Tier.BF16), description="allowed tiers, dearest first; trials start at it"
+        default=(Tier.FP32, Tier.BF16),
+        description="allowed tiers, dearest first, trials start at it; auto for all that the device has units for",
+    )
+    emulate: Annotated[tuple[TierWord, ...], Field(strict=False)] = Field(
+        default=(), description="tiers to compute without a unit for them, slowly, to study what they do to learning"
+    )
+    probe_budget: float = Field(
+        default=0.025,
+        ge=0,
+        le=0.5,
+        description="part of a trial's time for probes that guard what it learns; 0 turns the guard off",
     )
 
 

@@ -8,20 +8,25 @@ Knows nothing of Ray, windows or files. Written by `orchestrator.train`, read by
 from __future__ import annotations
 
 import struct
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import TelemetryError
-from policies.tier import Tier
+from policies.tier import FixedPoint, Rounding, Tier
 
 SCHEMA_VERSION = 1
 MAX_BATCH_BYTES = 1 << 20
 _MAGIC = 0x6F72
 _HEADER = struct.Struct("<HHI")
 
-TIERS: tuple[Tier, ...] = tuple(Tier)
-"""Tiers by wire code: a record stores the index into this tuple. New tiers are appended, never inserted."""
+TIERS: tuple[Tier, ...] = (Tier.FP32, Tier.BF16, Tier.TF32, Tier.FP16, Tier.FP8, Tier.INT8)
+"""Tiers without parameters by wire code, the index into this tuple. New ones are appended, never inserted."""
+
+# The code of a fixed-point tier: this bit, then two bits of rounding mode, six of word width (0: none), six of k.
+_FIXED_BIT = 1 << 14
+_MODES = (Rounding.NEAREST, Rounding.FLOOR, Rounding.STOCHASTIC)
 
 STEP_DTYPE = np.dtype(
     [
@@ -33,7 +38,7 @@ STEP_DTYPE = np.dtype(
         ("micro_batch", "<i4"),
         ("grad_accum", "<i4"),
         ("num_workers", "<i4"),
-        ("tier", "<i2"),  # index into TIERS
+        ("tier", "<i2"),  # see `tier_code`
         ("flags", "<u2"),  # bit 0: skipped (non-finite); bit 1: an allocation was applied before this step
         ("share", "<f4"),
         ("cores", "<f4"),  # device units granted to this rank
@@ -83,3 +88,25 @@ def unpack(message: bytes) -> StepArray:
     if len(message) - _HEADER.size != count * STEP_DTYPE.itemsize:
         raise TelemetryError(f"a telemetry message announces {count} records but holds {len(message)} bytes")
     return np.frombuffer(message, dtype=STEP_DTYPE, offset=_HEADER.size)
+
+
+def tier_code(tier: Tier) -> int:
+    """The wire code of a tier."""
+    fixed = tier.fixed
+    if fixed is None:
+        return TIERS.index(tier)
+    return _FIXED_BIT | _MODES.index(fixed.mode) << 12 | (fixed.bits or 0) << 6 | fixed.k
+
+
+@cache
+def tier_of(code: int) -> Tier | None:
+    """The tier of a wire code, None for a code that names none."""
+    if 0 <= code < len(TIERS):
+        return TIERS[code]
+    mode, bits, k = code >> 12 & 3, code >> 6 & 63, code & 63
+    if not _FIXED_BIT <= code < 2 * _FIXED_BIT or mode >= len(_MODES):
+        return None
+    try:
+        return Tier(FixedPoint(k=k, bits=bits or None, mode=_MODES[mode]).word)
+    except ValueError:
+        return None

@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.errors import TelemetryError
-from orchestrator.telemetry.record import SCHEMA_VERSION, STEP_DTYPE, TIERS, StepArray
+from orchestrator.telemetry.record import SCHEMA_VERSION, STEP_DTYPE, TIERS, StepArray, tier_of
 
 _SCHEMA_KEY = b"orchestrator.schema"
 _NAMES = pa.dictionary(pa.int32(), pa.utf8())
 _TIERS = pa.dictionary(pa.int8(), pa.utf8())
+_MAX_TIERS = 127  # of one batch: what an int8 can number; no honest trial sees a dozen
 
 
 class TableKind(StrEnum):
@@ -177,9 +178,16 @@ def conform(table: pa.Table, kind: TableKind) -> pa.Table:
 
 def _tier_column(codes: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> pa.Array:
     """Tier names of wire codes; a code that names no tier becomes null."""
-    is_known = (codes >= 0) & (codes < len(TIERS))
-    indices = pa.array(np.where(is_known, codes, 0).astype(np.int8), mask=~is_known)
-    return pa.DictionaryArray.from_arrays(indices, pa.array([tier.value for tier in TIERS], pa.utf8()))
+    present = {int(code): tier for code in np.unique(codes) if (tier := tier_of(int(code))) is not None}
+    # The plain tiers always stand first, in wire order, so that most batches have one and the same dictionary.
+    names = [*TIERS, *(tier for tier in present.values() if tier not in TIERS)][:_MAX_TIERS]
+    indices = np.zeros(len(codes), dtype=np.int8)
+    known = {code: names.index(tier) for code, tier in present.items() if tier in names}
+    for code, index in known.items():
+        indices[codes == code] = index
+    return pa.DictionaryArray.from_arrays(
+        pa.array(indices, mask=~np.isin(codes, list(known))), pa.array([tier.value for tier in names], pa.utf8())
+    )
 
 
 def _plain(row: Mapping[str, object]) -> dict[str, object]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, TIERS, StepArray
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, StepArray, tier_of
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -148,7 +148,8 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     # Three factors of at most 2**20 cannot overflow 63 bits; rows with larger ones are out already.
     fits = (samples >= 1) & (samples <= micro * accum * workers)
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
-    _mark(codes, "tier", (rows["tier"] < 0) | (rows["tier"] >= len(TIERS)))
+    unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
+    _mark(codes, "tier", np.isin(rows["tier"], unknown))
     _mark(codes, "flags", flags > (FLAG_SKIPPED | FLAG_APPLIED))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from orchestrator.telemetry import validation
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, STEP_DTYPE, TIERS, StepArray
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, STEP_DTYPE, StepArray, tier_of
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
 from policies.fit import Observation
 
@@ -373,11 +373,13 @@ def _same_settings(rows: StepArray) -> Iterator[StepArray]:
 def _summarise(rows: StepArray) -> Observation:
     """One observation of rows that ran under the same settings, at least one."""
     first = rows[0]
+    tier = tier_of(int(first["tier"]))
+    assert tier is not None, "validation refuses codes that name no tier"
     estimated = rows[np.isfinite(rows["noise_trace"]) & np.isfinite(rows["grad_sq"])]
     return Observation(
         # Single precision on the wire must not make two cells of what is one setting.
         cores=round(float(first["cores"]), 4),
-        tier=TIERS[int(first["tier"])],
+        tier=tier,
         micro_batch=int(first["micro_batch"]),
         grad_accum=int(first["grad_accum"]),
         num_workers=int(first["num_workers"]),

@@ -27,7 +27,7 @@ from orchestrator.control.orders import (
 )
 from orchestrator.errors import ApplyError
 from orchestrator.share.mechanism import ShareMechanism
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, TIERS
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, tier_code
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.link import Link
 from orchestrator.train.stepper import Ranks, Stepper, StepResult, dearer_tier
@@ -243,7 +243,7 @@ class TrialLoop:
                 settings.micro_batch,
                 settings.grad_accum,
                 settings.num_workers,
-                TIERS.index(settings.tier),
+                tier_code(settings.tier),
                 flags,
                 settings.share,
                 grant.amount,

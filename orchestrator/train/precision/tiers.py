@@ -11,7 +11,7 @@ from torch import nn
 
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.products import TIER_FUNCTIONS
-from policies.tier import TIER_FACTS, Tier
+from policies.tier import Tier, tier_facts
 
 __all__ = ["TIER_FUNCTIONS", "available_tiers", "install", "set_tier", "tiers_in_use"]
 
@@ -76,7 +76,7 @@ def _reason_against(tier: Tier, device: torch.device) -> str | None:
         return None
     if not torch.cuda.is_available():
         return f"{device} is not there: this torch ({torch.__version__}) finds no CUDA device"
-    needed = TIER_FACTS[tier].min_cuda_capability
+    needed = tier_facts(tier).min_cuda_capability
     found = torch.cuda.get_device_capability(device)
     if needed is None or found >= needed:
         return None

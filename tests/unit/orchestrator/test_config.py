@@ -14,10 +14,15 @@ from orchestrator.config import Machine, RunConfig, fit_problems, load_config, r
 from orchestrator.config.render import to_yaml
 from orchestrator.config.source import parse
 from orchestrator.errors import ConfigError
+from orchestrator.run_spec import allowed_tiers
+from policies.tier import DeviceFacts, Tier
 
 Write = Callable[[str], Path]
 ROOT = Path(__file__).parents[3]
 TWO_CORES = Machine(num_cores=2, num_gpus=0)
+H200 = DeviceFacts(name="H200", capability=(9, 0))
+OLD_GPU = DeviceFacts(name="V100", capability=(7, 0))
+PROCESSOR = DeviceFacts(name="this processor", cpu_flags=frozenset({"avx512_bf16"}))
 MINIMAL = "name: one\njob: {name: mlp}\n"
 
 
@@ -187,3 +192,37 @@ def test_a_storage_that_is_a_file_is_refused(write: Write, tmp_path: Path) -> No
 def test_checking_the_fit_creates_nothing(write: Write, tmp_path: Path) -> None:
     require_fit(load_config(write(MINIMAL)), TWO_CORES)
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("tiers", "device", "expected"),
+    [
+        ("[fp32, bf16]", H200, ()),
+        ("[fp32, bf16]", OLD_GPU, ("compute capability 7.0; bf16 needs 8.0; nearest tier: fp32",)),
+        (
+            "[fp32, fp8]",
+            PROCESSOR,
+            ("no processor has; nearest tier: bf16; to emulate it, slower, add emulate: [fp8]",),
+        ),
+        ("[fp32, fp8], emulate: [fp8]", PROCESSOR, ()),
+        ("[fp32, fixed(k=8,bits=16), fixed(k=4,bits=8,floor)]", PROCESSOR, ()),
+        ("auto", OLD_GPU, ()),
+    ],
+)
+def test_a_tier_without_a_unit_is_refused_unless_its_emulation_is_asked_for_by_name(
+    tiers: str, device: DeviceFacts, expected: tuple[str, ...], write: Write
+) -> None:
+    resolved = load_config(write(f"{MINIMAL}dials:\n  precision: {{tiers: {tiers}}}\n"))
+    machine = Machine(num_cores=2, num_gpus=0, device=device)
+    problems = [str(problem) for problem in fit_problems(resolved, machine)]
+    assert len(problems) == len(expected)
+    for problem, words in zip(problems, expected, strict=True):
+        assert words in problem
+
+
+def test_auto_is_what_the_device_has_units_for_and_reads_back(write: Write) -> None:
+    resolved = load_config(write(f"{MINIMAL}dials:\n  precision: {{tiers: auto}}\n"))
+    assert resolved.config.dials.precision.tiers == ()
+    assert allowed_tiers(resolved.config)[0] is Tier.FP32
+    assert resolved.config.model_dump(mode="json")["dials"]["precision"]["tiers"] == "auto"
+    assert load_config(write(resolved.to_yaml())).config == resolved.config

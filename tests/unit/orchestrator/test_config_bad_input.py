@@ -141,6 +141,8 @@ BAD: list[tuple[str, str, int, str, str]] = [
     ("tiers: [fp32, bf16]", "tiers: [bf16, fp32]", 22, "dials.precision.tiers", "[fp32, bf16]"),
     ("tiers: [fp32, bf16]", "tiers: [fp32, bf61]", 22, "dials.precision.tiers[1]", "did you mean 'bf16'?"),
     ("tiers: [fp32, bf16]", "tiers: fp32", 22, "dials.precision.tiers", "a non-empty list"),
+    ("tiers: [fp32, bf16]", "tiers: [fp32, fixed(99,16)]", 22, "dials.precision.tiers[1]", "k=99; allowed: 0 to 40"),
+    ("tiers: [fp32, bf16]", "tiers: [fp32], emulate: [fp8]", 22, "dials.precision.emulate", "not among tiers"),
     ("name: goodput", "name: godput", 23, "policy.name", "did you mean 'goodput'?"),
     ("name: goodput", "name: os:system", 23, "policy.name", "standard library"),
     ("name: goodput", "name: no_such_package.mine:Mine", 23, "policy.name", "no module 'no_such_package'"),

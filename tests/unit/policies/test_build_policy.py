@@ -30,7 +30,7 @@ def test_a_policy_of_ones_own_is_found_by_module_and_class() -> None:
         (":Policy", {}, r"cannot import module ''"),
         ("policies.fair_share:FareShare", {}, r"no class 'FareShare'; did you mean 'FairShare'"),
         ("policies.plan:TrialId", {"x": "1"}, r"cannot be built from"),
-        ("policies.tier:Tier", {"value": "bf16"}, r"no method decide"),
+        ("policies.tier:Tier", {"word": "bf16"}, r"no method decide"),
     ],
 )
 def test_a_mistake_is_answered_with_what_is_allowed(name: str, params: dict[str, object], message: str) -> None:

@@ -27,7 +27,7 @@ from policies.codec import (
 from policies.goodput_policy import Goodput
 from policies.plan import Settings
 from policies.snapshot import Override
-from policies.tier import Tier
+from policies.tier import NAMED_TIERS, Tier
 from tests.conformance.snapshots import snapshot
 from tests.unit.policies.builders import measured, observation, settings, trial
 
@@ -36,7 +36,7 @@ SETTINGS = st.builds(
     share=st.floats(0, 1),
     micro_batch=st.integers(1, 2**40),
     grad_accum=st.integers(1, 2**40),
-    tier=st.sampled_from(Tier),
+    tier=st.sampled_from([*NAMED_TIERS, Tier("fixed(k=4,bits=8)")]),
     num_workers=st.integers(1, 100),
 )
 
@@ -123,7 +123,7 @@ def _set(obj: Any, path: tuple[str | int, ...], value: object) -> object:
         (("seed",), 1.5, r"snapshot\.seed=1\.5.*an integer"),
         (("trials",), {}, r"snapshot\.trials=\{\}.*a list"),
         (("trials", 1, "limits", "min_share"), None, r"snapshot\.trials\[1\]\.limits\.min_share=None"),
-        (("trials", 1, "limits", "tiers", 0), "fp99", r"tiers\[0\]='fp99'.*'fp32', 'bf16'"),
+        (("trials", 1, "limits", "tiers", 0), "fp99", r"tiers\[0\]='fp99'.*fp32, tf32, bf16"),
         (("trials", 0, "start"), 3, r"snapshot\.trials\[0\]\.start=3.*share"),
         (("trials", 0, "start", "shar"), 3, r"trials\[0\]\.start has the unknown key 'shar'.*share"),
         (("trials", 0, "is_stale"), 0, r"is_stale=0.*true or false"),

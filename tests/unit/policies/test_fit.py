@@ -23,7 +23,7 @@ from policies.fit import (
     update,
 )
 from policies.speed import WINDOWS_PER_CELL, Prediction
-from policies.tier import Tier
+from policies.tier import NAMED_TIERS, Tier
 from tests.unit.policies.builders import measured, observation, settings
 
 
@@ -42,7 +42,7 @@ def step_s(fit: TrialFit, cores: float = 1.0, micro_batch: int = 8, grad_accum: 
 OBSERVATIONS = st.builds(
     Observation,
     cores=st.floats(0.01, 64),
-    tier=st.sampled_from(Tier),
+    tier=st.sampled_from(NAMED_TIERS),
     micro_batch=st.integers(1, 512),
     grad_accum=st.integers(1, 16),
     num_workers=st.integers(1, 4),
@@ -179,7 +179,7 @@ def test_memory_is_bounded_and_predictions_are_finite(seen: list[Observation]) -
     assert list(fit.cells) == sorted(fit.cells, key=lambda cell: cell.key)
     scale = noise_scale(fit)
     assert scale is None or 1.0 <= scale <= MAX_NOISE_SCALE
-    for tier, micro_batch, cores in itertools.product(Tier, (1, 8, 1024), (0.1, 1.0, 30.0)):
+    for tier, micro_batch, cores in itertools.product(NAMED_TIERS, (1, 8, 1024), (0.1, 1.0, 30.0)):
         prediction = predicted(fit, cores, micro_batch, 1, tier)
         assert prediction is None or (0 < prediction.step_s < math.inf and prediction.rel_uncertainty >= 0)
 

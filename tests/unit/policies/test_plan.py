@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from policies.plan import EMPTY_PLAN, DeviceId, Effect, TrialId, changed_dials, diff, effect_of, is_same
-from policies.tier import TIER_FACTS, Tier, is_cheaper
+from policies.tier import NAMED_TIERS, TIER_FACTS, Tier, is_cheaper
 from tests.unit.policies.builders import DEVICE, in_force, settings, trial, world
 
 ROWS = [trial("a"), trial("b")]
@@ -51,7 +51,7 @@ def test_a_snapshot_finds_its_devices_by_id_and_refuses_others() -> None:
 
 
 def test_the_tier_table_has_every_tier_dearest_first_with_a_dearer_fallback() -> None:
-    assert list(TIER_FACTS) == list(Tier)
+    assert tuple(TIER_FACTS) == NAMED_TIERS
     ranks = [facts.cost_rank for facts in TIER_FACTS.values()]
     assert ranks == sorted(set(ranks))
     for tier, facts in TIER_FACTS.items():

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import TelemetryError
-from orchestrator.telemetry.record import MAX_BATCH_BYTES, STEP_DTYPE, TIERS, pack, unpack
-from policies.tier import Tier
+from orchestrator.telemetry.record import MAX_BATCH_BYTES, STEP_DTYPE, TIERS, pack, tier_code, tier_of, unpack
+from policies.tier import FixedPoint, Rounding, Tier
 
 
 @given(st.integers(0, 20), st.randoms(use_true_random=False))
@@ -57,4 +57,17 @@ def test_random_bytes_are_refused_and_never_crash(message: bytes) -> None:
 
 
 def test_codes_of_tiers_stay_where_old_tables_expect_them() -> None:
-    assert TIERS[:2] == (Tier.FP32, Tier.BF16)
+    assert TIERS == (Tier.FP32, Tier.BF16, Tier.TF32, Tier.FP16, Tier.FP8, Tier.INT8)
+
+
+@given(st.integers(0, 40), st.one_of(st.none(), st.integers(2, 32)), st.sampled_from(Rounding))
+def test_every_tier_has_its_own_code(k: int, bits: int | None, mode: Rounding) -> None:
+    tier = Tier(FixedPoint(k=k, bits=bits, mode=mode).word)
+    assert 0 <= tier_code(tier) < 2**15
+    assert tier_of(tier_code(tier)) is tier
+
+
+def test_a_code_is_of_one_tier_or_of_none() -> None:
+    known = [tier for code in range(-5, 2**15) if (tier := tier_of(code)) is not None]
+    assert len(known) == len(set(known))
+    assert set(TIERS) < set(known)
