@@ -59,6 +59,7 @@ class DialLimits:
         can_move: whether a policy may choose the trial's devices. It then may also wait without any (share 0, an empty
             placement), but a running one only gives up all its devices if `can_pause`.
         min_workers, max_workers: ranks the policy may choose for a trial that can move; None for `start.num_workers`.
+        min_micro_batch: samples per rank per forward that a policy that chooses ranks should keep; not enforced.
     """
 
     min_share: float
@@ -71,6 +72,7 @@ class DialLimits:
     can_move: bool = field(default=False, metadata=SPARSE)
     min_workers: int | None = field(default=None, metadata=SPARSE)
     max_workers: int | None = field(default=None, metadata=SPARSE)
+    min_micro_batch: int = field(default=1, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,8 @@ class TrialView:
         guaranteed: devices (ranks times share) below which it is never brought once it has them.
         deadline_s: when it should have ended, on the snapshot's clock; None without one.
         restart_s: measured seconds that a restart costs it; None where unmeasured.
+        num_restarts: restarts so far.
+        requested: what its user would run it with where a policy does not choose (ranks, batch); None for `start`.
         survival: probability that it survives its next rung in the search; None where there is no rung.
         rung_samples: samples at which that rung is; None where there is none.
         memory_fixed_bytes, memory_sample_bytes: memory of one rank, and more of it per sample of the micro-batch; 0
@@ -145,6 +149,8 @@ class TrialView:
     guaranteed: float = field(default=0.0, metadata=SPARSE)
     deadline_s: float | None = field(default=None, metadata=SPARSE)
     restart_s: float | None = field(default=None, metadata=SPARSE)
+    num_restarts: int = field(default=0, metadata=SPARSE)
+    requested: Settings | None = field(default=None, metadata=SPARSE)
     survival: float | None = field(default=None, metadata=SPARSE)
     rung_samples: int | None = field(default=None, metadata=SPARSE)
     memory_fixed_bytes: int = field(default=0, metadata=SPARSE)
