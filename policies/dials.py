@@ -66,7 +66,8 @@ def choose(
     assert goodput is not None
     assert prediction is not None
     # A difference smaller than the doubt about the present speed is no difference.
-    options = _options(standing, now, goodput, max(min_gain, prediction.rel_uncertainty))
+    weighed = _options(standing, now, goodput, max(min_gain, prediction.rel_uncertainty))
+    options = [option for option in weighed if standing.has_room(option.settings)]
     if explored is not None:
         reason = (
             f"explores tier {explored.value}, not yet measured; "
@@ -78,7 +79,8 @@ def choose(
         )
     best = max((o for o in options if o.gain >= o.needed_gain), key=_rank, default=None)
     if best is None:
-        reason, binding = _why_best(now, goodput, options)
+        refused = [o for o in weighed if o.gain >= o.needed_gain and o not in options]
+        reason, binding = _why_no_room(standing, now, refused) if refused else _why_best(now, goodput, options)
         return DialChoice(settings=now, reason=reason, binding=binding, alternatives=_rest(options, now, now, goodput))
     return DialChoice(
         settings=best.settings,
@@ -97,7 +99,11 @@ def _next_tier(standing: Standing, cooldown_s: float) -> Tier | None:
     if prediction is None or not prediction.is_measured:
         return None
     unmeasured = [
-        tier for tier in _tiers(standing) if is_cheaper(tier, settings.tier) and not standing.model.is_measured(tier)
+        tier
+        for tier in _tiers(standing)
+        if is_cheaper(tier, settings.tier)
+        and not standing.model.is_measured(tier)
+        and standing.has_room(dataclasses.replace(settings, tier=tier))
     ]
     return min(unmeasured, key=lambda tier: tier_facts(tier).cost_rank, default=None)
 
@@ -163,6 +169,19 @@ def _why_best(now: Settings, goodput: float, options: list[_Option]) -> tuple[st
     return (
         f"{dials}: the best of {len(options)} alternatives gains {best.gain:.1%}, less than {best.needed_gain:.1%}",
         "hysteresis",
+    )
+
+
+def _why_no_room(standing: Standing, now: Settings, refused: list[_Option]) -> tuple[str, str]:
+    best = max(refused, key=_rank)
+    line = standing.memory_line(best.settings)
+    assert line is not None
+    needed, limit = line.needed_bytes(best.settings.micro_batch), standing.trial.memory_limit_bytes
+    other = f"micro-batch {best.settings.micro_batch} in {best.settings.tier.value}"
+    return (
+        f"batch {now.global_batch} and {now.tier.value} kept: {other} would gain {best.gain:.1%} but needs"
+        f" {needed / 2**30:.2f} GiB per rank of {limit / 2**30:.2f}",
+        "memory",
     )
 
 

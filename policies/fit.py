@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from policies.memory import MemoryPoint, merge, remember
 from policies.plan import SPARSE, Settings
 from policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
 from policies.tier import Tier, is_cheaper
@@ -20,6 +21,10 @@ MIN_NOISE_ESTIMATES = 10
 """Estimates before the noise scale is trusted: one alone has a relative error near one."""
 MAX_NOISE_SCALE = float(2**20)
 _NOISE_HORIZON = 100
+CAP_OBSERVATIONS = 60
+"""Observations after which a micro-batch that did not fit may be tried again, twice as many after each failure: other
+trials may have left, and the preflight of the ranks stands before the next attempt."""
+_MAX_CAP_DOUBLINGS = 6
 _MAX_STEPS = 1_000
 
 
@@ -38,6 +43,7 @@ class Observation:
         num_nodes: nodes that the ranks are spread over.
         device_type: the type of the devices, as in `DeviceView`.
         crowd_share: shares that other trials held on the fullest of its devices, summed.
+        memory_bytes: peak memory of a rank in these steps, None where not measured.
     """
 
     cores: float
@@ -53,6 +59,7 @@ class Observation:
     num_nodes: int = field(default=1, metadata=SPARSE)
     device_type: str = field(default="", metadata=SPARSE)
     crowd_share: float = field(default=0.0, metadata=SPARSE)
+    memory_bytes: int | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +73,9 @@ class TrialFit:
         num_noise: estimates behind the two, capped at the horizon of the running mean.
         banned_tiers: tiers the trial had to flee from by an override; never chosen again for it.
         micro_batch_cap: largest micro-batch still trusted after an override that shrank it, None without one.
+        cap_until: value of `num_observations` at which that cap is lifted for another try.
+        num_overflows: overrides that shrank the micro-batch so far.
+        memory: measured peaks, sorted by key.
     """
 
     cells: tuple[SpeedCell, ...] = ()
@@ -75,6 +85,9 @@ class TrialFit:
     num_noise: int = 0
     banned_tiers: tuple[Tier, ...] = ()
     micro_batch_cap: int | None = None
+    cap_until: int = field(default=0, metadata=SPARSE)
+    num_overflows: int = field(default=0, metadata=SPARSE)
+    memory: tuple[MemoryPoint, ...] = field(default=(), metadata=SPARSE)
 
 
 NOTHING_FITTED = TrialFit()
@@ -85,12 +98,15 @@ def update(fit: TrialFit, observations: Sequence[Observation]) -> TrialFit:
     cells = {cell.key: cell for cell in fit.cells}
     count = fit.num_observations
     noise_trace, grad_sq, num_noise = fit.noise_trace, fit.grad_sq, fit.num_noise
+    memory = fit.memory
     for seen in observations:
         if not _is_possible(seen):
             continue
         count += 1
         cell = _advance(cells.get(_key_of(seen)), seen, count)
         cells[cell.key] = cell
+        if seen.memory_bytes is not None and seen.memory_bytes > 0:
+            memory = remember(memory, _point_of(seen, seen.memory_bytes))
         if _has_noise(seen):
             assert seen.noise_trace is not None
             assert seen.grad_sq is not None
@@ -99,6 +115,7 @@ def update(fit: TrialFit, observations: Sequence[Observation]) -> TrialFit:
             grad_sq += gain * (seen.grad_sq - grad_sq)
             num_noise = min(num_noise + seen.num_noise, _NOISE_HORIZON)
     kept = sorted(cells.values(), key=lambda c: -c.seen)[:MAX_CELLS]
+    is_capped = fit.micro_batch_cap is not None and count < fit.cap_until
     return dataclasses.replace(
         fit,
         cells=tuple(sorted(kept, key=lambda c: c.key)),
@@ -106,6 +123,9 @@ def update(fit: TrialFit, observations: Sequence[Observation]) -> TrialFit:
         noise_trace=noise_trace,
         grad_sq=grad_sq,
         num_noise=num_noise,
+        micro_batch_cap=fit.micro_batch_cap if is_capped else None,
+        cap_until=fit.cap_until if is_capped else 0,
+        memory=memory,
     )
 
 
@@ -128,39 +148,61 @@ def noise_scale(fit: TrialFit) -> float | None:
     """
     if fit.num_noise < MIN_NOISE_ESTIMATES:
         return None
-    if fit.noise_trace <= 0:
+    return noise_ratio(fit.noise_trace, fit.grad_sq)
+
+
+def noise_ratio(noise_trace: float, grad_sq: float) -> float:
+    """The noise scale from the means of its two terms, clamped to [1, 2**20].
+
+    >>> noise_ratio(50.0, 2.0), noise_ratio(-1.0, 2.0), noise_ratio(50.0, -1.0) == 2.0**20
+    (25.0, 1.0, True)
+    """
+    if noise_trace <= 0:
         return 1.0
-    if fit.grad_sq * MAX_NOISE_SCALE <= fit.noise_trace:
+    if grad_sq * MAX_NOISE_SCALE <= noise_trace:
         return MAX_NOISE_SCALE
-    return max(1.0, fit.noise_trace / fit.grad_sq)
+    return max(1.0, noise_trace / grad_sq)
 
 
 def inherit(fit: TrialFit) -> TrialFit:
-    """What a new trial of the same shape may take over: the speeds, neither the noise nor the bans."""
-    return TrialFit(cells=fit.cells, num_observations=fit.num_observations)
+    """What a new trial of the same shape may take over: speeds and memory, neither the noise nor the bans."""
+    return TrialFit(cells=fit.cells, num_observations=fit.num_observations, memory=fit.memory)
 
 
 def protect(fit: TrialFit, before: Settings, after: Settings) -> TrialFit:
     """Remember an override from `before` to `after`, so that no policy walks the trial into the same wall again.
 
-    A flight to a dearer tier bans the one it left; a smaller micro-batch becomes the cap.
+    A flight to a dearer tier bans the one it left for good; a smaller micro-batch becomes the cap for a while.
     """
-    banned, cap = set(fit.banned_tiers), fit.micro_batch_cap
     if is_cheaper(before.tier, after.tier):
-        banned.add(before.tier)
-    if after.micro_batch < before.micro_batch:
-        cap = after.micro_batch if cap is None else min(cap, after.micro_batch)
-    return dataclasses.replace(fit, banned_tiers=tuple(sorted(banned)), micro_batch_cap=cap)
+        fit = dataclasses.replace(fit, banned_tiers=tuple(sorted({*fit.banned_tiers, before.tier})))
+    is_new = fit.micro_batch_cap is None or after.micro_batch < fit.micro_batch_cap
+    return capped(fit, after.micro_batch) if is_new and after.micro_batch < before.micro_batch else fit
+
+
+def capped(fit: TrialFit, micro_batch: int) -> TrialFit:
+    """After a larger micro-batch than `micro_batch` did not fit: none above it is trusted for a while."""
+    doublings = min(fit.num_overflows, _MAX_CAP_DOUBLINGS)
+    return dataclasses.replace(
+        fit,
+        micro_batch_cap=micro_batch if fit.micro_batch_cap is None else min(fit.micro_batch_cap, micro_batch),
+        cap_until=fit.num_observations + CAP_OBSERVATIONS * 2**doublings,
+        num_overflows=fit.num_overflows + 1,
+    )
 
 
 def pool(fits: Sequence[TrialFit]) -> TrialFit:
-    """The speeds measured by several trials of one shape as one fit, whatever their order; no noise, no bans."""
+    """Speeds and memory measured by several trials of one shape as one fit, whatever their order; no noise, no bans."""
     groups: dict[CellKey, list[SpeedCell]] = {}
     for fit in fits:
         for cell in fit.cells:
             groups.setdefault(cell.key, []).append(cell)
     cells = tuple(_merge(groups[key]) for key in sorted(groups))
-    return TrialFit(cells=cells, num_observations=max((fit.num_observations for fit in fits), default=0))
+    return TrialFit(
+        cells=cells,
+        num_observations=max((fit.num_observations for fit in fits), default=0),
+        memory=merge(fit.memory for fit in fits),
+    )
 
 
 def _is_possible(seen: Observation) -> bool:
@@ -195,6 +237,12 @@ def _key_of(seen: Observation) -> CellKey:
 def _crowd_of(seen: Observation) -> int:
     """What others held, in quarters of a device."""
     return round(4 * seen.crowd_share)
+
+
+def _point_of(seen: Observation, peak_bytes: int) -> MemoryPoint:
+    return MemoryPoint(
+        tier=seen.tier, num_workers=seen.num_workers, micro_batch=seen.micro_batch, peak_bytes=peak_bytes
+    )
 
 
 def _advance(cell: SpeedCell | None, seen: Observation, count: int) -> SpeedCell:

@@ -123,6 +123,8 @@ class TrialView:
         rung_samples: samples at which that rung is; None where there is none.
         memory_fixed_bytes, memory_sample_bytes: memory of one rank, and more of it per sample of the micro-batch; 0
             where not known.
+        memory_limit_bytes: memory that each of its ranks may take, 0 where not known.
+        resume: the dials with which it begins again after a restart; None where it begins with `start`.
     """
 
     trial_id: TrialId
@@ -155,6 +157,8 @@ class TrialView:
     rung_samples: int | None = field(default=None, metadata=SPARSE)
     memory_fixed_bytes: int = field(default=0, metadata=SPARSE)
     memory_sample_bytes: int = field(default=0, metadata=SPARSE)
+    memory_limit_bytes: int = field(default=0, metadata=SPARSE)
+    resume: Settings | None = field(default=None, metadata=SPARSE)
 
     @property
     def remaining(self) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from policies.fit import noise_scale, pool
 from policies.goodput import goodput
+from policies.memory import MemoryLine, MemoryPoint, largest_micro_batch, largest_split, solve_line
 from policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
 from policies.shares import Claim, components, fill, fits
 from policies.snapshot import Snapshot, TrialView
@@ -36,6 +37,7 @@ class Standing:
         units: what a share of 1 is cut from on its smallest device.
         model: speeds measured by all trials of its shape.
         noise: its own noise scale, None before it is known.
+        memory: peaks measured by all trials of its shape.
     """
 
     trial: TrialView
@@ -45,6 +47,7 @@ class Standing:
     units: int
     model: SpeedModel
     noise: float | None
+    memory: tuple[MemoryPoint, ...] = ()
 
     @property
     def trial_id(self) -> TrialId:
@@ -82,6 +85,17 @@ class Standing:
         throughput_per_s = settings.global_batch / prediction.step_s
         return goodput(throughput_per_s, self.noise, self.trial.start.global_batch, settings.global_batch)
 
+    def memory_line(self, settings: Settings) -> MemoryLine | None:
+        """What a rank takes in the tier of `settings`; None where its memory or the limit of it is not known."""
+        if self.trial.memory_limit_bytes <= 0:
+            return None
+        return solve_line(self.memory, settings.tier, settings.num_workers)
+
+    def has_room(self, settings: Settings) -> bool:
+        """Whether a rank is predicted to stay within its memory under `settings`, as far as that is known."""
+        line = self.memory_line(settings)
+        return line is None or line.needed_bytes(settings.micro_batch) <= self.trial.memory_limit_bytes
+
     def speedup(self, share: float, reference_share: float) -> float:
         """Speed at `share` over that at `reference_share`; what it computes does not matter to the ratio."""
         exponent = self.model.exponent
@@ -106,23 +120,40 @@ def read(snapshot: Snapshot) -> tuple[Standing, ...]:
     units = {device.device_id: device.units for device in snapshot.devices}
     in_force = {allocation.trial_id: allocation.settings for allocation in snapshot.plan.allocations}
     trials = sorted(snapshot.trials, key=lambda trial: trial.trial_id)
-    models = _models(trials)
+    pooled = {shape: pool([t.fit for t in trials if t.shape == shape]) for shape in sorted({t.shape for t in trials})}
+    models = {
+        (shape, workers): solve(pooled[shape].cells, workers)
+        for shape, workers in {(trial.shape, len(trial.placement)) for trial in trials}
+    }
     standings = []
     for trial in trials:
         old = in_force.get(trial.trial_id) if trial.override is None else trial.override.settings
         workers = len(trial.placement)
-        standings.append(
-            Standing(
-                trial=trial,
-                in_force=old,
-                settings=_on_workers(old or trial.start, workers, trial),
-                age_s=snapshot.now_s - trial.changed_at_s,
-                units=min((units[device_id] for device_id in trial.placement if device_id in units), default=1),
-                model=models[trial.shape, workers],
-                noise=noise_scale(trial.fit),
-            )
+        standing = Standing(
+            trial=trial,
+            in_force=old,
+            settings=_on_workers(old or trial.resume or trial.start, workers, trial),
+            age_s=snapshot.now_s - trial.changed_at_s,
+            units=min((units[device_id] for device_id in trial.placement if device_id in units), default=1),
+            model=models[trial.shape, workers],
+            noise=noise_scale(trial.fit),
+            memory=pooled[trial.shape].memory,
         )
+        standings.append(standing if old is not None else _admitted(standing))
     return tuple(standings)
+
+
+def _admitted(standing: Standing) -> Standing:
+    """A trial new to the plan: its global batch cut into micro-batches that its memory is predicted to hold."""
+    settings = standing.settings
+    line = standing.memory_line(settings)
+    if line is None or standing.has_room(settings):
+        return standing
+    per_rank = settings.micro_batch * settings.grad_accum
+    at_most = max(1, largest_micro_batch(line, standing.trial.memory_limit_bytes, settings.micro_batch))
+    micro_batch = largest_split(per_rank, at_most)
+    smaller = dataclasses.replace(settings, micro_batch=micro_batch, grad_accum=per_rank // micro_batch)
+    return dataclasses.replace(standing, settings=smaller)
 
 
 def claim_of(standing: Standing, *, weight: float, max_share: float) -> Claim:
@@ -218,15 +249,6 @@ def make_plan(snapshot: Snapshot, name: str, allocations: Iterable[Allocation]) 
         allocations=rows,
         reason=f"{name}: {len(rows)} trials, {num_changed} changed, {num_new} new, {num_gone} gone",
     )
-
-
-def _models(trials: Iterable[TrialView]) -> dict[tuple[str, int], SpeedModel]:
-    """One speed model per shape and number of workers, from all its trials."""
-    groups: dict[tuple[str, int], list[TrialView]] = defaultdict(list)
-    for trial in trials:
-        groups[trial.shape, len(trial.placement)].append(trial)
-    pooled = {shape: pool([t.fit for t in trials if t.shape == shape]) for shape in sorted({s for s, _ in groups})}
-    return {(shape, workers): solve(pooled[shape].cells, workers) for shape, workers in groups}
 
 
 def _on_workers(settings: Settings, num_workers: int, trial: TrialView) -> Settings:
