@@ -32,7 +32,7 @@ $(BIN)/python:
 	exit 1
 
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[jobs,test,dev]'
 	@touch $@
 
 install: $(STAMP) ## make .venv with everything in it; every other target does so when needed

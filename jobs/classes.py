@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jobs.image import ImageJob
 from jobs.job import Job
 from jobs.language import LanguageJob
 from jobs.mlp import MlpJob
 
 JOBS: dict[str, Callable[..., Job]] = {
     "language": LanguageJob,
+    "image": ImageJob,
     "mlp": MlpJob,
 }

@@ -4,7 +4,7 @@ A sample is a window of `context` + 1 bytes; windows do not overlap, and sample 
 set by `width`, `layers`, `heads` and `context`, are listed in this package's README. Knows nothing of ranks, shares or
 precision; every matrix product is a plain `nn.Linear` so that the orchestrator may swap it for one with a tier.
 
-Shapes: B samples, T positions, N = B * T, D features, H heads, E features per head, V = 256 byte values.
+Shapes: B samples, T positions, N = B * T, D features, V = 256 byte values.
 """
 
 from __future__ import annotations
@@ -22,52 +22,11 @@ from jobs.corpus import Corpus, load_corpus, standard_library
 from jobs.data import Indices
 from jobs.job import LossTerms
 from jobs.optim import adamw
+from jobs.transformer import INIT_STD, Block, init_weights
 
 NUM_BYTE_VALUES = 256
 EVAL_BATCH = 64
 """Held-out windows per forward pass; bounds the memory of an evaluation."""
-
-INIT_STD = 0.02
-"""Standard deviation of the initial weights. Source: GPT-2, Radford et al. 2019."""
-
-
-class Attention(nn.Module):
-    """Causal multi-head self-attention."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Mix each position with those before it; (B, T, D) to (B, T, D)."""
-        B, T, D = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q_BHTE, k_BHTE, v_BHTE = qkv.unbind(0)
-        drop = self.dropout if self.training else 0.0
-        mixed_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, dropout_p=drop, is_causal=True)
-        return cast(Tensor, self.proj(mixed_BHTE.transpose(1, 2).reshape(B, T, D)))
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.norm_attention = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, dropout)
-        self.norm_mlp = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Attention, then the position-wise MLP, each added to its input; (B, T, D) to (B, T, D)."""
-        x_BTD = x_BTD + self.drop(self.attention(self.norm_attention(x_BTD)))
-        hidden = F.gelu(self.up(self.norm_mlp(x_BTD)), approximate="tanh")
-        return cast(Tensor, x_BTD + self.drop(self.down(hidden)))
 
 
 class ByteGpt(nn.Module):
@@ -78,19 +37,10 @@ class ByteGpt(nn.Module):
         self.bytes = nn.Embedding(NUM_BYTE_VALUES, width)
         self.positions = nn.Embedding(context, width)
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, is_causal=True) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, NUM_BYTE_VALUES)
-        self._init_weights(layers)
-
-    def _init_weights(self, layers: int) -> None:
-        # What is added to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2).
-        residual_std = INIT_STD / math.sqrt(2 * layers)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=residual_std if name.endswith((".proj", ".down")) else INIT_STD)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        init_weights(self, INIT_STD, INIT_STD / math.sqrt(2 * layers))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the next byte at every position, samples one after another; (B, T) to (N, V)."""

@@ -6,117 +6,34 @@ Read by the run-file checker, by `build_job` and by the policies' set-up; a test
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Literal
+from collections.abc import Mapping
 
-ParamValue = int | float | str | None
+from jobs.param import (
+    JobInfo,
+    Param,
+    ParamKind,
+    ParamValue,
+    adamw_params,
+    choice_param,
+    data_params,
+    did_you_mean,
+    float_param,
+    int_param,
+    speed_free,
+    text_param,
+)
 
-
-class ParamKind(StrEnum):
-    """The type of a parameter as a word for people."""
-
-    INT = "int"
-    FLOAT = "float"
-    TEXT = "str"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Param:
-    """One parameter of a job.
-
-    Attributes:
-        name: the keyword argument of the class.
-        kind: its type; an int is also accepted where a float is asked for.
-        default: value when it is not given. A default of None also allows None.
-        description: one sentence, with the unit.
-        minimum: smallest allowed value, an int for kind int; None for kinds without an order.
-        maximum: largest allowed value, likewise.
-    """
-
-    name: str
-    kind: ParamKind
-    default: ParamValue
-    description: str
-    minimum: float | None = None
-    maximum: float | None = None
-    changes_speed: bool = True
-
-    @property
-    def allowed(self) -> str:
-        """The allowed values in words."""
-        words = str(self.kind)
-        if self.minimum is not None and self.maximum is not None:
-            # Large whole numbers would otherwise be rounded: 1.09951e+12.
-            form = "g" if self.kind is ParamKind.FLOAT else "d"
-            words += f" from {self.minimum:{form}} to {self.maximum:{form}}"
-        return f"{words}, or null" if self.default is None else words
-
-    def check(self, value: object) -> ParamValue:
-        """The value in the parameter's own type.
-
-        Raises:
-            ValueError: wrong type or out of range; the message does not name the job.
-        """
-        if value is None and self.default is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, _ACCEPTED[self.kind]):
-            raise ValueError(f"{self.name}={value!r} has type {type(value).__name__}; allowed: {self.allowed}")
-        if isinstance(value, str):
-            return value
-        if self.minimum is not None and self.maximum is not None and not self.minimum <= value <= self.maximum:
-            raise ValueError(f"{self.name}={value!r} is out of range; allowed: {self.allowed}")
-        return float(value) if self.kind is ParamKind.FLOAT else int(value)
-
-
-_ACCEPTED: dict[ParamKind, tuple[type[int] | type[float] | type[str], ...]] = {
-    ParamKind.INT: (int,),
-    ParamKind.FLOAT: (int, float),
-    ParamKind.TEXT: (str,),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobInfo:
-    """What the outside must know of a job without importing it.
-
-    Attributes:
-        learning_rate_rule: 'sqrt' (Adam family) or 'linear' (SGD), applied when the global batch changes.
-        metric: name of the validation metric.
-        mode: 'min' or 'max'.
-        summary: one sentence for lists.
-        params: what the class takes, in the order of its signature.
-        divisible: pairs (a, b) of int parameters where `a` must be a multiple of `b`.
-    """
-
-    learning_rate_rule: Literal["sqrt", "linear"]
-    metric: str
-    mode: Literal["min", "max"]
-    summary: str = ""
-    params: tuple[Param, ...] = ()
-    divisible: tuple[tuple[str, str], ...] = ()
-
-    def param(self, name: str) -> Param | None:
-        """The parameter of that name, None where there is none."""
-        return next((param for param in self.params if param.name == name), None)
-
-
-def _int(name: str, default: int | None, minimum: int, maximum: int, description: str) -> Param:
-    kind = ParamKind.INT
-    return Param(name=name, kind=kind, default=default, minimum=minimum, maximum=maximum, description=description)
-
-
-def _float(name: str, default: float, minimum: float, maximum: float, description: str) -> Param:
-    kind = ParamKind.FLOAT
-    return Param(name=name, kind=kind, default=default, minimum=minimum, maximum=maximum, description=description)
-
-
-def _speed_free(param: Param) -> Param:
-    """The same parameter, known to leave the time of a step as it is."""
-    return replace(param, changes_speed=False)
-
+__all__ = [
+    "JOB_INFO",
+    "JobInfo",
+    "Param",
+    "ParamKind",
+    "ParamValue",
+    "check_param",
+    "complete_params",
+    "did_you_mean",
+    "job_info",
+]
 
 JOB_INFO: dict[str, JobInfo] = {
     "language": JobInfo(
@@ -125,23 +42,44 @@ JOB_INFO: dict[str, JobInfo] = {
         mode="min",
         summary="byte-level GPT on the Python standard library's own source files",
         params=(
-            _int("width", 64, 1, 16384, "features per token"),
-            _int("layers", 2, 1, 256, "transformer blocks"),
-            _int("heads", 4, 1, 256, "attention heads per block; width must be a multiple of it"),
-            _int("context", 64, 1, 8192, "bytes the model sees at once; a sample is one window of them"),
-            _float("dropout", 0.0, 0.0, 0.95, "probability of dropping an activation in training"),
-            _speed_free(_float("lr", 1e-3, 1e-9, 10.0, "learning rate of AdamW at the start global batch")),
-            _speed_free(_float("weight_decay", 0.1, 0.0, 10.0, "decoupled weight decay of the matrices")),
-            _speed_free(_float("beta1", 0.9, 0.0, 0.99999, "AdamW's decay of the mean gradient")),
-            _speed_free(_float("beta2", 0.95, 0.0, 0.99999, "AdamW's decay of the mean squared gradient")),
-            _speed_free(_int("eval_windows", 256, 1, 1_000_000, "held-out windows at most per evaluation")),
-            _speed_free(_int("max_bytes", None, 1, 1 << 40, "training text to use at most, in bytes; null for all")),
-            Param(
-                name="data_dir",
-                kind=ParamKind.TEXT,
-                default=None,
-                description="folder whose *.py files are read in place of the standard library's",
-                changes_speed=False,
+            int_param("width", 64, 1, 16384, "features per token"),
+            int_param("layers", 2, 1, 256, "transformer blocks"),
+            int_param("heads", 4, 1, 256, "attention heads per block; width must be a multiple of it"),
+            int_param("context", 64, 1, 8192, "bytes the model sees at once; a sample is one window of them"),
+            float_param("dropout", 0.0, 0.0, 0.95, "probability of dropping an activation in training"),
+            speed_free(float_param("lr", 1e-3, 1e-9, 10.0, "learning rate of AdamW at the start global batch")),
+            speed_free(float_param("weight_decay", 0.1, 0.0, 10.0, "decoupled weight decay of the matrices")),
+            speed_free(float_param("beta1", 0.9, 0.0, 0.99999, "AdamW's decay of the mean gradient")),
+            speed_free(float_param("beta2", 0.95, 0.0, 0.99999, "AdamW's decay of the mean squared gradient")),
+            speed_free(int_param("eval_windows", 256, 1, 1_000_000, "held-out windows at most per evaluation")),
+            speed_free(
+                int_param("max_bytes", None, 1, 1 << 40, "training text to use at most, in bytes; null for all")
+            ),
+            text_param("data_dir", None, "folder whose *.py files are read in place of the standard library's"),
+        ),
+        divisible=(("width", "heads"),),
+    ),
+    "image": JobInfo(
+        learning_rate_rule="sqrt",
+        metric="val_accuracy",
+        mode="max",
+        summary="image classification with a small ViT or ResNet, on digits, CIFAR files or a folder per class",
+        params=(
+            choice_param("model", ("vit", "resnet"), "kind of network"),
+            int_param("width", 48, 1, 8192, "features per patch (vit) or of the first stage (resnet)"),
+            int_param("layers", 3, 1, 256, "transformer blocks (vit) or residual blocks per stage (resnet)"),
+            int_param("heads", 4, 1, 256, "attention heads per block (vit); width must be a multiple of it"),
+            int_param("patch", 2, 1, 256, "side of a patch in pixels (vit); the image's side must be a multiple of it"),
+            int_param(
+                "size", None, 4, 2048, "side in pixels that images are brought to; null: as they are, 32 in folders"
+            ),
+            *adamw_params(2e-3),
+            speed_free(int_param("max_samples", None, 1, 1 << 40, "training images to use at most; null for all")),
+            speed_free(int_param("eval_samples", 1024, 1, 1_000_000, "held-out images at most per evaluation")),
+            *data_params(
+                ("digits", "shapes"),
+                "digits of scikit-learn, or shapes drawn here,",
+                "folder with CIFAR files, or with a folder of images per class (also below train and val)",
             ),
         ),
         divisible=(("width", "heads"),),
@@ -152,20 +90,16 @@ JOB_INFO: dict[str, JobInfo] = {
         mode="min",
         summary="multi-layer perceptron on synthetic classes, the smallest job, for tests",
         params=(
-            _int("width", 32, 1, 65536, "features per hidden layer"),
-            _int("depth", 2, 1, 256, "hidden layers"),
-            _speed_free(_float("lr", 0.05, 1e-9, 10.0, "learning rate of SGD at the start global batch")),
-            _speed_free(_int("num_samples", 4096, 1, 10_000_000, "training samples to make")),
-            _speed_free(_int("seed", 0, 0, (1 << 63) - 1, "seed of the synthetic data; the model's start is torch's")),
+            int_param("width", 32, 1, 65536, "features per hidden layer"),
+            int_param("depth", 2, 1, 256, "hidden layers"),
+            speed_free(float_param("lr", 0.05, 1e-9, 10.0, "learning rate of SGD at the start global batch")),
+            speed_free(int_param("num_samples", 4096, 1, 10_000_000, "training samples to make")),
+            speed_free(
+                int_param("seed", 0, 0, (1 << 63) - 1, "seed of the synthetic data; the model's start is torch's")
+            ),
         ),
     ),
 }
-
-
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """' Did you mean ...?' with the closest allowed word, or nothing where none is close."""
-    close = difflib.get_close_matches(word, list(allowed), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def job_info(job: str) -> JobInfo:

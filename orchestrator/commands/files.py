@@ -51,6 +51,7 @@ def _run_name(file: Path) -> str:
 # What the template says of each job: fixed parameters and search space.
 _JOB_LINES = {
     "language": ("{layers: 2, context: 64}", "{loguniform: [1.0e-3, 1.0e-2]}", "{choice: [48, 64]}"),
+    "image": ("{model: vit, layers: 3, patch: 2}", "{loguniform: [1.0e-3, 3.0e-3]}", "{choice: [32, 48]}"),
     "mlp": ("{depth: 2}", "{loguniform: [1.0e-2, 1.0e-1]}", "{choice: [16, 32]}"),
 }
 

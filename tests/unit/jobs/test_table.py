@@ -6,13 +6,12 @@ import inspect
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 import jobs
 from jobs.classes import JOBS
-from jobs.language import LanguageJob
-from jobs.mlp import MlpJob
 from jobs.table import JOB_INFO, JobInfo, Param, ParamKind, check_param, complete_params, did_you_mean
 
 
@@ -20,8 +19,8 @@ def test_table_and_classes_name_the_same_jobs() -> None:
     assert list(JOB_INFO) == list(JOBS)
 
 
-@pytest.mark.parametrize(("name", "job_class"), [("language", LanguageJob), ("mlp", MlpJob)])
-def test_table_agrees_with_the_signature_of_the_class(name: str, job_class: type) -> None:
+@pytest.mark.parametrize(("name", "job_class"), JOBS.items())
+def test_table_agrees_with_the_signature_of_the_class(name: str, job_class: type[Any]) -> None:
     signature = inspect.signature(job_class)
     hints = inspect.get_annotations(job_class.__dict__["__init__"])
     info = JOB_INFO[name]
@@ -30,7 +29,7 @@ def test_table_agrees_with_the_signature_of_the_class(name: str, job_class: type
         assert signature.parameters[param.name].default == param.default, param.name
         expected = f"{param.kind} | None" if param.default is None else str(param.kind)
         assert hints[param.name] == expected, param.name
-    assert (job_class.name, job_class.metric) == (name, info.metric)  # type: ignore[attr-defined]
+    assert (job_class.name, job_class.metric) == (name, info.metric)
 
 
 @pytest.mark.parametrize("job", list(JOB_INFO))
@@ -44,8 +43,8 @@ def test_every_default_is_allowed_and_every_parameter_is_described(job: str) -> 
 @pytest.mark.parametrize(
     ("job", "params", "message"),
     [
-        ("langauge", {}, r"job 'langauge' does not exist; allowed: language, mlp\. Did you mean 'language'\?"),
-        ("x", {}, r"job 'x' does not exist; allowed: language, mlp\.$"),
+        ("langauge", {}, r"job 'langauge' does not exist; allowed: language, .*, mlp\. Did you mean 'language'\?"),
+        ("x", {}, r"job 'x' does not exist; allowed: language, .*, mlp\.$"),
         ("mlp", {"widht": 3}, r"job mlp has no parameter 'widht'; allowed: width, .*\. Did you mean 'width'\?"),
         ("mlp", {"width": "3"}, r"job mlp: width='3' has type str; allowed: int from 1 to 65536; it means: features"),
         ("mlp", {"width": True}, r"width=True has type bool"),

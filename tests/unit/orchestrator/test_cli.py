@@ -14,6 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from jobs.table import JOB_INFO
 from orchestrator import cli
 from orchestrator.config import ResolvedRun, load_config
 from orchestrator.errors import PlanError, UnfitEnvironmentError
@@ -88,7 +89,7 @@ def test_wrong_arguments_are_the_users_mistake(run: Run, arguments: tuple[str, .
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("job", ["language", "mlp"])
+@pytest.mark.parametrize("job", list(JOB_INFO))
 def test_init_writes_a_commented_file_that_is_valid_as_it_is(run: Run, job: str) -> None:
     code, out, _ = run("init", "my search.yaml", "--job", job)
     assert code == 0
