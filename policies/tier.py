@@ -70,7 +70,8 @@ class Tier(str):
 
     def __new__(cls, word: str) -> Tier:
         """The one object of that tier."""
-        known = _INTERNED.get(word)
+        # A run file may hold anything here, also what cannot be a key of a dict.
+        known = _INTERNED.get(word) if isinstance(word, str) else None
         if known is None:
             canonical = _canonical(word)
             known = _INTERNED.get(canonical)

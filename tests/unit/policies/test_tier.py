@@ -70,6 +70,7 @@ def test_a_format_is_written_in_several_ways_and_kept_in_one(word: str, canonica
         ("fixed(8,16,up)", "names no tier"),
         ("", "names no tier"),
         (7, "names no tier"),
+        ([[]], "names no tier"),
     ],
 )
 def test_another_word_is_refused_with_what_is_allowed(word: str, message: str) -> None:
