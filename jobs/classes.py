@@ -11,9 +11,11 @@ from jobs.image import ImageJob
 from jobs.job import Job
 from jobs.language import LanguageJob
 from jobs.mlp import MlpJob
+from jobs.tissue import TissueJob
 
 JOBS: dict[str, Callable[..., Job]] = {
     "language": LanguageJob,
     "image": ImageJob,
+    "tissue": TissueJob,
     "mlp": MlpJob,
 }

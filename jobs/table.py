@@ -84,6 +84,23 @@ JOB_INFO: dict[str, JobInfo] = {
         ),
         divisible=(("width", "heads"),),
     ),
+    "tissue": JobInfo(
+        learning_rate_rule="sqrt",
+        metric="val_dice",
+        mode="max",
+        summary="segmentation of medical pictures with a small U-Net: stained tissue, a fundus, pictures and masks",
+        params=(
+            int_param("width", 8, 1, 4096, "channels of the first level; each level below has twice as many"),
+            int_param("levels", 3, 1, 8, "times the side is halved"),
+            int_param("size", 32, 8, 4096, "side of a patch in pixels; a multiple of 2 to the power of levels"),
+            *adamw_params(3e-3),
+            *data_params(
+                ("ihc", "fundus", "cells"),
+                "tissue or retina of scikit-image with computed masks, or cells drawn here,",
+                "folder with pictures in `images` and masks of the same names in `masks`",
+            ),
+        ),
+    ),
     "mlp": JobInfo(
         learning_rate_rule="linear",
         metric="val_loss",

@@ -1,6 +1,6 @@
-"""Networks for pictures: a small vision transformer and a small residual network.
+"""Networks for pictures: a small vision transformer, a small residual network and a small U-Net.
 
-Both normalise within a sample (LayerNorm, GroupNorm), never over a batch: the orchestrator cuts batches as it sees fit.
+All normalise within a sample (LayerNorm, GroupNorm), never over a batch: the orchestrator cuts batches as it sees fit.
 
 Shapes: B samples, C channels, S side of the picture, P side of a patch, T patches, D features, K classes.
 """
@@ -99,3 +99,48 @@ class ResidualNet(nn.Module):
         for block in self.blocks:
             x = block(x)
         return cast(Tensor, self.head(F.relu(self.norm(x)).mean(dim=(2, 3))))
+
+
+class ConvPair(nn.Module):
+    """Two 3 x 3 convolutions, each normalised and rectified."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(num_in, num_out, 3, padding=1, bias=False)
+        self.norm_in = group_norm(num_out)
+        self.conv_out = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
+        self.norm_out = group_norm(num_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, num_in, S, S) to (B, num_out, S, S)."""
+        x = F.relu(self.norm_in(self.conv_in(x)))
+        return F.relu(self.norm_out(self.conv_out(x)))
+
+
+class UNet(nn.Module):
+    """Halves the side `levels` times, doubling the channels, and goes back up past what each level saw.
+
+    Source: Ronneberger et al. 2015; nearest-neighbour upsampling, padded convolutions and GroupNorm.
+    """
+
+    def __init__(self, *, channels: int, width: int, levels: int) -> None:
+        super().__init__()
+        widths = [width << level for level in range(levels + 1)]
+        self.blocks = nn.ModuleList(ConvPair(a, b) for a, b in zip([channels, *widths], widths, strict=False))
+        self.levels = levels
+        for level in reversed(range(levels)):
+            self.blocks.append(ConvPair(widths[level] + widths[level + 1], widths[level]))
+        self.head = nn.Conv2d(width, 1, 1)
+
+    def forward(self, images_BCSS: Tensor) -> Tensor:
+        """One logit per pixel; (B, C, S, S) to (B, 1, S, S). S is a multiple of 2 ** levels."""
+        x = images_BCSS
+        seen: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            if number > self.levels:
+                x = torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), seen.pop()], dim=1)
+            elif number:
+                seen.append(x)
+                x = F.max_pool2d(x, 2)
+            x = block(x)
+        return cast(Tensor, self.head(x))
