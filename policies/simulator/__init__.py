@@ -1,0 +1,84 @@
+"""A simulator for policies: any workload on any cluster through the very same `decide`, with a manual clock.
+
+Standard library and numpy only; reads no file and no clock. What it takes as true (responses) is stated with every
+figure: parametric models of the literature's form, tables that others published, or tables this project measured.
+"""
+
+from __future__ import annotations
+
+from policies.policy import Policy
+from policies.simulator.application import Application, Applications, NoiseCurve
+from policies.simulator.cluster import Cluster, Node, NodeChange, NodeEvent, parse_cluster, read_events
+from policies.simulator.engine import Engine
+from policies.simulator.guard import Guard, PolicyFaultError
+from policies.simulator.job import Job
+from policies.simulator.overseer import Nobody, Overseer
+from policies.simulator.published import POLLUX_APPLICATIONS
+from policies.simulator.record import Calibration, Span
+from policies.simulator.report import JobResult, Summary, summarise
+from policies.simulator.response import Load, Measured, Parametric, Response, Sharing
+from policies.simulator.rows import TableError
+from policies.simulator.rules import Rules
+from policies.simulator.synthetic import helios_like, philly_like
+from policies.simulator.workload import Submission, Workload, read_workload, write_workload
+
+__all__ = [
+    "POLLUX_APPLICATIONS",
+    "Application",
+    "Applications",
+    "Calibration",
+    "Cluster",
+    "Engine",
+    "Guard",
+    "Job",
+    "JobResult",
+    "Load",
+    "Measured",
+    "Nobody",
+    "Node",
+    "NodeChange",
+    "NodeEvent",
+    "NoiseCurve",
+    "Overseer",
+    "Parametric",
+    "PolicyFaultError",
+    "Response",
+    "Rules",
+    "Sharing",
+    "Span",
+    "Submission",
+    "Summary",
+    "TableError",
+    "Workload",
+    "helios_like",
+    "parse_cluster",
+    "philly_like",
+    "read_events",
+    "read_workload",
+    "simulate",
+    "summarise",
+    "write_workload",
+]
+
+
+def simulate(
+    policy: Policy,
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    name: str = "policy",
+    applications: Applications = POLLUX_APPLICATIONS,
+    rules: Rules | None = None,
+    overseer: Overseer | None = None,
+) -> Summary:
+    """Run a workload on a cluster under a policy, and say what came of it.
+
+    Raises:
+        PolicyFaultError: the policy raised, returned an illegal plan or did not return.
+        KeyError: the workload names an application that is not in `applications`.
+    """
+    rules = rules or Rules()
+    guard = Guard(policy=policy, name=name, limit_s=rules.limit_s)
+    engine = Engine(guard, applications, cluster, rules, overseer or Nobody())
+    engine.run(workload)
+    return summarise(engine, name)
