@@ -123,6 +123,8 @@ def build_policy(name: str, params: Mapping[str, object] | None = None) -> Polic
     if factory is None:
         allowed = f"{', '.join(POLICIES)} or module:Class"
         raise ValueError(f"there is no policy {name!r}; allowed: {allowed}{_did_you_mean(name, POLICIES)}")
+    if isinstance(factory, type) and not callable(getattr(factory, "decide", None)):
+        raise ValueError(f"policy {name!r} has no method decide(snapshot); see policies/README.md")
     given = dict(params or {})
     known = _parameters(factory)
     for key in given:

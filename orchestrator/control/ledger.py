@@ -10,9 +10,10 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 from orchestrator.control.orders import Grant
+from orchestrator.share.grouping import assign_groups
 from orchestrator.share.packing import assign_units
 from policies.plan import Allocation, DeviceId, Plan, Settings, TrialId
-from policies.snapshot import DeviceView
+from policies.snapshot import DeviceKind, DeviceView
 
 _EPSILON = 1e-9
 
@@ -43,6 +44,17 @@ class Line:
         if self.applied is not None:
             shares.append(self.applied.settings.share)
         return max(shares, default=0.0)
+
+    def held_units(self, device_id: DeviceId) -> set[int]:
+        """Units of a device that any rank of the trial may be using: applied, or offered and perhaps applied."""
+        grants = [*self.offers, *([] if self.applied is None else [self.applied])]
+        return {
+            unit
+            for grant in grants
+            for place, units in zip(self.placement, grant.units, strict=False)
+            if place == device_id
+            for unit in units
+        }
 
 
 class Ledger:
@@ -82,14 +94,7 @@ class Ledger:
             line = self._lines.get(allocation.trial_id)
             if line is None:
                 continue
-            amount = self._amount(allocation)
-            grant = Grant(
-                generation=plan.generation,
-                settings=allocation.settings,
-                units=units[allocation.trial_id],
-                amount=amount,
-            )
-            line.target = grant
+            line.target = self._grant(plan, allocation, units[allocation.trial_id])
 
     def offer(self) -> dict[TrialId, Grant]:
         """Grants that can be offered now without over-committing any device; they count as held from here on.
@@ -136,9 +141,13 @@ class Ledger:
 
     def _wants_offer(self, line: Line) -> bool:
         newest = line.offers[-1] if line.offers else line.applied
-        return line.target is not None and (newest is None or _differs(newest, line.target))
+        if line.target is None or (line.target.settings.share > 0 and not all(line.target.units)):
+            return False  # no plan yet, or more trials than groups: this one waits until another ends
+        return newest is None or _differs(newest, line.target)
 
     def _fits(self, trial_id: TrialId, line: Line, share: float) -> bool:
+        if not self._units_are_free(trial_id, line):
+            return False
         if share <= line.held_share():
             return True
         return all(
@@ -146,9 +155,28 @@ class Ledger:
             for device_id in set(line.placement)
         )
 
-    def _amount(self, allocation: Allocation) -> float:
-        units = min((self._devices[device_id].units for device_id in allocation.placement), default=1)
-        return allocation.settings.share * units
+    def _units_are_free(self, trial_id: TrialId, line: Line) -> bool:
+        """Whether no other trial may still be using a unit of the target that cannot be shared."""
+        assert line.target is not None
+        for device_id, units in zip(line.placement, line.target.units, strict=False):
+            others = (other for key, other in self._lines.items() if key != trial_id)
+            if self._is_exclusive(device_id) and any(other.held_units(device_id) & set(units) for other in others):
+                return False
+        return True
+
+    def _is_exclusive(self, device_id: DeviceId) -> bool:
+        """Whether a device is cut into units that two trials must never both use: SM groups, unlike cores."""
+        device = self._devices[device_id]
+        return device.kind is DeviceKind.CUDA and device.units > 1
+
+    def _grant(self, plan: Plan, allocation: Allocation, units: tuple[tuple[int, ...], ...]) -> Grant:
+        """The plan's part of a trial; where units are exclusive the amount is their number, alike for all ranks."""
+        least = min((self._devices[device_id].units for device_id in allocation.placement), default=1)
+        amount = allocation.settings.share * least
+        if any(self._is_exclusive(device_id) for device_id in allocation.placement):
+            count = min((len(each) for each in units), default=0)
+            units, amount = tuple(each[:count] for each in units), float(count)
+        return Grant(generation=plan.generation, settings=allocation.settings, units=units, amount=amount)
 
     def _assign_units(self, plan: Plan) -> dict[TrialId, tuple[tuple[int, ...], ...]]:
         """Cut every device's units among the ranks of the plan's trials."""
@@ -160,9 +188,19 @@ class Ledger:
                 wanted.setdefault(device_id, []).append((key, allocation.settings.share))
         cut: dict[tuple[TrialId, int], tuple[int, ...]] = {}
         for device_id, shares in wanted.items():
+            num_units = self._devices[device_id].units
+            if self._is_exclusive(device_id):
+                cut |= assign_groups(shares, num_units, {key: self._last_offered(*key) for key, _ in shares})
+                continue
             previous = {key: self._previous_units(*key) for key, _ in shares}
-            cut |= assign_units(shares, self._devices[device_id].units, {k: v for k, v in previous.items() if v})
+            cut |= assign_units(shares, num_units, {k: v for k, v in previous.items() if v})
         return {a.trial_id: tuple(cut[a.trial_id, rank] for rank in range(len(a.placement))) for a in known}
+
+    def _last_offered(self, trial_id: TrialId, rank: int) -> tuple[int, ...]:
+        """What the rank will use once it has caught up; newest offers of all trials are disjoint."""
+        line = self._lines[trial_id]
+        newest = line.offers[-1] if line.offers else line.applied
+        return () if newest is None or rank >= len(newest.units) else newest.units[rank]
 
     def _previous_units(self, trial_id: TrialId, rank: int) -> tuple[int, ...]:
         target = self._lines[trial_id].target

@@ -10,10 +10,15 @@ from collections.abc import Callable
 from orchestrator.share.cpu_cores import CpuCores
 from orchestrator.share.logical import Logical
 from orchestrator.share.mechanism import Enforcement, ShareMechanism
+from orchestrator.share.sm_groups import SmGroups
+from orchestrator.share.whole_gpu import Mps, TimeSlice
 
 SHARES: dict[str, Callable[[], ShareMechanism]] = {
     CpuCores.name: CpuCores,
+    SmGroups.name: SmGroups,
+    Mps.name: Mps,
+    TimeSlice.name: TimeSlice,
     Logical.name: Logical,
 }
 
-__all__ = ["SHARES", "CpuCores", "Enforcement", "Logical", "ShareMechanism"]
+__all__ = ["SHARES", "CpuCores", "Enforcement", "Logical", "Mps", "ShareMechanism", "SmGroups", "TimeSlice"]

@@ -39,7 +39,7 @@ STEP_DTYPE = np.dtype(
         ("grad_accum", "<i4"),
         ("num_workers", "<i4"),
         ("tier", "<i2"),  # see `tier_code`
-        ("flags", "<u2"),  # bit 0: skipped (non-finite); bit 1: an allocation was applied before this step
+        ("flags", "<u2"),  # bit 0: skipped (non-finite); bit 1: allocation applied before; bit 2: replayed from a graph
         ("share", "<f4"),
         ("cores", "<f4"),  # device units granted to this rank
         ("start_s", "<f8"),  # CLOCK_MONOTONIC at the start of the step
@@ -59,6 +59,7 @@ STEP_DTYPE = np.dtype(
 
 FLAG_SKIPPED = 1
 FLAG_APPLIED = 2
+FLAG_GRAPH = 4
 
 StepArray = npt.NDArray[np.void]
 

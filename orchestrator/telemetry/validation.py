@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, StepArray, tier_of
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, StepArray, tier_of
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -150,7 +150,7 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
     unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
     _mark(codes, "tier", np.isin(rows["tier"], unknown))
-    _mark(codes, "flags", flags > (FLAG_SKIPPED | FLAG_APPLIED))
+    _mark(codes, "flags", flags > (FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH))
 
 
 def _judge_times(codes: Codes, rows: StepArray, bounds: Bounds) -> None:

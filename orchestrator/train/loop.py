@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from jobs.job import Job
 from orchestrator.control.orders import (
@@ -27,9 +30,10 @@ from orchestrator.control.orders import (
 )
 from orchestrator.errors import ApplyError
 from orchestrator.share.mechanism import ShareMechanism
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, tier_code
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, tier_code
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.link import Link
+from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.stepper import Ranks, Stepper, StepResult, dearer_tier
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,8 @@ class TrialLoop:
         self._num_overrides = 0
         self._num_skips = 0
         self._seq = 0
+        self._launched: deque[_Times] = deque()
+        self._mode_said = ""
 
     def run(self) -> Outcome:
         """Train until the trial is done or told to leave.
@@ -92,17 +98,40 @@ class TrialLoop:
     def _train_to_report(self, stepper: Stepper) -> bool:
         """Step until the next report is due; False when told to leave before."""
         target = (self._num_reports + 1) * self._trial.samples_per_report
-        while stepper.cursor.position < target:
+        while stepper.cursor.position < target or self._settle_below(target, stepper):
             began_s, cpu_s = time.monotonic(), time.process_time()
             switch_s = self._cross(stepper)
             if not self._await(lambda: not self._is_paused, stepper):
                 return False
             wait_s = self._share.hold_back()
-            position = stepper.cursor.position
-            result = stepper.step()
-            self._record(stepper, result, position, (began_s, cpu_s, wait_s, switch_s))
-            self._protect(stepper, result)
+            results = stepper.advance()
+            times = _Times(
+                began_s=began_s,
+                step_s=time.monotonic() - began_s,
+                cpu_s=time.process_time() - cpu_s,
+                wait_s=wait_s,
+                switch_s=switch_s,
+            )
+            self._launched.append(times)
+            self._take(results, stepper)
         return True
+
+    def _settle_below(self, target: int, stepper: Stepper) -> bool:
+        """Wait for the steps on their way; whether that put the trial back below the target."""
+        self._take(stepper.settle(), stepper)
+        return stepper.cursor.position < target
+
+    def _take(self, results: list[StepResult], stepper: Stepper) -> None:
+        """Record what came of steps; they come back in the order in which they began."""
+        for result in results:
+            self._record(result, self._launched.popleft(), stepper)
+            if result.is_skipped:
+                self._launched.clear()  # what was begun behind it did nothing
+            self._protect(stepper, result)
+        words = stepper.mode_words if results else ""
+        if words and words != self._mode_said:
+            self._mode_said = words
+            logger.info("step mode at step %d: %s", stepper.step_index, self._mode_said)
 
     def _cross(self, stepper: Stepper) -> float:
         """Follow a new order from here on; returns the seconds that took."""
@@ -117,12 +146,11 @@ class TrialLoop:
         grant = self._order.grant
         if grant is None or (self._grant is not None and grant.generation <= self._grant.generation):
             return 0.0
-        began_s = time.monotonic()
-        self._apply(grant, stepper)
-        return time.monotonic() - began_s
+        return self._apply(grant, stepper)
 
-    def _apply(self, grant: Grant, stepper: Stepper) -> None:
-        """Turn all dials; every rank does so before the same step."""
+    def _apply(self, grant: Grant, stepper: Stepper) -> float:
+        """Turn all dials; every rank does so before the same step. Returns the seconds that took."""
+        self._take(stepper.settle(), stepper)  # steps on their way belong to the grant before
         began_s = time.monotonic()
         if grant.settings.share > 0:  # a pause is kept here, at the boundary; no mechanism knows a share of nothing
             self._share.apply(grant.units[self._ranks.rank], grant.amount)
@@ -138,6 +166,7 @@ class TrialLoop:
         )
         if self._ranks.world_size == 1:
             self._say_ack()
+        return applied_s - began_s
 
     def _say_ack(self) -> None:
         """Acknowledge one boundary later: the step in between proved that every rank has applied it."""
@@ -207,6 +236,7 @@ class TrialLoop:
 
     def _leave(self, stepper: Stepper) -> Outcome:
         """Do what the order to stop asks for."""
+        self._take(stepper.settle(), stepper)
         if self._order.stop is StopMode.CHECKPOINT:
             path = self._commit(stepper) if self._grant is not None else None
             return self._outcome(Status.INTERRUPTED, stepper, path)
@@ -224,21 +254,19 @@ class TrialLoop:
             checkpoint=None if path is None else str(path),
         )
 
-    def _record(
-        self, stepper: Stepper, result: StepResult, position: int, times: tuple[float, float, float, float]
-    ) -> None:
+    def _record(self, result: StepResult, times: _Times, stepper: Stepper) -> None:
         """Append this step's telemetry; fields in the order of STEP_DTYPE."""
-        began_s, cpu_s, wait_s, switch_s = times
         settings, grant = stepper.settings, self._grant
         assert grant is not None
-        flags = (FLAG_SKIPPED if result.is_skipped else 0) | (FLAG_APPLIED if switch_s else 0)
+        flags = (FLAG_SKIPPED if result.is_skipped else 0) | (FLAG_APPLIED if times.switch_s else 0)
+        flags |= FLAG_GRAPH if result.mode is StepMode.GRAPH else 0
         nan = float("nan")
         self._link.outbox.add_record(
             (
                 self._seq,
-                stepper.step_index - (0 if result.is_skipped else 1),
+                result.step,
                 grant.generation,
-                position,
+                result.position,
                 result.num_samples,
                 settings.micro_batch,
                 settings.grad_accum,
@@ -247,18 +275,36 @@ class TrialLoop:
                 flags,
                 settings.share,
                 grant.amount,
-                began_s,
-                time.monotonic() - began_s,
+                times.began_s,
+                times.step_s,
                 result.data_s,
-                wait_s,
-                switch_s,
-                time.process_time() - cpu_s,
+                times.wait_s,
+                times.switch_s,
+                times.cpu_s,
                 result.loss,
                 result.grad_norm,
                 result.learning_rate,
                 nan if result.noise is None else result.noise.noise_trace,
                 nan if result.noise is None else result.noise.grad_sq,
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                peak_memory_bytes(self._ranks.device),
             )
         )
         self._seq += 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Times:
+    """When a step began, and where its seconds went."""
+
+    began_s: float
+    step_s: float
+    cpu_s: float
+    wait_s: float
+    switch_s: float
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: of the GPU since the trial began, or resident on the host since it started."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

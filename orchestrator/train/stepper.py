@@ -5,14 +5,18 @@ Knows nothing of boundaries or telemetry: `loop` turns the dials here between tw
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from jobs import job_info
@@ -23,13 +27,21 @@ from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Schedule, Shape, apply
 from orchestrator.train.batch.noise import NoiseEstimate, NoiseEstimator
 from orchestrator.train.precision.tiers import install, set_tier
+from orchestrator.train.step_mode.choice import ModeChoice, StepMode
+from orchestrator.train.step_mode.recorder import CudaRecorder, Recorder
+from orchestrator.train.step_mode.replay import CPU, Launched, Replay, Returned, open_replay, refusal
 from policies.plan import Settings
 from policies.tier import Tier
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAD_NORM = 1.0
 NOISE_PERIOD_STEPS = 8
 """Two of so many steps keep their gradients for the noise scale: enough estimates in seconds, at a few per cent of a
 small step and nothing of a large one."""
+
+GRAPH_NOISE_PERIOD_STEPS = 64
+"""The same for steps that are replayed: those are short, and the probe is launched kernel by kernel."""
 
 WARMUP_STEPS = 20
 RAMP_STEPS = 50
@@ -38,19 +50,31 @@ RAMP_STEPS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """Where a process stands in its worker group. `group` is the side group for small agreements."""
+    """Where a process stands in its worker group. `group` is the side group for small agreements.
+
+    `step_mode` is how its steps are executed, where that can be chosen; `recorder` makes what records them, None for
+    CUDA graphs.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
+    step_mode: StepMode = StepMode.AUTO
+    recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one step did. `is_skipped` means that a gradient was not finite and nothing was changed."""
+    """What one step did. `is_skipped` means that a gradient was not finite and nothing was changed.
 
+    `step` is the number of optimizer steps before it, `position` the samples consumed before it.
+    """
+
+    step: int
+    position: int
+    mode: StepMode
     is_skipped: bool
     num_samples: int
     loss: float
@@ -74,22 +98,61 @@ class Stepper:
         self.step_index = 0
         self.settings = order.start
         self._noise = NoiseEstimator(every=NOISE_PERIOD_STEPS)
+        self._sparse_noise = NoiseEstimator(every=GRAPH_NOISE_PERIOD_STEPS)
+        is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
+        self._modes = ModeChoice(ranks.step_mode, refusal(ranks.world_size, self.optimizer, is_possible=is_possible))
+        self._replay: Replay | None = None
+        self._has_stepped = False
         self._rate = LearningRate.start(self._schedule(), order.start.global_batch)
         set_tier(self.model, order.start.tier)
         # Every rank built the same model from the same seed; what it draws from here on (dropout) is its own.
         torch.manual_seed(order.seed + ranks.rank)
 
     def turn(self, settings: Settings) -> None:
-        """Apply batch and tier; share belongs to the process, world size to the worker group."""
+        """Apply batch and tier; share belongs to the process, world size to the worker group. `settle` before it."""
         if settings.tier is not self.settings.tier:
             set_tier(self.model, settings.tier)
         if (settings.global_batch, settings.tier) != (self.settings.global_batch, self.settings.tier):
             self._noise.reset()
+            self._sparse_noise.reset()
             self._rate = self._rate.with_batch(settings.global_batch, self.cursor.position)
         self.settings = settings
 
+    def advance(self) -> list[StepResult]:
+        """Begin one more step; what came of steps that are over, oldest first: in eager mode that of this one.
+
+        In graph mode results come some steps later. When one says that it was skipped, those behind it did nothing and
+        the stepper is back where that one began.
+        """
+        if self._has_stepped and self._modes.mode(self._dials) is StepMode.GRAPH:
+            results = self._launch()
+            if results is not None:
+                return results
+        early = self.settle()
+        if any(result.is_skipped for result in early):
+            return early
+        began_s = time.monotonic()
+        result = self.step()
+        self._modes.note(self._dials, StepMode.EAGER, time.monotonic() - began_s)
+        self._has_stepped = True
+        return [*early, result]
+
+    def settle(self) -> list[StepResult]:
+        """Wait for every step that was begun; call it before anything that needs to know where the trial stands."""
+        return [] if self._replay is None else self._results(self._replay.collect(0))
+
+    @property
+    def mode_words(self) -> str:
+        """How steps are executed with these dials, and why; empty while that is being measured."""
+        return self._modes.words(self._dials) if self._modes.is_settled(self._dials) else ""
+
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory that recorded steps hold."""
+        return 0 if self._replay is None else self._replay.captured.memory_bytes
+
     def step(self) -> StepResult:
-        """One optimizer step of `settings.global_batch` samples; on a non-finite gradient nothing changes."""
+        """One optimizer step, eagerly, of `settings.global_batch` samples; on a non-finite gradient nothing changes."""
         settings = self.settings
         indices, cursor = self.cursor.take(settings.global_batch)
         total_elements = self.job.num_elements(len(indices))
@@ -110,6 +173,7 @@ class Stepper:
         grad_norm = float(fsdp.clip_and_norm(self.model, MAX_GRAD_NORM))
         is_skipped = not math.isfinite(grad_norm)
         rate = self._rate.at(self.cursor.position)
+        step, position = self.step_index, self.cursor.position
         if not is_skipped:
             apply(self.optimizer, rate)
             self.optimizer.step()
@@ -117,6 +181,9 @@ class Stepper:
             self.step_index += 1
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(
+            step=step,
+            position=position,
+            mode=StepMode.EAGER,
             is_skipped=is_skipped,
             num_samples=0 if is_skipped else len(indices),
             loss=loss_sum / max(1, num_elements),
@@ -160,7 +227,80 @@ class Stepper:
         self.step_index = int(extra["step"])
         self._rate = LearningRate.restored(self._rate.schedule, extra["rate"])
         self._noise.reset()
+        self._sparse_noise.reset()
+        self._replay = None  # what was recorded reads the optimizer state of before
         return extra
+
+    @property
+    def _dials(self) -> tuple[object, ...]:
+        """What fixes how long a step takes, apart from the share."""
+        return self.settings.micro_batch, self.settings.grad_accum, self.settings.tier
+
+    def _launch(self) -> list[StepResult] | None:
+        """One step in graph mode; None where it cannot be recorded, and nothing was done."""
+        settings = self.settings
+        indices, cursor = self.cursor.take(settings.global_batch)
+        began_s = time.monotonic()
+        parts = micro_batches(indices, settings.micro_batch)
+        batches = [self.job.batch(part.tolist(), CPU) for part in parts]
+        data_s = time.monotonic() - began_s
+        replay = self._prepared(batches)
+        if replay is None:
+            return None
+        rate = self._rate.at(self.cursor.position)
+        apply(self.optimizer, rate)
+        step = Launched(
+            step=self.step_index, cursor=self.cursor, num_samples=len(indices), learning_rate=rate, data_s=data_s
+        )
+        between = partial(self._observe, step) if self._sparse_noise.wants(self.step_index) else None
+        replay.launch(step, batches, 1 / self.job.num_elements(len(indices)), between)
+        self.cursor, self.step_index = cursor, self.step_index + 1
+        return self._results(replay.collect())
+
+    def _observe(self, step: Launched) -> None:
+        """Feed the noise scale with the gradients of a step on its way."""
+        step.noise = self._sparse_noise.observe(fsdp.local_grads(self.model), step.num_samples)
+
+    def _prepared(self, batches: list[tuple[torch.Tensor, ...]]) -> Replay | None:
+        """The replay with a recording for these batches, or None: then the trial stays eager, and says why."""
+        if self._replay is None:
+            make = self._ranks.recorder
+            recorder = CudaRecorder() if make is None else make(self.model, self.optimizer)
+            self._replay = open_replay(self.job, self.model, self.optimizer, recorder, MAX_GRAD_NORM)
+        try:
+            self._replay.captured.prepare(self.settings.tier, batches[0], len(batches))
+        except Exception as error:  # whatever a model does that a graph cannot hold
+            self._modes.refuse(f"its step cannot be captured ({type(error).__name__}: {error})".splitlines()[0])
+            logger.warning("step mode: %s", self.mode_words)
+            self._replay.captured.forget()
+            return None
+        return self._replay
+
+    def _results(self, returned: list[Returned]) -> list[StepResult]:
+        """What came back, as results; after a skipped step the trial stands where that step began."""
+        results = []
+        for each in returned:
+            launched = each.launched
+            if each.interval_s is not None:
+                self._modes.note(self._dials, StepMode.GRAPH, each.interval_s)
+            if each.is_skipped:
+                self.cursor, self.step_index = launched.cursor, launched.step
+                self._sparse_noise.reset()
+            results.append(
+                StepResult(
+                    step=launched.step,
+                    position=launched.cursor.position,
+                    mode=StepMode.GRAPH,
+                    is_skipped=each.is_skipped,
+                    num_samples=0 if each.is_skipped else launched.num_samples,
+                    loss=each.loss_sum / max(1, launched.num_elements),
+                    grad_norm=each.grad_norm,
+                    learning_rate=launched.learning_rate,
+                    noise=None if each.is_skipped else launched.noise,
+                    data_s=launched.data_s,
+                )
+            )
+        return results
 
     def _schedule(self) -> Schedule:
         """Constant after a short warm-up; a larger batch brings its larger rate in over some steps of its own."""

@@ -36,6 +36,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/supervisor.py",
         "orchestrator/doctor.py",
     ),
+    "cuda": ("orchestrator/share/sm_driver.py",),
     "pynvml": ("orchestrator/telemetry/sampler.py",),
     "torch": (
         "jobs/*.py",

@@ -11,8 +11,8 @@ TwoRanks = dict[str, Any]
 def test_two_ranks_train_as_one_does(two_ranks: TwoRanks) -> None:
     result = two_ranks["one_rank_against_two"]
     assert result["is_sharded"]
-    assert torch.allclose(torch.tensor(result["alone"]), torch.tensor(result["shared"]), rtol=0, atol=1e-5)
-    assert torch.allclose(torch.tensor(result["alone"]), torch.tensor(result["grouped"]), rtol=0, atol=1e-5)
+    assert torch.allclose(torch.tensor(result["alone"]), torch.tensor(result["shared"]), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(torch.tensor(result["alone"]), torch.tensor(result["grouped"]), rtol=1e-5, atol=1e-5)
     # Sharded modules: none, five blocks and the root, four blocks (in two units) and the root.
     assert result["num_units"] == [0, 6, 5]
     assert result["alone"][0][0] > result["alone"][-1][0] > 0
@@ -23,12 +23,12 @@ def test_parameter_names_and_values_are_the_same_in_every_form(two_ranks: TwoRan
     alone, shared = result["alone_parameters"], result["shared_parameters"]
     assert list(alone) == list(shared)
     for name, value in alone.items():
-        torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(shared[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_split_into_micro_batches_gives_the_same_losses_and_norms(two_ranks: TwoRanks) -> None:
     result = two_ranks["accumulation"]
-    assert torch.allclose(torch.tensor(result[1]), torch.tensor(result[3]), rtol=0, atol=1e-5)
+    assert torch.allclose(torch.tensor(result[1]), torch.tensor(result[3]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_norm_is_that_of_the_whole_gradient(two_ranks: TwoRanks) -> None:
@@ -72,9 +72,9 @@ def test_a_commit_moves_from_two_ranks_to_one_and_back(two_ranks: TwoRanks) -> N
     result = two_ranks["resume_on_other_numbers_of_ranks"]
     assert result["loaded_equal"]
     assert result["steps"] == {9.0}
-    assert torch.allclose(torch.tensor(result["losses"]), torch.tensor(result["straight"]), rtol=0, atol=1e-5)
+    assert torch.allclose(torch.tensor(result["losses"]), torch.tensor(result["straight"]), rtol=1e-5, atol=1e-5)
     for name, value in result["straight_parameters"].items():
-        torch.testing.assert_close(result["parameters"][name], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result["parameters"][name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_commit_that_one_rank_refuses_is_refused_on_all_and_leaves_nothing(two_ranks: TwoRanks) -> None:

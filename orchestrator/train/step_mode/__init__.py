@@ -1,0 +1,1 @@
+"""How a step is executed: one kernel launch after the other (eager), or replayed from CUDA graphs."""

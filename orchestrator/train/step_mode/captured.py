@@ -1,0 +1,222 @@
+"""One trial's optimizer step as graphs: recorded once per shape, replayed without the host.
+
+Three recordings per key: the first micro-batch of a step (its gradients overwrite), a further one (its gradients add
+up), and the end (norm, clipping, update). Between the two halves gradients can be read, so probes stay outside. Losses
+stay on the device and come back some steps later. A gradient that is not finite stops the device by itself: that step
+and all behind it change nothing until `clear`, so the host may be late and nothing is lost.
+Knows no cursor, telemetry or plan; called by the stepper, on one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from jobs.job import Job
+from orchestrator.train import fsdp
+from orchestrator.train.step_mode.readout import Readout, Staging
+from orchestrator.train.step_mode.recorder import Recorder
+
+MAX_RECORDINGS = 8
+"""Keys (micro-batch, tier, lane ...) whose recordings are kept; each holds a copy of the gradients."""
+
+MAX_FLYING = 2
+"""Steps the host may be ahead of the device: enough to hide its own work, few enough to be at a boundary soon."""
+
+Batch = tuple[Tensor, ...]
+Replay = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Recording:
+    """What was recorded for one key, with the memory it reads and writes."""
+
+    batch: Batch
+    staging: Staging
+    first: Replay
+    finish: Replay
+    num_elements: int
+    grads: list[tuple[nn.Parameter, Tensor | None]]
+    following: Replay | None = None
+
+
+class CapturedStep:
+    """The step of one model and optimizer, recorded.
+
+    Args:
+        job, model, optimizer: of the trial; every parameter with a gradient has optimizer state already.
+        device: where they are.
+        max_norm: gradients are clipped to it.
+        recorder: records.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        max_norm: float,
+        recorder: Recorder,
+    ) -> None:
+        self._job, self._model, self._optimizer = job, model, optimizer
+        self._device, self._max_norm, self._recorder = device, max_norm, recorder
+        self._recordings: dict[object, _Recording] = {}
+        self._scale = torch.zeros((), device=device)
+        self._scale_held = 0.0
+        self._loss = torch.zeros((), device=device)
+        self._halted = torch.zeros((), device=device)
+        self._values = torch.zeros(3, device=device)
+        self._readout = Readout(3, MAX_FLYING + 1, device)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory of all recordings."""
+        return self._recorder.memory_bytes
+
+    @property
+    def num_recordings(self) -> int:
+        """Keys recorded and kept."""
+        return len(self._recordings)
+
+    @property
+    def num_flying(self) -> int:
+        """Steps launched whose values have not been read."""
+        return len(self._readout)
+
+    def prepare(self, key: object, batch: Batch, num_parts: int) -> None:
+        """Record what `launch` needs for that key, unless it was; the state of the trial does not change.
+
+        Args:
+            key: the dials that change what is executed.
+            batch: a batch as `launch` will bring, on the host.
+            num_parts: micro-batches per step.
+
+        Raises:
+            Exception: whatever the device or the model says against it; nothing is kept.
+        """
+        key = (self._recorder.place, key, tuple((part.shape, part.dtype) for part in batch))
+        recording = self._recordings.pop(key, None)
+        if recording is None:
+            recording = self._record(batch)
+        if num_parts > 1 and recording.following is None:
+            self._bind(recording)
+            recording.following = self._recorder.record(partial(self._following, recording.batch))
+        self._recordings[key] = recording  # the newest last
+        while len(self._recordings) > MAX_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
+
+    def launch(self, batches: Sequence[Batch], scale: float, between: Callable[[], None] | None) -> int:
+        """Start one step with the newest recording; returns the loss elements in it.
+
+        Args:
+            batches: its micro-batches, on the host, of the shape that was prepared.
+            scale: what the sum of losses is multiplied with.
+            between: called when the gradients are complete, before they are clipped.
+        """
+        recording = next(reversed(self._recordings.values()))
+        if scale != self._scale_held:
+            self._scale.fill_(scale)
+            self._scale_held = scale
+        for number, batch in enumerate(batches):
+            recording.staging.bring(batch, recording.batch)
+            if number == 0:
+                recording.first()
+            else:
+                assert recording.following is not None
+                recording.following()
+        if between is not None:
+            self._bind(recording)
+            between()
+        recording.finish()
+        self._readout.push(self._values)
+        return recording.num_elements * len(batches)
+
+    def read(self) -> tuple[float, float, bool]:
+        """Sum of losses, gradient norm, and whether the device stopped, of the oldest step; waits for it."""
+        loss_sum, norm, halted = self._readout.pop()
+        return loss_sum, norm, bool(halted)
+
+    def clear(self) -> None:
+        """Let the device go on after a gradient that was not finite; what was launched since did nothing."""
+        while len(self._readout):
+            self._readout.pop()
+        self._halted.zero_()
+
+    def forget(self) -> None:
+        """Drop all recordings, and the gradients in them."""
+        self._recordings.clear()
+        self._clear_grads()
+
+    def _record(self, batch: Batch) -> _Recording:
+        static = tuple(torch.empty_like(part, device=self._device).copy_(part) for part in batch)
+        counted: list[int] = []
+        self._recorder.rehearse(lambda: counted.append(self._micro(static, is_first=True)))
+        self._clear_grads()
+        first = self._recorder.record(lambda: counted.append(self._micro(static, is_first=True)))
+        grads = [(param, param.grad) for param in self._model.parameters()]
+        found = torch.zeros((), device=self._device)
+        finish = self._recorder.record(lambda: self._finish(found))
+        self._clear_grads()
+        return _Recording(
+            batch=static,
+            staging=Staging(batch, MAX_FLYING + 1, self._device),
+            first=first,
+            finish=finish,
+            num_elements=counted[0],
+            grads=grads,
+        )
+
+    def _micro(self, batch: Batch, *, is_first: bool) -> int:
+        """Forward and backward of one micro-batch; returns its loss elements."""
+        if is_first:
+            self._clear_grads()  # so that the backward pass writes gradients instead of adding to them
+        terms = self._job.loss(self._model, batch)
+        (terms.loss_sum * self._scale).backward()  # type: ignore[no-untyped-call]
+        loss_sum = terms.loss_sum.detach()
+        if is_first:
+            self._loss.copy_(loss_sum)
+        else:
+            self._loss.add_(loss_sum)
+        return terms.num_elements
+
+    def _following(self, batch: Batch) -> None:
+        self._micro(batch, is_first=False)
+
+    def _finish(self, found: Tensor) -> None:
+        """Norm, clipping, update; nothing is updated where the norm is not finite, now or since `clear`."""
+        norm = fsdp.clip_and_norm(self._model, self._max_norm)
+        self._halted.copy_(torch.maximum(self._halted, (~torch.isfinite(norm)).to(self._halted.dtype)))
+        found.copy_(self._halted)
+        with _skips_where(self._optimizer, found, is_captured=self._device.type == "cuda"):
+            self._optimizer.step()
+        self._values.copy_(torch.stack([self._loss, norm.to(self._loss.dtype), self._halted]))
+
+    def _bind(self, recording: _Recording) -> None:
+        """Make the recording's gradients those of the model, for whoever reads them."""
+        for param, grad in recording.grads:
+            param.grad = grad
+
+    def _clear_grads(self) -> None:
+        for param in self._model.parameters():
+            param.grad = None
+
+
+@contextlib.contextmanager
+def _skips_where(optimizer: torch.optim.Optimizer, found: Tensor, *, is_captured: bool) -> Iterator[None]:
+    """Let a fused optimizer read on the device whether to update, and allow it to be captured."""
+    optimizer.found_inf = found  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        group["capturable"] = is_captured
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            group["capturable"] = False

@@ -1,0 +1,89 @@
+"""Which step mode a trial uses: measured, not assumed.
+
+For each combination of dials a few eager steps are timed and then a few replayed ones; the faster mode stays. A model,
+optimizer or device that cannot be recorded stays eager, and says why. Pure bookkeeping: no torch, no clock; called by
+the stepper.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+NUM_EAGER = 3
+"""Eager steps per combination of dials; the first ones also load kernels, so the fastest counts."""
+
+NUM_GRAPH = 6
+"""Replayed steps; their typical time counts, since single ones come back in bursts."""
+
+
+class StepMode(StrEnum):
+    """How steps are executed; `auto` measures."""
+
+    AUTO = "auto"
+    EAGER = "eager"
+    GRAPH = "graph"
+
+
+@dataclass(slots=True)
+class _Times:
+    """Seconds per step of one combination of dials, by mode."""
+
+    eager: list[float] = field(default_factory=list)
+    graph: list[float] = field(default_factory=list)
+
+
+class ModeChoice:
+    """The mode of each step of one trial.
+
+    Args:
+        wish: what the user asks for.
+        refusal: why steps cannot be replayed at all, None if they may.
+    """
+
+    def __init__(self, wish: StepMode, refusal: str | None) -> None:
+        self._wish, self.refusal = wish, refusal
+        self._times: dict[object, _Times] = {}
+
+    def refuse(self, reason: str) -> None:
+        """Steps of this trial cannot be replayed after all."""
+        self.refusal = reason
+
+    def mode(self, key: object) -> StepMode:
+        """How to do the next step with these dials."""
+        if self.refusal is not None or self._wish is StepMode.EAGER:
+            return StepMode.EAGER
+        if self._wish is StepMode.GRAPH:
+            return StepMode.GRAPH
+        times = self._times.setdefault(key, _Times())
+        if len(times.eager) < NUM_EAGER:
+            return StepMode.EAGER
+        if len(times.graph) < NUM_GRAPH:
+            return StepMode.GRAPH
+        return StepMode.GRAPH if statistics.median(times.graph) <= min(times.eager) else StepMode.EAGER
+
+    def note(self, key: object, mode: StepMode, seconds: float) -> None:
+        """A step of these dials took so long."""
+        times = self._times.setdefault(key, _Times())
+        kept, limit = (times.graph, NUM_GRAPH) if mode is StepMode.GRAPH else (times.eager, NUM_EAGER)
+        if len(kept) < limit:
+            kept.append(seconds)
+
+    def is_settled(self, key: object) -> bool:
+        """Whether the mode of these dials is known and stays."""
+        times = self._times.get(key, _Times())
+        is_measured = len(times.eager) >= NUM_EAGER and len(times.graph) >= NUM_GRAPH
+        return self.refusal is not None or self._wish is not StepMode.AUTO or is_measured
+
+    def words(self, key: object) -> str:
+        """The mode and why, for people."""
+        mode = self.mode(key)
+        if self.refusal is not None:
+            return f"eager: {self.refusal}"
+        times = self._times.get(key)
+        if self._wish is not StepMode.AUTO or times is None:
+            return f"{mode}: as asked for"
+        eager = f"{1e3 * min(times.eager):.2f} ms" if times.eager else "not measured"
+        graph = f"{1e3 * statistics.median(times.graph):.2f} ms" if times.graph else "not measured"
+        return f"{mode}: eager {eager}, graph {graph} per step"

@@ -1,0 +1,116 @@
+"""A trial's steps in graph mode: which are on their way, what came of them, and why a trial cannot have any.
+
+The host runs ahead of the device by a few steps. A step whose gradient was not finite comes back late, together with
+the news that all behind it did nothing; `Returned.is_skipped` says so and the stepper goes back to where it began.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from jobs.data import SampleCursor
+from jobs.job import Job
+from orchestrator.train.batch.noise import NoiseEstimate
+from orchestrator.train.step_mode.captured import MAX_FLYING, Batch, CapturedStep
+from orchestrator.train.step_mode.recorder import Recorder
+
+CPU = torch.device("cpu")
+
+
+@dataclass(slots=True, kw_only=True)
+class Launched:
+    """A step on its way, and where the trial stood before it."""
+
+    step: int
+    cursor: SampleCursor
+    num_samples: int
+    learning_rate: float
+    data_s: float
+    num_elements: int = 0
+    noise: NoiseEstimate | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned:
+    """A step that came back. `interval_s` is the time since the one before it, None for the first in a row."""
+
+    launched: Launched
+    loss_sum: float
+    grad_norm: float
+    is_skipped: bool
+    interval_s: float | None
+
+
+class Replay:
+    """Launches recorded steps of one trial and brings their results back in order."""
+
+    def __init__(self, captured: CapturedStep) -> None:
+        self._captured = captured
+        self._flying: deque[Launched] = deque()
+        self._last_s: float | None = None
+
+    @property
+    def is_flying(self) -> bool:
+        """Whether a step has not come back yet."""
+        return bool(self._flying)
+
+    @property
+    def captured(self) -> CapturedStep:
+        """The recordings."""
+        return self._captured
+
+    def launch(
+        self, step: Launched, batches: Sequence[Batch], scale: float, between: Callable[[], None] | None
+    ) -> None:
+        """Start a step with the recording prepared last."""
+        step.num_elements = self._captured.launch(batches, scale, between)
+        self._flying.append(step)
+
+    def collect(self, num_left: int = MAX_FLYING) -> list[Returned]:
+        """Results, oldest first, until only so many steps are on their way; nothing comes after a skipped one."""
+        results = []
+        while len(self._flying) > num_left:
+            loss_sum, norm, is_halted = self._captured.read()
+            now_s = time.monotonic()
+            interval_s = None if self._last_s is None else now_s - self._last_s
+            self._last_s = now_s
+            launched = self._flying.popleft()
+            results.append(
+                Returned(
+                    launched=launched, loss_sum=loss_sum, grad_norm=norm, is_skipped=is_halted, interval_s=interval_s
+                )
+            )
+            if is_halted:
+                self._captured.clear()
+                self._flying.clear()
+        if not self._flying:
+            self._last_s = None
+        return results
+
+
+def refusal(world_size: int, optimizer: torch.optim.Optimizer, *, is_possible: bool) -> str | None:
+    """Why steps of such a trial cannot be replayed, None if they may; `is_possible` says whether the device could."""
+    if not is_possible:
+        return "graphs need a CUDA device"
+    if world_size > 1:
+        return f"the collectives of {world_size} ranks are not captured"
+    if all(group.get("fused") for group in optimizer.param_groups):
+        return None
+    return f"{type(optimizer).__name__} is not fused, so it cannot leave out a step on the device"
+
+
+def open_replay(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, max_norm: float
+) -> Replay:
+    """Make ready to record: learning rates become tensors, so that a replay reads what is in force."""
+    device = next(model.parameters()).device
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], torch.Tensor):
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+    return Replay(CapturedStep(job, model, optimizer, device=device, max_norm=max_norm, recorder=recorder))

@@ -1,0 +1,134 @@
+"""A trial of one worker on a GPU against the best loop by hand, and what a live change of SM groups costs a step.
+
+One process, no Ray, no MPS: the loop of a slot with a scripted outside. A step is measured from start to start over the
+second half of a trial, so boundary, telemetry, noise scale and copies are in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.bench.gpu_job import SIZES, BestLoop, first_order, run_ours, seconds_per_step, tf32
+from tests.bench.orchestrated import scratch
+from tests.bench.results_file import Options, Report, median_figure, options, p95_figure
+
+STEP_TARGET = 1.03
+SWITCH_LIMIT_MS = 10.0
+SHARES = (tuple(range(8)), tuple(range(12)), tuple(range(4)), tuple(range(4, 15)), tuple(range(8, 15)))
+
+
+def step_times(size: str, tier_name: str, settings: Options, directory: Path) -> dict[str, Any]:
+    """Seconds per step by hand and ours, alternating, so many times each."""
+    from policies.tier import Tier
+
+    num_steps = 60 if settings.is_quick else {"7M": 1200, "34M": 600, "98M": 400}[size]
+    tier = Tier.BF16 if tier_name == "bf16" else Tier.FP32
+    hand, ours, words = [], [], ""
+    for number in range(settings.repeats):
+        loop = BestLoop(size, tier_name)
+        loop.run(num_steps // 4)
+        hand.append(loop.run(num_steps // 2))
+        del loop
+        outside = run_ours(first_order(directory / f"{size}-{tier_name}-{number}", size, tier, num_steps))
+        ours.append(seconds_per_step(outside.records, num_steps // 2))
+        words = "graph" if outside.records["flags"][-1] & 4 else "eager"
+    return {"size": size, "tier": tier_name, "hand_s": hand, "ours_s": ours, "mode": words}
+
+
+def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[str, Any]:
+    """A trial whose groups change every 20 steps; milliseconds that each change adds, and its losses against none."""
+    from orchestrator.share import SmGroups
+    from policies.tier import Tier
+    from tests.unit.orchestrator.train.links import grant
+
+    period, count = 20, 10 if settings.is_quick else 40
+    micro_batch, num_steps = SIZES[size][1], period * (count + 2)
+    share = SmGroups()
+
+    def change(outside: Any) -> None:
+        for number in range(count):
+            units = SHARES[number % len(SHARES)]
+            units = tuple(unit for unit in units if unit < share.num_units)
+            given = grant(number + 2, micro_batch=micro_batch, tier=Tier.BF16)
+            given = replace(given, units=(units,), amount=float(len(units)))
+            outside.at(period * (number + 1), lambda now, given=given: replace(now, grant=given))
+
+    def start(name: str) -> Any:
+        first = first_order(directory / f"{size}-{mode}-{name}", size, Tier.BF16, num_steps)
+        assert first.grant is not None
+        units = tuple(range(share.num_units))
+        return replace(first, grant=replace(first.grant, units=(units,), amount=float(len(units))))
+
+    changed = run_ours(start("changed"), mode=mode, share=share, script=change).records
+    still = run_ours(start("still"), mode=mode, share=share).records
+    again = run_ours(start("again"), mode=mode, share=share).records
+    switch_ms = 1e3 * changed["switch_s"][changed["switch_s"] > 0][1:]
+    return {
+        "size": size,
+        "mode": mode,
+        "switch_ms": switch_ms.tolist(),
+        "new_ms": switch_ms[: len(SHARES)].tolist(),
+        "known_ms": switch_ms[len(SHARES) :].tolist(),
+        "extra_ms": extra_ms(changed, period).tolist(),
+        "loss_difference": float(np.abs(changed["loss"] - still["loss"]).max()),
+        "loss_difference_of_two_still": float(np.abs(again["loss"] - still["loss"]).max()),
+        "losses": {"changed": changed["loss"][::10].tolist(), "still": still["loss"][::10].tolist()},
+        "num_groups": share.num_units,
+    }
+
+
+def extra_ms(records: Any, period: int) -> Any:
+    """Milliseconds that a change added: the steps around it against as many typical ones of before and of after."""
+    spans = 1e3 * np.diff(records["start_s"])
+    reach, found = period // 2 - 2, []
+    for index in np.flatnonzero(records["switch_s"][:-1] > 0):
+        if index < period or index + period >= len(spans):
+            continue
+        before, after = np.median(spans[index - reach : index]), np.median(spans[index + 4 : index + period - 1])
+        total = spans[index - reach : index + reach].sum()
+        found.append(total - reach * (before + after))
+    return np.array(found)
+
+
+def main() -> None:
+    """Measure both."""
+    import torch
+
+    settings = options("gpu_step", repeats=3)
+    report = Report(settings)
+    steps, changes = [], []
+    with scratch() as directory:
+        for size in SIZES:
+            for tier_name in ("tf32", "bf16"):
+                if tier_name == "tf32":
+                    with tf32():
+                        found = step_times(size, tier_name, settings, directory)
+                else:
+                    found = step_times(size, tier_name, settings, directory)
+                steps.append(found)
+                ratios = [mine / other for mine, other in zip(found["ours_s"], found["hand_s"], strict=True)]
+                name = f"step of {size} {tier_name} ({found['mode']}), ours / best by hand"
+                met = f"<= {STEP_TARGET}"
+                report.add(median_figure(name, ratios, "x", target=met, is_met=lambda v, _l, _h: v <= STEP_TARGET))
+                report.add(median_figure("  ours", [1e3 * s for s in found["ours_s"]], "ms"))
+                torch.cuda.empty_cache()
+        for size, mode in (("7M", "eager"), ("7M", "graph"), ("98M", "graph")):
+            found = switches(size, mode, settings, directory)
+            changes.append(found)
+            report.add(
+                p95_figure(f"live change of SM groups, {size} {mode}, known", found["known_ms"], "ms", limit=10.0)
+            )
+            report.add(p95_figure("  groups that are new", found["new_ms"], "ms"))
+            report.add(p95_figure("  extra time of that step", found["extra_ms"], "ms"))
+            report.add(median_figure("  largest difference of losses", [found["loss_difference"]], "nats"))
+            report.add(median_figure("  the same of two runs without", [found["loss_difference_of_two_still"]], "nats"))
+    report.raw |= {"sizes": {name: list(size) for name, size in SIZES.items()}, "steps": steps, "changes": changes}
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

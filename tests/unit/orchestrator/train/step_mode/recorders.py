@@ -1,0 +1,56 @@
+"""A recorder for machines without a GPU: it replays by calling again, and leaves the trial as it found it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class CallAgain:
+    """Follows a CUDA graph in what can be seen: recording executes nothing, a replay writes where the recording did."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self.place = 0
+        self.memory_bytes = 0
+        self.num_recorded = 0
+        self.refuses: Exception | None = None
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.refuses is not None:
+            raise self.refuses
+        self.num_recorded += 1
+        before = [tensor.clone() for tensor in self._state()]
+        rng = torch.get_rng_state()
+        work()
+        torch.set_rng_state(rng)
+        for tensor, value in zip(self._state(), before, strict=True):
+            tensor.copy_(value)
+        recorded = {param: param.grad for param in self._model.parameters()}
+
+        return self._replay_of(work, recorded)
+
+    def rehearse(self, work: Callable[[], None]) -> None:
+        rng = torch.get_rng_state()
+        work()
+        torch.set_rng_state(rng)
+
+    @staticmethod
+    def _replay_of(work: Callable[[], None], recorded: dict[nn.Parameter, Any]) -> Callable[[], None]:
+        def replay() -> None:
+            work()
+            for param, grad in recorded.items():
+                if grad is not None and param.grad is not grad:
+                    assert param.grad is not None
+                    param.grad = grad.copy_(param.grad)
+
+        return replay
+
+    def _state(self) -> list[torch.Tensor]:
+        tensors: list[Any] = [param.detach() for param in self._model.parameters()]
+        for values in self._optimizer.state.values():
+            tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
+        return tensors

@@ -1,0 +1,161 @@
+"""Steps that are replayed: the same training as eager steps, though results come late."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs import build_job
+from jobs.job import Job
+from jobs.optim import adamw
+from orchestrator.control.orders import Status
+from orchestrator.telemetry.record import FLAG_GRAPH, FLAG_SKIPPED
+from orchestrator.train.step_mode.captured import MAX_FLYING, MAX_RECORDINGS
+from orchestrator.train.step_mode.choice import StepMode
+from orchestrator.train.stepper import Ranks, Stepper, StepResult
+from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order
+from tests.unit.orchestrator.train.step_mode.recorders import CallAgain
+
+REPLAYED = Ranks(rank=0, world_size=1, device=torch.device("cpu"), step_mode=StepMode.GRAPH, recorder=CallAgain)
+
+
+def job_of(params: dict[str, object]) -> Job:
+    torch.manual_seed(3)
+    job = build_job("mlp", params)
+    job.prepare()
+    # SGD of the job itself is not fused, which a replayed step needs.
+    job.build_optimizer = partial(adamw, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)  # type: ignore[method-assign]
+    return job
+
+
+def stepper(ranks: Ranks, tmp_path: Path, **changes: object) -> Stepper:
+    trial = order(tmp_path).trial
+    assert trial is not None
+    trial = replace(trial, start=replace(trial.start, **changes))  # type: ignore[arg-type]
+    return Stepper(trial, job_of(trial.params), ranks)
+
+
+def run(one: Stepper, num_steps: int) -> list[StepResult]:
+    results: list[StepResult] = []
+    for _ in range(num_steps):
+        results += one.advance()
+    return results + one.settle()
+
+
+def same_weights(one: Stepper, other: Stepper) -> bool:
+    pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 2, "grad_accum": 4}])
+def test_replayed_steps_train_as_eager_ones_do(tmp_path: Path, changes: dict[str, object]) -> None:
+    eager, replayed = stepper(ONE_RANK, tmp_path, **changes), stepper(REPLAYED, tmp_path, **changes)
+    wanted, found = run(eager, 80), run(replayed, 80)
+    assert [r.step for r in found] == list(range(80))
+    assert [r.position for r in found] == [r.position for r in wanted]
+    assert {r.mode for r in found[1:]} == {StepMode.GRAPH}
+    np.testing.assert_allclose([r.loss for r in found], [r.loss for r in wanted], rtol=1e-6)
+    np.testing.assert_allclose([r.grad_norm for r in found], [r.grad_norm for r in wanted], rtol=1e-5)
+    assert [r.learning_rate for r in found] == [r.learning_rate for r in wanted]
+    assert any(r.noise is not None for r in found)
+
+
+def test_results_come_late_but_never_more_than_a_few_steps(tmp_path: Path) -> None:
+    one = stepper(REPLAYED, tmp_path)
+    one.advance()
+    counts = [len(one.advance()) for _ in range(10)]
+    assert counts == [0] * MAX_FLYING + [1] * (10 - MAX_FLYING)
+    assert len(one.settle()) == MAX_FLYING
+    assert one.settle() == []
+
+
+def test_a_step_that_is_not_finite_undoes_all_behind_it(tmp_path: Path) -> None:
+    one, other = stepper(REPLAYED, tmp_path), stepper(REPLAYED, tmp_path)
+    run(one, 4)
+    run(other, 4)
+    head = next(iter(one.model.parameters()))
+    held = head.detach().clone()
+    with torch.no_grad():
+        head.fill_(float("nan"))
+    results = [r for _ in range(MAX_FLYING + 1) for r in one.advance()]
+    assert [r.is_skipped for r in results] == [True]
+    assert (results[0].step, results[0].num_samples) == (4, 0)
+    assert (one.step_index, one.cursor) == (other.step_index, other.cursor), "as if nothing had been begun"
+    with torch.no_grad():
+        head.copy_(held)
+    assert same_weights(one, other)
+    assert [r.loss for r in run(one, 3)] == [r.loss for r in run(other, 3)]
+    assert same_weights(one, other)
+
+
+def test_what_cannot_be_recorded_stays_eager_and_says_why(tmp_path: Path) -> None:
+    def refuses(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> CallAgain:
+        recorder = CallAgain(model, optimizer)
+        recorder.refuses = RuntimeError("operation not permitted when stream is capturing\nlong trace")
+        return recorder
+
+    one, eager = stepper(replace(REPLAYED, recorder=refuses), tmp_path), stepper(ONE_RANK, tmp_path)
+    found, wanted = run(one, 5), run(eager, 5)
+    assert {r.mode for r in found} == {StepMode.EAGER}
+    assert one.mode_words.startswith("eager: its step cannot be captured (RuntimeError: operation not permitted")
+    assert "\n" not in one.mode_words
+    np.testing.assert_allclose([r.loss for r in found], [r.loss for r in wanted], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [(ONE_RANK, "eager: graphs need a CUDA device"), (replace(REPLAYED, world_size=2), "collectives of 2 ranks")],
+)
+def test_why_a_trial_stays_eager(tmp_path: Path, ranks: Ranks, words: str) -> None:
+    assert words in stepper(ranks, tmp_path).mode_words
+
+
+def test_the_faster_mode_is_chosen_by_measurement(tmp_path: Path) -> None:
+    one = stepper(replace(REPLAYED, step_mode=StepMode.AUTO), tmp_path)
+    results = run(one, 40)
+    modes = [r.mode for r in results]
+    assert modes[:3] == [StepMode.EAGER] * 3
+    assert StepMode.GRAPH in modes
+    assert "ms per step" in one.mode_words
+
+
+def test_recordings_are_bounded_and_reused(tmp_path: Path) -> None:
+    made: list[CallAgain] = []
+
+    def remember(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> CallAgain:
+        made.append(CallAgain(model, optimizer))
+        return made[-1]
+
+    one = stepper(replace(REPLAYED, recorder=remember), tmp_path)
+    run(one, 2)
+    for place in [*range(2 * MAX_RECORDINGS), 2 * MAX_RECORDINGS - 2]:
+        made[0].place = place
+        run(one, 2)
+    assert made[0].num_recorded == 2 * 2 * MAX_RECORDINGS, "two per place, none for one that was kept"
+    assert one._replay is not None
+    assert one._replay.captured.num_recordings == MAX_RECORDINGS
+
+
+def test_a_trial_in_graph_mode_records_what_an_eager_one_does(tmp_path: Path) -> None:
+    scripts = []
+    for name, ranks in (("eager", ONE_RANK), ("replayed", REPLAYED)):
+        first = order(tmp_path / name)
+        script = Script(first)
+        script.at(7, lambda now: replace(now, grant=grant(2, micro_batch=4, grad_accum=2)))
+        assert first.trial is not None
+        assert loop(script, job_of(first.trial.params), ranks=ranks).run().status is Status.DONE
+        scripts.append(script)
+    eager, replayed = scripts[0].records, scripts[1].records
+    assert (replayed["flags"][1:] & FLAG_GRAPH).all()
+    np.testing.assert_array_equal(replayed["step"], eager["step"])
+    np.testing.assert_array_equal(replayed["cursor"], eager["cursor"])
+    np.testing.assert_array_equal(replayed["seq"], eager["seq"])
+    np.testing.assert_allclose(replayed["loss"], eager["loss"], rtol=1e-5)
+    for found, wanted in zip(scripts[1].reports, scripts[0].reports, strict=True):
+        assert found.metrics == pytest.approx(wanted.metrics, rel=1e-4)
+    assert not (replayed["flags"] & FLAG_SKIPPED).any()
