@@ -155,7 +155,7 @@ def test_the_threads_of_this_process_can_be_listed_and_bound_where_they_are() ->
 
 
 def test_every_mechanism_in_the_table_carries_its_own_name() -> None:
-    assert set(SHARES) == {"cpu_cores", "logical"}
+    assert set(SHARES) == {"cpu_cores", "sm_groups", "mps", "time_slice", "logical"}
     for name, build in SHARES.items():
         mechanism = build()
         assert mechanism.name == name
