@@ -91,7 +91,7 @@ class SmGroups:
             ShareError: groups the GPU does not have, or an amount that is not their number.
         """
         groups = tuple(sorted(set(units)))
-        if not groups or groups[0] < 0 or groups[-1] >= self.num_units or abs(amount - len(groups)) > 1e-3:
+        if not groups or groups[0] < 0 or groups[-1] >= self.num_units or not abs(amount - len(groups)) < 1e-3:
             raise ShareError(
                 f"a grant of amount={amount:g} on SM groups {list(units)} cannot be kept; allowed: whole groups of 0 "
                 f"to {self.num_units - 1}, and their number as the amount"
