@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("orchestrator.commands.runs", "Go on with a stopped or broken run."),
     "explain": ("orchestrator.commands.after", "Explain a decision: what was weighed, chosen and gained."),
     "verify": ("orchestrator.commands.after", "Check a run's journal and telemetry for violations."),
+    "simulate": ("orchestrator.commands.simulate", "Simulate a workload, or take a run's decisions again."),
     "doctor": ("orchestrator.commands.machine", "Check this machine: versions, devices, ports, disk."),
     "schema": ("orchestrator.commands.files", "Print the JSON schema of run files, for editors."),
     "completion": ("orchestrator.commands.machine", "Print the completion script of a shell."),

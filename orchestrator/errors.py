@@ -9,7 +9,7 @@
     |- ShareError          a share cannot be enforced as asked
     |- CheckpointError     a checkpoint is missing, damaged or does not fit
     |- JournalError        the journal cannot be read or written
-    |- TraceError          a trace or workload file is malformed
+    |- TraceError          a trace or workload file is malformed                  (exit 2)
     `- WorkerGroupError    a slot or its worker group failed
 
 A message says what failed, the value seen, what is allowed and what to do. Every class survives pickling: Ray does it.
@@ -82,6 +82,8 @@ class JournalError(OrchestratorError):
 
 class TraceError(OrchestratorError):
     """A trace or workload file is malformed."""
+
+    exit_code = 2
 
 
 class WorkerGroupError(OrchestratorError):

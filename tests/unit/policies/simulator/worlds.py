@@ -72,3 +72,10 @@ class FirstFit:
         for device_id in free[:count]:
             left[device_id] -= self.share
         return tuple(free[:count])
+
+
+class Raises:
+    """A policy that always fails."""
+
+    def decide(self, snapshot: Snapshot) -> Plan:
+        raise RuntimeError("no idea")
