@@ -27,23 +27,33 @@ _RAY_TRAIN_COORDINATOR = "_AutoscalingCoordinatorActor"
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are in our own journal and tables
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a slot that ends is noticed sooner; nothing is reported through it
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # two processes per slot less; slots are told to close by the actor
     "RAY_TRAIN_METRICS_ENABLED": "0",
     **WORKER_ENVIRONMENT,
+}
+_QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are in our own journal and tables
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how old Tune's own state may be when a search that needs it is taken up
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is interrupted before its first report has no metric
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent when it is told to be
 }
+"""For a search of ours; one of the user's own writes and says what Tune writes and says."""
 
 
 @contextlib.contextmanager
-def ray_cluster(cluster: ClusterSection, namespace: str) -> Iterator[None]:
+def ray_cluster(cluster: ClusterSection, namespace: str, *, is_quiet: bool = True) -> Iterator[None]:
     """A cluster to run in: an own one with its own short temporary directory, or a running one.
+
+    Args:
+        cluster: which.
+        namespace: of the actors of this process.
+        is_quiet: whether Ray Tune shall neither print nor write files of its own.
 
     Raises:
         UnfitEnvironmentError: it does not start or cannot be reached.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | (_QUIET if is_quiet else {})).items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     is_own = cluster.address == "local"

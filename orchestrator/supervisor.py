@@ -41,6 +41,11 @@ class SlotSpec:
     loop_config: dict[str, Any]
     storage_path: str
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What each rank reserves from Ray."""
+        return {"CPU": self.cpus_per_worker, **({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})}
+
 
 class Supervisor:
     """Opens, re-opens and closes the slots of one run."""
@@ -49,21 +54,31 @@ class Supervisor:
         self._spec, self._policy = spec, policy
         self._threads: dict[str, threading.Thread] = {}
         self._is_closing = threading.Event()
+        self._room = threading.Condition()
+        self._num_allowed, self._num_open = 0, 0
         self.gave_up: str | None = None
 
-    def open(self, num_slots: int) -> None:
-        """Begin to open that many slots; returns once the first modules are loaded."""
+    def open(self, num_slots: int, num_allowed: int | None = None) -> None:
+        """Begin to open up to so many slots, as far as they are allowed; returns once the first modules are loaded."""
         import ray.train.torch  # noqa: F401 - two threads importing it at once break it
 
+        self.allow(num_slots if num_allowed is None else num_allowed)
         for number in range(num_slots):
             slot_id = f"slot-{number}"
             thread = threading.Thread(target=self._keep_open, args=(slot_id,), name=slot_id, daemon=True)
             self._threads[slot_id] = thread
             thread.start()
 
+    def allow(self, num_slots: int) -> None:
+        """How many slots may be open from here on; those that are open stay."""
+        with self._room:
+            self._num_allowed = num_slots
+            self._room.notify_all()
+
     def close(self, timeout_s: float) -> bool:
         """Tell every slot to end and wait for it; False when one did not in time."""
         self._is_closing.set()
+        self.allow(0)
         deadline_s = time.monotonic() + timeout_s
         for slot_id in self._threads:
             self._tell(self._policy.close_slot, slot_id)
@@ -82,10 +97,13 @@ class Supervisor:
     def _serve(self, slot_id: str) -> None:
         """Run the slot's worker group; open it again while the run needs it."""
         back_off_s, num_fast_failures = _FIRST_BACK_OFF_S, 0
-        while not self._is_closing.is_set():
+        while self._take_room():
             began_s = time.monotonic()
-            self._tell(self._policy.expect_slot, slot_id)
-            error = self._run_once(slot_id)
+            try:
+                self._tell(self._policy.expect_slot, slot_id)
+                error = self._run_once(slot_id)
+            finally:
+                self._give_room()
             if error is None:
                 self._tell(self._policy.slot_closed, slot_id)
                 self._wait_until_wanted()
@@ -102,6 +120,20 @@ class Supervisor:
             self._is_closing.wait(back_off_s)
             back_off_s = min(2 * back_off_s, _LONGEST_BACK_OFF_S) if is_fast else _FIRST_BACK_OFF_S
 
+    def _take_room(self) -> bool:
+        """Wait until one more slot may be open; False when the run ends first."""
+        with self._room:
+            self._room.wait_for(lambda: self._is_closing.is_set() or self._num_open < self._num_allowed)
+            if self._is_closing.is_set():
+                return False
+            self._num_open += 1
+            return True
+
+    def _give_room(self) -> None:
+        with self._room:
+            self._num_open -= 1
+            self._room.notify_all()
+
     def _wait_until_wanted(self) -> None:
         """A slot that closed because it was idle is opened again when trials wait for one."""
         while not self._is_closing.wait(_WANTED_PERIOD_S):
@@ -115,16 +147,13 @@ class Supervisor:
 
         from orchestrator.train.slot import slot_loop
 
-        resources = {"CPU": self._spec.cpus_per_worker}
-        if self._spec.gpus_per_worker:
-            resources["GPU"] = self._spec.gpus_per_worker
         trainer = TorchTrainer(
             slot_loop,
             train_loop_config={**self._spec.loop_config, "slot_id": slot_id},
             scaling_config=ScalingConfig(
                 num_workers=self._spec.num_workers,
                 use_gpu=bool(self._spec.gpus_per_worker),
-                resources_per_worker=resources,
+                resources_per_worker=self._spec.resources,
             ),
             run_config=RunConfig(
                 # Ray Train resumes a run of the same name; a slot has nothing to resume.

@@ -14,7 +14,14 @@ import sys
 from collections.abc import Iterator
 
 from jobs.table import JOB_INFO, check_param
-from orchestrator.config.model import Distribution, ParamValue, RunConfig
+from orchestrator.config.model import (
+    AshaScheduler,
+    Distribution,
+    MedianScheduler,
+    ParamValue,
+    PbtScheduler,
+    RunConfig,
+)
 from orchestrator.config.source import KeyPath
 from orchestrator.config.words import did_you_mean, printable, seen
 from policies.tier import by_cost, is_cheaper
@@ -27,7 +34,21 @@ _MAX_PAIRS = 4096
 
 def check_all(config: RunConfig) -> Iterator[Finding]:
     """Every contradiction of the configuration, section by section."""
-    for check in (_storage, _job, _space, _grid, _scheduler, _batch, _shares, _tiers, _policy, _times, _cluster):
+    for check in (
+        _storage,
+        _job,
+        _space,
+        _grid,
+        _algorithm,
+        _scheduler,
+        _pbt,
+        _batch,
+        _shares,
+        _tiers,
+        _policy,
+        _times,
+        _cluster,
+    ):
         yield from check(config)
 
 
@@ -119,9 +140,45 @@ def _grid(config: RunConfig) -> Iterator[Finding]:
 
 def _scheduler(config: RunConfig) -> Iterator[Finding]:
     scheduler = config.search.scheduler
-    if scheduler.name == "asha" and scheduler.grace_reports > config.trial.max_reports:
+    if isinstance(scheduler, AshaScheduler | MedianScheduler) and scheduler.grace_reports > config.trial.max_reports:
         text = f"got {scheduler.grace_reports}; allowed: at most trial.max_reports = {config.trial.max_reports}"
         yield ("search", "scheduler", "grace_reports"), text
+
+
+def _algorithm(config: RunConfig) -> Iterator[Finding]:
+    search, path = config.search, ("search", "algorithm")
+    grids = [name for name, distribution in search.space.items() if distribution.grid is not None]
+    if search.algorithm == "grid" and len(grids) < len(search.space):
+        other = next(name for name in search.space if name not in grids)
+        yield path, f"got 'grid', but {other} is no grid; give it as {{grid: [...]}}, or choose random"
+    elif search.algorithm == "optuna":
+        if grids:
+            yield path, f"got 'optuna', which proposes values by itself, but {grids[0]} is a grid; give it as a choice"
+        if importlib.util.find_spec("optuna") is None:
+            yield path, "got 'optuna', which is not installed: pip install 'ray-orchestrator[optuna]'"
+        if search.scheduler.name == "pbt":
+            yield path, "got 'optuna' with scheduler pbt, which perturbs parameters by itself; allowed: random or grid"
+
+
+def _pbt(config: RunConfig) -> Iterator[Finding]:
+    scheduler, path = config.search.scheduler, ("search", "scheduler", "mutate")
+    if not isinstance(scheduler, PbtScheduler) or config.job.name not in JOB_INFO:
+        return
+    mutable = mutable_params(config)
+    for name in scheduler.mutate or ():
+        if name not in mutable:
+            yield path, f"got '{printable(name, 60)}'; allowed: {', '.join(mutable) or 'none of those searched'}"
+    if not mutable:
+        text = "pbt has nothing to perturb: no searched parameter leaves the model as it is"
+        yield ("search", "scheduler", "name"), f"{text}; search one such as lr, or choose asha"
+    if config.search.num_trials < 2:
+        yield ("search", "num_trials"), f"got {config.search.num_trials}; allowed: at least 2 with scheduler pbt"
+
+
+def mutable_params(config: RunConfig) -> list[str]:
+    """Searched parameters that a trial can change and still load the state of another."""
+    changing = {param.name for param in JOB_INFO[config.job.name].params if param.changes_speed}
+    return [name for name in config.search.space if name not in changing]
 
 
 def _batch(config: RunConfig) -> Iterator[Finding]:
@@ -225,3 +282,8 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
     elif address != "local" and config.cluster.num_cpus is not None:
         text = f"got {config.cluster.num_cpus}; allowed: only with address: local, a running cluster has its own cores"
         yield ("cluster", "num_cpus"), text
+    if address == "local" and config.cluster.autoscale:
+        yield (
+            ("cluster", "autoscale"),
+            "got true; allowed: only with address: auto or host:port, a local cluster is fixed",
+        )

@@ -169,14 +169,54 @@ class FifoScheduler(Section):
     name: Literal["fifo"] = Field(description="no early stopping")
 
 
+class MedianScheduler(Section):
+    """A trial stops when its best result is worse than the median of the others' averages."""
+
+    name: Literal["median"] = Field(description="median stopping rule")
+    grace_reports: int = Field(
+        default=1, ge=1, le=10_000, description="reports every trial gets before it may be stopped"
+    )
+    min_trials: int = Field(default=3, ge=2, le=10_000, description="trials a median is taken of, at least")
+
+
+class HyperbandScheduler(Section):
+    """Brackets of successive halving, in which trials are paused until their rung is full."""
+
+    name: Literal["hyperband"] = Field(description="HyperBand")
+    reduction_factor: int = Field(default=3, ge=2, le=100, description="at a rung one in this many trials goes on")
+
+
+class PbtScheduler(Section):
+    """Population based training: the worst trials take up the state of the best, with perturbed parameters."""
+
+    name: Literal["pbt"] = Field(description="population based training")
+    interval_reports: int = Field(default=1, ge=1, le=10_000, description="reports between two perturbations")
+    quantile: float = Field(default=0.25, gt=0, le=0.5, description="part of the trials that is worst, and best")
+    resample: float = Field(
+        default=0.25, ge=0, le=1, description="probability that a parameter is drawn anew instead of nudged"
+    )
+    mutate: tuple[str, ...] | None = Field(
+        default=None,
+        strict=False,
+        description="searched parameters that are perturbed; null for all that leave the model's shape alone",
+    )
+
+
+Scheduler = AshaScheduler | FifoScheduler | HyperbandScheduler | MedianScheduler | PbtScheduler
+
+
 class SearchSection(Section):
     """Which trials there are, and how many at a time."""
 
     space: dict[str, Distribution] = Field(default_factory=dict, description="searched parameters of the job, by name")
     num_trials: int = Field(default=1, ge=1, le=100_000, description="trials in all")
     max_concurrent: int = Field(default=1, ge=1, le=1_000, description="trials at a time; also the number of slots")
-    scheduler: Annotated[AshaScheduler | FifoScheduler, Field(discriminator="name")] = Field(
-        default=FifoScheduler(name="fifo"), description="{name: asha, ...} or {name: fifo}"
+    algorithm: Literal["random", "grid", "optuna"] = Field(
+        default="random", description="who proposes trials: random (grids inside are honoured), grid, or optuna"
+    )
+    scheduler: Annotated[Scheduler, Field(discriminator="name")] = Field(
+        default=FifoScheduler(name="fifo"),
+        description="{name: fifo}, or one that stops trials early: asha, median, hyperband, pbt",
     )
 
     @property
@@ -306,6 +346,9 @@ class ClusterSection(Section):
     )
     num_cpus: int | None = Field(
         default=None, ge=1, le=100_000, description="cores for a local cluster; null for all this process may use"
+    )
+    autoscale: bool = Field(
+        default=False, description="whether slots that trials wait for may ask the cluster's autoscaler for nodes"
     )
 
 

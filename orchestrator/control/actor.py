@@ -18,7 +18,8 @@ from typing import Any
 
 from orchestrator.clock import SystemClock
 from orchestrator.control.controller import Answer, Controller
-from orchestrator.control.orders import Events, Outcome, SlotHello, SlotOrder, Status
+from orchestrator.control.nodes import NodeView
+from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, SlotOrder, Status
 from orchestrator.control.rendezvous import Rendezvous
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.status import StatusWriter
@@ -62,10 +63,19 @@ class PolicyActor:
 
     # The search.
 
-    async def submit(self, trial_id: TrialId, params: dict[str, Any]) -> None:
-        """Queue a trial."""
-        self._controller.submit(trial_id, params)
+    async def submit(self, trial_id: TrialId, params: dict[str, Any], resumption: Resumption | None = None) -> None:
+        """Queue a trial, or let a known one go on."""
+        self._controller.submit(trial_id, params, resumption)
         self._after()
+
+    async def pause(self, trial_id: TrialId) -> None:
+        """The search puts a trial aside; it commits and leaves its slot, and may be submitted again."""
+        self._controller.continuations.pause(trial_id)
+        self._after()
+
+    async def pin(self, trial_id: TrialId, num_reports: int) -> dict[str, Any]:
+        """Keep the state behind a report; the fields of a `Resumption` that names it."""
+        return self._controller.continuations.pin(trial_id, num_reports)
 
     async def answer(self, trial_id: TrialId, index: int) -> Answer | None:
         """Wait for report `index` of a trial; None after some seconds without one: ask again."""
@@ -153,6 +163,16 @@ class PolicyActor:
         self._controller.slot_closed(slot_id)
         self._after()
 
+    async def nodes(self, present: tuple[NodeView, ...]) -> None:
+        """The cluster's nodes, whenever they change."""
+        self._controller.nodes.update(present)
+        self._after()
+
+    async def num_slots_worth(self) -> int:
+        """Slots that have something to do or would have at once: what a larger cluster would be paid for."""
+        lifecycle = self._controller.state.lifecycle
+        return len(lifecycle.queue) + len(lifecycle.running())
+
     async def status(self) -> dict[str, Any]:
         """The content of status.json, now."""
         return self._status.now()
@@ -166,11 +186,18 @@ class PolicyActor:
         """Whether a closed slot should be opened again."""
         return self._controller.wants_slot()
 
+    async def give_up(self, reason: str) -> None:
+        """No slot will ever open: whoever waits for a report is told so."""
+        self._controller.continuations.give_up(reason)
+        self._after()
+
     async def end_run(self, state: str) -> None:
         """Close journal and tables; the actor is of no use afterwards."""
         if self._ticker is not None:
             self._ticker.cancel()
         self._is_over = True
+        if state == "done":
+            self._controller.continuations.end_paused()
         self._status.run_state = state
         self._status.write()
         self._controller.close()

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.clock import Clock
+from orchestrator.control.continuation import Continuations
 from orchestrator.control.decider import Decider
 from orchestrator.control.journal import FILE_NAME, SCHEMA_VERSION, Journal, read
 from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
+from orchestrator.control.nodes import Nodes
 from orchestrator.control.orders import (
     Ack,
     Events,
     Outcome,
     OverrideReport,
     Report,
+    Resumption,
     SlotHello,
     SlotOp,
     SlotOrder,
@@ -57,6 +60,13 @@ class Controller:
         run_dir = Path(spec.run_dir)
         self.state = RunState(spec, clock, Journal(run_dir / FILE_NAME), incarnation)
         self.decider = Decider(self.state)
+        self.continuations = Continuations(self.state, self.stop_trial)
+        self.nodes = Nodes(
+            self.state,
+            self.stop_trial,
+            lambda slot_id, reason: self.lose_slot(slot_id, reason, is_charged=False),
+            self.close_slot,
+        )
         self.telemetry = TelemetryWriter(run_dir / "telemetry")
         self._is_interrupted = False
 
@@ -80,23 +90,21 @@ class Controller:
 
     # The search.
 
-    def submit(self, trial_id: TrialId, params: dict[str, Any]) -> None:
-        """Queue a trial of the search; known ones are left as they are."""
-        trial = self.state.lifecycle.submit(trial_id, {**self.state.spec.params, **params})
-        if trial is not None:
-            self.state.log("trial_queued", trial_id=trial_id, params=trial.params)
-            self.state.journal.sync()
-            self._assign()
+    def submit(self, trial_id: TrialId, params: dict[str, Any], resumption: Resumption | None = None) -> None:
+        """Queue a trial of the search, or let a known one go on where the search wants it to."""
+        self.continuations.submit(trial_id, {**self.state.spec.params, **params}, resumption)
+        self._assign()
 
     def answer(self, trial_id: TrialId, index: int) -> Answer | None:
         """Report `index` of a trial, or its end; None while it is pending. Asking grants the trial that report."""
         trial = self.state.lifecycle.trials[trial_id]
         if index < len(trial.reports):
             is_last = trial.state.is_final and index == len(trial.reports) - 1
+            is_last |= index == self.state.spec.max_reports - 1  # Tune need not ask once more to learn that
             return Answer(state=trial.state, report=trial.reports[index], reason=trial.reason, is_last=is_last)
         if trial.state.is_final:
             return Answer(state=trial.state, reason=trial.reason, is_last=True)
-        if self._is_interrupted and trial.state is TrialState.QUEUED:
+        if self._is_interrupted and trial.state in {TrialState.QUEUED, TrialState.PAUSED}:
             return Answer(state=trial.state, reason="the run was interrupted", is_last=True)
         if trial.credit <= index:
             trial.credit = index + 1
@@ -110,7 +118,7 @@ class Controller:
             return
         self.state.log("trial_stop", trial_id=trial_id, mode=mode.value)
         if trial.state.is_final:
-            self._log_end(trial)
+            self.state.log_ended(trial)
         self._refresh(trial)
         self.state.changed_trials.add(trial_id)
 
@@ -141,7 +149,7 @@ class Controller:
         if carried is not None:
             state.end_trial(carried)
         state.log("slot", slot_id=slot.slot_id, state=slot.state.value, epoch=slot.epoch, hello=to_jsonable(hello))
-        self._log_requeue(orphan)
+        self._log_left(orphan)
         slot.idle_since_s = state.clock.now_s()
         state.publish(slot, state.idle_order(slot))
         self._assign()
@@ -191,10 +199,7 @@ class Controller:
         state.lifecycle.finish(slot, outcome)
         state.end_trial(trial.trial_id)
         slot.idle_since_s = state.clock.now_s()
-        if trial.state.is_final:
-            self._log_end(trial)
-        else:
-            self._log_requeue(trial)
+        self._log_left(trial)
         state.publish(slot, state.idle_order(slot))
         self._assign()
         state.journal.sync()
@@ -210,18 +215,18 @@ class Controller:
         if slot is not None and slot.epoch == epoch:
             self.state.lifecycle.poison(slot_id, outcome)
 
-    def lose_slot(self, slot_id: str, reason: str) -> None:
-        """The supervisor saw a slot end without being told to."""
+    def lose_slot(self, slot_id: str, reason: str, *, is_charged: bool = True) -> None:
+        """A slot ended without being told to, or its node did."""
         state = self.state
         slot = state.lifecycle.slots.get(slot_id)
         carried = None if slot is None else slot.trial_id
-        orphan = state.lifecycle.lose_slot(slot_id, reason)
+        orphan = state.lifecycle.lose_slot(slot_id, reason, is_charged=is_charged)
         if slot is None:
             return
         if carried is not None:
             state.end_trial(carried)
         state.log("slot", slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None)
-        self._log_requeue(orphan)
+        self._log_left(orphan)
         self._assign()
         state.journal.sync()
         state.changed_slots.add(slot_id)
@@ -399,33 +404,25 @@ class Controller:
         self.telemetry.append_results([{"trial_id": trial.trial_id, "attempt": trial.attempt, **fields}])
         self.state.changed_trials.add(trial.trial_id)
 
-    def _log_end(self, trial: Trial) -> None:
-        self.state.log(
-            "trial_ended",
-            trial_id=trial.trial_id,
-            state=trial.state.value,
-            reason=trial.reason,
-            step=trial.step,
-            num_samples=trial.num_samples,
-        )
-        self.state.journal.sync()
-        self.state.changed_trials.add(trial.trial_id)
-
-    def _log_requeue(self, trial: Trial | None) -> None:
+    def _log_left(self, trial: Trial | None) -> None:
+        """Journal what a trial that left its slot is now, and let it go on if the search has asked for that."""
         if trial is None:
             return
         self.state.changed_trials.add(trial.trial_id)
         if trial.state.is_final:
-            self._log_end(trial)
-            return
-        self.state.log(
-            "trial_requeued",
-            trial_id=trial.trial_id,
-            attempt=trial.attempt,
-            num_restarts=trial.num_restarts,
-            checkpoint=trial.checkpoint,
-            reason=trial.story[-1],
-        )
+            self.state.log_ended(trial)
+        elif trial.state is TrialState.PAUSED:
+            self.continuations.log_paused(trial)
+        else:
+            self.state.log(
+                "trial_requeued",
+                trial_id=trial.trial_id,
+                attempt=trial.attempt,
+                num_restarts=trial.num_restarts,
+                checkpoint=trial.checkpoint,
+                reason=trial.story[-1],
+            )
+        self.continuations.settled(trial)
 
 
 def _finite(value: float) -> float | None:

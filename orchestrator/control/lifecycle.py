@@ -5,7 +5,7 @@ slot dies it goes back to the front of the queue and resumes from its last commi
 
     slot:  OPENING -attach-> IDLE -assign-> RUNNING -finish-> IDLE -close-> CLOSED
                 ^---- attach again (its processes died; the epoch grows) ----'   LOST: its controller died
-    trial: QUEUED -assign-> RUNNING -> DONE | STOPPED | FAILED, or back to QUEUED
+    trial: QUEUED -assign-> RUNNING -> DONE | STOPPED | FAILED, or back to QUEUED, or PAUSED until the search goes on
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.control.orders import Outcome, Report, SlotHello, Status, StopMode
+from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello, Status, StopMode
 from policies.plan import TrialId
 
 STORY_LENGTH = 20
@@ -36,6 +36,7 @@ class TrialState(StrEnum):
 
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     DONE = "done"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -62,7 +63,11 @@ class Slot:
 
 @dataclass(slots=True)
 class Trial:
-    """A trial and its story. `num_restarts` counts slots that died under it."""
+    """A trial and its story.
+
+    `num_restarts` counts slots that died under it; `token` is that of the last resumption, `next` one that waits until
+    the trial has left its slot.
+    """
 
     trial_id: TrialId
     index: int
@@ -80,6 +85,8 @@ class Trial:
     step: int = 0
     num_samples: int = 0
     began_at_s: float = 0.0
+    token: str = ""
+    next: tuple[dict[str, Any], Resumption] | None = None
 
 
 class Lifecycle:
@@ -124,12 +131,12 @@ class Lifecycle:
         slot.state, slot.hello = SlotState.IDLE, hello
         return slot, orphan
 
-    def lose_slot(self, slot_id: str, reason: str) -> Trial | None:
-        """A slot is gone with its controller; returns the trial it carried."""
+    def lose_slot(self, slot_id: str, reason: str, *, is_charged: bool = True) -> Trial | None:
+        """A slot is gone with its controller or its node; returns the trial it carried."""
         slot = self.slots.get(slot_id)
         if slot is None or slot.state in {SlotState.CLOSED, SlotState.LOST}:
             return None
-        orphan = self._take_back(slot, reason)
+        orphan = self._take_back(slot, reason, is_charged=is_charged)
         slot.state = SlotState.LOST
         return orphan
 
@@ -162,9 +169,22 @@ class Lifecycle:
 
     def put_back(self, trial: Trial, attempt: int) -> None:
         """Put a trial at the front of the queue for its next attempt."""
-        trial.state, trial.attempt = TrialState.QUEUED, attempt
+        trial.state, trial.attempt, trial.stop = TrialState.QUEUED, attempt, StopMode.NONE
         self.remove_from_queue(trial.trial_id)
         self._queue.appendleft(trial.trial_id)
+
+    def go_on(self, trial: Trial) -> None:
+        """Queue a trial that is in no slot for its next attempt, behind those that wait."""
+        trial.state, trial.stop, trial.reason = TrialState.QUEUED, StopMode.NONE, ""
+        trial.attempt += 1
+        self.remove_from_queue(trial.trial_id)
+        self._queue.append(trial.trial_id)
+
+    def pause(self, trial: Trial) -> None:
+        """The trial waits in no slot and no queue until the search lets it go on."""
+        self.remove_from_queue(trial.trial_id)
+        trial.state, trial.stop = TrialState.PAUSED, StopMode.NONE
+        trial.story.append(f"paused at step {trial.step}")
 
     def remove_from_queue(self, trial_id: TrialId) -> None:
         """Forget a trial's place in the queue, if it has one."""
@@ -205,15 +225,25 @@ class Lifecycle:
         if trial is None or trial.state.is_final or trial.stop is mode:
             return None
         trial.stop = mode
-        if trial.state is TrialState.QUEUED and mode is StopMode.DISCARD:
-            self._queue.remove(trial_id)
+        if trial.state in {TrialState.QUEUED, TrialState.PAUSED} and mode is StopMode.DISCARD:
+            self.remove_from_queue(trial_id)
             self._end(trial, TrialState.STOPPED, "stopped while it was waiting")
+        return trial
+
+    def fail(self, trial_id: TrialId, reason: str) -> Trial:
+        """End a trial that waits in the queue."""
+        trial = self.trials[trial_id]
+        self.remove_from_queue(trial_id)
+        self._end(trial, TrialState.FAILED, reason)
         return trial
 
     def _settle(self, trial: Trial, outcome: Outcome) -> None:
         if outcome.status is Status.INTERRUPTED:
             trial.story.append(f"interrupted at step {outcome.step}")
-            self.put_back(trial, trial.attempt + 1)
+            if trial.stop is StopMode.PAUSE:
+                self.pause(trial)
+            else:
+                self.put_back(trial, trial.attempt + 1)
             return
         state = {
             Status.DONE: TrialState.DONE,
@@ -222,7 +252,7 @@ class Lifecycle:
         }[outcome.status]
         self._end(trial, state, outcome.reason)
 
-    def _take_back(self, slot: Slot, reason: str) -> Trial | None:
+    def _take_back(self, slot: Slot, reason: str, *, is_charged: bool = True) -> Trial | None:
         """Put the trial of a dead slot at the front of the queue, or fail it when it used up its restarts."""
         if slot.trial_id is None:
             return None
@@ -232,7 +262,7 @@ class Lifecycle:
             poison, slot.poison = slot.poison, None
             self._end(trial, TrialState.FAILED, poison.reason)
             return trial
-        trial.num_restarts += 1
+        trial.num_restarts += is_charged
         trial.attempt += 1
         trial.story.append(f"{slot.slot_id} lost: {reason}")
         if trial.stop is StopMode.DISCARD:
@@ -244,6 +274,8 @@ class Lifecycle:
                 f"its slot died {trial.num_restarts} times under it; allowed: {self._restart_budget} restarts"
                 " (slots.restart_budget)",
             )
+        elif trial.stop is StopMode.PAUSE:
+            self.pause(trial)
         else:
             self.put_back(trial, trial.attempt)
         return trial

@@ -28,6 +28,7 @@ class StopMode(StrEnum):
     NONE = "none"
     DISCARD = "discard"  # the search has no further use for it
     CHECKPOINT = "checkpoint"  # commit first: the run is interrupted and will be resumed
+    PAUSE = "pause"  # commit first: the search may want it to go on later
 
 
 class Status(StrEnum):
@@ -153,6 +154,29 @@ class Report:
     num_samples: int
     metrics: dict[str, float]
     checkpoint: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """Where the search wants a trial to go on: at its own end, or with the state of another trial.
+
+    Attributes:
+        token: names one life of the trial's stand-in; a resend carries the same.
+        reopens: whether a trial that was stopped or failed may go on.
+        origin: the trial whose state is taken up, None for the trial's own newest.
+        num_reports: reports of `origin` that lie behind that state.
+        checkpoint: the commit that holds it, None for the very beginning.
+        step: optimizer steps in it.
+        num_samples: samples in it.
+    """
+
+    token: str
+    reopens: bool = False
+    origin: TrialId | None = None
+    num_reports: int = 0
+    checkpoint: str | None = None
+    step: int = 0
+    num_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

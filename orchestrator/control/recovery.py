@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from orchestrator.control.continuation import rebase
 from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
-from orchestrator.control.orders import Grant, Report, SlotHello, StopMode
+from orchestrator.control.nodes import NodeState, apply
+from orchestrator.control.orders import Grant, Report, Resumption, SlotHello, StopMode
 from orchestrator.control.state import RunState
 from policies.codec import plan_from, settings_from, snapshot_from
 from policies.plan import DeviceId, TrialId
@@ -32,7 +34,7 @@ def forget_workers(state: RunState) -> None:
     """All worker groups ended with an earlier start of the run: their trials go back to the queue, at no charge."""
     for trial in state.lifecycle.trials.values():
         trial.num_restarts = 0
-        if trial.stop is StopMode.CHECKPOINT:
+        if trial.stop in {StopMode.CHECKPOINT, StopMode.PAUSE}:
             trial.stop = StopMode.NONE
     for slot in state.lifecycle.slots.values():
         _forget_slot(state, slot)
@@ -93,6 +95,24 @@ def _requeued(state: RunState, entry: Entry) -> None:
     state.lifecycle.put_back(trial, entry["attempt"])
     trial.num_restarts = entry["num_restarts"]
     trial.checkpoint = entry["checkpoint"]
+
+
+def _paused(state: RunState, entry: Entry) -> None:
+    trial = state.lifecycle.trials[TrialId(entry["trial_id"])]
+    _take_out(state, trial)
+    trial.step, trial.num_samples, trial.checkpoint = entry["step"], entry["num_samples"], entry["checkpoint"]
+    state.lifecycle.pause(trial)
+
+
+def _continued(state: RunState, entry: Entry) -> None:
+    trial = state.lifecycle.trials[TrialId(entry["trial_id"])]
+    trial.params = entry["params"]
+    if entry["origin"] is not None:
+        names = ("num_reports", "checkpoint", "step", "num_samples")
+        wanted = Resumption(token="", origin=TrialId(entry["origin"]), **{name: entry[name] for name in names})
+        rebase(state.lifecycle, trial, wanted)
+    state.lifecycle.go_on(trial)
+    trial.attempt = entry["attempt"]
 
 
 def _ended(state: RunState, entry: Entry) -> None:
@@ -164,6 +184,10 @@ def _override(state: RunState, entry: Entry) -> None:
         )
 
 
+def _node(state: RunState, entry: Entry) -> None:
+    apply(state, entry["node_id"], NodeState(entry["state"]), entry["num_cores"])
+
+
 def _gain(state: RunState, entry: Entry) -> None:
     for dial in entry["dial"].split("+"):
         state.gains[dial].add(entry["realised"])
@@ -180,6 +204,8 @@ _ACTIONS: dict[str, Callable[[RunState, Entry], None]] = {
     "slot": _slot,
     "trial_assigned": _assigned,
     "trial_requeued": _requeued,
+    "trial_paused": _paused,
+    "trial_continued": _continued,
     "trial_ended": _ended,
     "result": _result,
     "plan": _plan,
@@ -188,5 +214,6 @@ _ACTIONS: dict[str, Callable[[RunState, Entry], None]] = {
     "override": _override,
     "gain": _gain,
     "trial_stop": _stop,
+    "node": _node,
     "recovered": _recovered,
 }

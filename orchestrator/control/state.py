@@ -26,6 +26,7 @@ class RunState:
 
     Attributes:
         plan: the plan in force.
+        nodes: nodes of the cluster ever seen, and the state of each.
         windows: telemetry of the running trials.
         fits: what is learned of the running trials.
         shape_fits: the newest fit of each shape, for trials yet to come.
@@ -43,6 +44,7 @@ class RunState:
         self.ledger = Ledger()
         self.plan: Plan = EMPTY_PLAN
         self.devices: dict[DeviceId, DeviceView] = {}
+        self.nodes: dict[str, str] = {}
         self.windows: dict[TrialId, TrialWindow] = {}
         self.fits: dict[TrialId, TrialFit] = {}
         self.shape_fits: dict[str, TrialFit] = {}
@@ -61,9 +63,27 @@ class RunState:
         """Append an entry to the journal; durable after `journal.sync()`."""
         self.journal.append(kind, self.clock.now_s(), self.clock.wall_s(), **fields)
 
+    def log_ended(self, trial: Trial) -> None:
+        """Journal that nothing more will happen to a trial."""
+        self.log(
+            "trial_ended",
+            trial_id=trial.trial_id,
+            state=trial.state.value,
+            reason=trial.reason,
+            step=trial.step,
+            num_samples=trial.num_samples,
+        )
+        self.journal.sync()
+        self.changed_trials.add(trial.trial_id)
+
     def set_devices(self, devices: tuple[DeviceView, ...]) -> None:
         """Add devices that a worker group brought."""
         self.devices |= {device.device_id: device for device in devices}
+        self.ledger.set_devices(tuple(self.devices.values()))
+
+    def drop_devices(self, node_id: str) -> None:
+        """Forget the devices of a node that is gone."""
+        self.devices = {key: device for key, device in self.devices.items() if device.node_id != node_id}
         self.ledger.set_devices(tuple(self.devices.values()))
 
     def begin_trial(self, trial: Trial, slot: Slot) -> None:

@@ -148,6 +148,22 @@ class TrialRequeued(Entry):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrialPaused(TrialRequeued):
+    """The search put a trial aside; it is in no slot and no queue."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialContinued(Entry):
+    """A trial goes on: at its own end, or (`origin`) behind report `num_reports` of another trial."""
+
+    trial_id: TrialId
+    attempt: int
+    params: Mapping[str, Any]
+    origin: TrialId | None
+    num_reports: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialEnded(Entry):
     """Nothing more happens to a trial."""
 
@@ -361,6 +377,17 @@ _PARSERS: dict[str, Callable[[dict[str, Any], Mapping[str, Any]], Entry]] = {
     "result": _result,
     "trial_requeued": lambda head, f: TrialRequeued(
         **head, trial_id=_trial(f), attempt=int(f["attempt"]), reason=str(f["reason"])
+    ),
+    "trial_paused": lambda head, f: TrialPaused(
+        **head, trial_id=_trial(f), attempt=int(f["attempt"]), reason=str(f["reason"])
+    ),
+    "trial_continued": lambda head, f: TrialContinued(
+        **head,
+        trial_id=_trial(f),
+        attempt=int(f["attempt"]),
+        params=dict(f["params"]),
+        origin=None if f["origin"] is None else TrialId(str(f["origin"])),
+        num_reports=int(f["num_reports"]),
     ),
     "trial_ended": _ended,
     "gain": _gain,

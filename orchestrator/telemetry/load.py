@@ -25,7 +25,9 @@ from orchestrator.telemetry.history import (
     Reported,
     RunEnded,
     TrialAssigned,
+    TrialContinued,
     TrialEnded,
+    TrialPaused,
     TrialQueued,
     TrialRequeued,
     read_history,
@@ -192,6 +194,9 @@ def _trials(history: History, status: Mapping[str, Any]) -> pa.Table:
         if isinstance(entry, TrialQueued):
             rows[entry.trial_id] = {"trial_id": entry.trial_id, "index": len(rows), "state": "queued"}
             params[entry.trial_id] = entry.params
+        elif isinstance(entry, TrialContinued):
+            rows[entry.trial_id] |= {"state": "queued", "attempt": entry.attempt}
+            params[entry.trial_id] = entry.params
         elif isinstance(entry, TrialAssigned | TrialRequeued | Reported | TrialEnded):
             rows.setdefault(entry.trial_id, {"trial_id": entry.trial_id}).update(_news(entry))
     for trial in _dicts(status.get("trials")):
@@ -215,7 +220,7 @@ def _news(entry: TrialAssigned | TrialRequeued | Reported | TrialEnded) -> dict[
     if isinstance(entry, TrialAssigned):
         return {"state": "running", "attempt": entry.attempt, "slot_id": entry.slot_id}
     if isinstance(entry, TrialRequeued):
-        return {"state": "queued", "attempt": entry.attempt}
+        return {"state": "paused" if isinstance(entry, TrialPaused) else "queued", "attempt": entry.attempt}
     news: dict[str, Any] = {"step": entry.step, "num_samples": entry.num_samples}
     if isinstance(entry, TrialEnded):
         news |= {"state": entry.state} | ({"error": entry.reason} if entry.state == "failed" else {})

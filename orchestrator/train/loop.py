@@ -237,7 +237,7 @@ class TrialLoop:
     def _leave(self, stepper: Stepper) -> Outcome:
         """Do what the order to stop asks for."""
         self._take(stepper.settle(), stepper)
-        if self._order.stop is StopMode.CHECKPOINT:
+        if self._order.stop in {StopMode.CHECKPOINT, StopMode.PAUSE}:
             path = self._commit(stepper) if self._grant is not None else None
             return self._outcome(Status.INTERRUPTED, stepper, path)
         return self._outcome(Status.STOPPED, stepper)

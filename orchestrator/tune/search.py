@@ -8,18 +8,42 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from orchestrator.config.model import AshaScheduler, Distribution, RunConfig
-from orchestrator.tune.adapter import Interrupter, SlotTrial, StopForwarder
+from orchestrator.config.checks import mutable_params
+from orchestrator.config.model import (
+    AshaScheduler,
+    Distribution,
+    HyperbandScheduler,
+    MedianScheduler,
+    PbtScheduler,
+    RunConfig,
+)
+from orchestrator.errors import UnfitEnvironmentError
+from orchestrator.tune.adapter import LIVE, Interrupter, SlotTrial, StopForwarder
+from orchestrator.tune.admission import HEAD, PIN_HEAD, sliver
 
 logger = logging.getLogger(__name__)
 
-_HEAD_SLIVER = {"node:__internal_head__": 0.001}
+_DIRECTORY = "tune"
+_STATE_PREFIX = "experiment_state"
+_SNAPSHOT_PERIOD_S = 2.0
+"""As `orchestrator.cluster` tells Tune."""
 
 
 class Search:
@@ -27,25 +51,60 @@ class Search:
 
     def __init__(self, config: RunConfig, metric: str, mode: str, storage_path: str) -> None:
         self._config, self._metric, self._mode, self._storage_path = config, metric, mode, storage_path
-        self._is_interrupted = threading.Event()
+        self._directory = str(Path(storage_path) / _DIRECTORY)
         self._thread: threading.Thread | None = None
+        self._frozen: dict[str, bytes] = {}
         self.error: str | None = None
 
     def start(self, policy: Any, actor_name: str, namespace: str) -> None:
-        """Begin the search with the policy actor of that name."""
-        tuner = self._tuner(policy, actor_name, namespace)
+        """Begin the search with the policy actor of that name, or take it up where Tune's own state left it."""
+        LIVE.policy = policy
+        LIVE.is_interrupted.clear()
+        tuner = self._tuner(actor_name, namespace)
         self._thread = threading.Thread(target=self._fit, args=(tuner,), name="search", daemon=True)
         self._thread.start()
 
+    def freeze(self) -> None:
+        """Remember Tune's own state, fresh from now, with its trials unfinished; put back when the search has ended.
+
+        Tune marks the trials of a search that it is told to end as finished, and would not take them up again.
+        """
+        if self._is_simple:
+            return
+        asked_s = time.time()
+        deadline_s = time.monotonic() + 3 * _SNAPSHOT_PERIOD_S
+        while time.monotonic() < deadline_s:
+            files = list(self._state_files())
+            if any(path.name.startswith(_STATE_PREFIX) and path.stat().st_mtime > asked_s for path in files):
+                break
+            time.sleep(0.1)
+        time.sleep(0.2)  # the searcher's file is written after the trials'
+        self._frozen = {path.name: path.read_bytes() for path in self._state_files()}
+
     def interrupt(self) -> None:
         """End the search soon; its trials are not marked as finished by us."""
-        self._is_interrupted.set()
+        LIVE.is_interrupted.set()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the end of the search; whether it came."""
         assert self._thread is not None
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    def thaw(self) -> None:
+        """Put Tune's state back as it was when it was frozen, for `resume`."""
+        if not self._frozen:
+            return
+        for path in self._state_files():
+            if path.name not in self._frozen:
+                path.unlink()
+        for name, data in self._frozen.items():
+            (Path(self._directory) / name).write_bytes(data)
+
+    def _state_files(self) -> Iterator[Path]:
+        """Tune's files of the whole search, not those of its trials."""
+        directory = Path(self._directory)
+        return (path for path in directory.glob("*") if path.is_file() and not path.name.startswith("tmp"))
 
     def _fit(self, tuner: tune.Tuner) -> None:
         try:
@@ -54,39 +113,105 @@ class Search:
             logger.exception("the search failed")
             self.error = f"{type(error).__name__}: {error}"
 
-    def _tuner(self, policy: Any, actor_name: str, namespace: str) -> tune.Tuner:
+    def _tuner(self, actor_name: str, namespace: str) -> tune.Tuner:
         search = self._config.search
-        trainable = tune.with_parameters(SlotTrial, actor=actor_name, namespace=namespace)
+        part = PIN_HEAD[HEAD] if self._is_simple else sliver(search.num_slots, ray.available_resources().get(HEAD, 0.0))
+        trainable = tune.with_resources(
+            tune.with_parameters(SlotTrial, actor=actor_name, namespace=namespace), {HEAD: part}
+        )
+        if not self._is_simple and tune.Tuner.can_restore(self._directory):
+            return tune.Tuner.restore(self._directory, trainable=trainable, resume_errored=False)
         return tune.Tuner(
-            tune.with_resources(trainable, _HEAD_SLIVER),
-            param_space={name: domain(distribution) for name, distribution in search.space.items()},
+            trainable,
+            param_space=self._space(),
             tune_config=tune.TuneConfig(
+                metric=self._metric,
+                mode=self._mode,
                 num_samples=math.ceil(search.num_trials / search.grid_points),
-                scheduler=self._scheduler(),
-                search_alg=BasicVariantGenerator(random_state=self._config.seed, max_concurrent=search.num_slots),
+                scheduler=scheduler_of(self._config),
+                search_alg=self._searcher(),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name="tune",
+                name=_DIRECTORY,
                 storage_path=self._storage_path,
-                callbacks=[StopForwarder(policy)],
-                stop=Interrupter(self._is_interrupted),
+                callbacks=[StopForwarder()],
+                stop=Interrupter(),
                 failure_config=tune.FailureConfig(max_failures=0),
                 verbose=0,
             ),
         )
 
-    def _scheduler(self) -> TrialScheduler:
-        scheduler = self._config.search.scheduler
-        if isinstance(scheduler, AshaScheduler):
+    @property
+    def _is_simple(self) -> bool:
+        """Whether the search can be begun anew and repeats itself: its trials then find their reports in the journal.
+
+        Otherwise (it pauses trials, perturbs them, or learns from them) it is taken up from Tune's own state.
+        """
+        search = self._config.search
+        return search.algorithm != "optuna" and search.scheduler.name in {"asha", "fifo", "median"}
+
+    def _space(self) -> dict[str, Any]:
+        return {name: domain(distribution) for name, distribution in self._config.search.space.items()}
+
+    def _searcher(self) -> Any:
+        search, seed = self._config.search, self._config.seed
+        if search.algorithm == "optuna":
+            from ray.tune.search.optuna import OptunaSearch
+
+            return OptunaSearch(sampler=optuna_sampler(seed))
+        return BasicVariantGenerator(random_state=seed, max_concurrent=search.num_slots if self._is_simple else 0)
+
+
+def optuna_sampler(seed: int) -> Any:
+    """Optuna's default sampler with a seed, quiet.
+
+    Raises:
+        UnfitEnvironmentError: Optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise UnfitEnvironmentError(
+            "search.algorithm optuna needs Optuna: pip install 'ray-orchestrator[optuna]'"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def scheduler_of(config: RunConfig) -> TrialScheduler:
+    """Ray Tune's form of the run file's scheduler; metric and mode are those of the search."""
+    scheduler, max_t = config.search.scheduler, config.trial.max_reports
+    match scheduler:
+        case AshaScheduler():
             return ASHAScheduler(
-                metric=self._metric,
-                mode=self._mode,
-                max_t=self._config.trial.max_reports,
-                grace_period=scheduler.grace_reports,
-                reduction_factor=scheduler.reduction_factor,
+                max_t=max_t, grace_period=scheduler.grace_reports, reduction_factor=scheduler.reduction_factor
             )
-        return FIFOScheduler()
+        case MedianScheduler():
+            return MedianStoppingRule(
+                time_attr="training_iteration",
+                grace_period=scheduler.grace_reports,
+                min_samples_required=scheduler.min_trials,
+            )
+        case HyperbandScheduler():
+            return HyperBandScheduler(max_t=max_t, reduction_factor=scheduler.reduction_factor)
+        case PbtScheduler():
+            names = scheduler.mutate or mutable_params(config)
+            return PopulationBasedTraining(
+                time_attr="training_iteration",
+                perturbation_interval=scheduler.interval_reports,
+                quantile_fraction=scheduler.quantile,
+                resample_probability=scheduler.resample,
+                hyperparam_mutations={name: mutation(config.search.space[name]) for name in names},
+                log_config=False,
+            )
+        case _:
+            return FIFOScheduler()
+
+
+def mutation(distribution: Distribution) -> Any:
+    """What population based training draws from and nudges within: a list is stepped along, a range is scaled."""
+    return list(distribution.values) if distribution.is_listed else domain(distribution)
 
 
 def domain(distribution: Distribution) -> Any:

@@ -34,7 +34,7 @@ MIN_WIDTH = 40
 STALE_AFTER_S = 15.0
 _BAR_CELLS = 10
 _ERROR_CHARACTERS = 400
-_ORDER = ("running", "failed", "queued", "done", "stopped")
+_ORDER = ("running", "failed", "queued", "paused", "done", "stopped")
 DIALS = ("share", "batch", "precision")
 
 
@@ -204,7 +204,7 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
         show_count(trial.get("step")),
     ]
     if state != "running":
-        role = {"queued": Role.WAITING, "failed": Role.FAILED}.get(state, Role.ENDED)
+        role = {"queued": Role.WAITING, "paused": Role.WAITING, "failed": Role.FAILED}.get(state, Role.ENDED)
         value = number(trial.get("metric_value"))
         metric = "" if value is None else f"{shown.metric} {show_number(value)}"
         return [_line(f"{_row(cells, columns)}  {metric}", role, width)]

@@ -21,6 +21,7 @@ from orchestrator.telemetry.history import (
     RunEnded,
     SlotChanged,
     TrialAssigned,
+    TrialContinued,
     TrialEnded,
     TrialQueued,
     TrialRequeued,
@@ -191,11 +192,16 @@ def wrong_order(history: History) -> Iterator[Finding]:
 def results_out_of_order(history: History) -> Iterator[Finding]:
     """Reports that are missing, repeated or go back in steps or samples."""
     last: dict[TrialId, Reported] = {}
-    for entry in history.of(Reported):
-        before = last.get(entry.trial_id)
-        wanted = 0 if before is None else before.index + 1
-        if entry.index != wanted:
-            text = f"report {entry.index} came where report {wanted} was due"
+    wanted: dict[TrialId, int] = {}
+    for entry in history.entries:
+        if isinstance(entry, TrialContinued) and entry.origin is not None:
+            last.pop(entry.trial_id, None)  # it goes on behind a report of another trial
+            wanted[entry.trial_id] = entry.num_reports
+        if not isinstance(entry, Reported):
+            continue
+        before, due = last.get(entry.trial_id), wanted.get(entry.trial_id, 0)
+        if entry.index != due:
+            text = f"report {entry.index} came where report {due} was due"
             yield Finding(code=Code.RESULTS_OUT_OF_ORDER, text=text, trial_id=entry.trial_id)
         elif before is not None and (entry.step < before.step or entry.num_samples < before.num_samples):
             text = (
@@ -203,7 +209,7 @@ def results_out_of_order(history: History) -> Iterator[Finding]:
                 f" step {before.step} and {before.num_samples}"
             )
             yield Finding(code=Code.RESULTS_OUT_OF_ORDER, text=text, trial_id=entry.trial_id)
-        last[entry.trial_id] = entry
+        last[entry.trial_id], wanted[entry.trial_id] = entry, entry.index + 1
 
 
 def endings(history: History) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.telemetry.history import History, Reported, TrialEnded
+from orchestrator.telemetry.history import History, Reported, TrialContinued, TrialEnded
 from orchestrator.telemetry.record import FLAG_SKIPPED
 from orchestrator.view.finding import Code, Finding
 from orchestrator.view.verify_grants import OpenOffer
@@ -115,11 +115,18 @@ def samples(attempts: Sequence[Attempt], history: History, notes: list[str]) -> 
     by_trial: dict[str, list[Attempt]] = {}
     for attempt in attempts:
         by_trial.setdefault(attempt.trial_id, []).append(attempt)
+    taken: dict[str, TrialContinued] = {e.trial_id: e for e in history.of(TrialContinued) if e.origin is not None}
     results: dict[str, list[Reported]] = {}
     for result in history.of(Reported):
-        results.setdefault(result.trial_id, []).append(result)
+        if result.trial_id not in taken or result.seq > taken[result.trial_id].seq:
+            results.setdefault(result.trial_id, []).append(result)
     ended = {entry.trial_id: entry for entry in history.of(TrialEnded)}
-    for trial_id, own in by_trial.items():
+    for trial_id, all_of_it in by_trial.items():
+        own = all_of_it
+        if trial_id in taken:  # what it did before it took up another trial's state is no part of its course
+            own = [attempt for attempt in own if attempt.attempt >= taken[trial_id].attempt]
+            if not own:
+                continue
         lineage = _lineage(own)
         commits = {(result.step, result.num_samples) for result in results.get(trial_id, []) if result.checkpoint}
         yield from _breaks(trial_id, lineage, commits, notes)

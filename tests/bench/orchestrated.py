@@ -68,28 +68,15 @@ class Parts:
     def __init__(self, run_file: Path) -> None:
         import ray
 
-        from orchestrator.control.actor import PolicyActor
-        from orchestrator.run import ACTOR_NAME, _Driver
+        from orchestrator.control_plane import ACTOR_NAME, ControlPlane, start_actor
 
         resolved: ResolvedRun = load_config(run_file)
         self.config, self.run_dir = resolved.config, resolved.run_dir
         (self.run_dir / "control").mkdir(parents=True)
-        driver = _Driver(resolved, self.run_dir)
-        self.spec, self.namespace, self.actor_name = driver._spec, driver._namespace, ACTOR_NAME
-        self.slot_spec = driver._slot_spec()
-        self.policy = (
-            ray.remote(PolicyActor)
-            .options(
-                name=ACTOR_NAME,
-                namespace=self.namespace,
-                lifetime="detached",
-                num_cpus=0,
-                max_restarts=-1,
-                max_task_retries=-1,
-                max_concurrency=1000,
-            )
-            .remote(self.spec, self.namespace)
-        )
+        plane = ControlPlane(resolved, self.run_dir)
+        self.spec, self.namespace, self.actor_name = plane.spec, plane.namespace, ACTOR_NAME
+        self.slot_spec = plane.slot_spec()
+        self.policy = start_actor(self.spec, self.namespace)
         self.actor_pid = int(ray.get(self.policy.ready.remote()))
 
     def ask(self, method: str, *arguments: Any) -> Any:

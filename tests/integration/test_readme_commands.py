@@ -170,7 +170,7 @@ def test_the_run_directory_holds_what_the_readme_says(story: dict[str, Any]) -> 
 
 
 def test_the_python_of_the_readme_reads_the_run(story: dict[str, Any], shell: Shell) -> None:
-    (code,) = blocks(README, "python")
+    code = next(block for block in blocks(README, "python") if "load_run" in block)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=shell.directory, capture_output=True, text=True, timeout=WAIT_S, check=False
     )

@@ -29,10 +29,13 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "ray": (
         "orchestrator/control/actor.py",
         "orchestrator/cluster.py",
+        "orchestrator/control_plane.py",
+        "orchestrator/node_watcher.py",
         "orchestrator/run.py",
         "orchestrator/tune/*.py",
         "orchestrator/train/slot.py",
         "orchestrator/train/ray_link.py",
+        "orchestrator/submit.py",
         "orchestrator/supervisor.py",
         "orchestrator/doctor.py",
     ),

@@ -242,7 +242,7 @@ def test_the_run_file_of_the_readme_is_a_good_one(tmp_path: Path) -> None:
 def test_the_tables_and_policies_named_are_those_there_are() -> None:
     text = text_of(README)
     assert all(f"`{name}`" in text for name in POLICIES)
-    (code,) = blocks(README, "python")
+    code = next(block for block in blocks(README, "python") if "load_run" in block)
     used = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
     assert {"state", "steps", "notes", "to_pandas"} <= used & set(dir(RunTables))
     comment = re.findall(r"# (steps, .*) are Arrow tables", code)

@@ -329,3 +329,21 @@ def test_single_typos_of_keys_get_the_right_suggestion(write: Write) -> None:
             right += f"unknown key '{typo}'" in str(error) and f"did you mean '{key}'?" in str(error)
     assert total > 500
     assert right / total >= 0.97
+
+
+SEARCHES = [
+    ("search.algorithm=optuna", "search.space.width={grid: [48, 64]}", "algorithm: got 'optuna'.*width is a grid"),
+    ("search.algorithm=grid", "seed=0", "algorithm: got 'grid', but lr is no grid"),
+    ("search.scheduler={name: median, grace_reports: 9}", "seed=0", "grace_reports: got 9; allowed: at most"),
+    ("search.scheduler={name: pbt, mutate: [width]}", "seed=0", "mutate: got 'width'; allowed: lr"),
+    ("search.scheduler={name: pbt}", "search.num_trials=1", "num_trials: got 1; allowed: at least 2"),
+    ("search.scheduler={name: pbt}", "search.algorithm=optuna", "'optuna' with scheduler pbt"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "message"), SEARCHES, ids=[text[2][:30] for text in SEARCHES])
+def test_a_search_that_cannot_work_is_refused_with_what_can(
+    write: Write, first: str, second: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(GOOD), [first, second])
