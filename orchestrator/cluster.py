@@ -42,13 +42,16 @@ _QUIET = {
 
 
 @contextlib.contextmanager
-def ray_cluster(cluster: ClusterSection, namespace: str, *, is_quiet: bool = True) -> Iterator[None]:
+def ray_cluster(
+    cluster: ClusterSection, namespace: str, *, is_quiet: bool = True, uses_gpus: bool = True
+) -> Iterator[None]:
     """A cluster to run in: an own one with its own short temporary directory, or a running one.
 
     Args:
         cluster: which.
         namespace: of the actors of this process.
         is_quiet: whether Ray Tune shall neither print nor write files of its own.
+        uses_gpus: whether an own cluster offers this machine's GPUs, or leaves them to others.
 
     Raises:
         UnfitEnvironmentError: it does not start or cannot be reached.
@@ -61,6 +64,7 @@ def ray_cluster(cluster: ClusterSection, namespace: str, *, is_quiet: bool = Tru
     temporary = tempfile.mkdtemp(prefix="orch-", dir="/tmp") if is_own else None
     try:
         if temporary is not None:
+            num_gpus = {"num_gpus": 0} if not uses_gpus else {}
             port = _free_port()
             os.environ["RAY_TMPDIR"] = temporary
             # Ray's own clean-up of a dead slot asks the State API, and cannot find it by itself beside another cluster.
@@ -68,6 +72,7 @@ def ray_cluster(cluster: ClusterSection, namespace: str, *, is_quiet: bool = Tru
             ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus or len(os.sched_getaffinity(0)),
+                **num_gpus,
                 namespace=namespace,
                 include_dashboard=True,  # it serves the State API
                 dashboard_port=port,

@@ -18,6 +18,8 @@ from ray.exceptions import RayError
 
 from orchestrator.config import ResolvedRun
 from orchestrator.control.orders import TrialOrder
+from orchestrator.devices.agent import NodeReady
+from orchestrator.devices.ray_agents import Agents, gpu_part
 from orchestrator.errors import UnfitEnvironmentError, WorkerGroupError
 from orchestrator.node_watcher import NodeWatcher, num_slots_with_room, num_workers_with_room
 from orchestrator.run_spec import middle_params, run_spec
@@ -49,6 +51,8 @@ class ControlPlane:
         self.policy: Any = None
         self._supervisor: Supervisor | None = None
         self._watcher: NodeWatcher | None = None
+        self._agents: Agents | None = None
+        self._ready: NodeReady | None = None
         self._give_up_s = float("inf")
 
     def open(self) -> None:
@@ -58,6 +62,8 @@ class ControlPlane:
             UnfitEnvironmentError: this is a Ray that was not tested, or the cluster has no room for a single slot.
         """
         require_tested_ray()
+        self._agents = self._gpu_agents()
+        self._ready = None if self._agents is None else self._agents.open()
         slot_spec = self.slot_spec()
         if not self._config.cluster.autoscale:
             require_room(slot_spec)
@@ -67,6 +73,8 @@ class ControlPlane:
         num_allowed = min(num_slots, num_slots_with_room(slot_spec, alive_resources()))
         self._supervisor.open(num_slots, num_allowed)  # first: they take longest
         ray.get(self.policy.ready.remote())
+        if self._agents is not None:
+            self._agents.watch(ACTOR_NAME, self.namespace)
         self._watcher = NodeWatcher(
             self.policy,
             self._supervisor,
@@ -115,6 +123,14 @@ class ControlPlane:
         """Close the slots (unless hurried), tell the actor how the run ended, and end it."""
         if self._watcher is not None:
             self._watcher.stop()
+        try:
+            self._end_actor(state, is_hurried=is_hurried)
+        finally:
+            if self._agents is not None:
+                self._agents.close()  # last: MPS must outlive the ranks it serves
+                self._agents = None
+
+    def _end_actor(self, state: str, *, is_hurried: bool) -> None:
         if self.policy is None:
             return
         with contextlib.suppress(RayError):
@@ -126,6 +142,15 @@ class ControlPlane:
         ray.kill(self.policy)
         self.policy = None
 
+    def _gpu_agents(self) -> Agents | None:
+        """Device agents, where trials compute on GPUs."""
+        devices = self._config.devices
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        if devices.use == "cpu" or (devices.use == "auto" and not has_gpus):
+            return None
+        turns_shares = self._config.dials.share.enabled and self._config.search.num_slots > 1
+        return Agents(devices.gpu_share, turns_shares=turns_shares, token=self.namespace[-8:])
+
     def _cpus_per_worker(self, cpus: float, num_ranks: int) -> float:
         """Equal parts of an own cluster; a core on one that may grow, so that slots spread over the nodes to come."""
         if self._config.cluster.address != "local":
@@ -134,7 +159,7 @@ class ControlPlane:
 
     def slot_spec(self) -> SlotSpec:
         """What every slot of the run is made of, on the cluster this process is connected to."""
-        config = self._config
+        config, ready = self._config, self._ready
         cpus = float(ray.cluster_resources().get("CPU", 1.0))
         num_ranks = config.search.num_slots * config.trial.num_workers
         warm_up = TrialOrder(
@@ -154,7 +179,8 @@ class ControlPlane:
         return SlotSpec(
             num_workers=config.trial.num_workers,
             cpus_per_worker=self._cpus_per_worker(cpus, num_ranks),
-            gpus_per_worker=0.0,
+            gpus_per_worker=0.0 if ready is None else gpu_part(ray.cluster_resources().get("GPU", 1), num_ranks),
+            environment={} if ready is None else ready.environment,
             loop_config={
                 "actor": ACTOR_NAME,
                 "namespace": self.namespace,
@@ -162,6 +188,11 @@ class ControlPlane:
                 "max_units": config.cluster.num_cpus,
                 "warm_up": warm_up,
                 "log_level": self.spec.log_level,
+                "num_slots": config.search.num_slots,
+                "gpu_share": "" if ready is None else ready.share.value,
+                "gpu_words": "" if ready is None else ready.words,
+                "memory_fraction": config.devices.memory_fraction,
+                "step_mode": config.devices.step_mode,
             },
             storage_path=str(self._run_dir / "slots"),
         )

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from orchestrator.config.machine import this_machine
+from orchestrator.devices.choice import GpuFacts, GpuShare, choose, gpu_facts
 
 PYTHON_RANGE = ((3, 11), (3, 13))
 # Distribution -> tested range: at least the first, below the second; a test holds it against pyproject.toml.
@@ -69,7 +70,8 @@ def examine(storage: Path) -> list[Check]:
     checks += [check_modules("train and tune", "ray[train,tune]", RAY_EXTRA_MODULES)]
     machine = this_machine()
     checks += [check_cores(machine.num_cores, os.cpu_count() or 1), check_affinity()]
-    checks += [check_devices(machine.num_gpus), check_nvml(machine.num_gpus), check_ports()]
+    checks += [check_devices(machine.num_gpus), check_nvml(machine.num_gpus)]
+    checks += [check_gpu_share(machine.num_gpus), check_ports()]
     checks += [check_disk(storage), check_shared_memory(Path("/dev/shm"))]
     return checks
 
@@ -173,6 +175,18 @@ def check_nvml(num_gpus: int, load: Callable[[], None] = _load_nvml) -> Check:
         remedy = "install the NVIDIA driver's libnvidia-ml, or run the container with the utility capability"
         return Check(name="nvml", status=Status.WARN, detail=f"cannot be loaded: {error}", remedy=remedy)
     return Check(name="nvml", status=Status.OK, detail="can be loaded")
+
+
+def check_gpu_share(num_gpus: int, ask: Callable[[], GpuFacts] = gpu_facts) -> Check:
+    """By which mechanism trials would share a GPU, and why by no better one."""
+    if num_gpus == 0:
+        return Check(name="gpu share", status=Status.OK, detail="not needed without a GPU")
+    choice = choose(GpuShare.SM_GROUPS, ask(), turns_shares=True)
+    if not choice.missing:
+        detail = "sm_groups: parts of a GPU are cut in hardware and changed live"
+        return Check(name="gpu share", status=Status.OK, detail=detail)
+    remedy = "; ".join(f"for {share}: {reason}" for share, reason in choice.missing.items())
+    return Check(name="gpu share", status=Status.WARN, detail=choice.share.value, remedy=remedy)
 
 
 def _free_ports(count: int) -> Iterator[int]:

@@ -84,7 +84,11 @@ class _Driver:
         """
         error: OrchestratorError | None = None
         view = LiveView(lambda: read_status(self._run_dir / STATUS_NAME), plain=plain)
-        with single_driver(self._run_dir), ray_cluster(self._config.cluster, self._plane.namespace):
+        uses_gpus = self._config.devices.use != "cpu"
+        with (
+            single_driver(self._run_dir),
+            ray_cluster(self._config.cluster, self._plane.namespace, uses_gpus=uses_gpus),
+        ):
             with self._signals():
                 view.start()
                 try:

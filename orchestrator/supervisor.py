@@ -31,6 +31,7 @@ class SlotSpec:
         num_workers: ranks of its worker group.
         cpus_per_worker: logical CPUs each rank reserves from Ray, may be a fraction.
         gpus_per_worker: the same for GPUs.
+        environment: what ranks must have before they touch CUDA.
         loop_config: what `slot_loop` gets, without its slot id.
         storage_path: where Ray Train may write its own files.
     """
@@ -38,6 +39,7 @@ class SlotSpec:
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float
+    environment: dict[str, str]
     loop_config: dict[str, Any]
     storage_path: str
 
@@ -143,13 +145,15 @@ class Supervisor:
     def _run_once(self, slot_id: str) -> str | None:
         """One life of the slot; why it ended unasked, or None when its loop returned."""
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         from orchestrator.train.slot import slot_loop
 
         trainer = TorchTrainer(
             slot_loop,
             train_loop_config={**self._spec.loop_config, "slot_id": slot_id},
+            # One rank has nobody to talk to: NCCL would only take memory of the GPU.
+            torch_config=TorchConfig(backend="gloo" if self._spec.num_workers == 1 else None),
             scaling_config=ScalingConfig(
                 num_workers=self._spec.num_workers,
                 use_gpu=bool(self._spec.gpus_per_worker),
@@ -161,6 +165,7 @@ class Supervisor:
                 storage_path=self._spec.storage_path,
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=2),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
+                worker_runtime_env={"env_vars": self._spec.environment} if self._spec.environment else None,
             ),
         )
         try:

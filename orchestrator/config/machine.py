@@ -6,6 +6,7 @@ cluster is not held against this machine's cores. Called by `check` and `run` be
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,11 +60,25 @@ def this_machine() -> Machine:
 
 def check_fit(config: RunConfig, machine: Machine, *, is_new: bool = True) -> Iterator[Finding]:
     """Everything that keeps the run from working here; `is_new` is False for a run that is resumed."""
+    if config.devices.use == "cpu":
+        machine = dataclasses.replace(machine, num_gpus=0)
     if config.cluster.address == "local":
+        yield from _gpus(config, machine)
         yield from _cores(config, machine)
         yield from _shares(config, machine)
         yield from _tiers(config, machine)
     yield from _directories(config, is_new=is_new)
+
+
+def _gpus(config: RunConfig, machine: Machine) -> Iterator[Finding]:
+    """GPUs that are asked for by name must be there, and one for each rank of a trial: NCCL lets none share."""
+    if config.devices.use == "gpu" and machine.num_gpus == 0:
+        text = "got gpu, and this machine has none; allowed: cpu or auto; for why, see: orchestrator doctor"
+        yield ("devices", "use"), text
+    workers = config.trial.num_workers
+    if machine.num_gpus and workers > machine.num_gpus:
+        text = f"got {workers}, and ranks of one trial never share a GPU; allowed: at most {machine.num_gpus} here, or "
+        yield ("trial", "num_workers"), text + "devices.use: cpu"
 
 
 def _cores(config: RunConfig, machine: Machine) -> Iterator[Finding]:

@@ -335,6 +335,24 @@ class TelemetrySection(Section):
     )
 
 
+class DevicesSection(Section):
+    """What trials compute on, and how a GPU is shared."""
+
+    use: Literal["auto", "cpu", "gpu"] = Field(
+        default="auto", description="gpu, cpu, or auto: the GPUs of the cluster where it has some, else its cores"
+    )
+    gpu_share: Literal["auto", "sm_groups", "mps", "time_slice"] = Field(
+        default="auto",
+        description="how trials share a GPU; auto: SM groups where the share dial turns, MPS where not, else turns",
+    )
+    memory_fraction: float | None = Field(
+        default=None, gt=0, le=1, description="most of a GPU's memory that one rank's allocator may take; null: no cap"
+    )
+    step_mode: Literal["auto", "eager", "graph"] = Field(
+        default="auto", description="how steps are executed on a GPU; auto: measured, the faster one stays"
+    )
+
+
 class ClusterSection(Section):
     """Where the run takes place."""
 
@@ -367,6 +385,7 @@ class RunConfig(Section):
     policy: PolicySection = Field(default=PolicySection(), description="who turns the dials")
     slots: SlotsSection = Field(default=SlotsSection(), description="long-lived worker groups")
     telemetry: TelemetrySection = Field(default=TelemetrySection(), description="step records")
+    devices: DevicesSection = Field(default=DevicesSection(), description="what trials compute on")
     cluster: ClusterSection = Field(default=ClusterSection(), description="where the run takes place")
 
     @property

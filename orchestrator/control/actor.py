@@ -148,6 +148,11 @@ class PolicyActor:
 
     # The driver.
 
+    async def take_device_samples(self, samples: list[dict[str, Any]]) -> None:
+        """What the agent of a GPU node saw."""
+        if not self._is_over:
+            self._controller.telemetry.append_devices(self._status.take_samples(samples))
+
     async def lose_slot(self, slot_id: str, reason: str) -> None:
         """A slot ended without being told to."""
         self._controller.lose_slot(slot_id, reason)

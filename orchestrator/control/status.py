@@ -33,13 +33,15 @@ class StatusWriter:
         self.run_state = "starting"
 
     def sample_devices(self) -> list[dict[str, Any]]:
-        """Look at every device; rows for the telemetry table."""
+        """Look at the cores of this node; rows for the telemetry table. GPUs are looked at by their agents."""
+        return self.take_samples([asdict(sample) for sample in self._open_samplers().sample()])
+
+    def take_samples(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Keep the newest sample of each device; rows for the telemetry table."""
         now_s, wall_s = self._state.clock.now_s(), self._state.clock.wall_s()
-        rows = []
-        for sample in self._open_samplers().sample():
-            self._samples[sample.device_id] = sample
-            rows.append({**asdict(sample), "t_s": now_s, "wall_s": wall_s})
-        return rows
+        for sample in samples:
+            self._samples[sample["device_id"]] = DeviceSample(**sample)
+        return [{**sample, "t_s": now_s, "wall_s": wall_s} for sample in samples]
 
     def now(self) -> dict[str, Any]:
         """The status of this instant."""
@@ -87,8 +89,7 @@ class StatusWriter:
                 self._samplers.close()
             devices = self._state.devices.values()
             cpus = [device.device_id for device in devices if device.kind is DeviceKind.CPU]
-            gpus = {d.device_id.removeprefix("cuda:"): d.device_id for d in devices if d.kind is DeviceKind.CUDA}
-            self._samplers, self._sampled = open_samplers(cpus[0] if cpus else None, gpus), known
+            self._samplers, self._sampled = open_samplers(cpus[0] if cpus else None), known
         return self._samplers
 
     def _device(self, device_id: DeviceId) -> dict[str, Any]:
@@ -127,6 +128,9 @@ class StatusWriter:
             "metric_value": last.get(state.spec.metric),
             "throughput_per_s": throughput,
             "amount": None if line is None or line.applied is None else line.applied.amount,
+            "step_mode": None
+            if view is None or view.is_replayed is None
+            else ("graph" if view.is_replayed else "eager"),
             "enforced_by": None if slot is None or slot.hello is None else slot.hello.enforced_by,
             **_dials(settings, state.spec.start),
             "decision": self._decision(trial),

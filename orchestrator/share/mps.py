@@ -98,12 +98,12 @@ class OwnMps:
     """A daemon of our own, from `start` until `stop` or the end of this process.
 
     Args:
-        parent: where its directory is made; short, since it holds sockets.
+        directory: its own, which does not exist yet; short, since it holds sockets. None for a new one.
         ask: talks to the daemon.
     """
 
-    def __init__(self, parent: Path | None = None, ask: Ask = ask_control) -> None:
-        self._parent, self._ask = parent, ask
+    def __init__(self, directory: Path | None = None, ask: Ask = ask_control) -> None:
+        self._wanted, self._ask = directory, ask
         self._directory: Path | None = None
         self._guardian: int | None = None
 
@@ -115,7 +115,11 @@ class OwnMps:
         """
         if shutil.which(CONTROL) is None:
             raise ShareError(f"MPS cannot start: no {CONTROL} on the PATH; install it with the NVIDIA driver")
-        self._directory = Path(tempfile.mkdtemp(prefix="mps-", dir=self._parent or "/tmp"))
+        try:
+            self._directory = self._wanted or Path(tempfile.mkdtemp(prefix="mps-", dir="/tmp"))
+            self._directory.mkdir(mode=0o700, exist_ok=self._wanted is None)
+        except OSError as error:
+            raise ShareError(f"MPS cannot start: no directory for it: {error}") from error
         environment = {_PIPE: str(self._directory), _LOG: str(self._directory / "log")}
         (self._directory / "log").mkdir()
         try:

@@ -17,6 +17,7 @@ from typing import ParamSpec, Protocol, TypeVar, cast
 import psutil
 
 from orchestrator.errors import UnfitEnvironmentError
+from orchestrator.telemetry.gpm import SILENT, open_gpm
 from orchestrator.telemetry.patience import Patience
 from policies.plan import DeviceId
 
@@ -39,6 +40,8 @@ class DeviceSample:
         memory_total_bytes: installed.
         power_w: drawn now.
         temperature_c: degrees Celsius.
+        sm_active_ratio, tensor_active_ratio, dram_active_ratio: how busy these parts of a GPU were since the last
+            sample, in [0, 1]; Hopper and newer.
         problem: why nothing could be read at all, None if something could.
     """
 
@@ -48,6 +51,9 @@ class DeviceSample:
     memory_total_bytes: int | None = None
     power_w: float | None = None
     temperature_c: float | None = None
+    sm_active_ratio: float | None = None
+    tensor_active_ratio: float | None = None
+    dram_active_ratio: float | None = None
     problem: str | None = None
 
 
@@ -73,6 +79,7 @@ class Nvml(Protocol):
 
     def nvmlInit(self) -> None: ...  # noqa: D102, N802
     def nvmlShutdown(self) -> None: ...  # noqa: D102, N802
+    def nvmlDeviceGetCount(self) -> int: ...  # noqa: D102, N802
     def nvmlDeviceGetHandleByIndex(self, index: int) -> object: ...  # noqa: D102, N802
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> object: ...  # noqa: D102, N802
     def nvmlDeviceGetUUID(self, handle: object) -> str: ...  # noqa: D102, N802
@@ -133,6 +140,35 @@ def open_samplers(
         except UnfitEnvironmentError as problem:
             problems.append(problem)
     return Samplers(available=tuple(available), problems=tuple(problems))
+
+
+def open_gpu_samplers(load_nvml: Callable[[], Nvml] | None = None) -> Samplers:
+    """Open all GPUs that NVML shows on this node, under the ids that ranks give them."""
+    try:
+        nvml = _load(load_nvml)
+        listed = Patience(NVML_TIMEOUT_S, time.monotonic).call(lambda: _uuids(nvml))
+        if isinstance(listed, UnfitEnvironmentError):
+            raise listed
+        if not listed:
+            raise UnfitEnvironmentError("NVML shows no GPU, or does not answer; GPUs go unwatched; see `nvidia-smi -L`")
+        sampler = NvmlSampler(nvml, {uuid: cuda_device_id(uuid) for uuid in listed})
+    except UnfitEnvironmentError as problem:
+        return Samplers(available=(), problems=(problem,))
+    return Samplers(available=(sampler,), problems=())
+
+
+def cuda_device_id(uuid: str) -> DeviceId:
+    """The id of a GPU: its UUID as torch writes it, without NVML's prefix."""
+    return DeviceId(f"cuda:{uuid.removeprefix('GPU-')}")
+
+
+def _uuids(nvml: Nvml) -> list[str] | UnfitEnvironmentError:
+    try:
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        return [nvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    except nvml.NVMLError as error:
+        return UnfitEnvironmentError(f"NVML does not start: {error}; GPUs go unwatched; install the NVIDIA driver")
 
 
 class CpuSampler:
@@ -222,6 +258,7 @@ class NvmlSampler:
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._nvml = nvml
+        self._gpm = open_gpm(nvml)
         self._patience = Patience(timeout_s, now_s)
         opened = self._patience.call(lambda: self._open(device_ids))
         if opened is None:
@@ -289,6 +326,7 @@ class NvmlSampler:
         temperature = self._field(errors, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
         is_silent = memory is None and rates is None and power_mw is None and temperature is None
         used_bytes, total_bytes = _memory_fields(memory)
+        activity = SILENT if self._gpm is None else self._gpm.read(uuid, handle)
         return DeviceSample(
             device_id=device_id,
             utilisation_ratio=None if rates is None else _scaled(rates.gpu, 100, 100),
@@ -296,6 +334,9 @@ class NvmlSampler:
             memory_total_bytes=total_bytes,
             power_w=None if power_mw is None else _scaled(power_mw, 1000, _MAX_POWER_MW),
             temperature_c=None if temperature is None else _scaled(temperature, 1, _MAX_TEMPERATURE_C),
+            sm_active_ratio=activity.sm_ratio,
+            tensor_active_ratio=activity.tensor_ratio,
+            dram_active_ratio=activity.dram_ratio,
             problem=errors[-1] if is_silent else None,
         )
 

@@ -78,6 +78,9 @@ SCHEMAS: dict[TableKind, pa.Schema] = {
             ("memory_total_bytes", pa.int64()),
             ("power_w", pa.float64()),
             ("temperature_c", pa.float64()),
+            ("sm_active_ratio", pa.float64()),
+            ("tensor_active_ratio", pa.float64()),
+            ("dram_active_ratio", pa.float64()),
             ("problem", pa.utf8()),
         ]
     ),

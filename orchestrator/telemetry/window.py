@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from orchestrator.telemetry import validation
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, STEP_DTYPE, StepArray, tier_of
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, STEP_DTYPE, StepArray, tier_of
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
 from policies.fit import Observation
 
@@ -70,6 +70,7 @@ class WindowView:
         noise_trace: last estimate of tr(Sigma).
         grad_sq: last estimate of |G|^2, of the same row.
         straggler_ratio: slowest rank's median busy time over that of all ranks; 1 for one rank.
+        is_replayed: whether the last step was replayed from a CUDA graph; None before the first.
         is_stale: whether rank 0 has been silent for too long.
         is_suspect: whether so many rows were refused that the rest should not be relied on either.
         num_refused: rows refused so far.
@@ -88,6 +89,7 @@ class WindowView:
     noise_trace: float | None
     grad_sq: float | None
     straggler_ratio: float
+    is_replayed: bool | None
     is_stale: bool
     is_suspect: bool
     num_refused: int
@@ -167,6 +169,7 @@ class TrialWindow:
         self._heard_at_s: float | None = None
         self._updated_s: float | None = None
         self._step = self._num_samples = self._cursor = self._generation = 0
+        self._is_replayed: bool | None = None
         self._has_rows = False
         self._loss: float | None = None
         self._noise: tuple[float, float] | None = None
@@ -233,6 +236,7 @@ class TrialWindow:
             noise_trace=noise_trace,
             grad_sq=grad_sq,
             straggler_ratio=self._straggler_ratio(),
+            is_replayed=self._is_replayed,
             is_stale=now_s - self._heard_at_s > silence_s,
             is_suspect=self._judged >= _MIN_JUDGED and self._judged_bad > self._max_refused_ratio * self._judged,
             num_refused=self._num_refused,
@@ -267,6 +271,7 @@ class TrialWindow:
         self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else 1)
         self._cursor = int(last["cursor"]) + int(last["num_samples"])
         self._generation = int(last["generation"])
+        self._is_replayed = bool(int(last["flags"]) & FLAG_GRAPH)
         self._updated_s = float(_end_s(rows[-1:])[0])
         self._pending.add(rows)
         self._recent.add(rows)

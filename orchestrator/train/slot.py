@@ -22,11 +22,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from jobs import build_job
 from orchestrator.control.orders import SlotHello
-from orchestrator.share import CpuCores, Logical, ShareMechanism
+from orchestrator.errors import ShareError, UnfitEnvironmentError
+from orchestrator.share import CpuCores, Mps, ShareMechanism, SmGroups, TimeSlice
+from orchestrator.telemetry.sampler import cuda_device_id
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.ray_link import RayLink
 from orchestrator.train.serve import Server
+from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.stepper import Ranks, Stepper
 from policies.plan import DeviceId
 from policies.snapshot import DeviceKind, DeviceView
@@ -42,12 +45,12 @@ def slot_loop(config: dict[str, Any]) -> None:
     """
     logging.getLogger("orchestrator").setLevel(config["log_level"])
     context = ray.train.get_context()
-    ranks = _open_ranks(context.get_world_rank(), context.get_world_size())
-    share = CpuCores() if ranks.device.type == "cpu" else Logical()
+    ranks = _open_ranks(context.get_world_rank(), context.get_world_size(), StepMode(config["step_mode"]))
+    share, words = _share(config, ranks)
     link = RayLink(config["actor"], config["namespace"], config["slot_id"], ranks.rank, config["send_period_s"])
     link.on_news = share.wake  # a long sleep that enforces a share must not delay a stop or a new plan
     _warm_up(config, ranks)
-    hello = _hello(config, ranks, share)
+    hello = _hello(config, ranks, share, words)
     epoch = [link.attach(hello) if ranks.rank == 0 else -1]
     if ranks.world_size > 1:
         dist.broadcast_object_list(epoch, src=0, group=ranks.group)
@@ -63,14 +66,32 @@ def slot_loop(config: dict[str, Any]) -> None:
         share.release()
 
 
-def _open_ranks(rank: int, world_size: int) -> Ranks:
+def _share(config: dict[str, Any], ranks: Ranks) -> tuple[ShareMechanism, str]:
+    """What holds this rank to its share, and how it came to that where something better was wanted."""
+    if ranks.device.type == "cpu":
+        return CpuCores(), ""
+    wanted, words, fraction = config["gpu_share"], config["gpu_words"], config["memory_fraction"]
+    if wanted == SmGroups.name:
+        try:
+            groups = SmGroups(memory_fraction=fraction)
+            if groups.num_units >= config["num_slots"]:
+                return groups, words
+            words = f"mps; no sm_groups: {config['num_slots']} slots and {groups.num_units} groups"
+        except ShareError as error:
+            words = f"mps; no sm_groups: {error}"
+        wanted = Mps.name
+    whole = Mps if wanted == Mps.name else TimeSlice
+    return whole(memory_fraction=fraction), words
+
+
+def _open_ranks(rank: int, world_size: int, step_mode: StepMode) -> Ranks:
     """The process groups beside the one Ray Train made: a side group for agreements and a mesh to shard over."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if world_size == 1:
-        return Ranks(rank=rank, world_size=world_size, device=device)
+        return Ranks(rank=rank, world_size=world_size, device=device, step_mode=step_mode)
     group = dist.new_group(backend="gloo", timeout=_SIDE_GROUP_TIMEOUT)
     mesh = init_device_mesh(device.type, (world_size,))
-    return Ranks(rank=rank, world_size=world_size, device=device, group=group, mesh=mesh)
+    return Ranks(rank=rank, world_size=world_size, device=device, group=group, mesh=mesh, step_mode=step_mode)
 
 
 def _warm_up(config: dict[str, Any], ranks: Ranks) -> None:
@@ -82,34 +103,52 @@ def _warm_up(config: dict[str, Any], ranks: Ranks) -> None:
     for tier in trial.limits.tiers:
         stepper.turn(replace(trial.start, tier=tier))
         stepper.step()
+        if ranks.device.type == "cuda":
+            stepper.rehearse()  # what is loaded at a first capture need not be loaded in a trial
     if ranks.world_size > 1:
         dist.barrier(group=ranks.group)
 
 
-def _hello(config: dict[str, Any], ranks: Ranks, share: ShareMechanism) -> SlotHello:
-    """What the group tells the actor about itself, gathered from all ranks."""
-    mine = (_device(ranks.device, config["max_units"]), os.getpid())
+def _hello(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, words: str) -> SlotHello:
+    """What the group tells the actor about itself, gathered from all ranks.
+
+    Raises:
+        UnfitEnvironmentError: two ranks are on one GPU, which NCCL refuses.
+    """
+    mine = (_device(ranks.device, share, config["max_units"]), os.getpid())
     all_ranks: list[Any] = [mine]
     if ranks.world_size > 1:
         all_ranks = [None] * ranks.world_size
         dist.all_gather_object(all_ranks, mine, group=ranks.group)
     devices = {view.device_id: view for view, _ in all_ranks}
+    if ranks.device.type == "cuda" and len(devices) < ranks.world_size:
+        raise UnfitEnvironmentError(
+            f"{ranks.world_size} ranks of one trial are on {len(devices)} GPUs, and ranks of one trial never share one;"
+            " allowed: trial.num_workers at most the GPUs of a node, and so few trials at a time that each has its own"
+        )
     return SlotHello(
         slot_id=config["slot_id"],
         placement=tuple(view.device_id for view, _ in all_ranks),
         devices=tuple(devices.values()),
         enforced_by=share.name,
-        enforcement=share.enforcement.note,
+        enforcement=share.enforcement.note + (f" ({words})" if words else ""),
         pids=tuple(pid for _, pid in all_ranks),
     )
 
 
-def _device(device: torch.device, max_units: int | None) -> DeviceView:
-    """The device of this rank: one GPU as a single unit, or the cores of its node that the process may use."""
+def _device(device: torch.device, share: ShareMechanism, max_units: int | None) -> DeviceView:
+    """The device of this rank: a GPU, or the cores of its node that the process may use."""
     node_id = ray.get_runtime_context().get_node_id()
     if device.type == "cuda":
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return DeviceView(device_id=DeviceId(f"cuda:{uuid}"), node_id=node_id, kind=DeviceKind.CUDA, units=1)
+        facts = torch.cuda.get_device_properties(device)
+        return DeviceView(
+            device_id=cuda_device_id(str(facts.uuid)),
+            node_id=node_id,
+            kind=DeviceKind.CUDA,
+            units=share.num_units if isinstance(share, SmGroups | TimeSlice) else 1,
+            device_type=facts.name,
+            memory_bytes=facts.total_memory,
+        )
     num_cores = len(os.sched_getaffinity(0))
     units = num_cores if max_units is None else min(max_units, num_cores)
     return DeviceView(device_id=DeviceId(f"cpu:{node_id[:8]}"), node_id=node_id, kind=DeviceKind.CPU, units=units)

@@ -137,6 +137,14 @@ class Stepper:
         self._has_stepped = True
         return [*early, result]
 
+    def rehearse(self) -> None:
+        """Do two more steps in the mode that is wished for, and wait for them: for a warm-up."""
+        self._has_stepped = True
+        for _ in range(2):
+            if self._modes.refusal is None and self._ranks.step_mode is not StepMode.EAGER:
+                self._launch()
+        self.settle()
+
     def settle(self) -> list[StepResult]:
         """Wait for every step that was begun; call it before anything that needs to know where the trial stands."""
         return [] if self._replay is None else self._results(self._replay.collect(0))

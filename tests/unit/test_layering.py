@@ -37,6 +37,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/train/ray_link.py",
         "orchestrator/submit.py",
         "orchestrator/supervisor.py",
+        "orchestrator/devices/ray_agents.py",
         "orchestrator/doctor.py",
     ),
     "cuda": ("orchestrator/share/sm_driver.py",),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -92,8 +93,10 @@ class CudaRecorder:
         """Also loads the kernels and workspaces that a capture must not load."""
         state = torch.cuda.get_rng_state()
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch says that it does not find every wait
+                torch.cuda.set_sync_debug_mode("error")
             work()
         finally:
             torch.cuda.set_sync_debug_mode(before)

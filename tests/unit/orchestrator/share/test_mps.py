@@ -50,7 +50,7 @@ def wait_until_gone(path: Path) -> bool:
 
 def test_an_own_daemon_answers_and_ends_with_its_starter(program: Path, tmp_path: Path) -> None:
     write(program, WORKING)
-    own = OwnMps(tmp_path)
+    own = OwnMps(tmp_path / "mps")
     found = own.start()
     directory = Path(found.environment[PIPE])
     assert found.is_own
@@ -63,15 +63,14 @@ def test_an_own_daemon_answers_and_ends_with_its_starter(program: Path, tmp_path
 
 def test_no_program_is_said(program: Path, tmp_path: Path) -> None:
     with pytest.raises(ShareError, match=f"no {CONTROL} on the PATH"):
-        OwnMps(tmp_path).start()
+        OwnMps(tmp_path / "mps").start()
 
 
 def test_a_daemon_that_refuses_is_quoted_and_leaves_nothing(program: Path, tmp_path: Path) -> None:
     write(program, REFUSING)
     with pytest.raises(ShareError, match="MPS does not start: An instance of this daemon is already running"):
-        OwnMps(tmp_path).start()
-    for left in tmp_path.glob("mps-*"):
-        assert wait_until_gone(left)
+        OwnMps(tmp_path / "mps").start()
+    assert wait_until_gone(tmp_path / "mps")
 
 
 def answers(text: str) -> object:

@@ -80,6 +80,9 @@ class FakeNvml:
         self._answer("nvmlShutdown", needs_init=True)
         self.is_up = False
 
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
     def nvmlDeviceGetHandleByIndex(self, index: int) -> object:  # noqa: N802
         self._answer("nvmlDeviceGetHandleByIndex", needs_init=True)
         if index >= len(self.uuids):
@@ -136,7 +139,7 @@ READINGS = ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUtilizationRates", "nvmlDev
 def test_the_fake_has_only_names_that_the_real_module_has() -> None:
     real = importlib.import_module("pynvml")
     names = [name for name in dir(FakeNvml) if name.startswith(("nvml", "NVML"))]
-    assert len(names) == 12
+    assert len(names) == 13
     assert [name for name in names if not hasattr(real, name)] == []
     for error in (NVMLError_NotSupported, NVMLError_GpuIsLost, NVMLError_Uninitialized, NVMLError_NotFound):
         assert issubclass(getattr(real, error.__name__), real.NVMLError)

@@ -1,0 +1,208 @@
+"""A search of twelve 7 M language models on one GPU: ours against stock Ray Tune and Ray Train, one arm a process.
+
+Same space, seeds, data, samples per trial and scheduler. Stock is written as a competent user would: bf16 autocast,
+fused AdamW, pinned batches; its trials take a whole GPU or a quarter. Seconds of stock are those of `fit()`; ours are
+those of the whole command, start of Ray and slots included, and beside them those from the first trial's arrival to the
+last end. Appends one line of JSON per arm to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.bench.gpu_job import MAX_GRAD_NORM, SIZES
+from tests.bench.results_file import ROOT, commit, machine, say
+
+NUM_REPORTS, SEED, MICRO_BATCH = 4, 1, 16
+LEARNING_RATES = (1e-4, 3e-3)
+ARMS = ("ours_fixed", "ours_all", "ours_eager", "stock_1", "stock_1/4")
+
+
+def run_file(arm: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Ours: the run file of an arm."""
+    all_dials = arm == "ours_all"
+    return {
+        "name": arm,
+        "storage": str(given.directory),
+        "seed": SEED,
+        "job": {"name": "language", "params": {**SIZES[given.size][0], "eval_windows": 256}},
+        "search": {
+            "space": {"lr": {"loguniform": list(LEARNING_RATES)}},
+            "num_trials": given.trials,
+            "max_concurrent": given.concurrent,
+            "scheduler": {"name": "asha", "grace_reports": 1, "reduction_factor": 2},
+        },
+        "trial": {
+            "samples_per_report": given.steps * MICRO_BATCH,
+            "max_reports": NUM_REPORTS,
+            "micro_batch": MICRO_BATCH,
+        },
+        "dials": {
+            "share": {"enabled": False},
+            "batch": {"enabled": all_dials, "min_global": 16, "max_global": 256, "max_micro": 256},
+            "precision": {"enabled": all_dials, "tiers": ["tf32", "bf16"] if all_dials else ["bf16"]},
+        },
+        "policy": {"name": "goodput" if all_dials else "static"},
+        "devices": {"use": "gpu", "step_mode": "eager" if arm == "ours_eager" else "auto"},
+    }
+
+
+def run_ours(arm: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One search with `orchestrator run`."""
+    import orchestrator
+    from orchestrator.control.journal import read
+
+    path = given.directory / f"{arm}.yaml"
+    path.write_text(yaml.safe_dump(run_file(arm, given)))
+    began_s = time.monotonic()
+    command = [sys.executable, "-m", "orchestrator", "run", str(path), "--plain"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=given.timeout, check=False)
+    seconds = time.monotonic() - began_s
+    entries = list(read(given.directory / arm / "journal.jsonl"))
+    results = [entry for entry in entries if entry["kind"] == "result"]
+    ends = [entry["t_s"] for entry in entries if entry["kind"] == "trial_ended"]
+    queued = [entry["t_s"] for entry in entries if entry["kind"] == "trial_queued"]
+    run = orchestrator.load_run(given.directory / arm)
+    steps = run.to_pandas("steps")
+    return {
+        "seconds": seconds,
+        "search_s": max(ends, default=0.0) - min(queued, default=0.0),
+        "exit_code": done.returncode,
+        "tail": done.stdout[-600:] + done.stderr[-600:],
+        "num_reports": len(results),
+        "best": min((entry["metrics"]["val_loss"] for entry in results), default=None),
+        "graph_ratio": float((steps["flags"] // 4 % 2).mean()) if "flags" in steps else None,
+        "median_step_ms": 1e3 * float(steps["step_s"].median()),
+        "max_memory_bytes": int(steps["memory_bytes"].max()),
+    }
+
+
+def train_by_hand(config: dict[str, Any]) -> None:
+    """The training loop of a stock trial."""
+    import numpy as np
+    import torch
+
+    from jobs import build_job
+
+    torch.manual_seed(SEED)
+    job = build_job("language", {**config["params"], "eval_windows": 256, "lr": config["lr"]})
+    job.prepare()
+    device = torch.device("cuda")
+    with device:
+        model = job.build_model()
+    optimizer = job.build_optimizer(model)
+    order, count = np.random.default_rng(SEED).permutation(job.num_train_samples), 0
+    for report in range(NUM_REPORTS):
+        for _ in range(config["steps"]):
+            indices = np.take(order, range(count, count + MICRO_BATCH), mode="wrap")
+            count += MICRO_BATCH
+            batch = tuple(
+                part.pin_memory().to(device, non_blocking=True) for part in job.batch(indices, torch.device("cpu"))
+            )
+            with torch.autocast("cuda", torch.bfloat16):
+                terms = job.loss(model, batch)
+            (terms.loss_sum / terms.num_elements).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        from tests.bench.bench_search import _report_by_hand
+
+        _report_by_hand(model, optimizer, job.evaluate(model, device), report)
+
+
+def stock_trial(config: dict[str, Any]) -> None:
+    """The function trainable: it builds the trainer of its trial and waits for it."""
+    from ray import tune
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    resources = {"CPU": 1, "GPU": config["gpus"]}
+    TorchTrainer(
+        train_by_hand,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=1, use_gpu=True, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=f"stock-{tune.get_context().get_trial_id()}",
+            storage_path=config["storage"],
+            callbacks=[TuneReportCallback()],
+        ),
+    ).fit()
+
+
+def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One search with Ray Tune and Ray Train."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    from orchestrator.cluster import ray_cluster
+    from orchestrator.config.model import ClusterSection
+
+    gpus = 1.0 if arm == "stock_1" else 0.25
+    fixed = {"params": SIZES[given.size][0], "steps": given.steps, "gpus": gpus, "storage": str(given.directory)}
+    with ray_cluster(ClusterSection(), "stock"):
+        tuner = tune.Tuner(
+            tune.with_resources(stock_trial, {"node:__internal_head__": 0.001}),
+            param_space={**fixed, "lr": tune.loguniform(*LEARNING_RATES)},
+            tune_config=tune.TuneConfig(
+                num_samples=given.trials,
+                max_concurrent_trials=round(1 / gpus),
+                scheduler=ASHAScheduler(
+                    metric="val_loss", mode="min", max_t=NUM_REPORTS, grace_period=1, reduction_factor=2
+                ),
+            ),
+            run_config=tune.RunConfig(name=arm.replace("/", "-"), storage_path=str(given.directory), verbose=0),
+        )
+        began_s = time.monotonic()
+        results = tuner.fit()
+        seconds = time.monotonic() - began_s
+    metrics = [result.metrics for result in results if result.metrics]
+    return {
+        "seconds": seconds,
+        "num_errors": len(results.errors),
+        "num_reports": sum(int(each.get("report", -1)) + 1 for each in metrics),
+        "best": min((each["val_loss"] for each in metrics if "val_loss" in each), default=None),
+    }
+
+
+def main() -> None:
+    """Run one arm."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--size", choices=list(SIZES), default="7M")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--concurrent", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=500, help="steps between two reports at the start batch")
+    parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--directory", type=Path, default=Path("/tmp/bench-search"))
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    given.directory.mkdir(parents=True, exist_ok=True)
+    found = run_ours(given.arm, given) if given.arm.startswith("ours") else run_stock(given.arm, given)
+    row = {
+        "arm": given.arm,
+        "size": given.size,
+        "trials": given.trials,
+        "steps": given.steps,
+        "concurrent": given.concurrent,
+        **found,
+        "command": sys.orig_argv,
+        "commit": commit(),
+        "machine": machine(),
+    }
+    with given.out.open("a") as out:
+        out.write(json.dumps(row, default=float) + "\n")
+    say(json.dumps({key: row[key] for key in ("arm", "seconds", "num_reports", "best")}))
+
+
+if __name__ == "__main__":
+    main()
