@@ -11,11 +11,13 @@ from jobs.image import ImageJob
 from jobs.job import Job
 from jobs.language import LanguageJob
 from jobs.mlp import MlpJob
+from jobs.speech import SpeechJob
 from jobs.tissue import TissueJob
 
 JOBS: dict[str, Callable[..., Job]] = {
     "language": LanguageJob,
     "image": ImageJob,
     "tissue": TissueJob,
+    "speech": SpeechJob,
     "mlp": MlpJob,
 }

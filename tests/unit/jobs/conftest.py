@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, object]] = {
     "image": {"data": "shapes", "width": 16, "layers": 1, "heads": 2, "patch": 4, "max_samples": 128},
     "image-resnet": {"data": "shapes", "model": "resnet", "width": 8, "layers": 1, "max_samples": 128},
     "tissue": {"data": "cells", "width": 4, "levels": 2, "size": 16},
+    "speech": {"data": "signal", "width": 16, "layers": 1, "heads": 2, "max_samples": 24, "eval_samples": 12},
 }
 """Each job in its smallest form, on data that needs no library; what follows a dash tells forms of a job apart."""
 

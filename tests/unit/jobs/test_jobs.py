@@ -15,6 +15,9 @@ from jobs.table import JOB_INFO
 
 CPU = torch.device("cpu")
 
+TOLERANCE = {"speech": 1e-5}
+"""Of a gradient, where its loss is large: CTC starts at tens of nats per utterance, the others at a few per element."""
+
 
 def take_step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, indices: list[int]) -> float:
     """One optimizer step; returns the mean loss before it."""
@@ -89,7 +92,7 @@ def test_the_same_global_batch_cut_otherwise_gives_the_same_gradient(
     cut = gradient(job, model, pieces)
     assert len(whole) == len(list(model.parameters()))
     for expected, seen in zip(whole, cut, strict=True):
-        torch.testing.assert_close(seen, expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(seen, expected, atol=TOLERANCE.get(job.name, 1e-6), rtol=1e-5)
 
 
 def test_a_model_follows_from_torchs_global_generator_alone(job: Job) -> None:
