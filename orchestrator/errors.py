@@ -5,6 +5,7 @@
     |- UnfitEnvironmentError  the machine or the cluster lacks something          (exit 3)
     |- PlanError           a policy raised, overran or returned an illegal plan
     |- ApplyError          a trial could not apply an allocation
+    |  `- OutOfMemoryError   a step needs more memory than there is
     |- TelemetryError      a record that cannot be true, or a damaged table
     |- ShareError          a share cannot be enforced as asked
     |- CheckpointError     a checkpoint is missing, damaged or does not fit
@@ -17,7 +18,11 @@ A message says what failed, the value seen, what is allowed and what to do. Ever
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from policies.plan import Settings
 
 
 class OrchestratorError(Exception):
@@ -62,6 +67,23 @@ class PlanError(OrchestratorError):
 
 class ApplyError(OrchestratorError):
     """A trial could not apply an allocation."""
+
+
+class OutOfMemoryError(ApplyError):
+    """A step needs more memory than there is.
+
+    Attributes:
+        settings: the dials with which the trial shall begin again from its last commit (`policies.plan.Settings`).
+        is_final: whether it shall not: all attempts are used up.
+    """
+
+    def __init__(self, text: str, settings: Settings | None = None, *, is_final: bool = False) -> None:
+        self.text, self.settings, self.is_final = text, settings, is_final
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[Callable[..., OutOfMemoryError], tuple[object, ...]]:
+        """Pickle by constructor arguments."""
+        return partial(type(self), is_final=self.is_final), (self.text, self.settings)
 
 
 class TelemetryError(OrchestratorError):

@@ -16,6 +16,7 @@ from orchestrator.control.continuation import Continuations
 from orchestrator.control.decider import Decider
 from orchestrator.control.journal import FILE_NAME, SCHEMA_VERSION, Journal, read
 from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
+from orchestrator.control.memory import granted_bytes
 from orchestrator.control.nodes import Nodes
 from orchestrator.control.orders import (
     Ack,
@@ -340,6 +341,7 @@ class Controller:
             directory=str(Path(spec.run_dir) / "trials" / trial.trial_id),
             resume_from=trial.checkpoint,
             num_reports_done=len(trial.reports),
+            memory_bytes=granted_bytes(self.state, self.state.ledger.lines[trial.trial_id].placement),
         )
 
     def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:
@@ -363,7 +365,9 @@ class Controller:
             state.changes_applied[dial] = state.changes_applied.get(dial, 0) + 1
         if dials:
             state.changed_at_s[trial.trial_id] = now_s
-        state.overrides.pop(trial.trial_id, None)
+        override = state.overrides.get(trial.trial_id)
+        if override is not None and override.generation < ack.generation:
+            del state.overrides[trial.trial_id]
         committed_s = state.committed_at_s.get(ack.generation, ack.applied_s)
         state.log(
             "ack",
@@ -380,8 +384,8 @@ class Controller:
 
     def _take_override(self, trial: Trial, report: OverrideReport) -> None:
         state = self.state
-        before = state.ledger.running_settings(trial.trial_id)
-        if not state.ledger.record_override(trial.trial_id, report.number, report.settings):
+        before = report.instead_of or state.ledger.running_settings(trial.trial_id)
+        if not state.ledger.record_override(trial.trial_id, report.number, report.settings, report.generation):
             return
         state.overrides[trial.trial_id] = Override(
             number=report.number, generation=report.generation, settings=report.settings, reason=report.reason
@@ -421,6 +425,8 @@ class Controller:
                 num_restarts=trial.num_restarts,
                 checkpoint=trial.checkpoint,
                 reason=trial.story[-1],
+                num_overflows=trial.num_overflows,
+                resume=None if trial.resume is None else to_jsonable(trial.resume),
             )
         self.continuations.settled(trial)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from orchestrator.control.journal import SPARE_REASON
 from orchestrator.control.lifecycle import Trial
+from orchestrator.control.memory import memory_fields
 from orchestrator.control.orders import Grant
 from orchestrator.control.state import RunState
 from policies.codec import to_jsonable
@@ -143,6 +144,7 @@ class Decider:
             is_stale=view.is_stale,
             fit=state.fits[trial.trial_id],
             override=state.overrides.get(trial.trial_id),
+            **memory_fields(state, trial),
             changed_at_s=state.changed_at_s[trial.trial_id],
             began_at_s=trial.began_at_s,
         )

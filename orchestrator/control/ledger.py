@@ -28,6 +28,7 @@ class Line:
         offers: offers not yet acknowledged, oldest first.
         applied: the last acknowledged grant.
         override: settings the trial protects itself with since, if any.
+        override_generation: the generation that it was a protection from.
         num_overrides: overrides recorded so far.
     """
 
@@ -36,6 +37,7 @@ class Line:
     offers: deque[Grant] = field(default_factory=deque)
     applied: Grant | None = None
     override: Settings | None = None
+    override_generation: int = 0
     num_overrides: int = 0
 
     def held_share(self) -> float:
@@ -112,24 +114,29 @@ class Ledger:
         return offered
 
     def acknowledge(self, trial_id: TrialId, generation: int) -> Grant | None:
-        """The trial applied the offer of that generation; returns it, or None when it is old news or unknown."""
+        """The trial applied the offer of that generation; returns it, or None when it is old news or unknown.
+
+        An override of the same generation came after it was applied, whatever came first here, and stays.
+        """
         line = self._lines.get(trial_id)
         if line is None or all(grant.generation != generation for grant in line.offers):
             return None
         while line.offers:
             grant = line.offers.popleft()
             if grant.generation == generation:
-                line.applied, line.override = grant, None
+                line.applied = grant
+                if line.override_generation < generation:
+                    line.override = None
                 return grant
         return None
 
-    def record_override(self, trial_id: TrialId, number: int, settings: Settings) -> bool:
+    def record_override(self, trial_id: TrialId, number: int, settings: Settings, generation: int = 0) -> bool:
         """The trial moved inside its envelope; False for old news. An override never enlarges what is held."""
         line = self._lines.get(trial_id)
         if line is None or number <= line.num_overrides:
             return False
         line.num_overrides = number
-        line.override = settings
+        line.override, line.override_generation = settings, generation
         return True
 
     def running_settings(self, trial_id: TrialId) -> Settings | None:

@@ -16,8 +16,10 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello, Status, StopMode
-from policies.plan import TrialId
+from policies.plan import Settings, TrialId
 
+MAX_OVERFLOWS = 3
+"""Times that a trial may run out of memory between two reports before it is failed."""
 STORY_LENGTH = 20
 
 
@@ -65,8 +67,9 @@ class Slot:
 class Trial:
     """A trial and its story.
 
-    `num_restarts` counts slots that died under it; `token` is that of the last resumption, `next` one that waits until
-    the trial has left its slot.
+    `num_restarts` counts slots that died under it, `num_overflows` how often it ran out of memory since its last
+    report; `resume` holds the dials with which it begins again after that. `token` is that of the last resumption,
+    `next` one that waits until the trial has left its slot.
     """
 
     trial_id: TrialId
@@ -85,6 +88,8 @@ class Trial:
     step: int = 0
     num_samples: int = 0
     began_at_s: float = 0.0
+    num_overflows: int = 0
+    resume: Settings | None = None
     token: str = ""
     next: tuple[dict[str, Any], Resumption] | None = None
 
@@ -204,6 +209,7 @@ class Lifecycle:
         trial.reports.append(report)
         trial.checkpoint = report.checkpoint or trial.checkpoint
         trial.step, trial.num_samples = report.step, report.num_samples
+        trial.num_overflows = 0
         trial.story.append(f"report {report.index} at step {report.step}")
         return True
 
@@ -245,6 +251,9 @@ class Lifecycle:
             else:
                 self.put_back(trial, trial.attempt + 1)
             return
+        if outcome.status is Status.MEMORY:
+            self._begin_again(trial, outcome)
+            return
         state = {
             Status.DONE: TrialState.DONE,
             Status.STOPPED: TrialState.STOPPED,
@@ -260,6 +269,9 @@ class Lifecycle:
         slot.trial_id, trial.slot_id = None, None
         if slot.poison is not None:
             poison, slot.poison = slot.poison, None
+            if poison.status is Status.MEMORY:
+                self._begin_again(trial, poison)
+                return trial
             self._end(trial, TrialState.FAILED, poison.reason)
             return trial
         trial.num_restarts += is_charged
@@ -279,6 +291,19 @@ class Lifecycle:
         else:
             self.put_back(trial, trial.attempt)
         return trial
+
+    def _begin_again(self, trial: Trial, outcome: Outcome) -> None:
+        """A trial ran out of memory: back to the queue with the dials it asks for, a bounded number of times."""
+        trial.num_overflows += 1
+        if trial.stop is StopMode.DISCARD:
+            self._end(trial, TrialState.STOPPED, "stopped while it ran out of memory")
+        elif trial.num_overflows >= MAX_OVERFLOWS:
+            text = f"ran out of memory {trial.num_overflows} times since its last report; allowed: {MAX_OVERFLOWS - 1}"
+            self._end(trial, TrialState.FAILED, f"{text}; lower dials.batch.max_micro; the last time: {outcome.reason}")
+        else:
+            trial.resume = outcome.settings or trial.resume
+            trial.story.append(f"out of memory at step {outcome.step}: {outcome.reason}")
+            self.put_back(trial, trial.attempt + 1)
 
     def _end(self, trial: Trial, state: TrialState, reason: str) -> None:
         trial.state, trial.reason = state, reason

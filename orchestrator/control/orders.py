@@ -37,6 +37,7 @@ class Status(StrEnum):
     DONE = "done"
     STOPPED = "stopped"
     INTERRUPTED = "interrupted"
+    MEMORY = "memory"  # it ran out of memory and begins again from its last commit
     FAILED = "failed"
 
 
@@ -74,6 +75,7 @@ class TrialOrder:
         directory: the trial's own directory (log, checkpoints).
         resume_from: a committed checkpoint, or None.
         num_reports_done: reports that were already taken before this attempt.
+        memory_bytes: memory that each rank may take; 0 where nobody knows.
     """
 
     trial_id: TrialId
@@ -88,6 +90,7 @@ class TrialOrder:
     directory: str
     resume_from: str | None
     num_reports_done: int
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +139,17 @@ class Ack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverrideReport:
-    """A protective move of the trial: it runs with `settings` since `step`, inside the envelope of `generation`."""
+    """A protective move of the trial: it runs with `settings` since `step`, inside the envelope of `generation`.
+
+    `instead_of` is what it had or was granted and could not keep; None where that is what it last acknowledged.
+    """
 
     generation: int
     number: int
     settings: Settings
     step: int
     reason: str
+    instead_of: Settings | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,13 +188,17 @@ class Resumption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How an attempt ended, as one rank saw it. `checkpoint` is set when it was interrupted after a commit."""
+    """How an attempt ended, as one rank saw it.
+
+    `checkpoint` is set when it was interrupted after a commit, `settings` when it shall begin again with other dials.
+    """
 
     status: Status
     step: int
     num_samples: int
     reason: str = ""
     checkpoint: str | None = None
+    settings: Settings | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

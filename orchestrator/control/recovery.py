@@ -95,6 +95,8 @@ def _requeued(state: RunState, entry: Entry) -> None:
     state.lifecycle.put_back(trial, entry["attempt"])
     trial.num_restarts = entry["num_restarts"]
     trial.checkpoint = entry["checkpoint"]
+    trial.num_overflows = entry.get("num_overflows", 0)
+    trial.resume = settings_from(entry["resume"]) if entry.get("resume") is not None else None
 
 
 def _paused(state: RunState, entry: Entry) -> None:
@@ -178,7 +180,7 @@ def _ack(state: RunState, entry: Entry) -> None:
 def _override(state: RunState, entry: Entry) -> None:
     trial_id = TrialId(entry["trial_id"])
     settings = settings_from(entry["settings"])
-    if state.ledger.record_override(trial_id, entry["number"], settings):
+    if state.ledger.record_override(trial_id, entry["number"], settings, entry["generation"]):
         state.overrides[trial_id] = Override(
             number=entry["number"], generation=entry["generation"], settings=settings, reason=entry["reason"]
         )

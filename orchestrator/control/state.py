@@ -16,7 +16,7 @@ from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
 from orchestrator.control.orders import SlotOp, SlotOrder
 from orchestrator.control.spec import RunSpec
 from orchestrator.telemetry.window import TrialWindow
-from policies.fit import NOTHING_FITTED, TrialFit, inherit
+from policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
 from policies.plan import EMPTY_PLAN, DeviceId, Plan, TrialId
 from policies.snapshot import DeviceView, Override
 
@@ -96,7 +96,9 @@ class RunState:
         self.windows[trial.trial_id] = TrialWindow(
             stale_after_s=self.spec.stale_after_s, num_workers=len(slot.hello.placement)
         )
-        self.fits[trial.trial_id] = inherit(self.shape_fits.get(shape, NOTHING_FITTED))
+        fit = inherit(self.shape_fits.get(shape, NOTHING_FITTED))
+        # A micro-batch that overflowed is not the first to be tried again.
+        self.fits[trial.trial_id] = fit if trial.resume is None else capped(fit, trial.resume.micro_batch)
         self.changed_at_s[trial.trial_id] = now_s
         self.changed_trials.add(trial.trial_id)
         self.wants_decision = True

@@ -354,7 +354,7 @@ def _advance_rank(state: _Rank, rows: StepArray) -> None:
     if state.anchor is not None:
         end_s = max(end_s, state.anchor.end_s)
     state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=end_s)
-    state.memory_bytes = int(last["memory_bytes"])
+    state.memory_bytes = int(last["memory_bytes"]) or state.memory_bytes  # 0 while it is not known
     busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64)
     state.busy_s = np.concatenate((state.busy_s, busy_s))[-_MAX_TAIL_ROWS:]
 
@@ -393,4 +393,5 @@ def _summarise(rows: StepArray) -> Observation:
         noise_trace=float(estimated["noise_trace"].mean(dtype=np.float64)) if len(estimated) else None,
         grad_sq=float(estimated["grad_sq"].mean(dtype=np.float64)) if len(estimated) else None,
         num_noise=len(estimated),
+        memory_bytes=int(rows["memory_bytes"].max()) or None,
     )

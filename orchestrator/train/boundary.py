@@ -66,6 +66,10 @@ class Boundary:
             self._posted[0].wait()
             self._posted = None
 
+    def regroup(self, group: dist.ProcessGroup | None) -> None:
+        """The ranks have new groups; what was posted over the old one is void, and every rank reads its order anew."""
+        self._group, self._posted, self._seen = group, None, -1
+
     def _post(self) -> None:
         """Start telling the others rank 0's order version; it will be read at the next boundary."""
         order, version = None, self._seen

@@ -18,7 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -71,6 +71,10 @@ class ProcessState:
             children=frozenset(_children()),
             groups=frozenset(_process_groups()),
         )
+
+    def regrouped(self) -> Self:
+        """The same state, with the process groups that there are now."""
+        return replace(self, groups=frozenset(_process_groups()))
 
     def leaks(self) -> tuple[str, ...]:
         """Names of all that differs from the captured state, e.g. `torch.default_dtype`, `os.environ[HOME]`."""

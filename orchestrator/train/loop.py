@@ -7,14 +7,11 @@ it without Ray. Within its envelope a trial protects itself at once (a non-finit
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from jobs.job import Job
 from orchestrator.control.orders import (
@@ -28,13 +25,16 @@ from orchestrator.control.orders import (
     StopMode,
     TrialOrder,
 )
-from orchestrator.errors import ApplyError
+from orchestrator.errors import ApplyError, OutOfMemoryError
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, tier_code
+from orchestrator.train.batch.guard import MemoryGuard, Move, is_out_of_memory
+from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Link
 from orchestrator.train.step_mode.choice import StepMode
-from orchestrator.train.stepper import Ranks, Stepper, StepResult, dearer_tier
+from orchestrator.train.stepper import Stepper, StepResult, dearer_tier
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class TrialLoop:
         self._directory = Path(self._trial.directory)
         self._job = job
         self._stepper: Stepper | None = None
+        self._meter = MemoryMeter(ranks.device, self._trial.memory_bytes)
+        self._guard: MemoryGuard | None = None
         self._order = order
         self._grant: Grant | None = None
         self._unsaid_ack: Ack | None = None
@@ -69,8 +71,10 @@ class TrialLoop:
 
         Raises:
             ApplyError: it diverged, or an allocation could not be applied.
+            OutOfMemoryError: it must begin again from its last commit, or is given up.
         """
         stepper = self._stepper = Stepper(self._trial, self._job, self._ranks)
+        self._guard = MemoryGuard(stepper, self._ranks, self._meter, self._trial.trial_id)
         if self._trial.resume_from is not None:
             extra = stepper.resume(Path(self._trial.resume_from))
             self._num_reports = max(self._num_reports, int(extra["num_reports"]))
@@ -104,7 +108,8 @@ class TrialLoop:
             if not self._await(lambda: not self._is_paused, stepper):
                 return False
             wait_s = self._share.hold_back()
-            results = stepper.advance()
+            assert self._guard is not None
+            results, move = self._guard.advance()
             times = _Times(
                 began_s=began_s,
                 step_s=time.monotonic() - began_s,
@@ -112,6 +117,8 @@ class TrialLoop:
                 wait_s=wait_s,
                 switch_s=switch_s,
             )
+            if move is not None:
+                self._override(stepper, move)
             self._launched.append(times)
             self._take(results, stepper)
         return True
@@ -154,7 +161,9 @@ class TrialLoop:
         began_s = time.monotonic()
         if grant.settings.share > 0:  # a pause is kept here, at the boundary; no mechanism knows a share of nothing
             self._share.apply(grant.units[self._ranks.rank], grant.amount)
-        stepper.turn(grant.settings)
+        assert self._guard is not None
+        settings = self._guard.prepare(grant.settings)
+        stepper.turn(settings)
         self._grant = grant
         applied_s = time.monotonic()
         self._unsaid_ack = Ack(
@@ -166,6 +175,12 @@ class TrialLoop:
         )
         if self._ranks.world_size == 1:
             self._say_ack()
+        if settings != grant.settings:
+            asked = grant.settings
+            reason = f"no room for micro-batch {asked.micro_batch} in {asked.tier}: goes on with {settings.micro_batch}"
+            self._override(
+                stepper, Move(instead_of=asked, reason=f"{reason} x {settings.grad_accum} in {settings.tier}")
+            )
         return applied_s - began_s
 
     def _say_ack(self) -> None:
@@ -189,24 +204,28 @@ class TrialLoop:
                     f" {self._num_skips} times in {settings.tier}, the dearest tier allowed; lower the learning rate"
                 )
             return
-        protected = replace(settings, tier=dearer)
-        stepper.turn(protected)
-        self._num_overrides += 1
+        stepper.turn(replace(settings, tier=dearer))
         reason = f"non-finite gradient at step {stepper.step_index} in {settings.tier}: goes on in {dearer}"
-        logger.warning("override %d: %s", self._num_overrides, reason)
+        self._override(stepper, Move(instead_of=settings, reason=reason))
+
+    def _override(self, stepper: Stepper, move: Move) -> None:
+        """Tell of a protective move that was made."""
+        self._num_overrides += 1
+        logger.warning("override %d: %s", self._num_overrides, move.reason)
         if self._ranks.rank == 0:
             report = OverrideReport(
                 generation=0 if self._grant is None else self._grant.generation,
                 number=self._trial.attempt * 1_000_000 + self._num_overrides,
-                settings=protected,
+                settings=stepper.settings,
                 step=stepper.step_index,
-                reason=reason,
+                reason=move.reason,
+                instead_of=move.instead_of,
             )
             self._link.outbox.add_override(report)
 
     def _report(self, stepper: Stepper) -> bool:
         """Evaluate, commit, tell the search, and wait for its word to go on; False when told to leave."""
-        metrics = stepper.evaluate()
+        metrics = self._evaluate(stepper)
         self._num_reports += 1
         path = self._commit(stepper)
         if self._ranks.rank == 0:
@@ -223,6 +242,16 @@ class TrialLoop:
         if self._num_reports >= self._trial.max_reports:
             return True
         return self._await(lambda: self._order.credit > self._num_reports, stepper)
+
+    def _evaluate(self, stepper: Stepper) -> dict[str, float]:
+        """Validation metrics; an evaluation that runs out of memory is begun again with the trial, from its commit."""
+        try:
+            return stepper.evaluate()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            text = f"{self._trial.trial_id} ran out of memory in its evaluation: {error}"
+            raise OutOfMemoryError(text, settings=stepper.settings) from None
 
     def _await(self, is_met: Callable[[], bool], stepper: Stepper) -> bool:
         """Wait at a boundary until an order meets a condition; False when told to leave first."""
@@ -286,7 +315,7 @@ class TrialLoop:
                 result.learning_rate,
                 nan if result.noise is None else result.noise.noise_trace,
                 nan if result.noise is None else result.noise.grad_sq,
-                peak_memory_bytes(self._ranks.device),
+                self._meter.observe(settings),
             )
         )
         self._seq += 1
@@ -301,10 +330,3 @@ class _Times:
     cpu_s: float
     wait_s: float
     switch_s: float
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process has held: of the GPU since the trial began, or resident on the host since it started."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

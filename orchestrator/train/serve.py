@@ -11,19 +11,21 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from jobs import build_job
 from jobs.job import Job
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
+from orchestrator.errors import OutOfMemoryError
 from orchestrator.share import ShareMechanism
+from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.groups import Groups
 from orchestrator.train.isolation import ProcessState, seed_generators
 from orchestrator.train.link import Link
 from orchestrator.train.loop import TrialLoop
-from orchestrator.train.stepper import Ranks
 from policies.plan import TrialId
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def job_of(trial: TrialOrder) -> Job:
     return build_job(trial.job, trial.params)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Server:
     """Everything one rank needs to serve trials.
 
@@ -57,7 +59,7 @@ class Server:
         build: makes the job of a trial.
     """
 
-    ranks: Ranks
+    groups: Groups
     boundary: Boundary
     link: SlotLink
     share: ShareMechanism
@@ -90,36 +92,61 @@ class Server:
             self._finish(outcome)
             finished = attempt
 
+    @property
+    def _rank(self) -> int:
+        return self.groups.ranks.rank
+
     def _run_trial(self, order: SlotOrder, trial: TrialOrder) -> Outcome:
         """One attempt; the second of three places that catch everything."""
-        with _log_to(Path(trial.directory), self.ranks.rank):
+        with _log_to(Path(trial.directory), self._rank):
             loop: TrialLoop | None = None
             try:
                 logger.info("trial %s attempt %d begins: %s", trial.trial_id, trial.attempt, trial.params)
                 seed_generators(trial.seed)
                 job = self.build(trial)
                 job.prepare()
-                loop = TrialLoop(order, job, self.ranks, self.boundary, self.link, self.share)
+                loop = TrialLoop(order, job, self.groups.ranks, self.boundary, self.link, self.share)
                 outcome = loop.run()
             except Exception as error:
                 logger.exception("trial %s failed", trial.trial_id)
                 step, num_samples = (0, 0) if loop is None else loop.progress
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 reason = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
-                outcome = Outcome(status=Status.FAILED, step=step, num_samples=num_samples, reason=reason)
+                outcome = replace(_status_after(error), step=step, num_samples=num_samples, reason=reason)
+                if outcome.status is Status.MEMORY and self.groups.ranks.world_size > 1:
+                    self.groups.break_off()  # the others wait for this rank in a collective that it will never enter
             logger.info("trial %s attempt %d ends: %s", trial.trial_id, trial.attempt, outcome.status)
             return outcome
 
     def _finish(self, outcome: Outcome) -> None:
         """All ranks leave the trial together, or the group is given up."""
         self.link.flush(_FLUSH_TIMEOUT_S)
-        if self.ranks.world_size > 1:
+        if self.groups.ranks.world_size > 1:
             # Out of band: a rank that raised alone has left the others in a collective that will never end.
             outcome = self.link.leave(outcome)
-            self.boundary.drain()
-        if self.ranks.rank == 0:
+            if outcome.status is Status.MEMORY:
+                self._regroup()
+            else:
+                self.boundary.drain()
+        if self._rank == 0:
             self.link.finish(outcome)
         gc.collect()
+
+    def _regroup(self) -> None:
+        """All ranks have left a trial that broke their groups: make new ones, for the trial to begin again."""
+        self.groups.break_off()
+        ranks = self.groups.regroup()
+        self.boundary.regroup(ranks.group)
+        self.clean = self.clean.regrouped()
+
+
+def _status_after(error: Exception) -> Outcome:
+    """How an attempt ended that raised `error`; where and when is filled in."""
+    if isinstance(error, OutOfMemoryError) and not error.is_final:
+        return Outcome(status=Status.MEMORY, step=0, num_samples=0, settings=error.settings)
+    if is_out_of_memory(error):
+        return Outcome(status=Status.MEMORY, step=0, num_samples=0)
+    return Outcome(status=Status.FAILED, step=0, num_samples=0)
 
 
 @contextlib.contextmanager

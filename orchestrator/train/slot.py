@@ -11,14 +11,12 @@ import gc
 import logging
 import os
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from jobs import build_job
 from orchestrator.control.orders import SlotHello
@@ -26,15 +24,14 @@ from orchestrator.errors import ShareError, UnfitEnvironmentError
 from orchestrator.share import CpuCores, Mps, ShareMechanism, SmGroups, TimeSlice
 from orchestrator.telemetry.sampler import cuda_device_id
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.ray_link import RayLink
 from orchestrator.train.serve import Server
 from orchestrator.train.step_mode.choice import StepMode
-from orchestrator.train.stepper import Ranks, Stepper
+from orchestrator.train.stepper import Stepper
 from policies.plan import DeviceId
 from policies.snapshot import DeviceKind, DeviceView
-
-_SIDE_GROUP_TIMEOUT = timedelta(minutes=30)
 
 
 def slot_loop(config: dict[str, Any]) -> None:
@@ -45,7 +42,9 @@ def slot_loop(config: dict[str, Any]) -> None:
     """
     logging.getLogger("orchestrator").setLevel(config["log_level"])
     context = ray.train.get_context()
-    ranks = _open_ranks(context.get_world_rank(), context.get_world_size(), StepMode(config["step_mode"]))
+    step_mode = StepMode(config["step_mode"])
+    groups = Groups(context.get_world_rank(), context.get_world_size(), _own_device(), step_mode)
+    ranks = groups.ranks
     share, words = _share(config, ranks)
     link = RayLink(config["actor"], config["namespace"], config["slot_id"], ranks.rank, config["send_period_s"])
     link.on_news = share.wake  # a long sleep that enforces a share must not delay a stop or a new plan
@@ -60,7 +59,7 @@ def slot_loop(config: dict[str, Any]) -> None:
     gc.collect()
     gc.freeze()  # what is here now stays: later collections, between two trials, need not look at it again
     try:
-        Server(ranks=ranks, boundary=boundary, link=link, share=share, clean=clean).serve()
+        Server(groups=groups, boundary=boundary, link=link, share=share, clean=clean).serve()
     finally:
         link.close()
         share.release()
@@ -84,14 +83,9 @@ def _share(config: dict[str, Any], ranks: Ranks) -> tuple[ShareMechanism, str]:
     return whole(memory_fraction=fraction), words
 
 
-def _open_ranks(rank: int, world_size: int, step_mode: StepMode) -> Ranks:
-    """The process groups beside the one Ray Train made: a side group for agreements and a mesh to shard over."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if world_size == 1:
-        return Ranks(rank=rank, world_size=world_size, device=device, step_mode=step_mode)
-    group = dist.new_group(backend="gloo", timeout=_SIDE_GROUP_TIMEOUT)
-    mesh = init_device_mesh(device.type, (world_size,))
-    return Ranks(rank=rank, world_size=world_size, device=device, group=group, mesh=mesh, step_mode=step_mode)
+def _own_device() -> torch.device:
+    """The GPU that Ray gave this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _warm_up(config: dict[str, Any], ranks: Ranks) -> None:

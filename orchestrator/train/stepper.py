@@ -5,30 +5,29 @@ Knows nothing of boundaries or telemetry: `loop` turns the dials here between tw
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from jobs import job_info
-from jobs.data import SampleCursor, micro_batches, rank_slice
+from jobs.data import Indices, SampleCursor, micro_batches, rank_slice
 from jobs.job import Job
 from orchestrator.control.orders import TrialOrder
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Schedule, Shape, apply
-from orchestrator.train.batch.noise import NoiseEstimate, NoiseEstimator
+from orchestrator.train.batch.meter import NoiseMeter
+from orchestrator.train.batch.noise import NoiseEstimate
+from orchestrator.train.groups import Ranks
 from orchestrator.train.precision.tiers import install, set_tier
 from orchestrator.train.step_mode.choice import ModeChoice, StepMode
-from orchestrator.train.step_mode.recorder import CudaRecorder, Recorder
+from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.step_mode.replay import CPU, Launched, Replay, Returned, open_replay, refusal
 from policies.plan import Settings
 from policies.tier import Tier
@@ -36,33 +35,12 @@ from policies.tier import Tier
 logger = logging.getLogger(__name__)
 
 MAX_GRAD_NORM = 1.0
-NOISE_PERIOD_STEPS = 8
-"""Two of so many steps keep their gradients for the noise scale: enough estimates in seconds, at a few per cent of a
-small step and nothing of a large one."""
-
-GRAPH_NOISE_PERIOD_STEPS = 64
-"""The same for steps that are replayed: those are short, and the probe is launched kernel by kernel."""
-
 WARMUP_STEPS = 20
+# A job names the rule of its optimizer; AdaScale is the linear one as long as noise prevails, and less beyond that.
+_RULES = {"sqrt": ScalingRule.SQRT, "linear": ScalingRule.ADASCALE}
+
 RAMP_STEPS = 50
 """Steps at the start batch over which a larger batch brings in its larger learning rate (50-100 in practice)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """Where a process stands in its worker group. `group` is the side group for small agreements.
-
-    `step_mode` is how its steps are executed, where that can be chosen; `recorder` makes what records them, None for
-    CUDA graphs.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-    group: dist.ProcessGroup | None = None
-    mesh: DeviceMesh | None = None
-    step_mode: StepMode = StepMode.AUTO
-    recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +63,11 @@ class StepResult:
 
 
 class Stepper:
-    """Trains one trial, one step at a time. Every rank of the worker group has one."""
+    """Trains one trial, one step at a time. Every rank of the worker group has one.
+
+    Attributes:
+        is_torn: whether an update of the weights was left half done: the step cannot be done again in place.
+    """
 
     def __init__(self, order: TrialOrder, job: Job, ranks: Ranks) -> None:
         self.job, self._ranks, self._order = job, ranks, order
@@ -97,12 +79,13 @@ class Stepper:
         self.cursor = SampleCursor(seed=order.seed, num_samples=job.num_train_samples)
         self.step_index = 0
         self.settings = order.start
-        self._noise = NoiseEstimator(every=NOISE_PERIOD_STEPS)
-        self._sparse_noise = NoiseEstimator(every=GRAPH_NOISE_PERIOD_STEPS)
         is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
         self._modes = ModeChoice(ranks.step_mode, refusal(ranks.world_size, self.optimizer, is_possible=is_possible))
         self._replay: Replay | None = None
         self._has_stepped = False
+        self._unsaid: list[StepResult] = []
+        self.is_torn = False
+        self._noise = NoiseMeter(self.model, self.optimizer, ranks.world_size)
         self._rate = LearningRate.start(self._schedule(), order.start.global_batch)
         set_tier(self.model, order.start.tier)
         # Every rank built the same model from the same seed; what it draws from here on (dropout) is its own.
@@ -114,8 +97,7 @@ class Stepper:
             set_tier(self.model, settings.tier)
         if (settings.global_batch, settings.tier) != (self.settings.global_batch, self.settings.tier):
             self._noise.reset()
-            self._sparse_noise.reset()
-            self._rate = self._rate.with_batch(settings.global_batch, self.cursor.position)
+            self._rate = self._rate.with_batch(settings.global_batch, self.cursor.position, self._noise.scale)
         self.settings = settings
 
     def advance(self) -> list[StepResult]:
@@ -128,14 +110,14 @@ class Stepper:
             results = self._launch()
             if results is not None:
                 return results
-        early = self.settle()
-        if any(result.is_skipped for result in early):
-            return early
-        began_s = time.monotonic()
-        result = self.step()
-        self._modes.note(self._dials, StepMode.EAGER, time.monotonic() - began_s)
-        self._has_stepped = True
-        return [*early, result]
+        self._unsaid += self.settle()  # kept if this step raises
+        if not any(result.is_skipped for result in self._unsaid):
+            began_s = time.monotonic()
+            self._unsaid.append(self.step())
+            self._modes.note(self._dials, StepMode.EAGER, time.monotonic() - began_s)
+            self._has_stepped = True
+        results, self._unsaid = self._unsaid, []
+        return results
 
     def rehearse(self) -> None:
         """Do two more steps in the mode that is wished for, and wait for them: for a warm-up."""
@@ -161,12 +143,52 @@ class Stepper:
 
     def step(self) -> StepResult:
         """One optimizer step, eagerly, of `settings.global_batch` samples; on a non-finite gradient nothing changes."""
-        settings = self.settings
+        settings, world_size = self.settings, self._ranks.world_size
         indices, cursor = self.cursor.take(settings.global_batch)
-        total_elements = self.job.num_elements(len(indices))
-        mine = rank_slice(indices, self._ranks.rank, self._ranks.world_size)
+        mine = rank_slice(indices, self._ranks.rank, world_size)
+        is_measured = self._noise.begin(self.step_index)
+        loss, data_s = self._accumulate(mine, self.job.num_elements(len(indices)))
+        noise = None
+        if is_measured:
+            counts = [len(rank_slice(indices, rank, world_size)) for rank in range(world_size)]
+            noise = self._noise.end(counts, self._ranks.group)
+        grad_norm = float(fsdp.clip_and_norm(self.model, MAX_GRAD_NORM))
+        is_skipped = not math.isfinite(grad_norm)
+        rate = self._rate.at(self.cursor.position, self._noise.scale)
+        step, position = self.step_index, self.cursor.position
+        if not is_skipped:
+            self._update(rate)
+            self._noise.keep(noise)
+            self.cursor = cursor
+            self.step_index += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(
+            step=step,
+            position=position,
+            mode=StepMode.EAGER,
+            is_skipped=is_skipped,
+            num_samples=0 if is_skipped else len(indices),
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            noise=None if is_skipped else noise,
+            data_s=data_s,
+        )
+
+    def release_memory(self) -> None:
+        """Drop what a step that raised has left, so that it can be done again."""
+        self._noise.reset()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._replay is not None:
+            self._replay.captured.forget()
+        gc.collect()
+        if self._ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _accumulate(self, mine: Indices, total_elements: int) -> tuple[float, float]:
+        """Gradients of this rank's samples, micro-batch by micro-batch; returns their mean loss and seconds of data."""
         loss_sum, num_elements, data_s = 0.0, 0, 0.0
-        parts = micro_batches(mine, settings.micro_batch)
+        parts = micro_batches(mine, self.settings.micro_batch)
         for number, part in enumerate(parts, start=1):
             fsdp.set_gradient_sync(self.model, number == len(parts))
             began_s = time.monotonic()
@@ -177,28 +199,26 @@ class Stepper:
             (terms.loss_sum * (self._ranks.world_size / total_elements)).backward()  # type: ignore[no-untyped-call]
             loss_sum += float(terms.loss_sum.detach())
             num_elements += terms.num_elements
-        noise = self._estimate_noise(settings)
-        grad_norm = float(fsdp.clip_and_norm(self.model, MAX_GRAD_NORM))
-        is_skipped = not math.isfinite(grad_norm)
-        rate = self._rate.at(self.cursor.position)
-        step, position = self.step_index, self.cursor.position
-        if not is_skipped:
-            apply(self.optimizer, rate)
+        return loss_sum / max(1, num_elements), data_s
+
+    def _update(self, rate: float) -> None:
+        """Change the weights; if that raises, note whether it had begun to."""
+        apply(self.optimizer, rate)
+        before = self._versions() if self._ranks.world_size == 1 else 0
+        try:
             self.optimizer.step()
-            self.cursor = cursor
-            self.step_index += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(
-            step=step,
-            position=position,
-            mode=StepMode.EAGER,
-            is_skipped=is_skipped,
-            num_samples=0 if is_skipped else len(indices),
-            loss=loss_sum / max(1, num_elements),
-            grad_norm=grad_norm,
-            learning_rate=rate,
-            noise=None if is_skipped else noise,
-            data_s=data_s,
+        except BaseException:
+            self.is_torn = self._ranks.world_size > 1 or self._versions() != before
+            raise
+
+    def _versions(self) -> int:
+        """A number that grows with every change of a weight or of optimizer state."""
+        state = self.optimizer.state
+        return sum(
+            param._version + sum(value._version for value in state[param].values() if isinstance(value, torch.Tensor))
+            for group in self.optimizer.param_groups
+            for param in group["params"]
+            if param in state
         )
 
     def evaluate(self) -> dict[str, float]:
@@ -215,7 +235,13 @@ class Stepper:
             directory,
             model=self.model,
             optimizer=self.optimizer,
-            extra={**extra, "step": self.step_index, "position": self.cursor.position, "rate": self._rate.state()},
+            extra={
+                **extra,
+                "step": self.step_index,
+                "position": self.cursor.position,
+                "rate": self._rate.state(),
+                "noise": self._noise.state(),
+            },
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
             group=self._ranks.group,
@@ -234,9 +260,9 @@ class Stepper:
         self.cursor = replace(self.cursor, position=int(extra["position"]))
         self.step_index = int(extra["step"])
         self._rate = LearningRate.restored(self._rate.schedule, extra["rate"])
-        self._noise.reset()
-        self._sparse_noise.reset()
         self._replay = None  # what was recorded reads the optimizer state of before
+        if "noise" in extra:
+            self._noise.restore(extra["noise"])
         return extra
 
     @property
@@ -255,19 +281,19 @@ class Stepper:
         replay = self._prepared(batches)
         if replay is None:
             return None
-        rate = self._rate.at(self.cursor.position)
+        rate = self._rate.at(self.cursor.position, self._noise.scale)
         apply(self.optimizer, rate)
         step = Launched(
             step=self.step_index, cursor=self.cursor, num_samples=len(indices), learning_rate=rate, data_s=data_s
         )
-        between = partial(self._observe, step) if self._sparse_noise.wants(self.step_index) else None
+        between = partial(self._observe, step) if self._noise.begin(self.step_index, is_replayed=True) else None
         replay.launch(step, batches, 1 / self.job.num_elements(len(indices)), between)
         self.cursor, self.step_index = cursor, self.step_index + 1
         return self._results(replay.collect())
 
     def _observe(self, step: Launched) -> None:
         """Feed the noise scale with the gradients of a step on its way."""
-        step.noise = self._sparse_noise.observe(fsdp.local_grads(self.model), step.num_samples)
+        step.noise = self._noise.end([step.num_samples], None)
 
     def _prepared(self, batches: list[tuple[torch.Tensor, ...]]) -> Replay | None:
         """The replay with a recording for these batches, or None: then the trial stays eager, and says why."""
@@ -293,7 +319,9 @@ class Stepper:
                 self._modes.note(self._dials, StepMode.GRAPH, each.interval_s)
             if each.is_skipped:
                 self.cursor, self.step_index = launched.cursor, launched.step
-                self._sparse_noise.reset()
+                self._noise.reset()
+            else:
+                self._noise.keep(launched.noise)
             results.append(
                 StepResult(
                     step=launched.step,
@@ -317,17 +345,12 @@ class Stepper:
         return Schedule(
             base_lr=float(self.optimizer.param_groups[0]["lr"]),
             base_batch=order.start.global_batch,
-            rule=ScalingRule(job_info(order.job).learning_rate_rule),
+            rule=_RULES[job_info(order.job).learning_rate_rule],
             shape=Shape.CONSTANT,
             total_samples=total,
             warmup_samples=min(WARMUP_STEPS * order.start.global_batch, total // 20),
             ramp_samples=RAMP_STEPS * order.start.global_batch,
         )
-
-    def _estimate_noise(self, settings: Settings) -> NoiseEstimate | None:
-        if not self._noise.wants(self.step_index):
-            return None
-        return self._noise.observe(fsdp.local_grads(self.model), settings.global_batch, self._ranks.group)
 
 
 def dearer_tier(tier: Tier, allowed: tuple[Tier, ...]) -> Tier | None:

@@ -139,8 +139,8 @@ def run_ours(
     import torch
 
     from jobs import build_job
+    from orchestrator.train.groups import Ranks
     from orchestrator.train.step_mode.choice import StepMode
-    from orchestrator.train.stepper import Ranks
     from tests.unit.orchestrator.train.links import Script, loop
 
     assert first.trial is not None

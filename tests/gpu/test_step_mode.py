@@ -12,8 +12,9 @@ import torch
 
 from jobs import build_job
 from orchestrator.telemetry.record import FLAG_GRAPH
+from orchestrator.train.groups import Ranks
 from orchestrator.train.step_mode.choice import StepMode
-from orchestrator.train.stepper import Ranks, Stepper
+from orchestrator.train.stepper import Stepper
 from policies.tier import Tier
 from tests.bench.gpu_job import run_ours
 from tests.unit.orchestrator.train.links import Script, grant, order

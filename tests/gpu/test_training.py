@@ -11,7 +11,7 @@ import torch
 
 from jobs import build_job
 from orchestrator.control.orders import SlotOrder, Status, StopMode
-from orchestrator.train.stepper import Ranks
+from orchestrator.train.groups import Ranks
 from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order
 

@@ -1,7 +1,7 @@
-"""The learning rate as a pure function of the samples seen and of the global batch.
+"""The learning rate as a pure function of the samples seen, of the global batch and of the noise scale.
 
 A schedule that counts samples means the same at every batch size. Knows no policy and no model; the loop keeps one
-`LearningRate`, asks it `at(samples)` before each step and stores its `state()` in the checkpoint.
+`LearningRate`, asks it `at(samples, noise_scale)` before each step and stores its `state()` in the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from typing import Self
 
 import torch
 
+from policies.goodput import gain
+
 
 class ScalingRule(StrEnum):
     """How the learning rate follows the global batch.
 
-    SQRT is for Adam and its kin (Malladi et al. 2022, arXiv 2205.10287, "square root scaling rule"); LINEAR is for
-    SGD (Goyal et al. 2017, arXiv 1706.02677, "linear scaling rule"); NONE leaves it as it is.
+    SQRT is for Adam and its kin (Malladi et al. 2022, arXiv 2205.10287, "square root scaling rule"), up to the noise
+    scale and not beyond it, where the best rate of Adam no longer grows (Li et al. 2024, arXiv 2405.14578). ADASCALE is
+    for SGD: the rate grows by the gain of the larger batch (Johnson et al. 2020, arXiv 2007.05105), which is that of
+    LINEAR (Goyal et al. 2017, arXiv 1706.02677) while noise prevails and less near the noise scale. NONE leaves it.
     """
 
     NONE = "none"
     SQRT = "sqrt"
     LINEAR = "linear"
+    ADASCALE = "adascale"
 
 
 class Shape(StrEnum):
@@ -34,17 +39,19 @@ class Shape(StrEnum):
     COSINE = "cosine"
 
 
-def scaled(base_lr: float, rule: ScalingRule | str, base_batch: int, global_batch: int) -> float:
+def scaled(
+    base_lr: float, rule: ScalingRule | str, base_batch: int, global_batch: int, noise_scale: float | None = None
+) -> float:
     """The learning rate at `global_batch` that corresponds to `base_lr` at `base_batch`.
 
     Raises:
         ValueError: a batch below 1, or a rule that is none of `ScalingRule`.
     """
-    return base_lr * _batch_factor(rule, base_batch, global_batch)
+    return base_lr * _batch_factor(rule, base_batch, global_batch, noise_scale)
 
 
-def _batch_factor(rule: ScalingRule | str, base_batch: int, global_batch: int) -> float:
-    """What `rule` multiplies the learning rate by."""
+def _batch_factor(rule: ScalingRule | str, base_batch: int, global_batch: int, noise_scale: float | None) -> float:
+    """What `rule` multiplies the learning rate by; an unknown noise scale counts as one above both batches."""
     if base_batch < 1 or global_batch < 1:
         raise ValueError(f"base_batch={base_batch}, global_batch={global_batch} cannot be scaled; allowed: both >= 1")
     ratio = global_batch / base_batch
@@ -52,11 +59,14 @@ def _batch_factor(rule: ScalingRule | str, base_batch: int, global_batch: int) -
         case ScalingRule.NONE:
             return 1.0
         case ScalingRule.SQRT:
-            return math.sqrt(ratio)
+            limit = math.inf if noise_scale is None else noise_scale
+            return math.sqrt(min(global_batch, limit) / min(base_batch, limit))
         case ScalingRule.LINEAR:
             return ratio
+        case ScalingRule.ADASCALE:
+            return ratio if noise_scale is None else gain(noise_scale, base_batch, global_batch)
     allowed = ", ".join(ScalingRule)
-    raise ValueError(f"rule={rule!r} is unknown; allowed: {allowed}; 'sqrt' suits Adam, 'linear' suits SGD")
+    raise ValueError(f"rule={rule!r} is unknown; allowed: {allowed}; 'sqrt' suits Adam, 'adascale' suits SGD")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +141,7 @@ class LearningRate:
     @classmethod
     def start(cls, schedule: Schedule, global_batch: int) -> Self:
         """At sample 0 with `global_batch`, without a ramp."""
-        factor = _batch_factor(schedule.rule, schedule.base_batch, global_batch)
+        factor = _batch_factor(schedule.rule, schedule.base_batch, global_batch, None)
         return cls(schedule=schedule, global_batch=global_batch, ramp_from=factor, ramp_start=0)
 
     @classmethod
@@ -148,24 +158,24 @@ class LearningRate:
         """What a checkpoint must keep, fit for JSON without loss."""
         return {"global_batch": self.global_batch, "ramp_from": self.ramp_from, "ramp_start": self.ramp_start}
 
-    def factor(self, samples: int) -> float:
+    def factor(self, samples: int, noise_scale: float | None = None) -> float:
         """What the batch in force multiplies the schedule by after `samples` samples."""
-        target = _batch_factor(self.schedule.rule, self.schedule.base_batch, self.global_batch)
+        target = _batch_factor(self.schedule.rule, self.schedule.base_batch, self.global_batch, noise_scale)
         passed = samples - self.ramp_start
         if target <= self.ramp_from or passed >= self.schedule.ramp_samples:
             return target
         return self.ramp_from + (target - self.ramp_from) * max(passed, 0) / self.schedule.ramp_samples
 
-    def at(self, samples: int) -> float:
+    def at(self, samples: int, noise_scale: float | None = None) -> float:
         """The learning rate of the step that starts after `samples` samples."""
-        return self.schedule.at(samples) * self.factor(samples)
+        return self.schedule.at(samples) * self.factor(samples, noise_scale)
 
-    def is_ramping(self, samples: int) -> bool:
+    def is_ramping(self, samples: int, noise_scale: float | None = None) -> bool:
         """Whether the last change of batch is still coming into effect."""
-        target = _batch_factor(self.schedule.rule, self.schedule.base_batch, self.global_batch)
-        return self.factor(samples) != target
+        target = _batch_factor(self.schedule.rule, self.schedule.base_batch, self.global_batch, noise_scale)
+        return self.factor(samples, noise_scale) != target
 
-    def with_batch(self, global_batch: int, samples: int) -> Self:
+    def with_batch(self, global_batch: int, samples: int, noise_scale: float | None = None) -> Self:
         """After a change to `global_batch` at `samples`; the same object where the batch is unchanged.
 
         A change that comes while another is still coming in takes its place, from the factor reached so far: at most
@@ -173,7 +183,7 @@ class LearningRate:
         """
         if global_batch == self.global_batch:
             return self
-        return replace(self, global_batch=global_batch, ramp_from=self.factor(samples), ramp_start=samples)
+        return replace(self, global_batch=global_batch, ramp_from=self.factor(samples, noise_scale), ramp_start=samples)
 
 
 def apply(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,20 +1,24 @@
-"""The gradient noise of a trial, estimated from the gradients of two consecutive steps.
+"""The gradient noise of a trial, estimated from gradients that are computed anyway.
 
-The differenced estimator works for any world size and accumulation, because it needs nothing but what every rank holds
-anyway: its shard of the averaged gradient. Knows no model, policy or schedule; the loop feeds it before it clips.
+Two estimators with one result. `NoiseEstimator` compares the gradients of two consecutive steps and works for one rank;
+`orchestrator.train.batch.rank_noise` compares the gradients of the ranks within one step. Both may weigh gradients with
+Adam's preconditioner (`weights_of`), because that is the geometry in which Adam moves.
+Knows no model, policy or schedule. Fed after the backward pass and before clipping.
 Source: McCandlish et al. 2018, arXiv 1812.06162, appendix A.1 (estimators of |G|^2 and tr(Sigma) from two batches);
-differencing as in AdaptDL, OSDI 2021.
+differencing and preconditioning as in AdaptDL, OSDI 2021.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +26,8 @@ class NoiseEstimate:
     """One draw of both noise terms. Single draws scatter widely: average each over many before dividing.
 
     Attributes:
-        noise_trace: tr(Sigma), the variance of one sample's gradient summed over parameters, >= 0.
+        noise_trace: tr(Sigma), the variance of one sample's gradient summed over parameters; one draw that compares
+            ranks may be negative.
         grad_sq: |G|^2, the squared norm of the true gradient; one draw may be negative.
     """
 
@@ -65,21 +70,29 @@ class NoiseEstimator:
         self._held = None
 
     def observe(
-        self, local_grads: Sequence[Tensor], global_batch: int, group: dist.ProcessGroup | None = None
+        self,
+        local_grads: Sequence[Tensor],
+        global_batch: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        grad_scale: float = 1.0,
+        weights: Sequence[Tensor] | None = None,
     ) -> NoiseEstimate | None:
-        """Take the gradients of a step, averaged over `global_batch` samples, unscaled and unclipped.
+        """Take the gradients of a step, averaged over `global_batch` samples and unclipped.
 
         Args:
             local_grads: this rank's disjoint shards, as `fsdp.local_grads` returns them.
             global_batch: samples behind the averaged gradient.
             group: the ranks that hold the other shards; None where this rank holds everything.
+            grad_scale: what the loss was multiplied with, where the gradients still are.
+            weights: the preconditioner, one tensor for each gradient; None for plain gradients.
 
         Returns:
             The estimate, the same on every rank, on the second step of a pair; None on the first, after a change of
             batch in between, and where a gradient is not finite. Only the second step waits for the device.
         """
         if self._held is None or self._held_batch != global_batch:
-            self._held = [grad.detach().clone() for grad in local_grads]
+            self._held = [grad.detach() / grad_scale for grad in local_grads]
             self._held_batch = global_batch
             return None
         held, self._held = self._held, None
@@ -88,19 +101,51 @@ class NoiseEstimator:
                 f"{len(local_grads)} gradients after {len(held)} in the step before; allowed: the same parameters in "
                 "both steps of a pair; call reset() when they change"
             )
-        grad_sq, difference_sq = _reduced(_products(held, local_grads), group)
+        grad_sq, difference_sq = reduced(_products(held, local_grads, grad_scale, weights), group)
         if not (math.isfinite(grad_sq) and math.isfinite(difference_sq)):
             return None
         return NoiseEstimate(noise_trace=0.5 * global_batch * difference_sq, grad_sq=grad_sq)
 
 
-def _products(held: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+def weights_of(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[Tensor] | None:
+    """Adam's preconditioner 1 / (sqrt(v_hat) + eps) of each parameter that has a gradient, this rank's shard of it.
+
+    Empty for an optimizer without second moments (SGD), None while Adam has none yet, before its first step.
+    """
+    groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+    weights = []
+    for param in params:
+        if param.grad is None:
+            continue
+        group = groups[id(param)]
+        if "betas" not in group:
+            return []
+        state: dict[str, Any] = optimizer.state.get(param, {})
+        if "exp_avg_sq" not in state:
+            return None
+        second = state["exp_avg_sq"]
+        second = second.to_local() if isinstance(second, DTensor) else second
+        steps = torch.as_tensor(state["step"]).to(device=second.device, dtype=torch.float32)
+        bias = (1.0 - torch.pow(float(group["betas"][1]), steps)).sqrt()
+        weights.append(second.detach().sqrt().div_(bias).add_(float(group["eps"])).reciprocal_())
+    return weights
+
+
+def _products(
+    held: Sequence[Tensor], grads: Sequence[Tensor], grad_scale: float, weights: Sequence[Tensor] | None
+) -> Tensor:
     """(<held, grads>, |held - grads|^2) as two float64 numbers on the tensors' device; `held` is used up."""
     if not held:
         return torch.zeros(2, dtype=torch.float64)
     dots, differences = [], []
-    for before, now in zip(held, grads, strict=True):
+    for index, (before, now) in enumerate(zip(held, grads, strict=True)):
         flat_before, flat_now = before.flatten(), now.detach().flatten()
+        if grad_scale != 1.0:
+            flat_now = flat_now / grad_scale
+        if weights:
+            flat_weights = weights[index].flatten()
+            flat_before *= flat_weights
+            flat_now = flat_now * flat_weights
         dots.append(torch.dot(flat_before, flat_now))
         flat_before -= flat_now
         differences.append(torch.dot(flat_before, flat_before))
@@ -108,7 +153,7 @@ def _products(held: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.stack(dots).double().sum(), torch.stack(differences).double().sum()])
 
 
-def _reduced(values: Tensor, group: dist.ProcessGroup | None) -> tuple[float, float]:
+def reduced(values: Tensor, group: dist.ProcessGroup | None) -> tuple[float, float]:
     """Both numbers summed over the ranks of `group`."""
     if group is not None:
         values = values.cpu() if dist.get_backend(group) == dist.Backend.GLOO else values

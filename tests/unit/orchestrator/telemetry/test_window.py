@@ -325,6 +325,7 @@ def test_observations_are_medians_per_setting_without_the_step_of_the_change() -
         noise_trace=4.0,
         grad_sq=1.5,
         num_noise=2,
+        memory_bytes=int(rows["memory_bytes"].max()),
     )
     second = replace(first, cores=0.3, tier=Tier.BF16, num_steps=5, noise_trace=None, grad_sq=None, num_noise=0)
     assert trial.window.observations(at(11)) == (first, second)

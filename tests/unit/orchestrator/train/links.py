@@ -24,9 +24,9 @@ from orchestrator.control.orders import (
 from orchestrator.share.mechanism import Enforcement
 from orchestrator.telemetry.record import StepArray, unpack
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Outbox
 from orchestrator.train.loop import TrialLoop
-from orchestrator.train.stepper import Ranks
 from policies.plan import Settings, TrialId
 from policies.snapshot import DialLimits
 from policies.tier import Tier

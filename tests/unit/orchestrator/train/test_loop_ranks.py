@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from jobs import build_job
 from orchestrator.control.orders import Status, StopMode
-from orchestrator.train.stepper import Ranks
+from orchestrator.train.groups import Ranks
 from policies.tier import Tier
 from tests.unit.orchestrator.train.links import Script, grant, loop, order
 

@@ -18,10 +18,11 @@ from jobs.mlp import MlpJob
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.groups import Groups
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.serve import Server
 from policies.plan import TrialId
-from tests.unit.orchestrator.train.links import ONE_RANK, FakeShare, Script, order
+from tests.unit.orchestrator.train.links import FakeShare, Script, order
 
 
 class DrawingJob(MlpJob):
@@ -83,7 +84,14 @@ def serve(tmp_path: Path, jobs: list[Job]) -> SlotScript:
 
     boundary = Boundary(script, 0, 1, None)
     clean = ProcessState.capture()
-    Server(ranks=ONE_RANK, boundary=boundary, link=script, share=FakeShare(), clean=clean, build=build).serve()
+    Server(
+        groups=Groups(0, 1, torch.device("cpu")),
+        boundary=boundary,
+        link=script,
+        share=FakeShare(),
+        clean=clean,
+        build=build,
+    ).serve()
     return script
 
 

@@ -22,8 +22,34 @@ def test_the_rules_are_the_published_ones() -> None:
     assert scaled(0.1, "none", 16, 64) == 0.1
 
 
+def test_for_adam_the_rate_grows_up_to_the_noise_scale_and_not_beyond_it() -> None:
+    assert scaled(0.1, "sqrt", 16, 64, noise_scale=1000.0) == pytest.approx(0.2)
+    assert scaled(0.1, "sqrt", 16, 64, noise_scale=36.0) == pytest.approx(0.15)
+    assert scaled(0.1, "sqrt", 16, 4096, noise_scale=36.0) == scaled(0.1, "sqrt", 16, 36, noise_scale=36.0)
+    assert scaled(0.1, "sqrt", 16, 64, noise_scale=4.0) == 0.1, "both are beyond it"
+    assert scaled(0.1, "sqrt", 16, 1, noise_scale=4.0) == pytest.approx(0.05)
+
+
+def test_for_sgd_the_rate_grows_by_the_gain_of_the_larger_batch() -> None:
+    assert scaled(0.1, "adascale", 16, 64) == pytest.approx(0.4)
+    assert scaled(0.1, "adascale", 16, 64, noise_scale=1e9) == pytest.approx(0.4)
+    assert scaled(0.1, "adascale", 16, 64, noise_scale=16.0) == pytest.approx(0.1 * 2 / 1.25)
+    assert scaled(0.1, "adascale", 16, 64, noise_scale=0.0) == 0.1
+    assert scaled(0.1, "adascale", 16, 16, noise_scale=7.0) == 0.1
+
+
+def test_a_noise_scale_that_moves_takes_the_rate_along() -> None:
+    schedule = dataclasses.replace(FLAT, rule=ScalingRule.ADASCALE)
+    rate = LearningRate.start(schedule, 16).with_batch(64, 2_000, 16.0)
+    assert rate.at(2_000, 16.0) == 0.1
+    assert rate.at(3_000, 16.0) == pytest.approx(0.16)
+    assert rate.at(3_000, 48.0) == pytest.approx(0.1 * 4 / 1.75)
+    assert rate.is_ramping(2_500, 48.0)
+    assert not rate.is_ramping(3_000, 48.0)
+
+
 def test_an_unknown_rule_is_refused_and_the_allowed_are_named() -> None:
-    with pytest.raises(ValueError, match="allowed: none, sqrt, linear"):
+    with pytest.raises(ValueError, match="allowed: none, sqrt, linear, adascale"):
         scaled(0.1, "cube", 16, 64)
 
 

@@ -15,9 +15,10 @@ from jobs.job import Job
 from jobs.optim import adamw
 from orchestrator.control.orders import Status
 from orchestrator.telemetry.record import FLAG_GRAPH, FLAG_SKIPPED
+from orchestrator.train.groups import Ranks
 from orchestrator.train.step_mode.captured import MAX_FLYING, MAX_RECORDINGS
 from orchestrator.train.step_mode.choice import StepMode
-from orchestrator.train.stepper import Ranks, Stepper, StepResult
+from orchestrator.train.stepper import Stepper, StepResult
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order
 from tests.unit.orchestrator.train.step_mode.recorders import CallAgain
 

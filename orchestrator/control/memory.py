@@ -1,0 +1,53 @@
+"""What memory a trial is granted, and what the policies are told of what it takes.
+
+A GPU's memory is cut into equal parts for the ranks of the slots that are open on it: slots live long, so a grant does
+not shrink when another trial comes. The memory of a CPU node is nobody's part; its ranks look for themselves.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from orchestrator.control.lifecycle import Trial
+from orchestrator.control.state import RunState
+from policies.memory import solve_line
+from policies.plan import DeviceId, Settings
+from policies.snapshot import DeviceKind
+
+CONTEXT_BYTES = 768 << 20
+"""What a process takes of a GPU beside its tensors: the CUDA context, its libraries' kernels, workspaces, buffers."""
+
+
+class MemoryFields(TypedDict):
+    """The fields of a `TrialView` that speak of memory."""
+
+    memory_fixed_bytes: int
+    memory_sample_bytes: int
+    memory_limit_bytes: int
+    resume: Settings | None
+
+
+def granted_bytes(state: RunState, placement: tuple[DeviceId, ...]) -> int:
+    """Memory for the tensors of each rank of a trial on these devices; 0 where nothing is known or granted."""
+    granted = []
+    for device_id in set(placement):
+        device = state.devices[device_id]
+        if device.kind is not DeviceKind.CUDA or device.memory_bytes <= 0:
+            return 0
+        open_ranks = sum(slot.hello.placement.count(device_id) for slot in state.open_slots() if slot.hello is not None)
+        granted.append(device.memory_bytes // max(1, open_ranks) - CONTEXT_BYTES)
+    return max(0, min(granted, default=0))
+
+
+def memory_fields(state: RunState, trial: Trial) -> MemoryFields:
+    """What a policy shall know of the trial's memory."""
+    placement = state.ledger.lines[trial.trial_id].placement
+    settings = state.ledger.running_settings(trial.trial_id) or state.spec.start
+    line = solve_line(state.fits[trial.trial_id].memory, settings.tier, len(placement))
+    is_known = line is not None and state.devices[placement[0]].kind is DeviceKind.CUDA
+    return MemoryFields(
+        memory_fixed_bytes=int(line.fixed_bytes) if line is not None and is_known else 0,
+        memory_sample_bytes=int(line.sample_bytes) if line is not None and is_known else 0,
+        memory_limit_bytes=granted_bytes(state, placement),
+        resume=trial.resume,
+    )

@@ -1,0 +1,123 @@
+"""The noise scale of a trial while it trains: the estimator that suits its ranks, and the mean of what it finds.
+
+The stepper asks `begin` before a step and `end` after the backward pass. The mean is the same on every rank, is kept in
+checkpoints, and drives the learning rate; policies form their own from the telemetry of single draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from orchestrator.train import fsdp
+from orchestrator.train.batch.noise import NoiseEstimate, NoiseEstimator, weights_of
+from orchestrator.train.batch.rank_noise import RankNoise
+from policies.fit import MIN_NOISE_ESTIMATES, noise_ratio
+
+PERIOD_STEPS = 8
+"""One of so many steps (two on one rank) is measured for the noise scale, as long as batch and tier are new."""
+QUIET_PERIOD_STEPS = 32
+"""The same once so many draws are in the mean that each one more changes little."""
+REPLAYED_PERIOD_STEPS = 64
+"""The same for steps that are replayed: those are short, and the probe is launched kernel by kernel."""
+HORIZON = 100
+"""Draws that the mean looks back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseMean:
+    """Both terms averaged apart over the last draws."""
+
+    noise_trace: float = 0.0
+    grad_sq: float = 0.0
+    count: int = 0
+
+    def add(self, draw: NoiseEstimate) -> Self:
+        """With one more draw."""
+        gain = 1.0 / (min(self.count, HORIZON - 1) + 1)
+        return type(self)(
+            noise_trace=self.noise_trace + gain * (draw.noise_trace - self.noise_trace),
+            grad_sq=self.grad_sq + gain * (draw.grad_sq - self.grad_sq),
+            count=self.count + 1,
+        )
+
+    @property
+    def scale(self) -> float | None:
+        """The noise scale in samples; None before enough draws."""
+        return None if self.count < MIN_NOISE_ESTIMATES else noise_ratio(self.noise_trace, self.grad_sq)
+
+
+class NoiseMeter:
+    """Measures the noise scale of one trial on one rank."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int) -> None:
+        self._model, self._optimizer, self._world_size = model, optimizer, world_size
+        self._pairs = NoiseEstimator(every=PERIOD_STEPS) if world_size == 1 else None
+        self._ranks = RankNoise(model, every=PERIOD_STEPS) if world_size > 1 else None
+        self.mean = NoiseMean()
+
+    @property
+    def scale(self) -> float | None:
+        """The noise scale in samples; None before enough draws."""
+        return self.mean.scale
+
+    def reset(self) -> None:
+        """Forget a half-done measurement: after a change of batch or tier, or a resume."""
+        if self._pairs is not None:
+            self._pairs.reset()
+        if self._ranks is not None:
+            self._ranks.reset()
+
+    def begin(self, step: int, *, is_replayed: bool = False) -> bool:
+        """Called before a step; whether `end` is to be called after its backward pass."""
+        period = max(self._period, REPLAYED_PERIOD_STEPS if is_replayed else 0)
+        is_due = step % period < (2 if self._ranks is None else 1)
+        if self._pairs is not None:
+            return self._pairs.wants(step % period if is_due else PERIOD_STEPS - 1)
+        assert self._ranks is not None
+        if is_due:
+            self._ranks.arm(is_elementwise="betas" in self._optimizer.param_groups[0])
+        return is_due
+
+    def end(
+        self, counts: Sequence[int], group: dist.ProcessGroup | None, *, grad_scale: float = 1.0
+    ) -> NoiseEstimate | None:
+        """Take the gradients of the step, reduced and unclipped; `counts` holds the samples of each rank."""
+        params = list(self._model.parameters())
+        grads = fsdp.local_grads(self._model)
+        weights = weights_of(self._optimizer, params)
+        if weights is None:
+            self.reset()
+            return None
+        draw: NoiseEstimate | None
+        if self._pairs is not None:
+            draw = self._pairs.observe(grads, sum(counts), group, grad_scale=grad_scale, weights=weights)
+        else:
+            assert self._ranks is not None
+            draw = self._ranks.observe(grads, counts, group, grad_scale=grad_scale, weights=weights)
+        return draw
+
+    def keep(self, draw: NoiseEstimate | None) -> None:
+        """Put a draw into the mean, once its step was not skipped."""
+        if draw is not None:
+            self.mean = self.mean.add(draw)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must keep, fit for JSON without loss."""
+        return {"noise_trace": self.mean.noise_trace, "grad_sq": self.mean.grad_sq, "count": self.mean.count}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take up what `state()` described."""
+        self.reset()
+        self.mean = NoiseMean(
+            noise_trace=float(state["noise_trace"]), grad_sq=float(state["grad_sq"]), count=int(state["count"])
+        )
+
+    @property
+    def _period(self) -> int:
+        return PERIOD_STEPS if self.mean.count < 2 * HORIZON else QUIET_PERIOD_STEPS

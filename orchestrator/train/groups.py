@@ -1,0 +1,155 @@
+"""The process groups of one rank: how they are opened, broken from one side, and made again in the same processes.
+
+A rank that leaves a trial in the middle of a step (it ran out of memory) has left the others inside a collective that
+will not end by itself. `break_off` ends it on every rank at once: it shuts down the connections of the gloo groups,
+which wakes whoever waits on them, and on GPUs a watcher on each rank sees that and aborts the NCCL communicator.
+`regroup` then makes new groups in milliseconds, where a restart of the worker group would take Ray tens of seconds.
+Knows no trial, no orders and no Ray. Opened by the slot before its first trial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from orchestrator.train.step_mode.choice import StepMode
+from orchestrator.train.step_mode.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=30)
+"""Ranks wait for each other as long as a trial is paused or evaluates; a dead rank is noticed by its connection."""
+_WATCH_MS = 200
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Where a process stands in its worker group. `group` is the side group for small agreements.
+
+    `step_mode` is how its steps are executed, where that can be chosen; `recorder` makes what records them, None for
+    CUDA graphs.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
+    step_mode: StepMode = StepMode.AUTO
+    recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None
+
+
+class Groups:
+    """A side group for agreements and a mesh to shard over, beside the default group, which is only met in."""
+
+    def __init__(
+        self, rank: int, world_size: int, device: torch.device, step_mode: StepMode = StepMode.AUTO
+    ) -> None:
+        self._rank, self._world_size, self._device = rank, world_size, device
+        self._step_mode = step_mode
+        self._train: dist.ProcessGroup | None = None
+        self._connections: dict[int, tuple[Address, Address]] = {}
+        self._is_aborted = False
+        self._num_opened = 0
+        self.ranks = self._open()
+        if world_size > 1 and device.type == "cuda":
+            threading.Thread(target=self._watch_for_ever, daemon=True, name="group watcher").start()
+
+    def break_off(self) -> None:
+        """Wake every rank that waits for this one in a collective; nothing can be sent over these groups any more."""
+        for number, addresses in self._connections.items():
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+                if (connection.getsockname()[:2], connection.getpeername()[:2]) == addresses:
+                    connection.shutdown(socket.SHUT_RDWR)
+        self.abort()
+
+    def regroup(self) -> Ranks:
+        """New groups for the same ranks, called by all of them; what was made with the old ones is of no use.
+
+        Raises:
+            RuntimeError: not all ranks came.
+        """
+        old = [group for group in (self.ranks.group, self._train) if group is not None]
+        self._connections = {}
+        for group in old:
+            dist.destroy_process_group(group)
+        self.ranks = self._open()
+        return self.ranks
+
+    def abort(self) -> None:
+        """End what runs on the GPU over the training group; gloo has no such call and needs none."""
+        if self._train is not None and self._device.type == "cuda" and not self._is_aborted:
+            self._is_aborted = True
+            self._train.abort()
+
+    def is_broken(self, timeout_ms: int) -> bool:
+        """Whether another rank has shut down a connection; returns after the timeout if none has."""
+        waiter = select.poll()
+        for number in tuple(self._connections):
+            waiter.register(number, select.POLLRDHUP)
+        return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, event in waiter.poll(timeout_ms))
+
+    def _open(self) -> Ranks:
+        if self._world_size == 1:
+            return Ranks(rank=self._rank, world_size=1, device=self._device, step_mode=self._step_mode)
+        before = _open_sockets()
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._train, self._is_aborted = dist.new_group(timeout=TIMEOUT), False
+        mine = {number: pair for number, pair in _open_sockets().items() if before.get(number) != pair}
+        addresses: list[set[Address]] = [set()] * self._world_size
+        dist.all_gather_object(addresses, {own for own, _ in mine.values()}, group=group)
+        others = {address for rank, known in enumerate(addresses) if rank != self._rank for address in known}
+        # Only what ends at another rank: meanwhile other threads of the process may have opened connections.
+        self._connections = {number: pair for number, pair in mine.items() if pair[1] in others}
+        # A name of its own: DTensor caches by mesh, and takes meshes over the same ranks for one and the same.
+        self._num_opened += 1
+        names = (f"ranks_{self._num_opened}",)
+        mesh = DeviceMesh.from_group(self._train, self._device.type, mesh_dim_names=names)
+        return Ranks(
+            rank=self._rank,
+            world_size=self._world_size,
+            device=self._device,
+            group=group,
+            mesh=mesh,
+            step_mode=self._step_mode,
+        )
+
+    def _watch_for_ever(self) -> None:
+        """On a GPU nothing else would end a collective whose other ranks have gone: abort it, once for each break."""
+        broken: Ranks | None = None
+        while True:
+            if broken is self.ranks:
+                time.sleep(_WATCH_MS / 1e3)
+            elif self.is_broken(_WATCH_MS):
+                broken = self.ranks
+                logger.warning("another rank broke off; the training group is aborted")
+                self.abort()
+
+
+def _open_sockets() -> dict[int, tuple[Address, Address]]:
+    """File descriptor to (own address, other end) of every connected TCP socket of this process."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if not entry.readlink().name.startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                if connection.family in {socket.AF_INET, socket.AF_INET6}:
+                    found[int(entry.name)] = (connection.getsockname()[:2], connection.getpeername()[:2])
+    return found
