@@ -141,6 +141,9 @@ def _options(standing: Standing, now: Settings, goodput: float, needed_gain: flo
     trial = standing.trial
     # Without a noise scale nobody can say what another batch is worth.
     batches = () if standing.noise is None else neighbours(now, trial.limits, trial.fit.micro_batch_cap)
+    largest = standing.largest_micro_batch
+    if batches and now.micro_batch < largest < 2 * now.micro_batch:
+        batches = (*batches, dataclasses.replace(now, micro_batch=largest))
     tiers = [dataclasses.replace(now, tier=tier) for tier in _tiers(standing) if tier is not now.tier]
     for settings in (*batches, *tiers):
         predicted = standing.goodput(settings)

@@ -59,7 +59,7 @@ class MemoryLine:
         """What a rank needs at `micro_batch`, the margin included.
 
         >>> round(MemoryLine(fixed_bytes=100.0, sample_bytes=10.0, largest=10).needed_bytes(10))
-        210
+        214
         """
         doublings = max(0.0, math.log2(micro_batch / self.largest))
         margin = MARGIN_RATIO + DOUBT_PER_DOUBLING * doublings
@@ -93,7 +93,7 @@ def fits(points: Iterable[MemoryPoint], tier: Tier, num_workers: int, micro_batc
     """Whether a rank is predicted to stay below `limit_bytes`; True where the limit (0) or every point is unknown.
 
     >>> points = [MemoryPoint(tier=Tier.FP32, num_workers=1, micro_batch=m, peak_bytes=100 + 10 * m) for m in (2, 8)]
-    >>> fits(points, Tier.FP32, 1, 16, 300), fits(points, Tier.FP32, 1, 20, 300), fits(points, Tier.FP32, 1, 20, 0)
+    >>> fits(points, Tier.FP32, 1, 15, 300), fits(points, Tier.FP32, 1, 20, 300), fits(points, Tier.FP32, 1, 20, 0)
     (True, False, True)
     """
     if limit_bytes <= 0:
@@ -105,7 +105,7 @@ def fits(points: Iterable[MemoryPoint], tier: Tier, num_workers: int, micro_batc
 def largest_micro_batch(line: MemoryLine, limit_bytes: float, at_most: int) -> int:
     """The largest micro-batch in [1, at_most] that is predicted to stay below `limit_bytes`; 0 where none does.
 
-    >>> largest_micro_batch(MemoryLine(fixed_bytes=100.0, sample_bytes=10.0, largest=64), 315.0, 64)
+    >>> largest_micro_batch(MemoryLine(fixed_bytes=100.0, sample_bytes=10.0, largest=64), 321.0, 64)
     20
     """
     low, high = 0, at_most

@@ -91,6 +91,20 @@ class Standing:
             return None
         return solve_line(self.memory, settings.tier, settings.num_workers)
 
+    @property
+    def largest_micro_batch(self) -> int:
+        """The largest micro-batch in its present tier that is allowed, did not overflow, and is predicted to fit.
+
+        With the present accumulation it stays inside the largest global batch. 0 where memory says nothing.
+        """
+        line = self.memory_line(self.settings)
+        if line is None:
+            return 0
+        limits, settings = self.trial.limits, self.settings
+        most = min(limits.max_micro_batch, limits.max_global_batch // (settings.grad_accum * settings.num_workers))
+        most = min(most, self.trial.fit.micro_batch_cap or most)
+        return largest_micro_batch(line, self.trial.memory_limit_bytes, most) if most >= 1 else 0
+
     def has_room(self, settings: Settings) -> bool:
         """Whether a rank is predicted to stay within its memory under `settings`, as far as that is known."""
         line = self.memory_line(settings)

@@ -77,7 +77,8 @@ class MemoryGuard:
             logger.warning("out of memory at step %d, attempt %d: %s", self._stepper.step_index, attempt, failure)
             if self._ranks.world_size > 1 or self._stepper.is_torn:
                 raise OutOfMemoryError(f"{self._name} ran out of memory: {failure}", settings=smaller)
-            self._stepper.turn(smaller)
+            if attempt < MAX_ATTEMPTS:
+                self._stepper.turn(smaller)
         last = self._stepper.settings
         raise OutOfMemoryError(
             f"{self._name} ran out of memory {MAX_ATTEMPTS} times at step {self._stepper.step_index}, the last time"

@@ -153,6 +153,7 @@ def granted(limit_bytes: int, start: Settings | None = None, resume: Settings | 
 def test_a_larger_batch_is_taken_only_where_it_fits() -> None:
     for limit, micro_batch, binding in (
         (1000, 16, "one change at a time"),
+        (250, 13, "one change at a time"),
         (200, 8, "memory"),
         (0, 16, "one change at a time"),
     ):
@@ -177,7 +178,7 @@ def test_a_tier_that_would_not_fit_is_not_tried() -> None:
 
 @pytest.mark.parametrize("policy", [Static(), FairShare(), Goodput()])
 def test_a_new_trial_is_cut_into_micro_batches_that_fit(policy: Policy) -> None:
-    row = granted(190, start=settings(micro_batch=32))
+    row = granted(195, start=settings(micro_batch=32))
     (allocation,) = policy.decide(world([row])).allocations
     assert (allocation.settings.micro_batch, allocation.settings.grad_accum) == (8, 4)
     assert check(world([row]), policy.decide(world([row]))) == ()
