@@ -42,7 +42,7 @@ GLOBAL_BATCH = 24
 SPLITS = {1: ((24, 1), (8, 3), (5, 5), (3, 8)), 2: ((12, 1), (4, 3), (5, 3))}
 """(micro-batch, accumulation) per rank for each number of ranks; 5 does not divide."""
 NUM_STEPS = 50
-OVERFLOWS = [(place, at) for place in ("forward", "backward", "optimizer") for at in (13, 33)]
+OVERFLOWS = [("forward", 13), ("backward", 33), ("optimizer", 33)]
 """Before the first commit (step 20) and after it."""
 
 
@@ -140,7 +140,7 @@ def true_terms(model: nn.Module, weights: list[Tensor] | None, pool: tuple[Tenso
     return float((gradients - mean).square().sum(1).mean()), float(mean.square().sum())
 
 
-def rank_noise(ranks: Ranks, optimizer_name: str, grad_scale: float, num_draws: int = 300) -> dict[str, Any]:
+def rank_noise(ranks: Ranks, optimizer_name: str, grad_scale: float, num_draws: int = 240) -> dict[str, Any]:
     """Draws of the estimator over random batches of uneven parts, at one point of training, and the truth there."""
     pool = pool_of(256)
     counts = (13, 11)
@@ -268,7 +268,9 @@ def main(rank: int, directory_name: str) -> None:
     store = FileStore(str(directory / "store"), WORLD_SIZE)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE, store=store, timeout=timedelta(seconds=30))
     groups = Groups(rank, WORLD_SIZE, torch.device("cpu"))
+    alone = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
     results: dict[str, Any] = {
+        "alone": [train_split(alone, micro, accum) for micro, accum in SPLITS[1]] if rank == 0 else [],
         "splits": [train_split(groups.ranks, micro, accum) for micro, accum in SPLITS[2]],
         "noise": {name: rank_noise(groups.ranks, name, scale) for name, scale in (("sgd", 64.0), ("adam", 1.0))},
     }
