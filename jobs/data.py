@@ -35,16 +35,21 @@ class SampleCursor:
         seed: of the permutations, >= 0.
         num_samples: samples per epoch, >= 1.
         position: samples consumed since the start of training, over all ranks and epochs.
+        shuffle_block: None where an epoch is one permutation; otherwise samples are permuted within blocks of so many,
+            which a stream can follow that is read from its beginning (1: in its own order).
     """
 
     seed: int
     num_samples: int
     position: int = 0
+    shuffle_block: int | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("seed", 0), ("num_samples", 1), ("position", 0)):
             if getattr(self, name) < minimum:
                 raise ValueError(f"sample cursor has {name}={getattr(self, name)}; allowed: >= {minimum}")
+        if self.shuffle_block is not None and self.shuffle_block < 1:
+            raise ValueError(f"sample cursor has shuffle_block={self.shuffle_block}; allowed: >= 1, or None")
 
     @property
     def epoch(self) -> int:
@@ -68,11 +73,22 @@ class SampleCursor:
         position, end = self.position, self.position + count
         while position < end:
             epoch, offset = divmod(position, self.num_samples)
-            part = epoch_order(self.seed, epoch, self.num_samples)[offset : offset + end - position]
+            part = self._order_from(epoch, offset)[: end - position]
             parts.append(part)
             position += len(part)
         indices = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
         return indices, replace(self, position=end)
+
+    def _order_from(self, epoch: int, offset: int) -> Indices:
+        """The order of an epoch from `offset` on, as far as one permutation says it."""
+        if self.shuffle_block is None:
+            return epoch_order(self.seed, epoch, self.num_samples)[offset:]
+        block, inside = divmod(offset, self.shuffle_block)
+        start = block * self.shuffle_block
+        size = min(self.shuffle_block, self.num_samples - start)
+        # Blocks of all epochs are numbered through, so that no two share a permutation.
+        number = epoch * -(-self.num_samples // self.shuffle_block) + block
+        return epoch_order(self.seed, number, size)[inside:] + start
 
 
 def rank_slice(indices: Indices, rank: int, world_size: int) -> Indices:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from orchestrator.control.gain import Pace
 from orchestrator.control.journal import SPARE_REASON
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import memory_fields
@@ -116,6 +117,8 @@ class Decider:
                 dial="+".join(gain.dials),
                 predicted=gain.predicted,
                 realised=gain.realised,
+                before=_words(gain.before),
+                after=_words(gain.after),
             )
 
     def _advance_fit(self, trial: Trial, now_s: float) -> None:
@@ -162,9 +165,13 @@ class Decider:
                 plan.generation,
                 changed_dials(before.settings, allocation.settings),
                 allocation.predicted_gain,
-                trial.throughput_per_s * _efficiency(trial, before),
+                Pace(throughput=trial.throughput_per_s, efficiency=_efficiency(trial, before)),
                 _efficiency(trial, allocation),
             )
+
+
+def _words(pace: Pace) -> dict[str, float]:
+    return {"throughput": pace.throughput, "efficiency": pace.efficiency, "goodput": pace.goodput}
 
 
 def _efficiency(trial: TrialView, allocation: Allocation) -> float:

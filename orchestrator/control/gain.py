@@ -15,14 +15,29 @@ SETTLE_S = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How fast a trial goes: samples/s, what a sample is worth relative to the start batch, and their product."""
+
+    throughput: float
+    efficiency: float
+
+    @property
+    def goodput(self) -> float:
+        """Samples/s of useful progress."""
+        return self.throughput * self.efficiency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RealisedGain:
-    """The measured effect of one allocation on one trial; `realised` is a ratio minus one."""
+    """The measured effect of one allocation on one trial; `realised` is a ratio minus one, of `after` to `before`."""
 
     trial_id: TrialId
     generation: int
     dials: tuple[str, ...]
     predicted: float | None
     realised: float
+    before: Pace
+    after: Pace
 
 
 @dataclass(slots=True)
@@ -30,7 +45,7 @@ class _Measurement:
     generation: int
     dials: tuple[str, ...]
     predicted: float | None
-    goodput_before: float
+    before: Pace
     efficiency_after: float
     since_s: float | None = None
     samples_at_start: int = 0
@@ -48,11 +63,11 @@ class GainMeter:
         generation: int,
         dials: tuple[str, ...],
         predicted: float | None,
-        goodput_before: float,
+        before: Pace,
         efficiency_after: float,
     ) -> None:
         """A change was committed; nothing of it is applied yet. `efficiency_after` belongs to the new batch."""
-        self._open[trial_id] = _Measurement(generation, dials, predicted, goodput_before, efficiency_after)
+        self._open[trial_id] = _Measurement(generation, dials, predicted, before, efficiency_after)
 
     def forget(self, trial_id: TrialId) -> None:
         """The trial left its slot."""
@@ -76,14 +91,17 @@ class GainMeter:
             return None
         del self._open[trial_id]
         throughput = (num_samples - measurement.samples_at_start) / (updated_s - measurement.since_s)
-        if throughput <= 0 or measurement.goodput_before <= 0:
+        if throughput <= 0 or measurement.before.goodput <= 0:
             return None
+        after = Pace(throughput=throughput, efficiency=measurement.efficiency_after)
         return RealisedGain(
             trial_id=trial_id,
             generation=measurement.generation,
             dials=measurement.dials,
             predicted=measurement.predicted,
-            realised=throughput * measurement.efficiency_after / measurement.goodput_before - 1.0,
+            realised=after.goodput / measurement.before.goodput - 1.0,
+            before=measurement.before,
+            after=after,
         )
 
 

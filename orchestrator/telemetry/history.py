@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -176,13 +176,18 @@ class TrialEnded(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GainRealised(Entry):
-    """What an allocation really brought a trial, as a ratio minus one."""
+    """What an allocation really brought a trial, as a ratio minus one.
+
+    `before` and `after` hold throughput (samples/s), efficiency and goodput, as measured; empty in older journals.
+    """
 
     generation: Generation
     trial_id: TrialId
     dial: str
     predicted: float | None
     realised: float
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +361,8 @@ def _gain(head: dict[str, Any], fields: Mapping[str, Any]) -> Entry:
         dial=str(fields["dial"]),
         predicted=_number(fields["predicted"]),
         realised=float(fields["realised"]),
+        before={str(key): float(value) for key, value in dict(fields.get("before", {})).items()},
+        after={str(key): float(value) for key, value in dict(fields.get("after", {})).items()},
     )
 
 

@@ -80,15 +80,21 @@ class _Outcomes:
 
     def __init__(self, history: History) -> None:
         self._acks: dict[tuple[Generation, TrialId], list[Acknowledged]] = {}
-        self._gains: dict[tuple[Generation, TrialId], float] = {}
+        self._gains: dict[tuple[Generation, TrialId], GainRealised] = {}
         for entry in history.entries:
             if isinstance(entry, Acknowledged):
                 self._acks.setdefault((entry.generation, entry.trial_id), []).append(entry)
             elif isinstance(entry, GainRealised):
-                self._gains[entry.generation, entry.trial_id] = entry.realised
+                self._gains[entry.generation, entry.trial_id] = entry
 
     def realised_gain(self, generation: Generation, trial_id: TrialId) -> float | None:
-        return self._gains.get((generation, trial_id))
+        gain = self._gains.get((generation, trial_id))
+        return None if gain is None else gain.realised
+
+    def measured(self, generation: Generation, trial_id: TrialId) -> dict[str, dict[str, float]] | None:
+        """Throughput, efficiency and goodput before and after, where they were measured."""
+        gain = self._gains.get((generation, trial_id))
+        return {"before": dict(gain.before), "after": dict(gain.after)} if gain is not None and gain.after else None
 
     def applied(self, generation: Generation, trial_id: TrialId) -> list[dict[str, Any]]:
         acks = self._acks.get((generation, trial_id), [])
@@ -143,6 +149,7 @@ def _trial(
         "binding": allocation.binding,
         "predicted_gain": allocation.predicted_gain,
         "realised_gain": outcomes.realised_gain(generation, trial_id),
+        "measured": outcomes.measured(generation, trial_id),
         "applied": outcomes.applied(generation, trial_id),
     }
 
@@ -257,7 +264,20 @@ def _render_trial(item: Mapping[str, object]) -> list[str]:
         *(f"  {line}" for line in table(["", "settings", "goodput/s"], rows, numeric=["goodput/s"])),
         f"  bound by {clean(item['binding'])}; applied {'; '.join(applied) or 'not yet'} ({effect} effect)",
         f"  gain predicted {show_gain(item['predicted_gain'])}, realised {show_gain(item['realised_gain'])}",
+        *_render_measured(mapping(item.get("measured") or {})),
     ]
+
+
+def _render_measured(measured: Mapping[str, object]) -> list[str]:
+    """Throughput, efficiency and goodput on both sides of a change."""
+    if not measured:
+        return []
+    rows = [
+        [name, *(show_number(mapping(measured[name]).get(key)) for key in ("throughput", "efficiency", "goodput"))]
+        for name in ("before", "after")
+    ]
+    columns = ["measured", "samples/s", "efficiency", "goodput/s"]
+    return [f"  {line}" for line in table(columns, rows, numeric=columns[1:])]
 
 
 def _texts(value: object) -> list[str]:

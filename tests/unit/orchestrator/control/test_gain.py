@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.control.gain import GainMean, GainMeter
+from orchestrator.control.gain import GainMean, GainMeter, Pace
 from policies.plan import TrialId
 
 T = TrialId("t")
 
 
+def pace(goodput: float) -> Pace:
+    return Pace(throughput=2.0 * goodput, efficiency=0.5)
+
+
 def committed(goodput_before: float = 100.0, efficiency_after: float = 1.0) -> GainMeter:
     meter = GainMeter()
-    meter.committed(T, 2, ("share",), 0.4, goodput_before, efficiency_after)
+    meter.committed(T, 2, ("share",), 0.4, pace(goodput_before), efficiency_after)
     return meter
 
 
@@ -23,6 +27,7 @@ def test_the_gain_is_goodput_after_over_before() -> None:
     assert gain is not None
     assert gain.realised == pytest.approx(300.0 * 0.5 / 100.0 - 1.0)
     assert (gain.generation, gain.dials, gain.predicted) == (2, ("share",), 0.4)
+    assert (gain.before, gain.after) == (pace(100.0), Pace(throughput=300.0, efficiency=0.5))
     assert meter.settle(T, 2, 3000, 20.0) is None, "each change is answered once"
 
 
@@ -39,7 +44,7 @@ def test_steps_of_an_earlier_generation_do_not_count() -> None:
 def test_a_newer_change_replaces_an_older_one_and_an_ended_trial_is_forgotten() -> None:
     meter = committed()
     meter.settle(T, 2, 0, 0.0)
-    meter.committed(T, 3, ("batch",), None, 50.0, 1.0)
+    meter.committed(T, 3, ("batch",), None, pace(50.0), 1.0)
     assert meter.settle(T, 2, 1000, 10.0) is None
     meter.forget(T)
     assert meter.settle(T, 3, 1000, 10.0) is None
