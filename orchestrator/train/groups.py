@@ -58,9 +58,7 @@ class Ranks:
 class Groups:
     """A side group for agreements and a mesh to shard over, beside the default group, which is only met in."""
 
-    def __init__(
-        self, rank: int, world_size: int, device: torch.device, step_mode: StepMode = StepMode.AUTO
-    ) -> None:
+    def __init__(self, rank: int, world_size: int, device: torch.device, step_mode: StepMode = StepMode.AUTO) -> None:
         self._rank, self._world_size, self._device = rank, world_size, device
         self._step_mode = step_mode
         self._train: dist.ProcessGroup | None = None
