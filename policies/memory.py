@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from policies.tier import Tier
 
 MAX_POINTS = 24
-MARGIN_RATIO = 0.05
+MARGIN_RATIO = 0.08
 """Part of a prediction that is added for fragmentation: an allocator cannot use every byte of what it holds."""
 DOUBT_PER_DOUBLING = 0.03
 """What is added for each doubling beyond the largest micro-batch that was measured."""
@@ -59,7 +59,7 @@ class MemoryLine:
         """What a rank needs at `micro_batch`, the margin included.
 
         >>> round(MemoryLine(fixed_bytes=100.0, sample_bytes=10.0, largest=10).needed_bytes(10))
-        214
+        216
         """
         doublings = max(0.0, math.log2(micro_batch / self.largest))
         margin = MARGIN_RATIO + DOUBT_PER_DOUBLING * doublings
@@ -105,7 +105,7 @@ def fits(points: Iterable[MemoryPoint], tier: Tier, num_workers: int, micro_batc
 def largest_micro_batch(line: MemoryLine, limit_bytes: float, at_most: int) -> int:
     """The largest micro-batch in [1, at_most] that is predicted to stay below `limit_bytes`; 0 where none does.
 
-    >>> largest_micro_batch(MemoryLine(fixed_bytes=100.0, sample_bytes=10.0, largest=64), 321.0, 64)
+    >>> largest_micro_batch(MemoryLine(fixed_bytes=100.0, sample_bytes=10.0, largest=64), 333.0, 64)
     20
     """
     low, high = 0, at_most

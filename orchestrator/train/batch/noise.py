@@ -110,7 +110,9 @@ class NoiseEstimator:
 def weights_of(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[Tensor] | None:
     """Adam's preconditioner 1 / (sqrt(v_hat) + eps) of each parameter that has a gradient, this rank's shard of it.
 
-    Empty for an optimizer without second moments (SGD), None while Adam has none yet, before its first step.
+    Damped by the root mean square of the tensor: an element that hardly ever has a gradient (the embedding of a rare
+    byte) would otherwise weigh millions, although Adam's own step is bounded by the gradient that comes. Empty for an
+    optimizer without second moments (SGD), None while Adam has none yet, before its first step.
     """
     groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
     weights = []
@@ -127,7 +129,9 @@ def weights_of(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> li
         second = second.to_local() if isinstance(second, DTensor) else second
         steps = torch.as_tensor(state["step"]).to(device=second.device, dtype=torch.float32)
         bias = (1.0 - torch.pow(float(group["betas"][1]), steps)).sqrt()
-        weights.append(second.detach().sqrt().div_(bias).add_(float(group["eps"])).reciprocal_())
+        root = second.detach().sqrt().div_(bias)
+        damping = root.square().mean().sqrt() if root.numel() else bias
+        weights.append(root.add_(damping).add_(float(group["eps"])).reciprocal_())
     return weights
 
 

@@ -153,7 +153,7 @@ def granted(limit_bytes: int, start: Settings | None = None, resume: Settings | 
 def test_a_larger_batch_is_taken_only_where_it_fits() -> None:
     for limit, micro_batch, binding in (
         (1000, 16, "one change at a time"),
-        (250, 13, "one change at a time"),
+        (250, 12, "one change at a time"),
         (200, 8, "memory"),
         (0, 16, "one change at a time"),
     ):
