@@ -86,6 +86,7 @@ def apply(state: RunState, node_id: str, node_state: NodeState, num_cores: int) 
     if node_state is NodeState.LEFT:
         state.drop_devices(node_id)
     elif node_state is NodeState.JOINED and num_cores > 0:
+        state.node_cores[node_id] = num_cores
         device_id = DeviceId(f"cpu:{node_id[:8]}")
         if device_id not in state.devices:
             state.set_devices((DeviceView(device_id=device_id, node_id=node_id, kind=DeviceKind.CPU, units=num_cores),))

@@ -7,6 +7,7 @@ that must survive a crash goes through `log`, which is the journal.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 from orchestrator.clock import Clock
 from orchestrator.control.gain import GainMean, GainMeter
@@ -18,7 +19,7 @@ from orchestrator.control.spec import RunSpec
 from orchestrator.telemetry.window import TrialWindow
 from policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
 from policies.plan import EMPTY_PLAN, DeviceId, Plan, TrialId
-from policies.snapshot import DeviceView, Override
+from policies.snapshot import DeviceKind, DeviceView, Override
 
 
 class RunState:
@@ -27,6 +28,7 @@ class RunState:
     Attributes:
         plan: the plan in force.
         nodes: nodes of the cluster ever seen, and the state of each.
+        node_cores: cores that each of them offers to trials, where it offers any.
         windows: telemetry of the running trials.
         fits: what is learned of the running trials.
         shape_fits: the newest fit of each shape, for trials yet to come.
@@ -45,6 +47,7 @@ class RunState:
         self.plan: Plan = EMPTY_PLAN
         self.devices: dict[DeviceId, DeviceView] = {}
         self.nodes: dict[str, str] = {}
+        self.node_cores: dict[str, int] = {}
         self.windows: dict[TrialId, TrialWindow] = {}
         self.fits: dict[TrialId, TrialFit] = {}
         self.shape_fits: dict[str, TrialFit] = {}
@@ -78,7 +81,10 @@ class RunState:
 
     def set_devices(self, devices: tuple[DeviceView, ...]) -> None:
         """Add devices that a worker group brought."""
-        self.devices |= {device.device_id: device for device in devices}
+        for device in devices:
+            offered = self.node_cores.get(device.node_id, device.units)  # a node may offer less than its machine has
+            is_less = device.kind is DeviceKind.CPU and offered < device.units
+            self.devices[device.device_id] = replace(device, units=offered) if is_less else device
         self.ledger.set_devices(tuple(self.devices.values()))
 
     def drop_devices(self, node_id: str) -> None:
