@@ -39,6 +39,7 @@ def _isolate_ray() -> None:
             MARK: SESSION_DIR.name,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(SESSION_DIR),
+            "RAY_AUTH_MODE": "token",
             # One token for the whole session: Ray reads it once per process and keeps it.
             "RAY_AUTH_TOKEN_PATH": str(token_file),
         }

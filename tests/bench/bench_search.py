@@ -22,7 +22,7 @@ from tests.bench.results_file import Options, Report, median_figure, options, sa
 STEP_MS = 20.0
 NUM_TRIALS, NUM_SLOTS, NUM_REPORTS = 6, 2, 3
 SEED = 1
-FIRST_STEP_TARGET, WARM_TARGET, COLD_TARGET = 0.02, 0.2, 0.6
+FIRST_STEP_TARGET, WARM_TARGET, COLD_TARGET, REFILL_TARGET = 0.02, 0.2, 0.6, 0.4
 _LEARNING_RATES = (1e-3, 1e-2)
 
 
@@ -58,7 +58,28 @@ def run_ours(directory: Path, name: str, micro_batch: int, settings: Options, *,
     finally:
         supervisor.close(CLOSE_TIMEOUT_S)
         parts.end()
-    return {"seconds": seconds, "trials": list(_our_trials(parts)), "num_reports": len(parts.entries("result"))}
+    return {
+        "seconds": seconds,
+        "trials": list(_our_trials(parts)),
+        "refills_s": _our_refills(parts),
+        "num_reports": len(parts.entries("result")),
+    }
+
+
+def _our_refills(parts: Parts) -> list[float]:
+    """Seconds from the word of the scheduler (or the last report of a trial) to the next trial's first step."""
+    steps = orchestrator.load_run(parts.run_dir).steps.to_pylist()
+    first = {row["trial_id"]: row["start_s"] + row["step_s"] for row in steps if row["seq"] == 0 and row["rank"] == 0}
+    stops = {entry["trial_id"]: entry["t_s"] for entry in parts.entries("trial_stop")}
+    ends = {entry["trial_id"]: entry["t_s"] for entry in parts.entries("trial_ended")}
+    begun = [entry["trial_id"] for entry in parts.entries("trial_assigned")]
+    return refills([min(ends[trial], stops.get(trial, ends[trial])) for trial in ends], [first[one] for one in begun])
+
+
+def refills(freed_s: list[float], first_steps_s: list[float]) -> list[float]:
+    """The n-th room that becomes free goes to the n-th trial after those that began at once."""
+    freed, later = sorted(freed_s), sorted(first_steps_s)[NUM_SLOTS:]
+    return [step - free for free, step in zip(freed, later, strict=False)]
 
 
 def _run_file(micro_batch: int, settings: Options) -> dict[str, Any]:
@@ -177,15 +198,35 @@ def run_stock(directory: Path, name: str, micro_batch: int, settings: Options) -
                 metric="val_loss", mode="min", max_t=NUM_REPORTS, grace_period=1, reduction_factor=2
             ),
         ),
-        run_config=tune.RunConfig(name=f"{name}-tune", storage_path=str(directory), verbose=0),
+        run_config=tune.RunConfig(
+            name=f"{name}-tune", storage_path=str(directory), verbose=0, callbacks=[_freed_stamper(str(stamps))]
+        ),
     )
     began_s = time.monotonic()
     results = tuner.fit()
+    freed = [float(path.read_text()) for path in stamps.glob("*.freed")]
+    first_steps = [float(path.read_text()) for path in stamps.glob("*.first_step")]
     seconds = time.monotonic() - began_s
     if results.errors:
         raise RuntimeError(f"a stock trial failed: {results.errors[0]}")
     num_reports = sum(int(result.metrics.get("report", -1)) + 1 for result in results if result.metrics)
-    return {"seconds": seconds, "trials": list(_stock_trials(stamps)), "num_reports": num_reports}
+    return {
+        "seconds": seconds,
+        "trials": list(_stock_trials(stamps)),
+        "refills_s": refills(freed, first_steps),
+        "num_reports": num_reports,
+    }
+
+
+def _freed_stamper(stamps: str) -> Any:
+    """A Tune callback that notes when a trial ended, by itself or by the scheduler."""
+    from ray import tune
+
+    class Freed(tune.Callback):  # type: ignore[misc]
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            _stamp(stamps, trial.trial_id, "freed")
+
+    return Freed()
 
 
 def _stamp(directory: str, trial: str, event: str) -> None:
@@ -215,6 +256,14 @@ def add_figures(report: Report, searches: list[dict[str, dict[str, Any]]]) -> No
     for kind, target in (("warm", WARM_TARGET), ("cold", COLD_TARGET)):
         ratios = [search[kind]["seconds"] / search["stock"]["seconds"] for search in searches]
         report.add(_ratio(f"6-trial search, {kind} / stock", ratios, target))
+    ratios = [
+        statistics.median(search["warm"]["refills_s"]) / statistics.median(search["stock"]["refills_s"])
+        for search in searches
+    ]
+    report.add(_ratio("room freed -> next first step, warm slot / stock", ratios, REFILL_TARGET))
+    for kind in ("warm", "stock"):
+        values = [value for search in searches for value in search[kind]["refills_s"]]
+        report.add(median_figure(f"  room freed -> next first step, {kind}", values, "s"))
     for kind, found in (("warm slot", warm), ("stock", stock)):
         report.add(median_figure(f"  admitted -> first step, {kind}", [v for one in found for v in one], "s"))
     assigned = [value for one in latencies("warm", "assigned_to_step_s") for value in one]

@@ -20,7 +20,6 @@ from orchestrator.view.verify import verify
 from tests.integration.runs import Started, call, run_file, start
 
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
@@ -41,7 +40,10 @@ class Nodes:
 
 @contextlib.contextmanager
 def ray_nodes() -> Iterator[Any]:
-    """A cluster whose head has no CPU; nodes are added and removed by the test, in the main thread."""
+    """A cluster whose head has no CPU; nodes are added and removed by the test, in the main thread.
+
+    Ray reads RAY_AUTH_MODE once, when it is imported: `tests/conftest.py` has set it.
+    """
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +65,7 @@ def add(cluster: Any, num_cpus: int) -> Any:
 
 def drain(cluster: Any, node: Any) -> None:
     """What a cloud's spot notice leads to."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
@@ -175,5 +177,3 @@ def _steps_of(run: Started, trials: list[str], since_s: float) -> list[float]:
 
 def _first_step(run: Started, since_s: float) -> float:
     return min(_steps_of(run, [e["trial_id"] for e in run.of("trial_assigned") if e["t_s"] > since_s][:1], since_s))
-
-
