@@ -135,8 +135,10 @@ class ControlPlane:
             return
         with contextlib.suppress(RayError):
             ray.get(self.policy.set_state.remote("stopping"), timeout=5.0)
-        if self._supervisor is not None and not is_hurried and not self._supervisor.close(_CLOSE_TIMEOUT_S):
-            logger.warning("not all slots closed within %g s; their processes are ended", _CLOSE_TIMEOUT_S)
+        if self._supervisor is not None:
+            if not is_hurried and not self._supervisor.close(_CLOSE_TIMEOUT_S):
+                logger.warning("not all slots closed within %g s; their processes are ended", _CLOSE_TIMEOUT_S)
+            self._supervisor.abandon()
         with contextlib.suppress(RayError):
             ray.get(self.policy.end_run.remote(state), timeout=10.0)
         ray.kill(self.policy)

@@ -56,6 +56,7 @@ class Supervisor:
         self._spec, self._policy = spec, policy
         self._threads: dict[str, threading.Thread] = {}
         self._is_closing = threading.Event()
+        self._is_abandoned = False
         self._room = threading.Condition()
         self._num_allowed, self._num_open = 0, 0
         self.gave_up: str | None = None
@@ -76,6 +77,12 @@ class Supervisor:
         with self._room:
             self._num_allowed = num_slots
             self._room.notify_all()
+
+    def abandon(self) -> None:
+        """The run ends now: leave the slots to Ray's shutdown, and call Ray no more, which would start it again."""
+        self._is_abandoned = True
+        self._is_closing.set()
+        self.allow(0)
 
     def close(self, timeout_s: float) -> bool:
         """Tell every slot to end and wait for it; False when one did not in time."""
@@ -176,6 +183,8 @@ class Supervisor:
 
     def _tell(self, method: Any, *arguments: str) -> Any:
         """Call the policy actor once; it may be restarting, and then the call is retried by Ray itself."""
+        if self._is_abandoned:
+            return None
         try:
             return ray.get(method.remote(*arguments), timeout=30.0)
         except RayError as error:

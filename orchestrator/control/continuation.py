@@ -32,6 +32,7 @@ class Continuations:
     def __init__(self, state: RunState, stop: Callable[[TrialId, StopMode], None]) -> None:
         self._state, self._stop = state, stop
         self._why_no_slots = ""
+        self.is_interrupted = False
 
     def give_up(self, reason: str) -> None:
         """No slot will ever open: trials that wait for one, now or later, fail with that reason."""
@@ -74,9 +75,9 @@ class Continuations:
             self.pause(trial_id)
 
     def pause(self, trial_id: TrialId) -> None:
-        """Put a trial aside; one that ended or is about to is left alone."""
+        """Put a trial aside; one that ended or is about to is left alone, and all are when the run is interrupted."""
         trial = self._state.lifecycle.trials.get(trial_id)
-        if trial is None:
+        if trial is None or self.is_interrupted:
             return
         if trial.state is TrialState.QUEUED:
             self._state.lifecycle.pause(trial)

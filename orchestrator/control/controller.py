@@ -125,7 +125,7 @@ class Controller:
 
     def interrupt(self) -> None:
         """Let every running trial commit and leave; nothing is assigned any more."""
-        self._is_interrupted = True
+        self._is_interrupted = self.continuations.is_interrupted = True
         for trial in self.state.lifecycle.running():
             self.stop_trial(trial.trial_id, StopMode.CHECKPOINT)
         self.state.changed_trials.update(self.state.lifecycle.trials)

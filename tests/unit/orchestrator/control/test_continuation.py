@@ -166,6 +166,13 @@ def test_only_a_search_of_the_users_own_opens_a_failed_trial_again(
     assert state_of(world, A) is state
 
 
+def test_an_interrupted_run_puts_no_trial_aside(world: World) -> None:
+    world.controller.submit(A, {})
+    world.controller.interrupt()
+    world.controller.continuations.pause(A)
+    assert state_of(world, A) is TrialState.QUEUED
+
+
 def test_a_done_trial_stays_done(world: World) -> None:
     worker = started(world, A, "slot-0")
     worker.finish(Status.DONE)
