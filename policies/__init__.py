@@ -14,6 +14,7 @@ from typing import cast
 
 from policies.codec import dumps, plan_from, settings_from, snapshot_from, to_jsonable
 from policies.fair_share import FairShare
+from policies.fifo import Fifo
 from policies.fit import (
     NOTHING_FITTED,
     Observation,
@@ -25,9 +26,11 @@ from policies.fit import (
     protect,
     update,
 )
+from policies.fluid import Fluid
 from policies.goodput import efficiency, gain
 from policies.goodput_policy import Goodput
 from policies.invariants import Violation, check
+from policies.optimus import Optimus
 from policies.plan import (
     EMPTY_PLAN,
     Allocation,
@@ -44,15 +47,24 @@ from policies.plan import (
     is_same,
 )
 from policies.policy import Policy
+from policies.pollux import Pollux
+from policies.sia import Sia
 from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Quota, Snapshot, TrialView
 from policies.speed import Prediction
 from policies.static import Static
 from policies.tier import NAMED_TIERS, TIER_FACTS, Tier, TierFacts, is_cheaper, tier_facts
+from policies.tiresias import Tiresias
 
 POLICIES: dict[str, type] = {
     "static": Static,
     "fair_share": FairShare,
     "goodput": Goodput,
+    "fifo": Fifo,
+    "fluid": Fluid,
+    "tiresias": Tiresias,
+    "optimus": Optimus,
+    "pollux": Pollux,
+    "sia": Sia,
 }
 
 __all__ = [
@@ -69,19 +81,25 @@ __all__ = [
     "DialLimits",
     "Effect",
     "FairShare",
+    "Fifo",
+    "Fluid",
     "Generation",
     "Goodput",
     "Observation",
+    "Optimus",
     "Override",
     "Plan",
     "Policy",
+    "Pollux",
     "Prediction",
     "Quota",
     "Settings",
+    "Sia",
     "Snapshot",
     "Static",
     "Tier",
     "TierFacts",
+    "Tiresias",
     "TrialFit",
     "TrialId",
     "TrialView",

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from policies.movable import Budget, split
 from policies.plan import Allocation, Plan
 from policies.snapshot import Snapshot
+from policies.water_fill import MAX_PER_DEVICE, water_fill
 from policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
 
 
@@ -29,8 +31,9 @@ class FairShare:
             raise ValueError(f"pause_s={self.pause_s!r}; allowed: seconds >= 0")
 
     def decide(self, snapshot: Snapshot) -> Plan:
-        """Return fair shares."""
-        standings = read(snapshot)
+        """Return fair shares; movable trials are served as by `fluid`."""
+        rest, movers, fleet = split(snapshot)
+        standings = read(rest)
         claims = [claim_of(s, weight=s.trial.weight, max_share=s.trial.limits.max_share) for s in standings]
         room = make_room(standings, claims, self.pause_s)
         shares = fill_room(standings, room)
@@ -42,7 +45,7 @@ class FairShare:
                 rows.append(allocate(standing, settings, reason=f"share 0: {resting}", binding="paused"))
             else:
                 rows.append(_granted(standing, shares[standing.trial_id], len(room.claims)))
-        return make_plan(snapshot, "fair_share", rows)
+        return make_plan(snapshot, "fair_share", [*rows, *water_fill(movers, fleet, Budget(snapshot), MAX_PER_DEVICE)])
 
 
 def _granted(standing: Standing, share: float, num_running: int) -> Allocation:

@@ -44,6 +44,7 @@ class Observation:
         device_type: the type of the devices, as in `DeviceView`.
         crowd_share: shares that other trials held on the fullest of its devices, summed.
         memory_bytes: peak memory of a rank in these steps, None where not measured.
+        sync_s: seconds per step spent waiting for other ranks, None where not measured.
     """
 
     cores: float
@@ -60,6 +61,7 @@ class Observation:
     device_type: str = field(default="", metadata=SPARSE)
     crowd_share: float = field(default=0.0, metadata=SPARSE)
     memory_bytes: int | None = field(default=None, metadata=SPARSE)
+    sync_s: float | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +233,13 @@ def _key_of(seen: Observation) -> CellKey:
         seen.num_nodes,
         seen.device_type,
         _crowd_of(seen),
+        _accum_of(seen),
     )
+
+
+def _accum_of(seen: Observation) -> int:
+    """Accumulation where it matters to a cell: ranks synchronise once per step, not per micro-batch."""
+    return seen.grad_accum if seen.num_workers > 1 else 1
 
 
 def _crowd_of(seen: Observation) -> int:
@@ -265,7 +273,18 @@ def _advance(cell: SpeedCell | None, seen: Observation, count: int) -> SpeedCell
         num_nodes=seen.num_nodes,
         device_type=seen.device_type,
         crowd=_crowd_of(seen),
+        grad_accum=_accum_of(seen),
+        sync_ratio=_sync_ratio(cell, seen, len(recent)),
     )
+
+
+def _sync_ratio(cell: SpeedCell | None, seen: Observation, num_windows: int) -> float | None:
+    """The running mean of the part of a step that was spent waiting for other ranks."""
+    old = None if cell is None else cell.sync_ratio
+    if seen.sync_s is None or not 0 <= seen.sync_s < seen.step_s:
+        return old
+    ratio = seen.sync_s / seen.step_s
+    return ratio if old is None else old + (ratio - old) / num_windows
 
 
 def _merge(cells: Sequence[SpeedCell]) -> SpeedCell:
@@ -274,11 +293,13 @@ def _merge(cells: Sequence[SpeedCell]) -> SpeedCell:
         return cells[0]
     windows = sorted(value for cell in cells for value in cell.recent)
     first = max(0, (len(windows) - WINDOWS_PER_CELL) // 2)
+    synced = [cell.sync_ratio for cell in cells if cell.sync_ratio is not None]
     # fsum rounds once, so that the order of the trials cannot show in the last bit.
     log_cores = math.fsum(len(c.recent) * c.log_cores for c in cells) / len(windows)
     return dataclasses.replace(
         cells[0],
         log_cores=log_cores,
+        sync_ratio=None if not synced else math.fsum(synced) / len(synced),
         recent=tuple(windows[first : first + WINDOWS_PER_CELL]),
         num_steps=min(_MAX_STEPS, sum(c.num_steps for c in cells)),
         seen=max(c.seen for c in cells),

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from policies.dials import choose, explorers
 from policies.division import Granted, Rules, divide
+from policies.first_come import first_come
+from policies.movable import Budget, split
 from policies.plan import Allocation, Plan
 from policies.snapshot import Snapshot
 from policies.tier import Tier
@@ -44,15 +46,16 @@ class Goodput:
             raise ValueError(f"quantum={self.quantum!r}; allowed: 0.001 to 1, a part of a device")
 
     def decide(self, snapshot: Snapshot) -> Plan:
-        """Return the next small step towards the largest goodput."""
-        standings = read(snapshot)
+        """Return the next small step towards the largest goodput; movable trials are served as by `fifo`."""
+        rest, movers, fleet = split(snapshot)
+        standings = read(rest)
         rules = Rules(
             guarantee=self.guarantee, min_gain=self.min_gain, cooldown_s=self.cooldown_s, quantum=self.quantum
         )
-        granted = divide(snapshot, standings, rules)
+        granted = divide(rest, standings, rules)
         exploring = explorers(standings, self.cooldown_s) if self.explores else {}
         rows = [self._allocate(s, granted[s.trial_id], exploring.get(s.trial_id)) for s in standings]
-        return make_plan(snapshot, "goodput", rows)
+        return make_plan(snapshot, "goodput", [*rows, *first_come(movers, fleet, Budget(snapshot))])
 
     def _allocate(self, standing: Standing, granted: Granted, explored: Tier | None) -> Allocation:
         choice = choose(standing, granted.share, min_gain=self.min_gain, cooldown_s=self.cooldown_s, explored=explored)

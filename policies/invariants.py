@@ -143,7 +143,8 @@ def _allocation_problems(
     if types_wrong or type(settings) is not Settings:
         return
     seats = _seats(trial, placement)
-    yield from _limit_problems(trial, old, settings, seats)
+    is_stranded = not devices.issuperset(trial.placement)
+    yield from _limit_problems(trial, old, settings, seats, may_pause=is_stranded)
     yield from _promise_problems(trial, old, settings, seats, devices)
     effect, needed = _read(row, "effect"), effect_of(old, settings, moves=seats != trial.placement)  # 9
     if type(effect) is not Effect or effect is not needed:
@@ -195,13 +196,13 @@ def _settings_problems(where: str, settings: object) -> Iterator[tuple[str, str]
 
 
 def _limit_problems(
-    trial: TrialView, old: Settings | None, new: Settings, placement: tuple[DeviceId, ...]
+    trial: TrialView, old: Settings | None, new: Settings, placement: tuple[DeviceId, ...], *, may_pause: bool
 ) -> Iterator[tuple[str, str]]:
     """4 to 8: the trial's limits. What an override or an earlier plan already set may stay, though nothing new."""
     limits = trial.limits
     if problem := _workers_problem(trial, old, new, placement):
         yield "num_workers", f"num_workers={new.num_workers}; allowed: {problem}"
-    may_pause = limits.can_pause or not trial.placement or (old is not None and old.share == 0)
+    may_pause = may_pause or limits.can_pause or not trial.placement or (old is not None and old.share == 0)
     inside = limits.min_share - TOLERANCE <= new.share <= limits.max_share + TOLERANCE
     if not inside and not (new.share == 0 and may_pause):
         allowed = f"[{limits.min_share}, {limits.max_share}]{' or 0' if may_pause else ''}"

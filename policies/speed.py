@@ -32,7 +32,7 @@ PRIOR_FLOOR_RATIO = 0.4
 _PRIOR_EXPONENT_WEIGHT = 0.3
 _BUCKETS_PER_OCTAVE = 4
 
-CellKey = tuple[Tier, int, int, int, int, str, int]
+CellKey = tuple[Tier, int, int, int, int, str, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,9 @@ class SpeedCell:
         num_nodes: nodes that its ranks were spread over.
         device_type: the type of its devices.
         crowd: quarters of a device that others held beside it (on its fullest device).
+        grad_accum: micro-batches per step where several ranks synchronise once per step; 1 for a single rank, whose
+            micro-batches are all alike.
+        sync_ratio: mean part of a step spent waiting for other ranks, None where nobody measured it.
     """
 
     tier: Tier
@@ -62,6 +65,8 @@ class SpeedCell:
     num_nodes: int = field(default=1, metadata=SPARSE)
     device_type: str = field(default="", metadata=SPARSE)
     crowd: int = field(default=0, metadata=SPARSE)
+    grad_accum: int = field(default=1, metadata=SPARSE)
+    sync_ratio: float | None = field(default=None, metadata=SPARSE)
 
     @property
     def key(self) -> CellKey:
@@ -74,6 +79,7 @@ class SpeedCell:
             self.num_nodes,
             self.device_type,
             self.crowd,
+            self.grad_accum,
         )
 
     @property
@@ -117,7 +123,7 @@ def response(cores: float, exponent: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Point:
+class Point:
     """Work per micro-batch of one size at one core, and how well it is known."""
 
     micro_batch: int
@@ -128,7 +134,7 @@ class _Point:
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class Line:
     """work_s = floor_s + slope_s * micro_batch; `is_solved` if two sizes or more stand behind it."""
 
     floor_s: float
@@ -136,6 +142,7 @@ class _Line:
     is_solved: bool
 
     def work_s(self, micro_batch: int) -> float:
+        """Seconds of one micro-batch of that size."""
         return self.floor_s + self.slope_s * micro_batch
 
 
@@ -144,8 +151,8 @@ class SpeedModel:
     """The solved table of one shape of trial with one number of workers. Build it with `solve`."""
 
     exponent: float = PRIOR_EXPONENT
-    points: dict[Tier, dict[int, _Point]] = field(default_factory=dict)
-    lines: dict[Tier, _Line] = field(default_factory=dict)
+    points: dict[Tier, dict[int, Point]] = field(default_factory=dict)
+    lines: dict[Tier, Line] = field(default_factory=dict)
 
     def is_measured(self, tier: Tier) -> bool:
         """Whether the tier was measured at any micro-batch."""
@@ -186,14 +193,14 @@ def solve(cells: Iterable[SpeedCell], num_workers: int) -> SpeedModel:
         for key, group in groups.items()
         if sum(len(c.recent) for c in group) >= MIN_WINDOWS and sum(c.num_steps for c in group) >= MIN_STEPS
     }
-    exponent = _solve_exponent(trusted.values())
-    points: dict[Tier, dict[int, _Point]] = defaultdict(dict)
+    exponent = fit_exponent(trusted.values())
+    points: dict[Tier, dict[int, Point]] = defaultdict(dict)
     for (tier, micro_batch), group in trusted.items():
         points[tier][micro_batch] = _point(micro_batch, group, exponent)
     return SpeedModel(exponent=exponent, points=dict(points), lines=_solve_lines(points))
 
 
-def _solve_exponent(groups: Iterable[Sequence[SpeedCell]]) -> float:
+def fit_exponent(groups: Iterable[Sequence[SpeedCell]]) -> float:
     """Weighted regression of log work on log cores inside each group, drawn to the prior where there is little."""
     numerator = _PRIOR_EXPONENT_WEIGHT * PRIOR_EXPONENT
     denominator = _PRIOR_EXPONENT_WEIGHT
@@ -208,12 +215,12 @@ def _solve_exponent(groups: Iterable[Sequence[SpeedCell]]) -> float:
     return min(MAX_EXPONENT, max(MIN_EXPONENT, numerator / denominator))
 
 
-def _point(micro_batch: int, group: Sequence[SpeedCell], exponent: float) -> _Point:
+def _point(micro_batch: int, group: Sequence[SpeedCell], exponent: float) -> Point:
     """Merge the cells of one tier and size, each brought to one core."""
     weight = sum(len(c.recent) for c in group)
     log_work = sum(len(c.recent) * (c.log_work + exponent * c.log_cores) for c in group) / weight
     spread = sum(abs(value - c.log_work) for c in group for value in c.recent) / weight
-    return _Point(
+    return Point(
         micro_batch=micro_batch,
         work_s=math.exp(log_work),
         weight=weight,
@@ -223,9 +230,9 @@ def _point(micro_batch: int, group: Sequence[SpeedCell], exponent: float) -> _Po
     )
 
 
-def _solve_lines(points: dict[Tier, dict[int, _Point]]) -> dict[Tier, _Line]:
+def _solve_lines(points: dict[Tier, dict[int, Point]]) -> dict[Tier, Line]:
     """One line per tier; a tier measured at one size borrows the form of the best-known other tier."""
-    lines = {tier: _fit_line(list(sizes.values())) for tier, sizes in points.items() if len(sizes) > 1}
+    lines = {tier: fit_line(list(sizes.values())) for tier, sizes in points.items() if len(sizes) > 1}
     forms = sorted(lines, key=lambda t: (-sum(p.weight for p in points[t].values()), t))
     for tier, sizes in points.items():
         if tier in lines:
@@ -235,13 +242,13 @@ def _solve_lines(points: dict[Tier, dict[int, _Point]]) -> dict[Tier, _Line]:
         if forms:
             form = lines[forms[0]]
             floor_ratio = form.floor_s / form.work_s(point.micro_batch)
-        lines[tier] = _Line(
+        lines[tier] = Line(
             floor_ratio * point.work_s, (1 - floor_ratio) * point.work_s / point.micro_batch, is_solved=bool(forms)
         )
     return lines
 
 
-def _fit_line(points: Sequence[_Point]) -> _Line:
+def fit_line(points: Sequence[Point]) -> Line:
     """Least squares of relative errors with floor >= 0 and slope >= 0."""
     rows = [(p.weight / p.work_s**2, p.micro_batch, p.work_s) for p in points]
     s0 = sum(w for w, _, _ in rows)
@@ -252,7 +259,7 @@ def _fit_line(points: Sequence[_Point]) -> _Line:
     slope = (s0 * t1 - s1 * t0) / (s0 * s2 - s1 * s1)
     floor = (t0 - slope * s1) / s0
     if slope < 0:
-        return _Line(t0 / s0, 0.0, is_solved=True)
+        return Line(t0 / s0, 0.0, is_solved=True)
     if floor < 0:
-        return _Line(0.0, t1 / s2, is_solved=True)
-    return _Line(floor, slope, is_solved=True)
+        return Line(0.0, t1 / s2, is_solved=True)
+    return Line(floor, slope, is_solved=True)

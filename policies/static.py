@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from policies.first_come import first_come
+from policies.movable import Budget, split
 from policies.plan import Allocation, Plan
 from policies.snapshot import Snapshot
 from policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
@@ -30,8 +32,9 @@ class Static:
             raise ValueError(f"pause_s={self.pause_s!r}; allowed: seconds >= 0")
 
     def decide(self, snapshot: Snapshot) -> Plan:
-        """Return start shares, scaled down where a device cannot hold them."""
-        standings = read(snapshot)
+        """Return start shares, scaled down where a device cannot hold them; movable trials are served as by `fifo`."""
+        rest, movers, fleet = split(snapshot)
+        standings = read(rest)
         claims = [claim_of(s, weight=_start_share(s), max_share=_start_share(s)) for s in standings]
         room = make_room(standings, claims, self.pause_s)
         shares = fill_room(standings, room)
@@ -43,7 +46,7 @@ class Static:
                 rows.append(allocate(standing, settings, reason=f"share 0: {resting}", binding="paused"))
             else:
                 rows.append(_granted(standing, shares[standing.trial_id]))
-        return make_plan(snapshot, "static", rows)
+        return make_plan(snapshot, "static", [*rows, *first_come(movers, fleet, Budget(snapshot))])
 
 
 def _start_share(standing: Standing) -> float:

@@ -110,7 +110,11 @@ def add_figures(report: Report, found: list[dict[str, dict[str, Any]]]) -> None:
     in_time = [float(one["job"]["is_in_time"]) for one in found]
     report.add(
         median_figure(
-            "checkpoints written within the grace period", in_time, "", target="always", is_met=lambda _value, low, _high: low == 1
+            "checkpoints written within the grace period",
+            in_time,
+            "",
+            target="always",
+            is_met=lambda _value, low, _high: low == 1,
         )
     )
 

@@ -13,7 +13,7 @@ from policies.codec import dumps
 from policies.invariants import check
 from policies.plan import is_same
 from policies.policy import Policy
-from tests.conformance.snapshots import after, snapshot, snapshots
+from policies.sample_worlds import after, snapshot, snapshots
 
 NUM_WORLDS = 1_000
 

@@ -26,9 +26,9 @@ from policies.codec import (
 )
 from policies.goodput_policy import Goodput
 from policies.plan import Settings
+from policies.sample_worlds import snapshot
 from policies.snapshot import Override
 from policies.tier import NAMED_TIERS, Tier
-from tests.conformance.snapshots import snapshot
 from tests.unit.policies.builders import measured, observation, settings, trial
 
 SETTINGS = st.builds(

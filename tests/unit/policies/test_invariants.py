@@ -10,10 +10,10 @@ import pytest
 
 from policies.invariants import Violation, check
 from policies.plan import Allocation, Alternative, DeviceId, Effect, Generation, Plan, Settings, TrialId, effect_of
+from policies.sample_worlds import snapshot
 from policies.snapshot import Override, Snapshot
 from policies.static import Static
 from policies.tier import Tier
-from tests.conformance.snapshots import snapshot
 from tests.unit.policies.builders import DEVICE, in_force, limits, settings, trial, world
 
 A, B = TrialId("a"), TrialId("b")

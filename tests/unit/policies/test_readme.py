@@ -7,7 +7,7 @@ import policies
 from policies.invariants import check
 from policies.plan import is_same
 from policies.policy import Policy
-from tests.conformance.snapshots import after, snapshots
+from policies.sample_worlds import after, snapshots
 
 README = Path(policies.__file__).parent / "README.md"
 

@@ -1,0 +1,25 @@
+"""What policies that give out whole devices do with trials that cannot move: they keep their start shares.
+
+Called by the policies named after schedulers for whole devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from policies.fleet import Fleet
+from policies.movable import Budget, Mover, split
+from policies.plan import Allocation
+from policies.snapshot import Snapshot
+from policies.static import Static
+
+
+def with_fixed(
+    snapshot: Snapshot, place: Callable[[tuple[Mover, ...], Fleet, Budget], Iterable[Allocation]]
+) -> list[Allocation]:
+    """Rows for everyone: what cannot move keeps its start share as `static` gives it, `place` makes the others'."""
+    rest, movers, fleet = split(snapshot)
+    rows = list(Static().decide(rest).allocations)
+    if movers:
+        rows += place(movers, fleet, Budget(snapshot))
+    return rows

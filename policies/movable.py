@@ -1,0 +1,188 @@
+"""Trials whose devices a policy may choose: where each stands, and the rows of a plan for them.
+
+Every policy of this package treats trials that cannot move by themselves (`split` hands them out as a snapshot of
+their own) and never puts a movable trial on a device where one of those computes. Chooses nothing itself, apart from
+what must stay: `is_pinned`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from policies.fleet import Fleet, Seats
+from policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, effect_of
+from policies.snapshot import Snapshot, TrialView
+
+RESTART_S = 30.0
+"""What a restart is assumed to cost a trial that was never restarted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mover:
+    """One movable trial.
+
+    Attributes:
+        trial: the trial.
+        in_force: its settings in force, None for a trial new to the plan.
+        seats: the devices it runs on, empty where it holds none or one of them is gone.
+        is_pinned: whether it has to keep what it has: protected, guaranteed, stale, or not to be paused.
+        age_s: seconds since its settings last changed.
+    """
+
+    trial: TrialView
+    in_force: Settings | None
+    seats: Seats
+    is_pinned: bool
+    age_s: float
+
+    @property
+    def trial_id(self) -> TrialId:
+        """The trial's id."""
+        return self.trial.trial_id
+
+    @property
+    def share(self) -> float:
+        """The share in force on its seats, 0 without any."""
+        return self.in_force.share if self.seats and self.in_force is not None else 0.0
+
+    @property
+    def wish(self) -> Settings:
+        """What its user would run it with, its ranks within the limits."""
+        wanted = self.trial.requested or self.trial.start
+        low, high = worker_range(self.trial)
+        return dataclasses.replace(wanted, num_workers=min(high, max(low, wanted.num_workers)))
+
+    @property
+    def restart_s(self) -> float:
+        """What a restart costs it, in seconds."""
+        return RESTART_S if self.trial.restart_s is None else self.trial.restart_s
+
+
+def worker_range(trial: TrialView) -> tuple[int, int]:
+    """The fewest and most ranks that a policy may give it."""
+    low = trial.limits.min_workers or trial.start.num_workers
+    return low, max(low, trial.limits.max_workers or trial.start.num_workers)
+
+
+def split(snapshot: Snapshot) -> tuple[Snapshot, tuple[Mover, ...], Fleet]:
+    """The snapshot of the trials that cannot move, the movable ones sorted by id, and the devices left to them."""
+    fixed = tuple(trial for trial in snapshot.trials if not trial.limits.can_move)
+    if len(fixed) == len(snapshot.trials):
+        return snapshot, (), Fleet(())
+    gone = {trial.trial_id for trial in snapshot.trials} - {trial.trial_id for trial in fixed}
+    rows = tuple(row for row in snapshot.plan.allocations if row.trial_id not in gone)
+    rest = dataclasses.replace(
+        snapshot, trials=fixed, plan=dataclasses.replace(snapshot.plan, allocations=rows), quotas=()
+    )
+    taken = {device_id for trial in fixed for device_id in trial.placement}
+    fleet = Fleet(device for device in snapshot.devices if device.device_id not in taken)
+    in_force = {row.trial_id: row.settings for row in snapshot.plan.allocations}
+    movers = []
+    for trial in sorted((t for t in snapshot.trials if t.limits.can_move), key=lambda t: t.trial_id):
+        old = in_force.get(trial.trial_id) if trial.override is None else trial.override.settings
+        seats = fleet.seats(trial.placement) if old is not None and old.share > 0 else None
+        movers.append(
+            Mover(
+                trial=trial,
+                in_force=old,
+                seats=seats or (),
+                is_pinned=bool(seats) and _must_stay(trial),
+                age_s=snapshot.now_s - trial.changed_at_s,
+            )
+        )
+    return rest, tuple(movers), fleet
+
+
+def _must_stay(trial: TrialView) -> bool:
+    return trial.is_protected or trial.guaranteed > 0 or trial.is_stale or not trial.limits.can_pause
+
+
+class Budget:
+    """Devices that users may still be given; a user without a quota has no end of them."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._left = {quota.user: quota.max_devices for quota in snapshot.quotas}
+        if not self._left:
+            return
+        fixed = {trial.trial_id: trial for trial in snapshot.trials if not trial.limits.can_move}
+        for row in snapshot.plan.allocations:
+            if row.trial_id in fixed:
+                self.take(fixed[row.trial_id], row.settings.share * len(row.placement))
+
+    def allows(self, trial: TrialView, devices: float) -> bool:
+        """Whether the trial's user may have that many more."""
+        return self._left.get(trial.user, math.inf) >= devices - 1e-9
+
+    def take(self, trial: TrialView, devices: float) -> None:
+        """Charge the trial's user; a negative number gives back."""
+        if trial.user in self._left:
+            self._left[trial.user] -= devices
+
+
+def split_batch(trial: TrialView, global_batch: int, workers: int) -> tuple[int, int]:
+    """(micro-batch, accumulation) of that many ranks, the global batch kept in its limits and as it divides."""
+    global_batch = min(trial.limits.max_global_batch, max(trial.limits.min_global_batch, global_batch))
+    largest = min(trial.limits.max_micro_batch, trial.fit.micro_batch_cap or trial.limits.max_micro_batch)
+    per_rank = max(1, math.ceil(global_batch / workers - 1e-9))
+    grad_accum = math.ceil(per_rank / largest)
+    micro_batch = math.ceil(per_rank / grad_accum)
+    limits = trial.limits
+    if micro_batch * grad_accum * workers > limits.max_global_batch and micro_batch > 1:
+        lower = (micro_batch - 1) * grad_accum * workers
+        if lower >= limits.min_global_batch:
+            micro_batch -= 1
+    return micro_batch, grad_accum
+
+
+def wait(mover: Mover, reason: str, binding: str = "devices") -> Allocation:
+    """The row of a trial that holds no device now."""
+    settings = dataclasses.replace(mover.in_force or mover.trial.start, share=0.0)
+    return _row(mover, settings, (), reason, binding)
+
+
+def keep(mover: Mover, fleet: Fleet, reason: str, binding: str) -> Allocation:
+    """The row of a trial that keeps everything it has."""
+    assert mover.in_force is not None
+    return _row(mover, mover.in_force, fleet.placement(mover.seats), reason, binding)
+
+
+def run(
+    mover: Mover,
+    fleet: Fleet,
+    seats: Seats,
+    settings: Settings,
+    reason: str,
+    *,
+    binding: str = "devices",
+    predicted: float | None = None,
+) -> Allocation:
+    """The row of a trial on these devices.
+
+    Args:
+        mover: the trial.
+        fleet: what `seats` point into.
+        seats: one device per rank; the order of the present placement is kept where the devices are the same.
+        settings: the dials; the number of ranks is taken from the seats.
+        reason: one sentence with numbers.
+        binding: what stopped the policy from going further.
+        predicted: its goodput there, in samples/s.
+    """
+    if set(seats) == set(mover.seats):
+        seats = mover.seats
+    settings = dataclasses.replace(settings, num_workers=len(seats))
+    row = _row(mover, settings, fleet.placement(seats), reason, binding)
+    cost_s = mover.restart_s if row.effect is Effect.RESTART else 0.0
+    return dataclasses.replace(row, predicted_goodput=predicted, cost_s=cost_s)
+
+
+def _row(mover: Mover, settings: Settings, placement: tuple[DeviceId, ...], reason: str, binding: str) -> Allocation:
+    return Allocation(
+        trial_id=mover.trial_id,
+        settings=settings,
+        placement=placement,
+        effect=effect_of(mover.in_force, settings, moves=placement != mover.trial.placement),
+        reason=reason,
+        binding=binding,
+    )

@@ -1,0 +1,109 @@
+"""Optimus: devices one by one to whom they save the most time.
+
+The batch is what the user asked for. Every trial gets one device while there are some; each further one goes where it
+shortens the remaining time most, by the fitted step time and the iterations still to do.
+
+Source: Peng et al., Optimus (EuroSys 2018), section 4.1 (marginal gain), for all-reduce as in the evaluation of
+Pollux (OSDI 2021, section 5.1). There step times and remaining iterations are given by an oracle; here they are what
+was fitted, so far as it was.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from policies.fixed import with_fixed
+from policies.fleet import Fleet
+from policies.movable import Budget, Mover, keep, run, wait
+from policies.placing import as_wished, realise
+from policies.plan import Allocation, Plan, TrialId
+from policies.prospects import Ask, Prospect, Size, prospects
+from policies.snapshot import Snapshot
+from policies.world import make_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimus:
+    """Marginal gain in remaining time, batch as asked.
+
+    Attributes:
+        max_workers: most devices for one trial.
+    """
+
+    max_workers: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_workers < 1:
+            raise ValueError(f"max_workers={self.max_workers!r}; allowed: 1 or more")
+
+    def decide(self, snapshot: Snapshot) -> Plan:
+        """Return the plan that hands out devices by marginal gain."""
+        return make_plan(snapshot, "optimus", with_fixed(snapshot, lambda m, f, b: _place(m, f, b, self.max_workers)))
+
+
+def _place(movers: tuple[Mover, ...], fleet: Fleet, budget: Budget, max_workers: int) -> Iterator[Allocation]:
+    ask = Ask(tunes_batch=False, growth=10**6, counts=tuple(range(1, max_workers + 1)))
+    outlooks = prospects(movers, fleet, ask)
+    wanted = _hand_out(movers, outlooks, fleet)
+    given = realise(movers, wanted, fleet, budget)
+    for mover, outlook in zip(movers, outlooks, strict=True):
+        if mover.trial_id not in given:
+            yield wait(mover, f"waits: none of {len(fleet.devices)} devices is left after one for each before it")
+        elif mover.is_pinned:
+            yield keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
+        else:
+            seats, _ = given[mover.trial_id]
+            left_s = _time_left_s(mover, outlook, fleet.type_of[seats[0]], len(seats))
+            reason = f"{len(seats)} devices by marginal gain, about {left_s:.0f} s left"
+            yield run(mover, fleet, seats, as_wished(mover, len(seats)), reason, binding="marginal gain")
+
+
+def _hand_out(movers: Sequence[Mover], outlooks: Sequence[Prospect], fleet: Fleet) -> dict[TrialId, Size]:
+    left = [fleet.capacity(kind) for kind in range(len(fleet.types))]
+    counts: dict[int, tuple[int, int]] = {}
+    for position, mover in enumerate(movers):
+        if mover.is_pinned:
+            counts[position] = (fleet.type_of[mover.seats[0]], len(mover.seats))
+            left[counts[position][0]] -= len(mover.seats)
+    heap: list[tuple[float, float, TrialId, int]] = []
+
+    def offer(position: int) -> None:
+        kind, workers = counts[position]
+        now_s, next_s = (_time_left_s(movers[position], outlooks[position], kind, n) for n in (workers, workers + 1))
+        if next_s < now_s:
+            heapq.heappush(
+                heap, (next_s - now_s, movers[position].trial.began_at_s, movers[position].trial_id, position)
+            )
+
+    order = sorted(range(len(movers)), key=lambda i: (-movers[i].trial.priority, movers[i].trial.began_at_s, i))
+    for position in order:
+        if position in counts:
+            continue
+        fewest = max(1, movers[position].trial.limits.min_workers or movers[position].trial.start.num_workers)
+        kinds = sorted(range(len(left)), key=lambda kind: (-left[kind], kind))
+        if kinds and left[kinds[0]] >= fewest:
+            counts[position] = (kinds[0], fewest)
+            left[kinds[0]] -= fewest
+            offer(position)
+    while heap:
+        _, _, _, position = heapq.heappop(heap)
+        kind, workers = counts[position]
+        if left[kind] < 1:
+            continue
+        left[kind] -= 1
+        counts[position] = (kind, workers + 1)
+        offer(position)
+    return {movers[i].trial_id: Size(kind, workers, 1.0) for i, (kind, workers) in counts.items()}
+
+
+def _time_left_s(mover: Mover, outlook: Prospect, kind: int, workers: int) -> float:
+    """Remaining work over goodput at the batch asked for; infinite where that size is not allowed."""
+    size = Size(kind, workers, 1.0)
+    try:
+        index = outlook.sizes.index(size)
+    except ValueError:
+        return float("inf")
+    rate = outlook.inside[index] or outlook.across[index]
+    return max(1.0, mover.trial.remaining) / rate if rate > 0 else float("inf")

@@ -1,0 +1,138 @@
+"""From sizes to devices: who keeps its seats, and where the others go.
+
+Trials that keep their size keep their devices; the others are placed the largest first, and shrink until they fit.
+Called by the policies that place trials; chooses no size itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from policies.fleet import Fleet, Seats
+from policies.movable import Budget, Mover, split_batch
+from policies.plan import Settings, TrialId
+from policies.prospects import Size
+
+Given = tuple[Seats, float]
+"""Devices and the share of each."""
+
+
+def size_now(mover: Mover, fleet: Fleet) -> Size | None:
+    """What it has, None where it holds nothing."""
+    if not mover.seats:
+        return None
+    return Size(fleet.type_of[mover.seats[0]], len(mover.seats), mover.share)
+
+
+def realise(
+    movers: Sequence[Mover],
+    wanted: Mapping[TrialId, Size],
+    fleet: Fleet,
+    budget: Budget,
+    *,
+    one_spread_per_node: bool = False,
+    shrinks: bool = True,
+) -> dict[TrialId, Given]:
+    """Devices for everyone who is to have some; pinned trials keep theirs whatever is wanted.
+
+    Args:
+        movers: all movable trials.
+        wanted: the size of those that shall run.
+        fleet: taken from.
+        budget: charged.
+        one_spread_per_node: whether a node may hold ranks of one trial only that spans several nodes.
+        shrinks: whether a trial gets fewer ranks than wanted where they do not fit.
+    """
+    given: dict[TrialId, Given] = {}
+    rest: list[tuple[Mover, Size]] = []
+    crowded: set[int] = set()
+    for mover in sorted(movers, key=lambda m: not m.is_pinned):
+        size, now = wanted.get(mover.trial_id), size_now(mover, fleet)
+        stays = mover.is_pinned or (size is not None and size == now)
+        if (
+            stays
+            and fleet.holds(mover.seats, mover.share)
+            and (mover.is_pinned or budget.allows(mover.trial, mover.share * len(mover.seats)))
+        ):
+            _take(mover, (mover.seats, mover.share), fleet, budget, given)
+            if fleet.num_nodes(mover.seats) > 1:
+                crowded.update(fleet.node_of[seat] for seat in mover.seats)
+        elif size is not None:
+            rest.append((mover, size))
+    for mover, size in sorted(rest, key=lambda pair: (-pair[1].devices, pair[0].trial_id)):
+        avoid = frozenset(crowded) if one_spread_per_node else frozenset[int]()
+        fewest = (mover.trial.limits.min_workers or mover.trial.start.num_workers) if shrinks else size.workers
+        seats = _find(mover, size, fleet, budget, (fewest, avoid))
+        if seats is not None:
+            _take(mover, (seats, size.share), fleet, budget, given)
+            if fleet.num_nodes(seats) > 1:
+                crowded.update(fleet.node_of[seat] for seat in seats)
+    return given
+
+
+def _find(mover: Mover, size: Size, fleet: Fleet, budget: Budget, terms: tuple[int, frozenset[int]]) -> Seats | None:
+    fewest, avoid = terms
+    for workers in range(size.workers, fewest - 1, -1):
+        if budget.allows(mover.trial, workers * size.share):
+            seats = fleet.find(size.kind, workers, size.share, avoid=avoid)
+            if seats is not None:
+                return seats
+    return None
+
+
+def _take(mover: Mover, given: Given, fleet: Fleet, budget: Budget, table: dict[TrialId, Given]) -> None:
+    seats, share = given
+    fleet.take(seats, share)
+    budget.take(mover.trial, share * len(seats))
+    table[mover.trial_id] = given
+
+
+def in_order(order: Sequence[Mover], fleet: Fleet, budget: Budget, *, blocks: bool) -> dict[TrialId, Size]:
+    """Who runs if devices are counted out in this order, each trial the whole devices its user asked for.
+
+    Args:
+        order: the trials, the first served first.
+        fleet: what there is; nothing is taken.
+        budget: quotas; left as they were.
+        blocks: whether those behind one that does not fit have to wait for it.
+    """
+    left = [fleet.num_idle(kind) for kind in range(len(fleet.types))]
+    runs: dict[TrialId, Size] = {}
+    charged: list[tuple[Mover, int]] = []
+    for mover in order:
+        workers = mover.wish.num_workers
+        now = size_now(mover, fleet)
+        if now is not None and now.workers == workers and now.share == 1:
+            kinds = [now.kind]
+        else:
+            kinds = sorted(range(len(left)), key=lambda kind: (-left[kind], kind))
+        kind = next((kind for kind in kinds if left[kind] >= workers), None)
+        if not budget.allows(mover.trial, workers):
+            continue
+        if kind is None:
+            if blocks:
+                break
+            continue
+        left[kind] -= workers
+        budget.take(mover.trial, workers)
+        charged.append((mover, workers))
+        runs[mover.trial_id] = Size(kind, workers, 1.0)
+    for mover, workers in charged:
+        budget.take(mover.trial, -workers)
+    return runs
+
+
+def as_wished(mover: Mover, workers: int) -> Settings:
+    """The dials its user asked for, on that many ranks; what is in force where that is the same batch."""
+    wish, old = mover.wish, mover.in_force
+    tier = wish.tier if wish.tier not in mover.trial.fit.banned_tiers else mover.trial.limits.tiers[0]
+    micro_batch, grad_accum = split_batch(mover.trial, wish.global_batch, workers)
+    if old is not None and old.num_workers == workers and old.share > 0:
+        if old.tier in mover.trial.limits.tiers:
+            tier = old.tier
+        if old.global_batch == micro_batch * grad_accum * workers:
+            micro_batch, grad_accum = old.micro_batch, old.grad_accum
+    return dataclasses.replace(
+        wish, share=1.0, micro_batch=micro_batch, grad_accum=grad_accum, tier=tier, num_workers=workers
+    )

@@ -1,0 +1,64 @@
+"""Tiresias: two-dimensional attained service, least first, in discretised queues.
+
+A trial's attained service is the device-seconds it was granted; what it will still need is not asked. Trials with less
+than the first threshold form the first queue, and so on; each queue is first come, first served, and a trial of an
+earlier queue takes the devices of one of a later queue. Ranks and batch are what the user asked for.
+
+Source: Gu et al., Tiresias (NSDI 2019), section 4.1 (Discretized 2D-LAS) with two queues split at 16 GPU-hours, as in
+the evaluation of Pollux (OSDI 2021, section 5.1). Unlike there, a placement consolidates always, and starvation is
+not looked after (its promotion is off there, too).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from policies.fixed import with_fixed
+from policies.fleet import Fleet
+from policies.movable import Budget, Mover, keep, run, wait
+from policies.placing import as_wished, in_order, realise
+from policies.plan import Allocation, Plan
+from policies.snapshot import Snapshot
+from policies.world import make_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiresias:
+    """Least attained service first.
+
+    Attributes:
+        thresholds_s: device-seconds at which a trial falls into the next queue, ascending.
+    """
+
+    thresholds_s: tuple[float, ...] = (16 * 3600.0,)
+
+    def __post_init__(self) -> None:
+        if list(self.thresholds_s) != sorted(self.thresholds_s) or not all(t > 0 for t in self.thresholds_s):
+            raise ValueError(f"thresholds_s={self.thresholds_s!r}; allowed: ascending device-seconds > 0")
+
+    def decide(self, snapshot: Snapshot) -> Plan:
+        """Return the plan that serves the queues in order."""
+        return make_plan(snapshot, "tiresias", with_fixed(snapshot, self._place))
+
+    def _place(self, movers: tuple[Mover, ...], fleet: Fleet, budget: Budget) -> Iterator[Allocation]:
+        pinned = [mover for mover in movers if mover.is_pinned]
+        given = realise(pinned, {}, fleet, budget)
+        others = [mover for mover in movers if not mover.is_pinned]
+        others.sort(key=lambda m: (-m.trial.priority, self._queue(m), m.trial.began_at_s, m.trial_id))
+        given |= realise(others, in_order(others, fleet, budget, blocks=False), fleet, budget, shrinks=False)
+        for mover in movers:
+            hours = mover.trial.attained_s / 3600
+            where = f"{hours:.2f} device-hours attained, queue {self._queue(mover)}"
+            if mover.trial_id not in given:
+                yield wait(mover, f"waits for {mover.wish.num_workers} devices: {where}", "queue")
+            elif mover.is_pinned:
+                yield keep(mover, fleet, f"keeps its {len(mover.seats)} devices: {where}", "pinned")
+            else:
+                seats, _ = given[mover.trial_id]
+                reason = f"runs on the {len(seats)} devices it asked for: {where}"
+                yield run(mover, fleet, seats, as_wished(mover, len(seats)), reason, binding="queue")
+
+    def _queue(self, mover: Mover) -> int:
+        return bisect.bisect_right(self.thresholds_s, mover.trial.attained_s)
