@@ -1,8 +1,9 @@
 """What the orchestrator costs per step: its loop against the best loop written by hand, in the same Ray worker.
 
-A real trial runs in a real slot with the real policy actor; between blocks of 200 of its steps, the same processes run
+Real trials run in a real slot with the real policy actor; between blocks of 200 of their steps, the same processes run
 200 steps of the bare loop, in the order A B B A. The policy actor is stopped (SIGSTOP) during bare blocks, so that the
-bare loop does not pay for it. Beside it: the bare loop in plain processes, without Ray.
+bare loop does not pay for it. Every two rounds are a trial of their own with freshly made models on both sides: where
+a model happens to lie in memory alone makes a per cent. Beside it: the bare loop in plain processes, without Ray.
 """
 
 from __future__ import annotations
@@ -28,10 +29,29 @@ _SPARE_STEPS = 5
 ORCHESTRATED = "orchestrated"
 
 
-def block_order(which: list[str], num_rounds: int) -> list[str]:
-    """Every round has each kind of block once, every other round backwards."""
+_ROUNDS_PER_TRIAL = 2
+
+
+def block_order(which: list[str], number: int, num_rounds: int) -> list[str]:
+    """The blocks of trial `number`: each kind once per round, every other round backwards."""
     once = [ORCHESTRATED, *which]
-    return [kind for number in range(num_rounds) for kind in (once if number % 2 == 0 else once[::-1])]
+    return [kind for index in range(number, number + num_rounds) for kind in (once if index % 2 == 0 else once[::-1])]
+
+
+class Stopwatch:
+    """Wall seconds and CPU seconds of the training thread and of the whole process, since it was made."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    def block(self, form: str) -> dict[str, Any]:
+        """The times so far, as a block of that form."""
+        times = (now - then for now, then in zip(self._now(), self._began, strict=True))
+        return {"form": form, **dict(zip(("seconds", "thread_s", "process_s"), times, strict=True))}
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        return time.perf_counter(), time.thread_time(), time.process_time()
 
 
 class AlternatingShare:
@@ -47,11 +67,9 @@ class AlternatingShare:
         context = ray.train.get_context()
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
         self._share, self._plan = CpuCores(), plan
-        self._order: list[str] = list(plan["order"])
-        self._loops: dict[str, BareLoop] = {}
         self._blocks: list[dict[str, Any]] = []
-        self._steps_left = _WARM_UP_STEPS
-        self._began_s = 0.0
+        self._num_trials = 0
+        self._begin_trial()
 
     @property
     def enforcement(self) -> Any:
@@ -67,7 +85,11 @@ class AlternatingShare:
         return self._share.charged_s()
 
     def release(self) -> None:
+        """A trial has ended."""
         self._share.release()
+        if self._loops:
+            self._num_trials += 1
+            self._begin_trial()
 
     def hold_back(self) -> float:
         slept_s = self._share.hold_back()
@@ -76,30 +98,35 @@ class AlternatingShare:
         self._steps_left -= 1
         return slept_s
 
+    def _begin_trial(self) -> None:
+        order: list[list[str]] = self._plan["orders"]
+        self._order = list(order[self._num_trials]) if self._num_trials < len(order) else []
+        self._loops: dict[str, BareLoop] = {}
+        self._steps_left = _WARM_UP_STEPS
+        self._watch: Stopwatch | None = None
+
     def _change_block(self) -> None:
         """A block of orchestrated steps has ended: run the bare blocks up to the next one."""
-        now_s = time.perf_counter()
-        if self._began_s:
-            self._blocks.append({"form": ORCHESTRATED, "seconds": now_s - self._began_s})
-        if not self._loops:
+        if self._watch is None:
             self._prepare()
+        else:
+            self._blocks.append(self._watch.block(ORCHESTRATED))
         while self._order and self._order[0] != ORCHESTRATED:
             self._run_bare(self._order.pop(0))
         if not self._order:
             self._write()
-            self._steps_left = -1  # never zero again: the trial goes on to its end
-            return
+            return  # the count goes below zero and never meets it again: the trial goes on to its end
         self._order.pop(0)
         self._steps_left = self._plan["steps"]
-        self._began_s = time.perf_counter()
+        self._watch = Stopwatch()
 
     def _run_bare(self, form: str) -> None:
         if self._rank == 0:
             os.kill(self._plan["actor_pid"], signal.SIGSTOP)
         try:
-            began_s = time.perf_counter()
+            watch = Stopwatch()
             self._loops[form].run(self._plan["steps"])
-            self._blocks.append({"form": form, "seconds": time.perf_counter() - began_s})
+            self._blocks.append(watch.block(form))
         finally:
             if self._rank == 0:
                 os.kill(self._plan["actor_pid"], signal.SIGCONT)
@@ -131,10 +158,9 @@ def alternating_slot_loop(config: dict[str, Any]) -> None:
 def measure(num_ranks: int, micro_batch: int, settings: Options, directory: Path) -> list[dict[str, Any]]:
     """All blocks, in the order in which they ran."""
     steps = num_block_steps(settings)
-    order = block_order(forms(num_ranks), settings.repeats)
-    num_steps = _WARM_UP_STEPS + steps * settings.repeats + _SPARE_STEPS
+    rounds = [min(_ROUNDS_PER_TRIAL, settings.repeats - done) for done in range(0, settings.repeats, _ROUNDS_PER_TRIAL)]
     trial = {
-        "samples_per_report": num_steps * micro_batch * num_ranks,
+        "samples_per_report": (_WARM_UP_STEPS + steps * max(rounds) + _SPARE_STEPS) * micro_batch * num_ranks,
         "max_reports": 1,
         "num_workers": num_ranks,
         "micro_batch": micro_batch,
@@ -142,19 +168,34 @@ def measure(num_ranks: int, micro_batch: int, settings: Options, directory: Path
     }
     parts = Parts(write_run_file(directory / f"{num_ranks}.yaml", f"ranks{num_ranks}", trial=trial))
     out = directory / f"blocks-{num_ranks}.json"
-    plan = {"order": order, "steps": steps, "micro_batch": micro_batch, "actor_pid": parts.actor_pid, "out": str(out)}
+    plan = {
+        "orders": [block_order(forms(num_ranks), number, count) for number, count in enumerate(rounds)],
+        "steps": steps,
+        "micro_batch": micro_batch,
+        "actor_pid": parts.actor_pid,
+        "out": str(out),
+    }
     slot = threading.Thread(target=_open_slot, args=(parts, num_ranks, plan, directory), daemon=True)
     slot.start()
-    parts.ask("submit", "trial-0", {})
-    answer = None
-    while answer is None or not answer.is_last:
-        if not slot.is_alive():
-            raise RuntimeError(f"the slot ended before the trial; see {parts.run_dir}")
-        answer = parts.ask("answer", "trial-0", 0)  # asking is also what grants the report
+    for number in range(len(rounds)):
+        _run_trial(parts, f"trial-{number}", slot)
     parts.ask("close_slot", "slot-0")
     slot.join(60.0)
     parts.end()
     return list(read_json(out))
+
+
+def _run_trial(parts: Parts, trial_id: str, slot: threading.Thread) -> None:
+    """Queue a trial and wait for its end."""
+    parts.ask("submit", trial_id, {})
+    answer = None
+    while answer is None or not answer.is_last:
+        if not slot.is_alive():
+            raise RuntimeError(f"the slot ended before the trial; see {parts.run_dir}")
+        # Asking is also what grants the report.
+        answer = parts.ask("answer", trial_id, 0 if answer is None or answer.report is None else 1)
+    if answer.reason:
+        raise RuntimeError(f"{trial_id} ended as {answer.state}: {answer.reason}")
 
 
 def _open_slot(parts: Parts, num_ranks: int, plan: dict[str, Any], directory: Path) -> None:
