@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -11,12 +11,11 @@ _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and embeddings but neither biases nor norms.
 
-    One fused kernel where every parameter is a plain tensor on a device that has it, the foreach form otherwise (for
-    the sharded parameters of FSDP2). Both compute the same up to rounding.
+    One fused kernel where the parameters are on a device that has it, also for the sharded parameters of FSDP2; the
+    foreach form otherwise. Both compute the same up to rounding.
     """
     params = [param for param in model.parameters() if param.requires_grad]
-    # The type of the data tells a plain tensor from DTensor and other subclasses without importing any of them.
-    is_fused = all(type(param.data) is Tensor and param.device.type in _FUSED_DEVICES for param in params)
+    is_fused = all(param.device.type in _FUSED_DEVICES for param in params)
     groups = [
         {"params": [param for param in params if param.ndim >= 2], "weight_decay": weight_decay},
         {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
