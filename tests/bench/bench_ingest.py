@@ -85,7 +85,7 @@ def measure(directory: Path, name: str, seconds: float, *, is_paced: bool) -> di
             name,
             search={"num_trials": NUM_SENDERS, "max_concurrent": NUM_SENDERS, "scheduler": {"name": "fifo"}},
             trial={"samples_per_report": 10**12, "max_reports": 1, "micro_batch": 8},
-            dials={"share": {"min": 0.05}, "batch": {"enabled": False}, "precision": {"enabled": False}},
+            dials={"share": {"min": 0.125, "max": 0.125}, "batch": {"enabled": False}, "precision": {"enabled": False}},
             policy={"name": "goodput", "period_s": 1.0},
         )
     )
