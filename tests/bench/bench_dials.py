@@ -101,6 +101,7 @@ def changes(parts: Parts, num_ranks: int) -> list[dict[str, Any]]:
                 "latency_s": max(one["applied_s"] for one in applied) - committed[generation],
                 "step_s": max(one["before_s"] for one in applied),
                 "extra_s": max(one["extra_s"] for one in applied),
+                "other_extra_s": max(one["other_extra_s"] for one in applied),
                 "switch_s": max(one["switch_s"] for one in applied),
             }
         )
@@ -119,6 +120,8 @@ def _changed_step(rows: list[dict[str, Any]], generation: int) -> dict[str, floa
         "applied_s": row["start_s"] + row["switch_s"],
         "before_s": statistics.median(before),
         "extra_s": _work_s(row) - statistics.median(after),
+        "other_extra_s": _work_s(rows[index - 1])
+        - statistics.median(_work_s(one) for one in rows[index - 8 : index - 1]),
         "switch_s": row["switch_s"],
     }
 
@@ -205,6 +208,8 @@ def add_world(report: Report, name: str, found: list[dict[str, Any]]) -> None:
         mine = [one for one in found if one["dial"] == dial]
         extra_ms = [1e3 * one["extra_s"] for one in mine]
         report.add(p95_figure(f"{name}: {dial}, extra time in its step", extra_ms, "ms", limit=SWITCH_LIMIT_MS))
+        other_ms = [1e3 * one["other_extra_s"] for one in mine]
+        report.add(p95_figure("  the same of the step before, where nothing changes", other_ms, "ms"))
         report.add(median_figure("  of it in the change itself", [1e3 * one["switch_s"] for one in mine], "ms"))
 
 
