@@ -13,8 +13,8 @@ from orchestrator.control.orders import SlotOrder, Status
 from policies.tier import Tier
 from tests.unit.orchestrator.train.links import Script, grant, loop, order
 
-SEEDS = range(5)
-NUM_SAMPLES = 8_000
+SEEDS = range(3)
+NUM_SAMPLES = 2_400
 TURNS = (
     {"share": 0.25},
     {"micro_batch": 4, "grad_accum": 2},
@@ -35,7 +35,7 @@ def final_loss(directory: Path, seed: int, *, turns: bool) -> float:
     assert first.trial is not None
     script = Script(first)
     for number, turn in enumerate(TURNS if turns else ()):
-        script.at(60 * (number + 1), lambda now, number=number, turn=turn: with_grant(now, number, turn))
+        script.at(20 * (number + 1), lambda now, number=number, turn=turn: with_grant(now, number, turn))
     torch.manual_seed(seed)
     job = build_job(first.trial.job, first.trial.params)
     job.prepare()
