@@ -90,7 +90,8 @@ def _connected(resolved: ResolvedRun, namespace: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with ray_cluster(resolved.config.cluster, namespace, is_quiet=False):
+    uses_gpus = resolved.config.devices.use != "cpu"
+    with ray_cluster(resolved.config.cluster, namespace, is_quiet=False, uses_gpus=uses_gpus):
         yield
 
 
