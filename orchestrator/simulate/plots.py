@@ -103,7 +103,8 @@ def _gantt(spans: Sequence[Span], policy: str) -> Any:  # noqa: ANN401
             color=[(*_rgb(colours[kind]), 0.35 + 0.65 * len(span.placement) / most) for span in mine],
             label=kind,
         )
-    axes.set(xlabel="hours", ylabel="jobs, in the order they began")
+    axes.set(xlabel="hours", ylabel="jobs, in the order they began", xlim=(0, None))
+    axes.margins(y=0.01)
     axes.set_title(
         f"{policy}: who held devices (darker: more of them, up to {most}; higher: a larger share)", loc="left"
     )
@@ -129,7 +130,7 @@ def _utilisation(summary: Summary, num_devices: int) -> Any:  # noqa: ANN401
         for time_s, sign in ((span.begin_s, 1.0), (span.end_s, -1.0))
     ]
     hours, devices = _steps(held)
-    axes.fill_between(hours, devices, step="post", color=_COLOURS[0], alpha=0.5, label="devices held")
+    axes.fill_between(hours, devices, step="post", color=_COLOURS[0], alpha=0.5, linewidth=0, label="devices held")
     axes.axhline(num_devices, color="#6b6b6b", linewidth=1, linestyle="--", label=f"{num_devices} devices")
     present = [(job.submitted_s, 1.0) for job in summary.jobs]
     present += [(job.ended_s, -1.0) for job in summary.jobs if job.ended_s is not None]
@@ -137,15 +138,17 @@ def _utilisation(summary: Summary, num_devices: int) -> Any:  # noqa: ANN401
     axes.step(hours, jobs, where="post", color=_COLOURS[1], linewidth=1.2, label="jobs present")
     axes.set(xlabel="hours", ylabel="devices, jobs", ylim=(0, None))
     axes.set_title(f"{summary.policy}: {summary.utilisation:.0%} of the devices held over the makespan", loc="left")
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, borderaxespad=0.2)
     return figure
 
 
 def _steps(changes: Sequence[tuple[float, float]]) -> tuple[Any, Any]:
     """Hours and running sums of timed changes."""
-    ordered = sorted(changes)
-    hours = np.array([time_s for time_s, _ in ordered]) / _SECONDS_PER_HOUR
-    return hours, np.cumsum([change for _, change in ordered])
+    sums: dict[float, float] = {}
+    for time_s, change in changes:
+        sums[time_s] = sums.get(time_s, 0.0) + change
+    times = sorted(sums)
+    return np.array(times) / _SECONDS_PER_HOUR, np.cumsum([sums[time_s] for time_s in times])
 
 
 def _calibration(pairs: Sequence[tuple[float, float]], what: str, policy: str) -> Any:  # noqa: ANN401

@@ -6,6 +6,8 @@ figure: parametric models of the literature's form, tables that others published
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from policies.policy import Policy
 from policies.simulator.application import Application, Applications, NoiseCurve
 from policies.simulator.cluster import Cluster, Node, NodeChange, NodeEvent, parse_cluster, read_events
@@ -21,6 +23,7 @@ from policies.simulator.rows import TableError
 from policies.simulator.rules import Rules
 from policies.simulator.synthetic import helios_like, philly_like
 from policies.simulator.workload import Submission, Workload, read_workload, write_workload
+from policies.simulator.world import job_of
 
 __all__ = [
     "POLLUX_APPLICATIONS",
@@ -61,7 +64,7 @@ __all__ = [
 ]
 
 
-def simulate(
+def simulate(  # noqa: PLR0913 -- all but three are by name and have a default
     policy: Policy,
     workload: Workload,
     cluster: Cluster,
@@ -70,8 +73,11 @@ def simulate(
     applications: Applications = POLLUX_APPLICATIONS,
     rules: Rules | None = None,
     overseer: Overseer | None = None,
+    make: Callable[[Submission, Applications], Job] = job_of,
 ) -> Summary:
     """Run a workload on a cluster under a policy, and say what came of it.
+
+    `overseer` may end and submit jobs as it likes; `make` makes a job of a submission.
 
     Raises:
         PolicyFaultError: the policy raised, returned an illegal plan or did not return.
@@ -79,6 +85,6 @@ def simulate(
     """
     rules = rules or Rules()
     guard = Guard(policy=policy, name=name, limit_s=rules.limit_s)
-    engine = Engine(guard, applications, cluster, rules, overseer or Nobody())
+    engine = Engine(guard, applications, cluster, rules, overseer or Nobody(), make)
     engine.run(workload)
     return summarise(engine, name)

@@ -29,6 +29,7 @@ class Node:
         device_type: their type; may be empty.
         speed: what policies are told about the type's speed relative to others until it was measured.
         price_per_hour: of one device while a trial holds it.
+        devices: its devices as they were recorded; empty for `num_devices` GPUs made up from the rest.
     """
 
     node_id: str
@@ -36,10 +37,11 @@ class Node:
     device_type: str = ""
     speed: float = 1.0
     price_per_hour: float = 0.0
+    devices: tuple[DeviceView, ...] = ()
 
     def views(self, units: int) -> tuple[DeviceView, ...]:
         """Its devices as a policy sees them."""
-        return tuple(
+        return self.devices or tuple(
             DeviceView(
                 device_id=DeviceId(f"{self.node_id}/gpu{index:02d}"),
                 node_id=self.node_id,

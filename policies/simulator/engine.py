@@ -134,6 +134,7 @@ class Engine:
         mark = self.overseer.reached(job, self.now_s)
         if mark is not None and mark > job.progress:
             job.mark = mark
+            job.ready_s = max(job.ready_s, self.now_s) + self.overseer.pause_s(job)
             self._foresee(job)
             if self.rules.decides_on_events:
                 self._wake()

@@ -22,6 +22,10 @@ class Overseer(Protocol):
         """A job reached its mark: the next one, or None to end it."""
         ...
 
+    def pause_s(self, job: Job) -> float:
+        """Seconds without steps that a report costs a job which goes on."""
+        ...
+
     def outlook(self, job: Job) -> tuple[float | None, int | None, float | None]:
         """Survival, samples at the next rung, and loss of a job; None each where there is none."""
         ...
@@ -41,6 +45,10 @@ class Nobody:
     def reached(self, job: Job, now_s: float) -> float | None:  # noqa: ARG002 -- the protocol fixes the signature
         """It ends."""
         return None
+
+    def pause_s(self, job: Job) -> float:  # noqa: ARG002
+        """Nothing."""
+        return 0.0
 
     def outlook(self, job: Job) -> tuple[float | None, int | None, float | None]:  # noqa: ARG002
         """Nothing."""

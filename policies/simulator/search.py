@@ -33,6 +33,7 @@ class SearchSpec:
         reduction_factor: one in so many survives a rung.
         seed: of the loss curves.
         num_replicas, batch_size: what each trial asks for.
+        pause_s: seconds that a report costs a trial.
     """
 
     application: str
@@ -44,6 +45,7 @@ class SearchSpec:
     seed: int = 0
     num_replicas: int = 1
     batch_size: int = 64
+    pause_s: float = 0.0
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -121,6 +123,10 @@ class AshaSearch:
             self.stopped_at[name] = report
             return None
         return self._mark(index + 1)
+
+    def pause_s(self, job: Job) -> float:  # noqa: ARG002 -- all trials are of one kind
+        """What evaluating costs, and a checkpoint."""
+        return self.spec.pause_s
 
     def outlook(self, job: Job) -> tuple[float | None, int | None, float | None]:
         """How likely a trial is to survive its next rung, the samples at which that is, and its last loss.

@@ -2,8 +2,9 @@
 
 Step times: `application`, then `placement` (workers on each node as digits, '44' is two nodes of four) or `num_nodes`
 and `num_replicas`, then `local_bsz`, `step_time`, `sync_time` (seconds). Gradient statistics: `progress` (steps at the
-base batch so far), `grad_sqr`, `grad_var` (at the base batch). These are the columns of the Pollux simulator, whose
-tables can be read as they are. Takes lines and knows no file.
+base batch so far), `grad_sqr`, `grad_var` (at the base batch). Those are the columns of the Pollux simulator, whose
+tables can be read as they are. Shares and tiers: `throughput` at a `share` of one device, or in a `tier`; what this
+project measured is in the folder `measured`. Takes lines and knows no file.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from policies.simulator.application import Application, NoiseCurve
-from policies.simulator.response import Measured
+from policies.simulator.response import Measured, Sharing
 from policies.simulator.rows import Row, TableError, read_rows
+from policies.tier import NAMED_TIERS, Tier
 
 SPEED_COLUMNS = ("local_bsz", "step_time", "sync_time")
 SPEED_OPTIONAL = ("application", "placement", "num_nodes", "num_replicas")
 NOISE_COLUMNS = ("progress", "grad_sqr", "grad_var")
 NOISE_OPTIONAL = ("application", "iteration", "metric")
+SHARING_COLUMNS = ("application", "share", "throughput")
+SHARING_OPTIONAL = ("tier", "micro_batch", "sequence", "trials", "step_mode")
+TIER_COLUMNS = ("application", "tier", "throughput")
+TIER_OPTIONAL = ("step_mode", "micro_batch", "sequence")
 MAX_NOISE_SCALE = float(2**20)
 
 Cells = dict[tuple[int, int], tuple[tuple[int, float, float], ...]]
@@ -61,6 +67,44 @@ def read_noise(lines: Iterable[str], source: str, base_batch: int) -> tuple[Nois
         raise TableError(f"{source}: there is no line below the head; allowed: one for each epoch at least")
     total = ends[-1]
     return NoiseCurve(ends=tuple(end / total for end in ends), scales=tuple(scales)), total * base_batch
+
+
+def read_sharing(lines: Iterable[str], source: str) -> dict[str, Sharing]:
+    """Speed against share by application, from throughputs measured at shares; several of one share are averaged.
+
+    The table must hold share 1 of each application: the whole device, alone.
+
+    Raises:
+        TableError: something in it cannot be used; the message names line, column, value and what is allowed.
+    """
+    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(lines, source, SHARING_COLUMNS, SHARING_OPTIONAL):
+        share = row.number("share", above=0.0, most=1.0)
+        found[row.text("application")][share].append(row.number("throughput", above=0.0))
+    for application, points in found.items():
+        if 1.0 not in points:
+            raise TableError(f"{source}: {application!r} has no line with share 1; allowed: one at least, alone")
+    return {
+        application: Sharing(
+            points=tuple((share, _mean(points[share]) / _mean(points[1.0])) for share in sorted(points))
+        )
+        for application, points in found.items()
+    }
+
+
+def read_tiers(lines: Iterable[str], source: str, step_mode: str = "eager") -> dict[str, dict[Tier, float]]:
+    """Throughput of each tier by application, in one step mode; only ratios between tiers mean anything.
+
+    Raises:
+        TableError: something in it cannot be used; the message names line, column, value and what is allowed.
+    """
+    found: dict[str, dict[Tier, float]] = defaultdict(dict)
+    for row in read_rows(lines, source, TIER_COLUMNS, TIER_OPTIONAL):
+        tier = Tier(row.one_of("tier", [each.value for each in NAMED_TIERS]))
+        throughput = row.number("throughput", above=0.0)
+        if (row.optional("step_mode") or step_mode) == step_mode:
+            found[row.text("application")][tier] = throughput
+    return dict(found)
 
 
 def application_from(
@@ -112,3 +156,7 @@ def _cells(found: dict[tuple[int, int, int], list[tuple[float, float]]]) -> Cell
         sync_s = sum(sync for _, sync in times) / len(times)
         groups[num_nodes, num_workers].append((size, step_s, sync_s))
     return {key: tuple(cells) for key, cells in groups.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
