@@ -41,6 +41,7 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         max_units=config.cluster.num_cpus,
         metric=info.metric,
         mode=info.mode,
+        probe_budget=config.dials.precision.probe_budget if config.dials.precision.enabled else 0.0,
     )
 
 

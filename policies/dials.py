@@ -91,26 +91,24 @@ def choose(
 
 
 def _next_tier(standing: Standing, cooldown_s: float) -> Tier | None:
-    """The dearest allowed tier below the present one that nobody has measured, if the trial is free to try it."""
+    """The dearest allowed tier below the present one that nobody has measured, if the trial is free to try it.
+
+    A trial with a guard of its own has nothing to try: its tiers are calibrated and probed.
+    """
     settings = standing.settings
-    if standing.in_force is None or standing.age_s < cooldown_s:
+    if standing.in_force is None or standing.age_s < cooldown_s or standing.trial.fit.tiers:
         return None
     prediction = standing.predict(settings)
     if prediction is None or not prediction.is_measured:
         return None
     unmeasured = [
         tier
-        for tier in _tiers(standing)
+        for tier in standing.tiers
         if is_cheaper(tier, settings.tier)
         and not standing.model.is_measured(tier)
         and standing.has_room(dataclasses.replace(settings, tier=tier))
     ]
     return min(unmeasured, key=lambda tier: tier_facts(tier).cost_rank, default=None)
-
-
-def _tiers(standing: Standing) -> tuple[Tier, ...]:
-    """The tiers it may use and did not have to flee from."""
-    return tuple(tier for tier in standing.trial.limits.tiers if tier not in standing.trial.fit.banned_tiers)
 
 
 def _why_kept(standing: Standing, now: Settings, cooldown_s: float) -> tuple[str, str] | None:
@@ -144,7 +142,7 @@ def _options(standing: Standing, now: Settings, goodput: float, needed_gain: flo
     largest = standing.largest_micro_batch
     if batches and now.micro_batch < largest < 2 * now.micro_batch:
         batches = (*batches, dataclasses.replace(now, micro_batch=largest))
-    tiers = [dataclasses.replace(now, tier=tier) for tier in _tiers(standing) if tier is not now.tier]
+    tiers = [dataclasses.replace(now, tier=tier) for tier in standing.tiers if tier is not now.tier]
     for settings in (*batches, *tiers):
         predicted = standing.goodput(settings)
         if predicted is not None:
@@ -191,6 +189,9 @@ def _why_no_room(standing: Standing, now: Settings, refused: list[_Option]) -> t
 def _why_changed(standing: Standing, now: Settings, best: _Option) -> str:
     if best.settings.tier is not now.tier:
         change = f"tier {now.tier.value} -> {best.settings.tier.value}"
+        found = next((fit for fit in standing.trial.fit.tiers if fit.tier is best.settings.tier), None)
+        if found is not None and found.noise_ratio is not None:
+            change += f" (error {found.noise_ratio:.2g} of the batch's noise)"
     else:
         noise = 0.0 if standing.noise is None else standing.noise
         change = (

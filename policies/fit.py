@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from policies.ladder import TierFit
 from policies.memory import MemoryPoint, merge, remember
 from policies.plan import SPARSE, Settings
 from policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
@@ -78,6 +79,7 @@ class TrialFit:
         cap_until: value of `num_observations` at which that cap is lifted for another try.
         num_overflows: overrides that shrank the micro-batch so far.
         memory: measured peaks, sorted by key.
+        tiers: what the trial found out about its tiers, dearest first; empty where it has no guard.
     """
 
     cells: tuple[SpeedCell, ...] = ()
@@ -90,6 +92,7 @@ class TrialFit:
     cap_until: int = field(default=0, metadata=SPARSE)
     num_overflows: int = field(default=0, metadata=SPARSE)
     memory: tuple[MemoryPoint, ...] = field(default=(), metadata=SPARSE)
+    tiers: tuple[TierFit, ...] = field(default=(), metadata=SPARSE)
 
 
 NOTHING_FITTED = TrialFit()
@@ -164,6 +167,11 @@ def noise_ratio(noise_trace: float, grad_sq: float) -> float:
     if grad_sq * MAX_NOISE_SCALE <= noise_trace:
         return MAX_NOISE_SCALE
     return max(1.0, noise_trace / grad_sq)
+
+
+def note_tiers(fit: TrialFit, tiers: tuple[TierFit, ...]) -> TrialFit:
+    """Take over what the trial newly says of its tiers."""
+    return dataclasses.replace(fit, tiers=tiers)
 
 
 def inherit(fit: TrialFit) -> TrialFit:

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 
 from policies.fit import noise_scale, pool
 from policies.goodput import goodput
+from policies.ladder import numerical_efficiency, step_ratio, usable
 from policies.memory import MemoryLine, MemoryPoint, largest_micro_batch, largest_split, solve_line
 from policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
 from policies.shares import Claim, components, fill, fits
 from policies.snapshot import Snapshot, TrialView
 from policies.speed import Prediction, SpeedModel, response, solve
+from policies.tier import Tier
 
 _EPSILON = 1e-9
+_CALIBRATION_DOUBT = 0.05
 _SAME_SHARE = 1e-4
 """Shares closer than this are the same: no mechanism can tell them apart, and rounding must not move a plan."""
 
@@ -69,20 +72,41 @@ class Standing:
         return self.in_force is not None and self.in_force.share == 0 and self.age_s < pause_s
 
     def predict(self, settings: Settings) -> Prediction | None:
-        """Seconds per step under `settings`; None where that tier is unmeasured or the trial paused."""
+        """Seconds per step under `settings`; None where nothing is known of that tier or the trial is paused.
+
+        A tier that no trial ran yet is predicted from the present one by what calibration found of both.
+        """
+        predicted = self._predict(settings, settings.tier)
+        ratio = step_ratio(self.trial.fit.tiers, settings.tier, self.settings.tier)
+        if predicted is not None or ratio is None:
+            return predicted
+        known = self._predict(settings, self.settings.tier)
+        if known is None:
+            return None
+        doubt = math.hypot(known.rel_uncertainty, _CALIBRATION_DOUBT)
+        return Prediction(step_s=known.step_s * ratio, is_measured=False, rel_uncertainty=doubt)
+
+    def _predict(self, settings: Settings, tier: Tier) -> Prediction | None:
         return self.model.predict(
             cores=settings.share * self.units,
             micro_batch=settings.micro_batch,
             grad_accum=settings.grad_accum,
-            tier=settings.tier,
+            tier=tier,
         )
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tiers it may use now: allowed, not fled from, and, where it has a guard, real and safe."""
+        trial = self.trial
+        return usable(trial.limits.tiers, trial.fit.tiers, trial.fit.banned_tiers, self.settings.tier)
 
     def goodput(self, settings: Settings) -> float | None:
         """Samples per second of useful progress under `settings`; None where it cannot be predicted."""
         prediction = self.predict(settings)
         if prediction is None:
             return None
-        throughput_per_s = settings.global_batch / prediction.step_s
+        numerical = numerical_efficiency(self.trial.fit.tiers, settings.tier, self.noise, settings.global_batch)
+        throughput_per_s = numerical * settings.global_batch / prediction.step_s
         return goodput(throughput_per_s, self.noise, self.trial.start.global_batch, settings.global_batch)
 
     def memory_line(self, settings: Settings) -> MemoryLine | None:

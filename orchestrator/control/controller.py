@@ -37,7 +37,7 @@ from orchestrator.control.state import RunState
 from orchestrator.telemetry.record import unpack
 from orchestrator.telemetry.store import TelemetryWriter
 from policies.codec import to_jsonable
-from policies.fit import protect
+from policies.fit import note_tiers, protect
 from policies.plan import TrialId, changed_dials
 from policies.snapshot import Override
 
@@ -180,6 +180,9 @@ class Controller:
         for message in events.records:
             self._take_records(trial, rank, message)
         if rank == 0:
+            for tiers in events.tiers:
+                fit = state.fits[trial.trial_id]
+                state.fits[trial.trial_id] = note_tiers(fit, tiers.tiers)
             for override in events.overrides:  # before any new grant
                 self._take_override(trial, override)
             for ack in events.acks:
@@ -342,6 +345,7 @@ class Controller:
             resume_from=trial.checkpoint,
             num_reports_done=len(trial.reports),
             memory_bytes=granted_bytes(self.state, self.state.ledger.lines[trial.trial_id].placement),
+            probe_budget=spec.probe_budget,
         )
 
     def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:
@@ -391,7 +395,7 @@ class Controller:
             number=report.number, generation=report.generation, settings=report.settings, reason=report.reason
         )
         state.changed_at_s[trial.trial_id] = state.clock.now_s()
-        if before is not None:
+        if before is not None and report.is_lasting:
             state.fits[trial.trial_id] = protect(state.fits[trial.trial_id], before, report.settings)
         trial.story.append(f"override {report.number} at step {report.step}: {report.reason}")
         state.log("override", trial_id=trial.trial_id, **to_jsonable(report))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from policies.ladder import TierFit
 from policies.plan import DeviceId, Settings, TrialId
 from policies.snapshot import DeviceView, DialLimits
 
@@ -76,6 +77,7 @@ class TrialOrder:
         resume_from: a committed checkpoint, or None.
         num_reports_done: reports that were already taken before this attempt.
         memory_bytes: memory that each rank may take; 0 where nobody knows.
+        probe_budget: part of the trial's time for probes of cheaper tiers; 0 for none.
     """
 
     trial_id: TrialId
@@ -91,6 +93,7 @@ class TrialOrder:
     resume_from: str | None
     num_reports_done: int
     memory_bytes: int = 0
+    probe_budget: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +145,7 @@ class OverrideReport:
     """A protective move of the trial: it runs with `settings` since `step`, inside the envelope of `generation`.
 
     `instead_of` is what it had or was granted and could not keep; None where that is what it last acknowledged.
+    `is_lasting` is False where the trial's own guard says how long the tier that was left stays forbidden.
     """
 
     generation: int
@@ -150,6 +154,16 @@ class OverrideReport:
     step: int
     reason: str
     instead_of: Settings | None = None
+    is_lasting: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierReport:
+    """What a trial found out about its tiers: the newest one holds."""
+
+    step: int
+    tiers: tuple[TierFit, ...]
+    spent_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,9 +223,10 @@ class Events:
     acks: tuple[Ack, ...] = ()
     overrides: tuple[OverrideReport, ...] = ()
     reports: tuple[Report, ...] = ()
+    tiers: tuple[TierReport, ...] = ()
     records: tuple[bytes, ...] = field(default=())
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (self.acks or self.overrides or self.reports or self.records)
+        return not (self.acks or self.overrides or self.reports or self.tiers or self.records)

@@ -40,6 +40,7 @@ class RunSpec:
         metric: the validation metric the search looks at.
         mode: 'min' or 'max'.
         log_level: of the worker logs.
+        probe_budget: part of a trial's time for probes of cheaper tiers.
     """
 
     run_id: str
@@ -64,6 +65,7 @@ class RunSpec:
     metric: str
     mode: str
     log_level: str = "INFO"
+    probe_budget: float = 0.0
 
     @property
     def target_samples(self) -> int:

@@ -133,12 +133,20 @@ class StatusWriter:
             else ("graph" if view.is_replayed else "eager"),
             "enforced_by": None if slot is None or slot.hello is None else slot.hello.enforced_by,
             **_dials(settings, state.spec.start),
+            "tier_layers": self._tier_layers(trial, settings),
             "decision": self._decision(trial),
             "time_left_s": _time_left_s(trial, state.spec.target_samples - num_samples, throughput),
             "log_path": str(Path(state.spec.run_dir) / "trials" / trial.trial_id / "log.txt"),
             "error": trial.reason if trial.state is TrialState.FAILED else None,
             "params": trial.params,
         }
+
+    def _tier_layers(self, trial: Trial, settings: Settings | None) -> str | None:
+        """How many linear layers really compute in the trial's tier, where it has said so: '12 of 13'."""
+        fit = self._state.fits.get(trial.trial_id)
+        tiers = () if fit is None or settings is None else fit.tiers
+        found = next((known for known in tiers if settings is not None and known.tier is settings.tier), None)
+        return None if found is None or not found.num_layers else f"{found.num_in_tier} of {found.num_layers}"
 
     def _decision(self, trial: Trial) -> dict[str, Any] | None:
         allocation = self._state.plan.allocation(trial.trial_id)

@@ -39,7 +39,7 @@ STEP_DTYPE = np.dtype(
         ("grad_accum", "<i4"),
         ("num_workers", "<i4"),
         ("tier", "<i2"),  # see `tier_code`
-        ("flags", "<u2"),  # bit 0: skipped (non-finite); bit 1: allocation applied before; bit 2: replayed from a graph
+        ("flags", "<u2"),  # bits of FLAG_SKIPPED and so on
         ("share", "<f4"),
         ("cores", "<f4"),  # device units granted to this rank
         ("start_s", "<f8"),  # CLOCK_MONOTONIC at the start of the step
@@ -60,6 +60,8 @@ STEP_DTYPE = np.dtype(
 FLAG_SKIPPED = 1
 FLAG_APPLIED = 2
 FLAG_GRAPH = 4
+FLAG_ROLLED_BACK = 8
+"""Non-finite and skipped; an allocation was applied before it; replayed from a graph; began at an earlier state."""
 
 StepArray = npt.NDArray[np.void]
 

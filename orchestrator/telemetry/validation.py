@@ -8,11 +8,19 @@ fails; nothing here raises. Pure and vectorised; knows no trial and keeps no sta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, StepArray, tier_of
+from orchestrator.telemetry.record import (
+    FLAG_APPLIED,
+    FLAG_GRAPH,
+    FLAG_ROLLED_BACK,
+    FLAG_SKIPPED,
+    StepArray,
+    tier_of,
+)
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -150,7 +158,8 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
     unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
     _mark(codes, "tier", np.isin(rows["tier"], unknown))
-    _mark(codes, "flags", flags > (FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH))
+    known = FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH | FLAG_ROLLED_BACK
+    _mark(codes, "flags", flags > known)
 
 
 def _judge_times(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
@@ -181,6 +190,15 @@ def _judge_measures(codes: Codes, rows: StepArray) -> None:
     _mark(codes, "memory", (memory_bytes < 0) | (memory_bytes > _MAX_MEMORY_BYTES))
 
 
+def _highest_since(step: Ints, back: Bools) -> Ints:
+    """The running maximum of `step`, begun anew at each row that went back."""
+    highest = step.copy()
+    starts = [0, *np.flatnonzero(back).tolist(), len(step)]
+    for start, end in pairwise(starts):
+        highest[start:end] = np.maximum.accumulate(step[start:end]) if end > start else step[start:end]
+    return highest
+
+
 def _judge_order(codes: Codes, rows: StepArray, anchor: Anchor | None) -> None:
     """Steps advance by at most one per record, and claimed time fits into the time that went by."""
     good = np.flatnonzero(codes == GOOD)
@@ -189,8 +207,10 @@ def _judge_order(codes: Codes, rows: StepArray, anchor: Anchor | None) -> None:
     seq: Ints = rows["seq"][good].astype(np.int64)
     step: Ints = rows["step"][good]
     first = Anchor(seq=int(seq[0]), step=int(step[0]), end_s=-np.inf) if anchor is None else anchor
-    jumps = (step < first.step) | (step > first.step + (seq - first.seq))
-    highest: Ints = np.maximum.accumulate(np.where(jumps, first.step, step))
+    # A trial that went back to an earlier state says so, and its steps are counted on from there.
+    back = (rows["flags"][good] & FLAG_ROLLED_BACK) != 0
+    jumps = (step < first.step) & ~np.logical_or.accumulate(back) | (step > first.step + (seq - first.seq))
+    highest = _highest_since(np.where(jumps, np.where(back, step, first.step), step), back)
     jumps |= step < highest
     codes[good[jumps]] = _CODE["order"]
     good = good[~jumps]

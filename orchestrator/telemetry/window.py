@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from orchestrator.telemetry import validation
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, STEP_DTYPE, StepArray, tier_of
+from orchestrator.telemetry.record import (
+    FLAG_APPLIED,
+    FLAG_GRAPH,
+    FLAG_ROLLED_BACK,
+    FLAG_SKIPPED,
+    STEP_DTYPE,
+    StepArray,
+    tier_of,
+)
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
 from policies.fit import Observation
 
@@ -267,7 +275,11 @@ class TrialWindow:
         last = rows[-1]
         if not self._has_rows:
             self._has_rows, self._num_samples = True, int(rows["cursor"][0])
-        self._num_samples += int(rows["num_samples"].sum(dtype=np.int64))
+        back = np.flatnonzero(rows["flags"] & FLAG_ROLLED_BACK)
+        if len(back):  # what was done since the state it went back to does not count
+            self._num_samples = int(rows["cursor"][back[-1]])
+        counted = rows[back[-1] :] if len(back) else rows
+        self._num_samples += int(counted["num_samples"].sum(dtype=np.int64))
         self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else 1)
         self._cursor = int(last["cursor"]) + int(last["num_samples"])
         self._generation = int(last["generation"])

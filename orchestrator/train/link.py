@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from orchestrator.control.orders import Ack, Events, Outcome, OverrideReport, Report, SlotOrder
+from orchestrator.control.orders import Ack, Events, Outcome, OverrideReport, Report, SlotOrder, TierReport
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
 
 _RECORDS_PER_MESSAGE = 2048
@@ -57,6 +57,7 @@ class Outbox:
         self._acks: list[Ack] = []
         self._overrides: list[OverrideReport] = []
         self._reports: list[Report] = []
+        self._tiers: list[TierReport] = []
         self._num_taken = 0
         self.num_dropped = 0
 
@@ -89,6 +90,11 @@ class Outbox:
             self._reports.append(report)
         self._filled.set()
 
+    def add_tiers(self, report: TierReport) -> None:
+        """Put what is known of the tiers in place of what was said before; it goes with the next message."""
+        with self._lock:
+            self._tiers = [report]
+
     def wait_filled(self, timeout_s: float) -> None:
         """Return when something urgent waits, or after the timeout."""
         if self._filled.wait(timeout_s):
@@ -109,9 +115,10 @@ class Outbox:
                 acks=tuple(self._acks),
                 overrides=tuple(self._overrides),
                 reports=tuple(self._reports),
+                tiers=tuple(self._tiers),
                 records=tuple(records),
             )
             self._full, self._num_rows = [], 0
-            self._acks, self._overrides, self._reports = [], [], []
+            self._acks, self._overrides, self._reports, self._tiers = [], [], [], []
             self._num_taken += 1
             return events

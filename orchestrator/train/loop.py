@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jobs import job_info
 from jobs.job import Job
 from orchestrator.control.orders import (
     Ack,
@@ -23,18 +24,23 @@ from orchestrator.control.orders import (
     SlotOrder,
     Status,
     StopMode,
+    TierReport,
     TrialOrder,
 )
 from orchestrator.errors import ApplyError, OutOfMemoryError
 from orchestrator.share.mechanism import ShareMechanism
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, tier_code
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_ROLLED_BACK, FLAG_SKIPPED, tier_code
 from orchestrator.train.batch.guard import MemoryGuard, Move, is_out_of_memory
 from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Link
+from orchestrator.train.precision.calibrate import calibration_key
+from orchestrator.train.precision.guard import Move as TierMove
+from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPlan
 from orchestrator.train.step_mode.choice import StepMode
-from orchestrator.train.stepper import Stepper, StepResult, dearer_tier
+from orchestrator.train.stepper import Stepper, StepResult
+from policies.tier import is_cheaper
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +62,9 @@ class TrialLoop:
         self._stepper: Stepper | None = None
         self._meter = MemoryMeter(ranks.device, self._trial.memory_bytes)
         self._guard: MemoryGuard | None = None
+        self._watch: PrecisionWatch | None = None
+        self._is_rolled_back = False
+        self._move: TierMove | None = None
         self._order = order
         self._grant: Grant | None = None
         self._unsaid_ack: Ack | None = None
@@ -75,13 +84,17 @@ class TrialLoop:
         """
         stepper = self._stepper = Stepper(self._trial, self._job, self._ranks)
         self._guard = MemoryGuard(stepper, self._ranks, self._meter, self._trial.trial_id)
+        watch = self._watch = PrecisionWatch(self._watch_plan(), stepper, self._ranks.device, self._ranks.group)
         if self._trial.resume_from is not None:
             extra = stepper.resume(Path(self._trial.resume_from))
             self._num_reports = max(self._num_reports, int(extra["num_reports"]))
+            watch.guard.restore(extra.get("guard"))
             logger.info("resumed from %s at step %d", self._trial.resume_from, stepper.step_index)
         self._follow(None, stepper)
         if not self._await(lambda: self._grant is not None, stepper):
             return self._leave(stepper)
+        watch.begin()
+        self._tell_tiers(stepper)
         while self._num_reports < self._trial.max_reports:
             if not self._train_to_report(stepper) or not self._report(stepper):
                 return self._leave(stepper)
@@ -103,6 +116,7 @@ class TrialLoop:
         """Step until the next report is due; False when told to leave before."""
         target = (self._num_reports + 1) * self._trial.samples_per_report
         while stepper.cursor.position < target or self._settle_below(target, stepper):
+            self._guard_precision(stepper)
             began_s, cpu_s = time.monotonic(), time.process_time()
             switch_s = self._cross(stepper)
             if not self._await(lambda: not self._is_paused, stepper):
@@ -131,10 +145,11 @@ class TrialLoop:
     def _take(self, results: list[StepResult], stepper: Stepper) -> None:
         """Record what came of steps; they come back in the order in which they began."""
         for result in results:
-            self._record(result, self._launched.popleft(), stepper)
+            times = self._launched.popleft()
+            self._record(result, times, stepper)
             if result.is_skipped:
                 self._launched.clear()  # what was begun behind it did nothing
-            self._protect(stepper, result)
+            self._protect(stepper, result, times.step_s - times.wait_s)
         words = stepper.mode_words if results else ""
         if words and words != self._mode_said:
             self._mode_said = words
@@ -164,6 +179,7 @@ class TrialLoop:
         assert self._guard is not None
         settings = self._guard.prepare(grant.settings)
         stepper.turn(settings)
+        self._watched.turned()
         self._grant = grant
         applied_s = time.monotonic()
         self._unsaid_ack = Ack(
@@ -189,26 +205,50 @@ class TrialLoop:
             self._link.outbox.add_ack(self._unsaid_ack)
         self._unsaid_ack = None
 
-    def _protect(self, stepper: Stepper, result: StepResult) -> None:
-        """After a non-finite gradient: the next dearer tier at once, inside the envelope; given up at the top."""
-        if not result.is_skipped:
-            self._num_skips = 0
-            return
-        self._num_skips += 1
-        settings = stepper.settings
-        dearer = dearer_tier(settings.tier, self._trial.limits.tiers)
-        if dearer is None:
-            if self._num_skips >= MAX_SKIPS:
-                raise ApplyError(
-                    f"{self._trial.trial_id} diverged: the gradient at step {stepper.step_index} was not finite"
-                    f" {self._num_skips} times in {settings.tier}, the dearest tier allowed; lower the learning rate"
-                )
-            return
-        stepper.turn(replace(settings, tier=dearer))
-        reason = f"non-finite gradient at step {stepper.step_index} in {settings.tier}: goes on in {dearer}"
-        self._override(stepper, Move(instead_of=settings, reason=reason))
+    def _guard_precision(self, stepper: Stepper) -> None:
+        """Between two steps: make the move that a step asked for, and probe if it is time to."""
+        if self._move is not None or self._watched.is_due:
+            self._take(stepper.settle(), stepper)
+        move, self._move = self._move, None
+        if move is not None and is_cheaper(stepper.settings.tier, move.tier):
+            self._obey(move, stepper)
+        probed = self._watched.before_step()
+        if probed is not None:
+            self._obey(probed, stepper)
+        self._tell_tiers(stepper)
 
-    def _override(self, stepper: Stepper, move: Move) -> None:
+    def _protect(self, stepper: Stepper, result: StepResult, busy_s: float) -> None:
+        """Let the guard judge a step; a trial that does not come right in its dearest tier is given up."""
+        settings = stepper.settings
+        move = self._watched.after_step(
+            StepNews(
+                is_skipped=result.is_skipped,
+                is_loss_finite=result.is_loss_finite,
+                loss=result.loss,
+                loss_scale=stepper.loss_scale.scale,
+                busy_s=busy_s,
+            )
+        )
+        self._num_skips = self._num_skips + 1 if result.is_skipped else 0
+        if move is None and self._num_skips >= MAX_SKIPS and self._watched.guard.dearer(settings.tier) is None:
+            raise ApplyError(
+                f"{self._trial.trial_id} diverged: the gradient at step {stepper.step_index} was not finite"
+                f" {self._num_skips} times in {settings.tier}, the dearest tier allowed; lower the learning rate"
+            )
+        self._move = move or self._move
+
+    def _obey(self, move: TierMove, stepper: Stepper) -> None:
+        """Make a protective move of the tier at once, inside the envelope, and say so."""
+        self._tell_tiers(stepper)
+        settings, step = stepper.settings, stepper.step_index
+        self._is_rolled_back |= move.is_rollback and self._watched.go_back()
+        stepper.turn(replace(settings, tier=move.tier))
+        self._watched.turned()
+        back = f"back to step {stepper.step_index}, " if stepper.step_index != step else ""
+        reason = f"{move.reason}: {back}goes on in {move.tier}"
+        self._override(stepper, Move(instead_of=settings, reason=reason), is_lasting=not self._watched.is_probing)
+
+    def _override(self, stepper: Stepper, move: Move, *, is_lasting: bool = True) -> None:
         """Tell of a protective move that was made."""
         self._num_overrides += 1
         logger.warning("override %d: %s", self._num_overrides, move.reason)
@@ -220,8 +260,37 @@ class TrialLoop:
                 step=stepper.step_index,
                 reason=move.reason,
                 instead_of=move.instead_of,
+                is_lasting=is_lasting,
             )
             self._link.outbox.add_override(report)
+
+    def _tell_tiers(self, stepper: Stepper) -> None:
+        """Pass on what is newly known of the tiers."""
+        tiers = self._watched.news()
+        if tiers is not None and self._ranks.rank == 0:
+            report = TierReport(step=stepper.step_index, tiers=tiers, spent_s=self._watched.spent_s)
+            self._link.outbox.add_tiers(report)
+
+    @property
+    def _watched(self) -> PrecisionWatch:
+        assert self._watch is not None, "made before anything is stepped or applied"
+        return self._watch
+
+    def _watch_plan(self) -> WatchPlan:
+        trial, ranks = self._trial, self._ranks
+        fixed = [
+            f"{param.name}={trial.params[param.name]}"
+            for param in job_info(trial.job).params
+            if param.changes_speed and param.name in trial.params
+        ]
+        return WatchPlan(
+            ladder=trial.limits.tiers,
+            budget=trial.probe_budget,
+            target_samples=trial.samples_per_report * trial.max_reports,
+            key=calibration_key(trial.job, fixed, trial.start.micro_batch, ranks.world_size, ranks.device),
+            # Beside the runs, so that the next run of the same shape need not measure again.
+            cache=self._directory.parents[2] / ".calibration" if len(self._directory.parents) > 2 else None,
+        )
 
     def _report(self, stepper: Stepper) -> bool:
         """Evaluate, commit, tell the search, and wait for its word to go on; False when told to leave."""
@@ -238,6 +307,7 @@ class TrialLoop:
                     checkpoint=str(path),
                 )
             )
+        self._watched.committed()
         logger.info("report %d at step %d: %s", self._num_reports - 1, stepper.step_index, metrics)
         if self._num_reports >= self._trial.max_reports:
             return True
@@ -272,7 +342,8 @@ class TrialLoop:
         return self._outcome(Status.STOPPED, stepper)
 
     def _commit(self, stepper: Stepper) -> Path:
-        return stepper.commit(self._directory / "checkpoints", {"num_reports": self._num_reports})
+        extra = {"num_reports": self._num_reports, "guard": self._watched.guard.state()}
+        return stepper.commit(self._directory / "checkpoints", extra)
 
     def _outcome(self, status: Status, stepper: Stepper, path: Path | None = None) -> Outcome:
         return Outcome(
@@ -289,6 +360,8 @@ class TrialLoop:
         assert grant is not None
         flags = (FLAG_SKIPPED if result.is_skipped else 0) | (FLAG_APPLIED if times.switch_s else 0)
         flags |= FLAG_GRAPH if result.mode is StepMode.GRAPH else 0
+        flags |= FLAG_ROLLED_BACK if self._is_rolled_back else 0
+        self._is_rolled_back = False
         nan = float("nan")
         self._link.outbox.add_record(
             (

@@ -12,20 +12,22 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from jobs import job_info
 from jobs.data import Indices, SampleCursor, micro_batches, rank_slice
-from jobs.job import Job
+from jobs.job import Job, LossTerms
 from orchestrator.control.orders import TrialOrder
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Schedule, Shape, apply
 from orchestrator.train.batch.meter import NoiseMeter
 from orchestrator.train.batch.noise import NoiseEstimate
 from orchestrator.train.groups import Ranks
-from orchestrator.train.precision.tiers import install, set_tier
+from orchestrator.train.precision.loss_scale import LossScale
+from orchestrator.train.precision.tiers import install, lowered, set_tier
 from orchestrator.train.step_mode.choice import ModeChoice, StepMode
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.step_mode.replay import CPU, Launched, Replay, Returned, open_replay, refusal
@@ -47,7 +49,8 @@ RAMP_STEPS = 50
 class StepResult:
     """What one step did. `is_skipped` means that a gradient was not finite and nothing was changed.
 
-    `step` is the number of optimizer steps before it, `position` the samples consumed before it.
+    `step` is the number of optimizer steps before it, `position` the samples consumed before it. `is_loss_finite` is of
+    this rank's samples; a gradient may overflow in fp16 although the loss does not.
     """
 
     step: int
@@ -60,6 +63,7 @@ class StepResult:
     learning_rate: float
     noise: NoiseEstimate | None
     data_s: float
+    is_loss_finite: bool = True
 
 
 class Stepper:
@@ -79,6 +83,7 @@ class Stepper:
         self.cursor = SampleCursor(seed=order.seed, num_samples=job.num_train_samples)
         self.step_index = 0
         self.settings = order.start
+        self.loss_scale = LossScale()
         is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
         self._modes = ModeChoice(ranks.step_mode, refusal(ranks.world_size, self.optimizer, is_possible=is_possible))
         self._replay: Replay | None = None
@@ -106,7 +111,9 @@ class Stepper:
         In graph mode results come some steps later. When one says that it was skipped, those behind it did nothing and
         the stepper is back where that one began.
         """
-        if self._has_stepped and self._modes.mode(self._dials) is StepMode.GRAPH:
+        # The loss scale of fp16 changes with every overflow, and a recording has it burnt in.
+        is_scaled = self.settings.tier is Tier.FP16
+        if self._has_stepped and not is_scaled and self._modes.mode(self._dials) is StepMode.GRAPH:
             results = self._launch()
             if results is not None:
                 return results
@@ -162,6 +169,7 @@ class Stepper:
             self.cursor = cursor
             self.step_index += 1
         self.optimizer.zero_grad(set_to_none=True)
+        self.loss_scale.update(settings.tier, is_skipped=is_skipped)
         return StepResult(
             step=step,
             position=position,
@@ -173,6 +181,7 @@ class Stepper:
             learning_rate=rate,
             noise=None if is_skipped else noise,
             data_s=data_s,
+            is_loss_finite=math.isfinite(loss),
         )
 
     def release_memory(self) -> None:
@@ -194,11 +203,11 @@ class Stepper:
             began_s = time.monotonic()
             batch = self.job.batch(part.tolist(), self._ranks.device)
             data_s += time.monotonic() - began_s
-            terms = self.job.loss(self.model, batch)
             # Sharded gradients are averaged over the ranks, so that the sum over all samples needs the rank count.
-            (terms.loss_sum * (self._ranks.world_size / total_elements)).backward()  # type: ignore[no-untyped-call]
+            terms = self.backward(batch, self.settings.tier, self._ranks.world_size / total_elements)
             loss_sum += float(terms.loss_sum.detach())
             num_elements += terms.num_elements
+        self.loss_scale.unscale(self.settings.tier, fsdp.local_grads(self.model))
         return loss_sum / max(1, num_elements), data_s
 
     def _update(self, rate: float) -> None:
@@ -221,11 +230,81 @@ class Stepper:
             if param in state
         )
 
+    def backward(self, batch: tuple[Tensor, ...], tier: Tier, weight: float) -> LossTerms:
+        """Forward and backward pass of `weight` times the loss; gradients add up, scaled where the tier is fp16.
+
+        Where the loss is not finite every gradient becomes NaN: so all ranks learn of it from the norm of the whole
+        gradient, and it cannot reach the weights through a gradient that happens to be finite.
+        """
+        terms = self.loss(self.model, batch, tier)
+        loss_sum = terms.loss_sum
+        factor = torch.where(loss_sum.detach().isfinite(), weight * self.loss_scale.factor(tier), float("nan"))
+        (loss_sum * factor).backward()  # type: ignore[no-untyped-call]
+        return terms
+
+    @property
+    def progress(self) -> float:
+        """Part of the trial that is done, 0 to 1."""
+        return self.cursor.position / (self._order.samples_per_report * self._order.max_reports)
+
+    def probe_batch(self, num_samples: int) -> tuple[Tensor, ...]:
+        """The next `num_samples` of this rank, which are not used up."""
+        indices, _ = self.cursor.take(num_samples * self._ranks.world_size)
+        mine = rank_slice(indices, self._ranks.rank, self._ranks.world_size)
+        return self.job.batch(mine.tolist(), self._ranks.device)
+
+    def mean_gradient(self, batch: tuple[Tensor, ...], tier: Tier) -> float:
+        """Add the gradient of the mean loss of `batch`, computed in `tier`, to `.grad`; returns this rank's mean loss.
+
+        The model is left in the trial's own tier; sharded gradients are reduced at once.
+        """
+        set_tier(self.model, tier)
+        fsdp.set_gradient_sync(self.model, True)
+        try:
+            terms = self.backward(batch, tier, 1 / self.job.num_elements(len(batch[0])))
+            self.loss_scale.unscale(tier, fsdp.local_grads(self.model))
+        finally:
+            set_tier(self.model, self.settings.tier)
+        return float(terms.loss_sum.detach()) / terms.num_elements
+
+    def add_gradient(self, batch: tuple[Tensor, ...], tier: Tier) -> None:
+        """Do what `mean_gradient` does without reading anything back, as a recorded step does."""
+        set_tier(self.model, tier)
+        try:
+            terms = self.loss(self.model, batch, tier)
+            (terms.loss_sum * (1 / terms.num_elements)).backward()  # type: ignore[no-untyped-call]
+        finally:
+            set_tier(self.model, self.settings.tier)
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether its steps may be replayed from a graph."""
+        return self._modes.refusal is None and self._ranks.step_mode is not StepMode.EAGER
+
+    def position(self) -> dict[str, Any]:
+        """What beside model and optimizer a step changes."""
+        return {
+            "step": self.step_index,
+            "cursor": self.cursor,
+            "rate": self._rate.state(),
+            "loss_scale": self.loss_scale.state(),
+        }
+
+    def go_back(self, position: dict[str, Any]) -> None:
+        """The inverse of `position`; the batch may have changed since, and stays."""
+        self.step_index, self.cursor = int(position["step"]), position["cursor"]
+        self._rate = LearningRate.restored(self._rate.schedule, position["rate"]).with_batch(
+            self.settings.global_batch, self.cursor.position, self._noise.scale
+        )
+        self.loss_scale = LossScale.restored(position["loss_scale"])
+        self._noise.reset()
+
     def evaluate(self) -> dict[str, float]:
         """Validation metrics, in the tier the trial runs with."""
         self.model.eval()
         try:
-            return self.job.evaluate(self.model, self._ranks.device)
+            with lowered(self.settings.tier, self._ranks.device):
+                return self.job.evaluate(self.model, self._ranks.device)
         finally:
             self.model.train()
 
@@ -241,6 +320,7 @@ class Stepper:
                 "position": self.cursor.position,
                 "rate": self._rate.state(),
                 "noise": self._noise.state(),
+                "loss_scale": self.loss_scale.state(),
             },
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
@@ -260,6 +340,7 @@ class Stepper:
         self.cursor = replace(self.cursor, position=int(extra["position"]))
         self.step_index = int(extra["step"])
         self._rate = LearningRate.restored(self._rate.schedule, extra["rate"])
+        self.loss_scale = LossScale.restored(extra.get("loss_scale"))
         self._replay = None  # what was recorded reads the optimizer state of before
         if "noise" in extra:
             self._noise.restore(extra["noise"])
@@ -269,6 +350,11 @@ class Stepper:
     def _dials(self) -> tuple[object, ...]:
         """What fixes how long a step takes, apart from the share."""
         return self.settings.micro_batch, self.settings.grad_accum, self.settings.tier
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...], tier: Tier) -> LossTerms:
+        """The forward pass, with what is no linear layer lowered as the tier says."""
+        with lowered(tier, self._ranks.device):
+            return self.job.loss(model, batch)
 
     def _launch(self) -> list[StepResult] | None:
         """One step in graph mode; None where it cannot be recorded, and nothing was done."""
@@ -300,7 +386,8 @@ class Stepper:
         if self._replay is None:
             make = self._ranks.recorder
             recorder = CudaRecorder() if make is None else make(self.model, self.optimizer)
-            self._replay = open_replay(self.job, self.model, self.optimizer, recorder, MAX_GRAD_NORM)
+            job = cast(Job, _Lowered(self))
+            self._replay = open_replay(job, self.model, self.optimizer, recorder, MAX_GRAD_NORM)
         try:
             self._replay.captured.prepare(self.settings.tier, batches[0], len(batches))
         except Exception as error:  # whatever a model does that a graph cannot hold
@@ -334,6 +421,7 @@ class Stepper:
                     learning_rate=launched.learning_rate,
                     noise=None if each.is_skipped else launched.noise,
                     data_s=launched.data_s,
+                    is_loss_finite=math.isfinite(each.loss_sum),
                 )
             )
         return results
@@ -353,7 +441,12 @@ class Stepper:
         )
 
 
-def dearer_tier(tier: Tier, allowed: tuple[Tier, ...]) -> Tier | None:
-    """The next dearer tier that is allowed, None at the top. `allowed` is ordered dearest first."""
-    index = allowed.index(tier) if tier in allowed else 0
-    return allowed[index - 1] if index > 0 else None
+class _Lowered:
+    """The trial's job as a recorder sees it: its loss in the tier the trial has."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self._stepper = stepper
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> LossTerms:
+        """The forward pass in the present tier; without a cache of cast weights, which a graph must not hold."""
+        return self._stepper.loss(model, batch, self._stepper.settings.tier)

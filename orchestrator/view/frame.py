@@ -142,7 +142,7 @@ def plain_line(status: Mapping[str, object], now_s: float) -> str:
             parts.append(
                 f"{clean(trial.get('trial_id'))} step {show_count(trial.get('step'))}"
                 f" loss {show_number(trial.get('loss'))} {rate} share {show_number(trial.get('share'), 2)}"
-                f" ({_enforced(trial)}) batch {_batch(trial)} {_tier(trial)}"
+                f" ({_enforced(trial)}) batch {_batch(trial)} {_tier(trial)}{_tier_layers(trial)}"
                 f" left {show_seconds(trial.get('time_left_s'))}{_prefixed(_decision(trial))}"
             )
     for device in dicts(status.get("devices")):
@@ -292,6 +292,12 @@ def _batch(trial: Mapping[str, object]) -> str:
 
 def _tier(trial: Mapping[str, object]) -> str:
     return clean(trial.get("tier") or MISSING)
+
+
+def _tier_layers(trial: Mapping[str, object]) -> str:
+    """How many layers are in the tier, where not all of them are."""
+    parts = str(trial.get("tier_layers") or "").split(" of ")
+    return f" (in {parts[0]} of {parts[1]} layers)" if len(parts) == 2 and parts[0] != parts[1] else ""
 
 
 def _enforced(trial: Mapping[str, object]) -> str:

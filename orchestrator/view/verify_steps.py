@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.telemetry.history import History, Reported, TrialContinued, TrialEnded
-from orchestrator.telemetry.record import FLAG_SKIPPED
+from orchestrator.telemetry.record import FLAG_ROLLED_BACK, FLAG_SKIPPED
 from orchestrator.view.finding import Code, Finding
 from orchestrator.view.verify_grants import OpenOffer
 
@@ -184,18 +184,28 @@ def _common(mine: Rows, theirs: Rows) -> tuple[npt.NDArray[np.intp], npt.NDArray
 
 
 def _lineage(attempts: Sequence[Attempt]) -> dict[str, npt.NDArray[np.int64]]:
-    """Rows of the steps that made the final state, in order: of each attempt those before the next one's first step."""
+    """Rows of the steps that made the final state, in order: of each course those before the next one's first step.
+
+    A new course begins with an attempt, and where a trial went back to an earlier state in memory.
+    """
     parts: list[dict[str, npt.NDArray[np.int64]]] = []
     limit = np.iinfo(np.int64).max
     for attempt in sorted(attempts, key=lambda item: item.attempt, reverse=True):
-        rows = attempt.leader
-        survives = rows["step"] < limit
-        names = ("seq", "step", "cursor", "num_samples", "flags")
-        part = {name: rows[name][survives].astype(np.int64) for name in names}
-        part["attempt"] = np.full(len(part["seq"]), attempt.attempt, dtype=np.int64)
-        parts.insert(0, part)
-        limit = min(limit, int(rows["step"].min()))
+        for rows in reversed(_courses(attempt.leader)):
+            survives = rows["step"] < limit
+            names = ("seq", "step", "cursor", "num_samples", "flags")
+            part = {name: rows[name][survives].astype(np.int64) for name in names}
+            part["attempt"] = np.full(len(part["seq"]), attempt.attempt, dtype=np.int64)
+            parts.insert(0, part)
+            limit = min(limit, int(rows["step"].min()))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _courses(rows: Rows) -> list[Rows]:
+    """The rows of an attempt cut where it went back."""
+    cuts = np.flatnonzero(rows["flags"] & FLAG_ROLLED_BACK)
+    bounds = sorted({0, *cuts.tolist(), len(rows["step"])})
+    return [{name: values[start:end] for name, values in rows.items()} for start, end in pairwise(bounds)]
 
 
 def _breaks(

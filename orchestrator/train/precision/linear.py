@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from orchestrator.train.precision.products import TIER_FUNCTIONS
+from orchestrator.train.precision.products import LinearFunction, function_of, tier_of_layer
 from policies.tier import Tier
 
 
@@ -16,15 +16,25 @@ class PrecisionLinear(nn.Linear):
     """`nn.Linear` that computes in `tier`. Made by `tiers.install` out of an existing layer, never constructed.
 
     Attributes:
-        tier: the tier of the next forward and of its backward pass. Set on the instance, never on the class: a class
-            attribute shadowed later is a different guard for torch.compile and costs one more compilation.
+        tier: the tier it was turned to.
+        real_tier: the tier it computes in, another one where its shape does not allow `tier`.
+        function: computes the layer. Set on the instance, never on the class: a class attribute shadowed later is a
+            different guard for torch.compile and costs one more compilation.
     """
 
     tier: Tier
+    real_tier: Tier
+    function: LinearFunction
+
+    def turn(self, tier: Tier) -> None:
+        """Compute in `tier` from the next forward on, as far as the shape allows."""
+        self.tier = tier
+        self.real_tier = tier_of_layer(tier, self.in_features, self.out_features)
+        self.function = function_of(self.real_tier)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's product in its tier, in the input's dtype."""
-        return TIER_FUNCTIONS[self.tier](x, self.weight, self.bias)
+        """The layer's product in its tier."""
+        return self.function(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The layer's sizes and its tier."""

@@ -1,19 +1,43 @@
-"""Put precision tiers into a model, turn them between steps, and say which of them a device has.
+"""Put precision tiers into a model, turn them between steps, and say which of them a device has and a model runs in.
 
-Knows layers and devices only: not which tier is wise (the policy) nor how fast it is (measured). The training loop
-calls `install` once, before sharding, and `set_tier` at a step boundary on every rank before the same step.
+Knows layers and devices only: not which tier is wise (the policy, the guard) nor how fast it is (`calibrate`). The
+training loop calls `install` once, before sharding, and `set_tier` at a step boundary on every rank before the same
+step; around each forward pass it opens `lowered`, which brings everything that is no linear layer along.
 """
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
+from orchestrator.hardware import cpu_facts
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.products import TIER_FUNCTIONS
-from policies.tier import Tier, tier_facts
+from policies.tier import DeviceFacts, Tier, support_of, tier_facts
 
-__all__ = ["TIER_FUNCTIONS", "available_tiers", "install", "set_tier", "tiers_in_use"]
+__all__ = [
+    "TIER_FUNCTIONS",
+    "Coverage",
+    "coverage",
+    "facts_of",
+    "install",
+    "is_real",
+    "lowered",
+    "set_tier",
+    "tiers_in_use",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How many linear layers a model has, and how many of them really compute in the tier they were turned to."""
+
+    num_layers: int
+    num_in_tier: int
 
 
 def install(model: nn.Module) -> int:
@@ -29,7 +53,7 @@ def install(model: nn.Module) -> int:
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.__class__ = PrecisionLinear
-        layer.tier = Tier.FP32  # type: ignore[assignment]  # mypy still sees the old class
+        layer.turn(Tier.FP32)  # type: ignore[operator]  # mypy still sees the old class
     return len(layers)
 
 
@@ -37,47 +61,72 @@ def set_tier(model: nn.Module, tier: Tier) -> int:
     """Turn every `PrecisionLinear` of `model` to `tier`; parameters, gradients and optimizer state are not touched.
 
     Call it between two steps, on every rank before the same step: a change between a forward and its backward pass
-    would not harm, but ranks in different tiers average gradients of different precision.
+    would not harm, but ranks in different tiers average gradients of different precision. On a GPU it also turns the
+    process's switch between fp32 and tf32.
 
     Returns:
         How many layers changed.
     """
-    if tier not in TIER_FUNCTIONS:
-        allowed = ", ".join(TIER_FUNCTIONS)
-        raise ValueError(f"tier={tier!r} has no function; allowed: {allowed}; add one to TIER_FUNCTIONS")
+    tier = Tier(tier)
     layers = [m for m in model.modules() if isinstance(m, PrecisionLinear) and m.tier is not tier]
     for layer in layers:
-        layer.tier = tier
+        layer.turn(tier)
+    if any(param.is_cuda for param in model.parameters()):
+        _turn_tensor_cores(is_on=tier is not Tier.FP32)
     return len(layers)
 
 
+def lowered(tier: Tier, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where convolutions, attention and the like compute in the tier's 16-bit dtype; norms, softmax and losses do not.
+
+    Without a cache of cast weights: it would outlive a captured graph, and linear layers do not use it.
+    """
+    companion = tier_facts(tier).companion_dtype
+    if companion is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, companion), cache_enabled=False)
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """How many linear layers compute in the tier they were turned to."""
+    layers = [module for module in model.modules() if isinstance(module, PrecisionLinear)]
+    return Coverage(num_layers=len(layers), num_in_tier=sum(1 for layer in layers if layer.real_tier is layer.tier))
+
+
 def tiers_in_use(model: nn.Module) -> dict[Tier, int]:
-    """How many layers of `model` compute in each tier; tiers without a layer are absent."""
+    """How many layers of `model` really compute in each tier; tiers without a layer are absent."""
     counts: dict[Tier, int] = {}
     for module in model.modules():
         if isinstance(module, PrecisionLinear):
-            counts[module.tier] = counts.get(module.tier, 0) + 1
+            counts[module.real_tier] = counts.get(module.real_tier, 0) + 1
     return counts
 
 
-def available_tiers(device: torch.device) -> dict[Tier, str | None]:
-    """For each tier None where `device` can compute in it, else the reason why not.
+def facts_of(device: torch.device) -> DeviceFacts:
+    """What of the device decides which tiers it has.
 
-    Says what is possible, not what is fast: a CPU without bf16 instructions computes bf16 correctly and slowly.
+    Raises:
+        ValueError: it is neither a CPU nor a CUDA device, or not there.
     """
-    return {tier: _reason_against(tier, device) for tier in TIER_FUNCTIONS}
-
-
-def _reason_against(tier: Tier, device: torch.device) -> str | None:
-    """Why `device` cannot compute in `tier`, or None."""
-    if device.type not in {"cpu", "cuda"}:
-        return f"device type {device.type!r} is not supported; allowed: cpu, cuda"
     if device.type == "cpu":
-        return None
+        return cpu_facts()
+    if device.type != "cuda":
+        raise ValueError(f"device type {device.type!r} is not supported; allowed: cpu, cuda")
     if not torch.cuda.is_available():
-        return f"{device} is not there: this torch ({torch.__version__}) finds no CUDA device"
-    needed = tier_facts(tier).min_cuda_capability
-    found = torch.cuda.get_device_capability(device)
-    if needed is None or found >= needed:
-        return None
-    return f"{device} has compute capability {found[0]}.{found[1]}; tier {tier} needs {needed[0]}.{needed[1]}"
+        raise ValueError(f"{device} is not there: this torch ({torch.__version__}) finds no CUDA device")
+    major, minor = torch.cuda.get_device_capability(device)
+    return DeviceFacts(name=torch.cuda.get_device_name(device), capability=(major, minor))
+
+
+def is_real(tier: Tier, device: torch.device) -> bool:
+    """Whether the device has a unit for the tier; otherwise it is emulated: the same numbers and no speed."""
+    return support_of(tier, facts_of(device)).is_real
+
+
+def _turn_tensor_cores(*, is_on: bool) -> None:
+    """Whether fp32 products of this process may use tf32. What is not fp32 is not touched by it."""
+    with warnings.catch_warnings():
+        # The older of torch's two interfaces: torch.compile reads it, and refuses a mixture of both.
+        warnings.simplefilter("ignore")
+        torch.set_float32_matmul_precision("high" if is_on else "highest")
+        torch.backends.cudnn.allow_tf32 = is_on

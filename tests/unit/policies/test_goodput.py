@@ -13,7 +13,9 @@ BATCH = st.integers(1, 2**20)
 NOISE = st.floats(1.0, 2.0**20)
 
 
-@pytest.mark.parametrize("name", ["policies", "policies.goodput", "policies.shares", "policies.speed", "policies.tier"])
+@pytest.mark.parametrize(
+    "name", ["policies", "policies.goodput", "policies.ladder", "policies.shares", "policies.speed", "policies.tier"]
+)
 def test_the_examples_in_docstrings_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0

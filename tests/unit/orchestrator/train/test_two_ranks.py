@@ -87,3 +87,19 @@ def test_a_commit_that_one_rank_refuses_is_refused_on_all_and_leaves_nothing(two
 def test_noise_of_sharded_gradients_is_that_of_whole_ones(two_ranks: TwoRanks) -> None:
     result = two_ranks["noise"]
     assert result["shared"] == pytest.approx(result["alone"], rel=1e-4)
+
+
+def test_a_probe_of_two_ranks_finds_what_one_rank_finds_and_both_know_it(two_ranks: TwoRanks) -> None:
+    result = two_ranks["probe"]
+    for alone, shared in zip(result["alone"], result["shared"], strict=True):
+        assert shared == pytest.approx(alone, rel=0.02, abs=1e-4)
+    assert result["everyone"][0] == result["everyone"][1]
+    assert result["shared times"] == [0.5], "the mean over the ranks, by the way"
+    bf16, floor = result["alone"]
+    assert bf16[0] < 0.025 < floor[0]
+
+
+def test_an_overflow_in_one_rank_is_one_on_all_and_harms_nothing(two_ranks: TwoRanks) -> None:
+    result = two_ranks["overflow_in_one_rank"]
+    assert result["everyone"] == [([True, False, True], 128.0)] * 2
+    assert result["finite"]

@@ -5,9 +5,11 @@ the cases returned to `DIRECTORY/results.pt`. All cases share one start of torch
 """
 
 import datetime
+import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from orchestrator.errors import CheckpointError
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.noise import NoiseEstimator
 from orchestrator.train.precision.linear import PrecisionLinear
+from orchestrator.train.precision.loss_scale import LossScale
+from orchestrator.train.precision.probe import ProbeSetup, probe
 from orchestrator.train.precision.tiers import install, set_tier, tiers_in_use
 from policies.tier import Tier
 
@@ -270,6 +274,63 @@ def case_noise(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
     return {"alone": estimates[0], "shared": estimates[1]}
 
 
+def half_gradient(model: nn.Module, parts: list[list[Tensor]], tier: Tier, half: int) -> float:
+    set_tier(model, tier)
+    x, y = parts[half]
+    loss = (model(x) - y).square().mean()
+    loss.backward()
+    return float(loss.detach())
+
+
+def case_probe(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
+    """The same twelve samples probed on one rank and on two: halves of the batch lie on both ranks alike."""
+    found: dict[str, Any] = {}
+    tiers = [Tier.BF16, Tier("fixed(3,8,floor)")]
+    for name, used_mesh, world_size in (("alone", None, 1), ("shared", mesh, WORLD_SIZE)):
+        model, _ = build(used_mesh)
+        mine = rank if world_size > 1 else 0
+        parts = [[part.chunk(2)[half].chunk(world_size)[mine] for part in batch_of(0)] for half in (0, 1)]
+        setup = ProbeSetup(
+            model=model,
+            half_samples=NUM_SAMPLES // 2,
+            batch_samples=NUM_SAMPLES,
+            group=None if world_size == 1 else dist.group.WORLD,
+            device=torch.device("cpu"),
+            seed=3,
+        )
+        probes, times = probe(setup, partial(half_gradient, model, parts), Tier.FP32, tiers, [float(rank)])
+        found[name] = [(p.noise_ratio, p.norm_ratio, p.loss_gap) for p in probes.values()]
+        found[f"{name} times"] = times
+    everyone: list[Any] = [None] * WORLD_SIZE
+    dist.all_gather_object(everyone, found["shared"])
+    return {**found, "everyone": everyone}
+
+
+def case_overflow_in_one_rank(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
+    """fp16: a loss scale, and an infinity in the gradient of one rank alone."""
+    model, optimizer = build(mesh)
+    set_tier(model, Tier.FP16)
+    scale, norms = LossScale(scale=256.0), []
+    for step in range(3):
+        x, y = (part.chunk(WORLD_SIZE)[rank] for part in batch_of(step))
+        loss = (model(x) - y).square().sum() * WORLD_SIZE / NUM_SAMPLES
+        factor = scale.factor(Tier.FP16) * (float("inf") if step == 1 and rank == 1 else 1.0)
+        (loss * factor).backward()
+        scale.unscale(Tier.FP16, fsdp.local_grads(model))
+        norm = float(fsdp.clip_and_norm(model, 0.5))
+        is_skipped = not math.isfinite(norm)
+        if not is_skipped:
+            optimizer.step()
+        optimizer.zero_grad()
+        scale.update(Tier.FP16, is_skipped=is_skipped)
+        norms.append(norm)
+    mine = ([math.isfinite(norm) for norm in norms], scale.scale)
+    everyone: list[Any] = [None] * WORLD_SIZE
+    dist.all_gather_object(everyone, mine)
+    finite = all(bool(value.isfinite().all()) for value in parameters(model).values())
+    return {"everyone": everyone, "finite": finite}
+
+
 CASES: tuple[Callable[[int, DeviceMesh, Path], dict[str, Any]], ...] = (
     case_one_rank_against_two,
     case_accumulation,
@@ -280,6 +341,8 @@ CASES: tuple[Callable[[int, DeviceMesh, Path], dict[str, Any]], ...] = (
     case_resume_on_other_numbers_of_ranks,
     case_a_refusal_of_one_rank,
     case_noise,
+    case_probe,
+    case_overflow_in_one_rank,
 )
 
 

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.products import bf16_linear
-from orchestrator.train.precision.tiers import TIER_FUNCTIONS, available_tiers, install, set_tier, tiers_in_use
+from orchestrator.train.precision.tiers import (
+    TIER_FUNCTIONS,
+    coverage,
+    facts_of,
+    install,
+    is_real,
+    lowered,
+    set_tier,
+    tiers_in_use,
+)
 from policies.tier import NAMED_TIERS, TIER_FACTS, Tier
 
 
@@ -23,7 +32,7 @@ def bf16(tensor: Tensor) -> Tensor:
 
 
 def test_every_tier_has_one_function() -> None:
-    assert set(TIER_FUNCTIONS) <= set(NAMED_TIERS) == set(TIER_FACTS)
+    assert set(TIER_FUNCTIONS) == set(NAMED_TIERS) == set(TIER_FACTS)
 
 
 def test_install_changes_every_linear_layer_and_no_parameter() -> None:
@@ -66,7 +75,7 @@ def test_set_tier_counts_the_layers_that_changed() -> None:
 
 
 def test_an_unknown_tier_is_refused_and_the_allowed_are_named() -> None:
-    with pytest.raises(ValueError, match="allowed: fp32, bf16"):
+    with pytest.raises(ValueError, match="allowed: fp32, tf32, bf16"):
         set_tier(model_of(), "fp7")  # type: ignore[arg-type]
 
 
@@ -149,7 +158,52 @@ def test_a_frozen_weight_or_input_gets_no_gradient() -> None:
     assert x.grad is not None
 
 
-def test_a_cpu_has_every_tier_and_other_kinds_of_device_say_why_not() -> None:
-    assert available_tiers(torch.device("cpu")) == {Tier.FP32: None, Tier.BF16: None}
-    reasons = available_tiers(torch.device("meta"))
-    assert all(reason is not None and "'meta'" in reason for reason in reasons.values())
+@pytest.mark.parametrize("tier", [*NAMED_TIERS, Tier("fixed(8,16)")])
+@pytest.mark.parametrize("shape", [(5, 16), (16,), (2, 3, 16), (2, 0, 16)])
+def test_every_tier_takes_every_shape_and_keeps_fp32_gradients(tier: Tier, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 32)
+    install(layer)
+    set_tier(layer, tier)
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    y.backward(torch.randn_like(y))
+    assert (y.shape, y.dtype) == ((*shape[:-1], 32), torch.float32)
+    for leaf in (x, layer.weight, layer.bias):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype is torch.float32
+        assert leaf.grad.shape == leaf.shape
+        assert leaf.grad.isfinite().all()
+
+
+def test_under_autocast_a_layer_answers_in_the_lowered_dtype_and_norms_and_losses_do_not() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    install(model)
+    for tier in (Tier.BF16, Tier.FP8, Tier.INT8):
+        set_tier(model, tier)
+        with lowered(tier, torch.device("cpu")):
+            assert model[0](torch.randn(4, 16)).dtype is torch.bfloat16
+            assert F.conv1d(torch.randn(1, 2, 8), torch.randn(2, 2, 3)).dtype is torch.bfloat16
+            assert F.scaled_dot_product_attention(*torch.randn(3, 1, 1, 4, 8)).dtype is torch.bfloat16
+            assert F.mse_loss(model[0](torch.randn(4, 16)), torch.randn(4, 16)).dtype is torch.float32
+    with lowered(Tier.FP32, torch.device("cpu")):
+        assert F.conv1d(torch.randn(1, 2, 8), torch.randn(2, 2, 3)).dtype is torch.float32
+
+
+def test_a_layer_whose_shape_forbids_its_tier_falls_back_and_is_counted() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 24), nn.Linear(24, 10))
+    install(model)
+    set_tier(model, Tier.FP8)
+    assert tiers_in_use(model) == {Tier.FP8: 1, Tier.BF16: 2}
+    assert (coverage(model).num_layers, coverage(model).num_in_tier) == (3, 1)
+    set_tier(model, Tier.INT8)
+    assert tiers_in_use(model) == {Tier.INT8: 2, Tier.BF16: 1}
+
+
+def test_a_cpu_emulates_what_it_has_no_unit_for_and_other_kinds_of_device_are_refused() -> None:
+    cpu = torch.device("cpu")
+    assert is_real(Tier.FP32, cpu)
+    assert not is_real(Tier.FP8, cpu)
+    assert not is_real(Tier("fixed(8,16)"), cpu)
+    with pytest.raises(ValueError, match="'meta' is not supported"):
+        facts_of(torch.device("meta"))

@@ -1,0 +1,120 @@
+"""Linear layers in 16 bits (bf16, fp16) and, emulated, in tf32: one autograd function for the three products.
+
+Takes (input, weight, bias) as `torch.nn.functional.linear` does. Weights stay fp32 masters and their gradients arrive
+in fp32. Called by `PrecisionLinear.forward` through `products`; ignorant of models, ranks and of when a tier changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from orchestrator.train.precision.rounding import to_tf32
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """What a layer answers with: under autocast its dtype, as every layer of torch does; else the input's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        lowered: torch.dtype = torch.get_autocast_dtype(device)
+        return lowered
+    return x.dtype
+
+
+def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """All three products of the layer on operands of `dtype`."""
+    product: Tensor = _HalfProducts.apply(x, weight, bias, dtype, result_dtype(x))  # type: ignore[no-untyped-call]
+    return product
+
+
+def tf32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The three products in tf32: by the tensor cores of a GPU (a switch of the process), elsewhere emulated."""
+    if x.is_cuda:
+        return F.linear(x, weight, bias)
+    product: Tensor = _Tf32Products.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return product
+
+
+@torch._dynamo.allow_in_graph  # traced whole: what it saves and casts is then inductor's to fuse
+class _HalfProducts(torch.autograd.Function):
+    """x_MK @ weight_NK.T with the forward, input-gradient and weight-gradient products all on 16-bit operands.
+
+    For the backward pass it keeps the input in 16 bits (half of what fp32 keeps) and the fp32 weight itself, which
+    exists anyway and is cast again: a kept copy would be 2 more bytes per parameter and, under FSDP2, would hold the
+    unsharded weight in memory after the sharded one was freed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        weight_nk: Tensor,
+        bias_n: Tensor | None,
+        dtype: torch.dtype,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """The product in `out_dtype`; keeps the operands that some gradient will ask for."""
+        x_half = x.to(dtype)
+        bias_half = None if bias_n is None else bias_n.to(dtype)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x_half if needs_weight else None, weight_nk if needs_x else None)
+        ctx.dtypes = (x.dtype, weight_nk.dtype, None if bias_n is None else bias_n.dtype, dtype)
+        return F.linear(x_half, weight_nk.to(dtype), bias_half).to(out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Gradients of input, weight and bias, each in the dtype of what it belongs to."""
+        x_half, weight_nk = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype, dtype = ctx.dtypes
+        grad_half = grad.to(dtype)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_half @ weight_nk.to(dtype)).to(x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_mn, x_mk = grad_half.reshape(-1, grad.shape[-1]), x_half.reshape(-1, x_half.shape[-1])
+            grad_weight = (grad_mn.t() @ x_mk).to(weight_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = sum_rows(grad).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class _Tf32Products(torch.autograd.Function):
+    """The three products in fp32 on operands rounded as a tensor core rounds them; no speed, the same numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:  # noqa: ANN401
+        """The product of the rounded operands."""
+        x_tf32, weight_tf32 = to_tf32(x.float()), to_tf32(weight_nk.float())
+        ctx.save_for_backward(x_tf32, weight_tf32)
+        ctx.dtypes = (x.dtype, weight_nk.dtype, None if bias_n is None else bias_n.dtype)
+        y = exact_linear(x_tf32, weight_tf32)
+        return (y if bias_n is None else y + bias_n).to(result_dtype(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ANN401
+        """The other two products, of the rounded gradient."""
+        x_tf32, weight_tf32 = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        grad_tf32 = to_tf32(grad.float())
+        grad_x = exact_linear(grad_tf32, weight_tf32.t()).to(x_dtype)
+        grad_weight = exact_linear(rows(grad_tf32).t(), rows(x_tf32).t()).to(weight_dtype)
+        return grad_x, grad_weight, None if bias_dtype is None else sum_rows(grad).to(bias_dtype)
+
+
+def exact_linear(a: Tensor, b_nk: Tensor) -> Tensor:
+    """The product a @ b.T in the operands' own dtype, whatever autocast would make of it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return F.linear(a, b_nk)
+
+
+def rows(x: Tensor) -> Tensor:
+    """All leading dimensions as one: (M, K)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def sum_rows(grad: Tensor) -> Tensor:
+    """The gradient of a bias. A sum is no matrix product: of the gradient as it came it costs the same, rounds less."""
+    return rows(grad).sum(0, dtype=torch.float32)

@@ -1,0 +1,398 @@
+"""Watches the precision of one trial: calibrates its tiers once, probes them now and then, keeps a state to go back to.
+
+Between the stepper, which computes, and the guard, which judges. Every rank has one and all do the same before the same
+step: whether a probe is due follows from numbers that all ranks have in common. Called by the loop at each boundary;
+a move it returns is the loop's to make. Knows no plans and no Ray.
+
+The budget: probes and calibration together take at most `budget` of the trial's time, counted from the start with
+`_HEAD_START_S` in advance, because a cheaper tier found early pays for longest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.train.precision import memory_state
+from orchestrator.train.precision.calibrate import CostFile, TierCost, measure, time_replay
+from orchestrator.train.precision.guard import Cause, Guard, Move, StepSigns
+from orchestrator.train.precision.linear import PrecisionLinear
+from orchestrator.train.precision.probe import ProbeSetup, probe, undisturbed
+from orchestrator.train.precision.products import tier_of_layer
+from orchestrator.train.precision.tiers import is_real
+from orchestrator.train.step_mode.recorder import CudaRecorder
+from policies.ladder import TierFit
+from policies.plan import Settings
+from policies.tier import Tier
+
+logger = logging.getLogger(__name__)
+
+MIN_PERIOD_STEPS = 5
+_HEAD_START_S = 20.0
+_CALIBRATION_S = 2.0
+_AUDIT_EVERY = 4
+_TRUSTED_NOISE_RATIO = 2e-3
+_TRUSTED_PROBES = 5
+_ALWAYS = frozenset({Cause.NON_FINITE, Cause.OVERFLOWS})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepNews:
+    """What a step of this rank showed. `busy_s` is its time without waiting."""
+
+    is_skipped: bool
+    is_loss_finite: bool
+    loss: float
+    loss_scale: float
+    busy_s: float
+
+
+class Trained(Protocol):
+    """What is watched: the stepper, as far as it matters here."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    settings: Settings
+    step_index: int
+
+    @property
+    def progress(self) -> float:
+        """Part of the trial that is done."""
+        ...
+
+    def probe_batch(self, num_samples: int) -> tuple[torch.Tensor, ...]:
+        """The next samples, this rank's part of them, which are not used up."""
+        ...
+
+    def mean_gradient(self, batch: tuple[torch.Tensor, ...], tier: Tier) -> float:
+        """Add the gradient of the mean loss of `batch` over all ranks in `tier`; returns the loss of this rank."""
+        ...
+
+    def add_gradient(self, batch: tuple[torch.Tensor, ...], tier: Tier) -> None:
+        """Do what `mean_gradient` does without reading anything back, as a recorded step does."""
+        ...
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether its steps may be replayed from a graph."""
+        ...
+
+    def position(self) -> dict[str, Any]:
+        """What beside model and optimizer a step changes."""
+        ...
+
+    def go_back(self, position: dict[str, Any]) -> None:
+        """The inverse of `position`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchPlan:
+    """How a trial is watched.
+
+    Attributes:
+        ladder: its allowed tiers, dearest first.
+        budget: part of its time for probes and calibration; 0 for none, so that no cheaper tier is ever found safe.
+        target_samples: samples of the whole trial.
+        key: what fixes the cost of its tiers, for the calibration file.
+        cache: directory of calibration files, None to measure always.
+        costs: declared instead of measured, for tests.
+    """
+
+    ladder: Sequence[Tier]
+    budget: float
+    target_samples: int
+    key: str = ""
+    cache: Path | None = None
+    costs: dict[Tier, TierCost] | None = None
+
+
+class PrecisionWatch:
+    """The watch of one attempt of a trial on one rank."""
+
+    def __init__(
+        self, plan: WatchPlan, trained: Trained, device: torch.device, group: dist.ProcessGroup | None
+    ) -> None:
+        self._plan, self._trained, self._device, self._group = plan, trained, device, group
+        self.guard = Guard(plan.ladder)
+        self.costs: dict[Tier, TierCost] = {}
+        self.spent_s = 0.0
+        self._is_real = {tier: is_real(tier, device) for tier in plan.ladder} if device.type in {"cpu", "cuda"} else {}
+        self._state: memory_state.MemoryState | None = None
+        self._num_steps = 0
+        self._next_probe = MIN_PERIOD_STEPS
+        self._step_s = 0.0
+        self._busy: list[float] = []
+        self._num_trusted: dict[Tier, int] = {}
+        self._posted: tuple[dist.Work, torch.Tensor] | None = None
+        self._has_news = False
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether cheaper tiers are probed, so that what the guard says of them is the last word."""
+        return self._plan.budget > 0 and len(self._plan.ladder) > 1
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a probe is to be made before the next step."""
+        return self.is_probing and self._num_steps >= self._next_probe
+
+    def begin(self) -> None:
+        """Learn what each tier costs here, from the file or by measuring; on every rank, before the first step."""
+        if not self.is_probing:
+            return
+        began_s = time.monotonic()
+        tiers = [tier for tier in self._plan.ladder if self._is_real[tier] or self._plan.costs is not None]
+        self.costs = self._known_costs(tiers) or self._measured_costs(tiers)
+        current = self._trained.settings.tier
+        base = self.costs.get(current) or next(iter(self.costs.values()), None)
+        self._step_s = 1.0 if base is None else base.step_s * self._trained.settings.grad_accum
+        self.spent_s += self._agreed([time.monotonic() - began_s])[0]
+        self._has_news = True
+
+    def before_step(self) -> Move | None:
+        """At a boundary: probe if it is time to; the move that follows from it."""
+        return self._probe() if self.is_due else None
+
+    def after_step(self, news: StepNews) -> Move | None:
+        """After a step: the move that follows from what it showed."""
+        self._num_steps += 1
+        self._busy.append(news.busy_s)
+        is_loss_finite = news.is_loss_finite
+        if news.is_skipped and self._group is not None:
+            told = torch.tensor([float(is_loss_finite)])
+            dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group)
+            is_loss_finite = bool(told.item())
+        signs = StepSigns(
+            step=self._trained.step_index,
+            is_skipped=news.is_skipped,
+            is_loss_finite=is_loss_finite,
+            loss=self._mean_loss(float("nan") if news.is_skipped else news.loss),
+            loss_scale=news.loss_scale,
+            progress=self._trained.progress,
+        )
+        move = self.guard.take_step(self._trained.settings.tier, signs)
+        if move is not None and not self.is_probing and move.cause not in _ALWAYS:
+            return None  # without a guard a trial protects itself from what is not finite, and from nothing else
+        self._has_news |= move is not None
+        return move
+
+    def turned(self) -> None:
+        """The settings changed: losses are compared anew, and a batch of another size takes another time."""
+        self.guard.forget_losses()
+        self._busy.clear()
+
+    def go_back(self) -> bool:
+        """Restore the last good state; False where there is none."""
+        if self._state is None:
+            return False
+        position = memory_state.restore(self._state, self._trained.model, self._trained.optimizer)
+        self._trained.go_back(position)
+        return True
+
+    def committed(self) -> None:
+        """A report was made of the present state: nothing goes back behind it."""
+        if self._state is not None:
+            self._remember()
+
+    def news(self) -> tuple[TierFit, ...] | None:
+        """What is known of each tier, if anything changed since the last call."""
+        if not self._has_news or not self.is_probing:
+            return None
+        self._has_news = False
+        return self.known()
+
+    def known(self) -> tuple[TierFit, ...]:
+        """What is known of each tier, dearest first."""
+        return tuple(self._fit_of(tier) for tier in self._plan.ladder)
+
+    def _fit_of(self, tier: Tier) -> TierFit:
+        cost = self.costs.get(tier)
+        layers = [layer for layer in self._trained.model.modules() if isinstance(layer, PrecisionLinear)]
+        fitting = [layer for layer in layers if tier_of_layer(tier, layer.in_features, layer.out_features) is tier]
+        return TierFit(
+            tier=tier,
+            is_real=tier in self.costs,
+            is_safe=tier is self._plan.ladder[0] or self.guard.is_safe(tier),
+            step_s=None if cost is None else cost.step_s,
+            memory_bytes=None if cost is None else cost.memory_bytes,
+            noise_ratio=self.guard.noise_ratio(tier),
+            num_layers=len(layers),
+            num_in_tier=len(fitting),
+        )
+
+    def _known_costs(self, tiers: Sequence[Tier]) -> dict[Tier, TierCost] | None:
+        """Declared costs, or those of the file as rank 0 reads it."""
+        if self._plan.costs is not None:
+            return dict(self._plan.costs)
+        found = [
+            None
+            if self._plan.cache is None
+            else CostFile.of(self._plan.cache, self._plan.key).load(self._plan.key, tiers)
+        ]
+        return self._from_first(found)
+
+    def _measured_costs(self, tiers: Sequence[Tier]) -> dict[Tier, TierCost]:
+        trained = self._trained
+        batch = trained.probe_batch(trained.settings.micro_batch)
+
+        def run(tier: Tier) -> None:
+            trained.mean_gradient(batch, tier)
+            for param in trained.model.parameters():
+                param.grad = None
+
+        with undisturbed(trained.model, self._device):
+            costs = measure(run, tiers, self._device, _CALIBRATION_S)
+            costs = self._replayed(costs, batch)
+        if self._plan.cache is not None and self._is_first:
+            CostFile.of(self._plan.cache, self._plan.key).store(self._plan.key, costs)
+        found = self._from_first([costs])
+        assert found is not None
+        shown = ", ".join(f"{tier} {cost.step_s * 1e3:.1f} ms" for tier, cost in found.items())
+        logger.info("calibrated %s per micro-batch of %d", shown, trained.settings.micro_batch)
+        return found
+
+    def _replayed(self, costs: dict[Tier, TierCost], batch: tuple[torch.Tensor, ...]) -> dict[Tier, TierCost]:
+        """On one GPU, where steps are replayed from graphs: the time of a replay, which launches cannot hide.
+
+        A tier that cannot be recorded keeps its eager time; fp16 is never replayed.
+        """
+        if self._device.type != "cuda" or self._group is not None or not self._trained.may_replay:
+            return costs
+        recorder = CudaRecorder()
+        found = dict(costs)
+        for tier, cost in costs.items():
+            if tier is Tier.FP16:
+                continue
+            try:
+                seconds = time_replay(recorder, partial(self._trained.add_gradient, batch, tier))
+            except Exception as error:  # whatever a model does that a graph cannot hold
+                logger.info("calibration of %s without a graph: %s", tier, str(error).partition("\n")[0])
+                continue
+            finally:
+                for param in self._trained.model.parameters():
+                    param.grad = None
+            found[tier] = replace(cost, step_s=min(seconds, cost.step_s))
+        return found
+
+    @property
+    def _is_first(self) -> bool:
+        return self._group is None or dist.get_rank(self._group) == 0
+
+    def _from_first(self, value: list[dict[Tier, TierCost] | None]) -> dict[Tier, TierCost] | None:
+        """The first rank's value, on every rank."""
+        if self._group is not None:
+            dist.broadcast_object_list(value, group=self._group, group_src=0)
+        return value[0]
+
+    def _agreed(self, numbers: list[float]) -> list[float]:
+        """Their means over the ranks."""
+        if self._group is None:
+            return numbers
+        told = torch.tensor(numbers, dtype=torch.float64) / dist.get_world_size(self._group)
+        dist.all_reduce(told, group=self._group)
+        found: list[float] = told.tolist()
+        return found
+
+    def _probe(self) -> Move | None:
+        """Compare the present tier and the next candidate with the reference, if there is anything to compare."""
+        began_s = time.monotonic()
+        current = self._trained.settings.tier
+        seconds = {tier: cost.step_s for tier, cost in self.costs.items()}
+        candidate = self.guard.candidate(current, seconds)
+        reference = self._reference(current)
+        tiers = [tier for tier in (current, candidate) if tier is not None and tier is not reference]
+        if not tiers:
+            self.guard.num_probes += 1  # bans and freezes are counted in probes that were due
+            self._next_probe = self._num_steps + self._period(0.0)
+            return None
+        half = max(1, self._trained.settings.micro_batch // 2)
+        batches = [self._trained.probe_batch(2 * half)]
+        parts = [tuple(tensor[:half] for tensor in batches[0]), tuple(tensor[half:] for tensor in batches[0])]
+        setup = ProbeSetup(
+            model=self._trained.model,
+            half_samples=half * self._trained.settings.num_workers,
+            batch_samples=self._trained.settings.global_batch,
+            group=self._group,
+            device=self._device,
+            seed=self._trained.step_index * 2,
+        )
+        busy_s = sorted(self._busy)[len(self._busy) // 2] if self._busy else self._step_s
+        found, times = probe(
+            setup, lambda tier, number: self._trained.mean_gradient(parts[number], tier), reference, tiers, [busy_s]
+        )
+        self._step_s = times[0]
+        self._busy.clear()
+        move = self.guard.take_probe(current, found)
+        self._count_trust(found)
+        is_entered = candidate is not None and self.guard.is_safe(candidate)
+        if move is None and (is_entered or current is not self._plan.ladder[0]):
+            self._remember()
+        cost_s = self._agreed([time.monotonic() - began_s])[0]
+        self.spent_s += cost_s
+        self._next_probe = self._num_steps + self._period(cost_s)
+        self._has_news = True
+        logger.debug("probe %d in %s: %s, %.3f s", self.guard.num_probes, current, found, cost_s)
+        return move
+
+    def _period(self, cost_s: float) -> int:
+        """Steps until the budget allows another probe of that cost."""
+        step_s, budget = max(self._step_s, 1e-6), self._plan.budget
+        total_steps = self._plan.target_samples / self._trained.settings.global_batch
+        head_start = min(total_steps / 2, _HEAD_START_S / step_s)
+        allowed_at = (self.spent_s + cost_s) / (budget * step_s) - head_start
+        # While a candidate is on trial every probe counts, as far as the credit goes; later a few hundred are enough.
+        is_on_trial = self.guard.num_probes <= 4 * len(self._plan.ladder)
+        least = MIN_PERIOD_STEPS if is_on_trial else max(MIN_PERIOD_STEPS, math.ceil(total_steps / 400))
+        return max(least, math.ceil(allowed_at) - self._num_steps)
+
+    def _reference(self, current: Tier) -> Tier:
+        """The dearest tier, or a cheaper one that measured as good as it; now and then that is checked against it."""
+        dearest = self._plan.ladder[0]
+        for tier in (Tier.BF16, Tier.TF32):
+            if tier not in self.costs or self._num_trusted.get(tier, 0) < _TRUSTED_PROBES:
+                continue
+            is_dearer = self.costs[tier].step_s >= self.costs[dearest].step_s
+            is_audit = current is tier and self.guard.num_probes % _AUDIT_EVERY == 0
+            return dearest if is_dearer or is_audit else tier
+        return dearest
+
+    def _count_trust(self, found: dict[Tier, Any]) -> None:
+        for tier, seen in found.items():
+            is_good = seen.noise_ratio <= _TRUSTED_NOISE_RATIO
+            self._num_trusted[tier] = self._num_trusted.get(tier, 0) + 1 if is_good else 0
+
+    def _remember(self) -> None:
+        self._state = memory_state.capture(self._trained.model, self._trained.optimizer, self._trained.position())
+
+    def _mean_loss(self, loss: float) -> float:
+        """Over all ranks; with several that of the step before, which has arrived by now."""
+        if self._group is None:
+            return loss
+        before = float("nan")
+        if self._posted is not None:
+            self._posted[0].wait()
+            before = float(self._posted[1].item()) / dist.get_world_size(self._group)
+        told = torch.tensor([loss], dtype=torch.float64)
+        work = dist.all_reduce(told, group=self._group, async_op=True)
+        assert work is not None
+        self._posted = (work, told)
+        return before
+
+    def close(self) -> None:
+        """Finish what is posted; called by every rank before the group is used for something else."""
+        if self._posted is not None:
+            self._posted[0].wait()
+            self._posted = None
+
+
+__all__ = ["Cause", "PrecisionWatch", "WatchPlan"]

@@ -1,0 +1,206 @@
+"""Calibration, probes and the way back, on one rank and without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jobs import build_job
+from orchestrator.control.orders import TrialOrder
+from orchestrator.train.precision import products
+from orchestrator.train.precision.calibrate import CostFile, TierCost, calibration_key, measure
+from orchestrator.train.precision.guard import Cause
+from orchestrator.train.precision.memory_state import capture, restore
+from orchestrator.train.precision.probe import ProbeSetup, probe
+from orchestrator.train.precision.tiers import install, set_tier
+from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPlan
+from orchestrator.train.stepper import Stepper
+from policies.tier import Tier
+from tests.unit.orchestrator.train.links import ONE_RANK, order
+
+CPU = torch.device("cpu")
+COSTS = {Tier.FP32: TierCost(step_s=1.0, memory_bytes=4.0), Tier.BF16: TierCost(step_s=0.5, memory_bytes=2.0)}
+
+
+def trial(directory: Path) -> TrialOrder:
+    found = order(directory).trial
+    assert found is not None
+    return found
+
+
+def stepper_of(directory: Path) -> Stepper:
+    first = trial(directory)
+    torch.manual_seed(first.seed)
+    job = build_job(first.job, first.params)
+    job.prepare()
+    return Stepper(first, job, ONE_RANK)
+
+
+def watch_of(stepper: Stepper, **changes: Any) -> PrecisionWatch:
+    values = {"ladder": (Tier.FP32, Tier.BF16), "budget": 0.5, "target_samples": 320, "costs": COSTS}
+    return PrecisionWatch(WatchPlan(**{**values, **changes}), stepper, CPU, None)
+
+
+def news(loss: float, is_skipped: bool = False) -> StepNews:
+    return StepNews(is_skipped=is_skipped, is_loss_finite=True, loss=loss, loss_scale=1.0, busy_s=0.01)
+
+
+def steps(stepper: Stepper, watch: PrecisionWatch, num: int) -> list[Any]:
+    moves = []
+    for _ in range(num):
+        moves.append(watch.before_step())
+        result = stepper.step()
+        moves.append(watch.after_step(news(result.loss, result.is_skipped)))
+    return [move for move in moves if move is not None]
+
+
+def test_probes_and_calibration_leave_no_trace_in_what_is_trained(tmp_path: Path) -> None:
+    plain, watched = stepper_of(tmp_path), stepper_of(tmp_path)
+    watch = watch_of(watched, costs=None)
+    torch.manual_seed(5)
+    expected = [plain.step().loss for _ in range(30)]
+    torch.manual_seed(5)
+    watch.begin()
+    got = []
+    for _ in range(30):
+        watch.before_step()
+        result = watched.step()
+        got.append(result.loss)
+        watch.after_step(news(result.loss))
+    assert watch.guard.num_probes > 0
+    assert got == expected, "bit for bit"
+
+
+def test_a_good_cheaper_tier_is_found_safe_and_said_so(tmp_path: Path) -> None:
+    stepper = stepper_of(tmp_path)
+    watch = watch_of(stepper)
+    watch.begin()
+    first = watch.news()
+    assert first is not None
+    assert [(fit.tier, fit.is_safe) for fit in first] == [(Tier.FP32, True), (Tier.BF16, False)]
+    assert watch.news() is None
+    assert steps(stepper, watch, 39) == []
+    news = watch.news()
+    assert news is not None
+    assert news[1].is_safe
+    assert news[1].noise_ratio is not None
+    assert 0 < news[1].noise_ratio < 0.01
+    assert (news[1].num_layers, news[1].num_in_tier) == (3, 3)
+
+
+def test_a_tier_that_is_no_faster_is_not_even_probed(tmp_path: Path) -> None:
+    stepper = stepper_of(tmp_path)
+    watch = watch_of(stepper, costs={**COSTS, Tier.BF16: TierCost(step_s=1.1, memory_bytes=2.0)})
+    watch.begin()
+    steps(stepper, watch, 20)
+    fits = watch.known()
+    assert (fits[1].is_safe, fits[1].noise_ratio) == (False, None)
+
+
+def test_without_a_budget_nothing_is_probed_and_nothing_is_said(tmp_path: Path) -> None:
+    stepper = stepper_of(tmp_path)
+    watch = watch_of(stepper, budget=0.0)
+    watch.begin()
+    steps(stepper, watch, 20)
+    assert (watch.news(), watch.guard.num_probes, watch.spent_s) == (None, 0, 0.0)
+
+
+def test_a_tier_that_becomes_noisy_is_left_at_the_next_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper = stepper_of(tmp_path)
+    watch = watch_of(stepper)
+    watch.begin()
+    stepper.turn(grant_tier(stepper, Tier.BF16))
+
+    def noisy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return products.fp32_linear(x, weight * (1 + torch.randn_like(weight)), bias)
+
+    products.function_of.cache_clear()
+    monkeypatch.setitem(products.TIER_FUNCTIONS, Tier.BF16, noisy)
+    set_tier(stepper.model, Tier.FP32)
+    set_tier(stepper.model, Tier.BF16)
+    moves = steps(stepper, watch, 12)
+    products.function_of.cache_clear()
+    assert moves[0].tier is Tier.FP32
+    assert moves[0].cause is Cause.PROBE
+    assert "of the batch's noise" in moves[0].reason or "times as long" in moves[0].reason
+
+
+def grant_tier(stepper: Stepper, tier: Tier) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(stepper.settings, tier=tier)
+
+
+def test_the_way_back_restores_model_optimizer_and_position(tmp_path: Path) -> None:
+    stepper = stepper_of(tmp_path)
+    for _ in range(3):
+        stepper.step()
+    state = capture(stepper.model, stepper.optimizer, stepper.position())
+    torch.manual_seed(9)
+    expected = [stepper.step().loss for _ in range(4)]
+    stepper.go_back(restore(state, stepper.model, stepper.optimizer))
+    assert stepper.step_index == 3
+    torch.manual_seed(9)
+    assert [stepper.step().loss for _ in range(4)] == expected
+
+
+def test_a_hard_fault_without_a_state_to_go_back_to_is_said(tmp_path: Path) -> None:
+    watch = watch_of(stepper_of(tmp_path))
+    assert not watch.go_back()
+
+
+def test_a_probe_sees_a_bias_that_no_batch_averages_away() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    install(model)
+    x, y = torch.randn(64, 8), torch.randn(64, 4)
+
+    def gradient(tier: Tier, half: int) -> float:
+        set_tier(model, tier)
+        part = slice(32 * half, 32 * half + 32)
+        loss = (model(x[part]) - y[part]).square().mean()
+        loss.backward()
+        return float(loss.detach())
+
+    tiers = [Tier.TF32, Tier.BF16, Tier("fixed(8,16)"), Tier("fixed(2,8,floor)")]
+
+    def ratios(batch_samples: int) -> list[float]:
+        setup = ProbeSetup(model=model, half_samples=32, batch_samples=batch_samples, group=None, device=CPU, seed=1)
+        found, _ = probe(setup, gradient, Tier.FP32, tiers)
+        assert all(0.5 < seen.norm_ratio < 2 for seen in found.values())
+        return [seen.noise_ratio for seen in found.values()]
+
+    small, large = ratios(64), ratios(64_000)
+    assert small[0] < small[1] < 0.025
+    assert small[3] > 0.1
+    assert large[3] > 100 * small[3], "floor is a bias, and stays while the noise of a large batch goes"
+
+
+def test_costs_are_measured_kept_and_read_back(tmp_path: Path) -> None:
+    ran: list[Tier] = []
+    costs = measure(ran.append, (Tier.FP32, Tier.BF16), CPU, budget_s=10.0)
+    assert ran[:4] == [Tier.FP32, Tier.BF16] * 2, "in turn"
+    assert all(cost.step_s >= 0 for cost in costs.values())
+    key = calibration_key("mlp", ["width=3"], 8, 1, CPU)
+    assert key != calibration_key("mlp", ["width=3"], 8, 1, CPU, mode="graph")
+    file = CostFile.of(tmp_path / "made", key)
+    assert file.load(key, [Tier.FP32]) is None
+    file.store(key, costs)
+    assert file.load(key, [Tier.FP32, Tier.BF16]) == costs
+    assert file.load(key, [Tier.FP8]) is None, "a tier that was not measured then"
+    assert file.load("another", [Tier.FP32]) is None
+    file.path.write_text("{")
+    assert file.load(key, [Tier.FP32]) is None
+
+
+def test_only_the_first_trial_of_a_shape_pays(tmp_path: Path) -> None:
+    first = watch_of(stepper_of(tmp_path), costs=None, key="k", cache=tmp_path / "c")
+    first.begin()
+    second = watch_of(stepper_of(tmp_path), costs=None, key="k", cache=tmp_path / "c")
+    second.begin()
+    assert second.costs == first.costs
+    assert second.spent_s < first.spent_s
