@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from policies.fit import TrialFit, noise_scale, pool
 from policies.fleet import Fleet
+from policies.ladder import usable
 from policies.movable import Mover, worker_range
 from policies.plan import Settings
 from policies.snapshot import DialLimits
@@ -148,9 +149,10 @@ def _model(mover: Mover, model: Throughput | None) -> tuple[Throughput, bool]:
 
 
 def _usable(mover: Mover) -> tuple[Tier, ...]:
-    """The tiers it may use, without those it fled from if others are left."""
+    """The tiers it may use, without those it fled from or that its guard forbids if others are left."""
     trial = mover.trial
-    return tuple(t for t in trial.limits.tiers if t not in trial.fit.banned_tiers) or trial.limits.tiers[:1]
+    found = usable(trial.limits.tiers, trial.fit.tiers, trial.fit.banned_tiers, mover.wish.tier)
+    return found or trial.limits.tiers[:1]
 
 
 def _group_key(mover: Mover, ask: Ask) -> tuple[object, ...]:

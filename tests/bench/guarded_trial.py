@@ -15,11 +15,12 @@ import torch
 
 from jobs import build_job
 from orchestrator.control.orders import TrialOrder
+from orchestrator.train.groups import Ranks
 from orchestrator.train.precision.calibrate import TierCost
 from orchestrator.train.precision.guard import Move
 from orchestrator.train.precision.tiers import set_tier
 from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPlan
-from orchestrator.train.stepper import Ranks, Stepper
+from orchestrator.train.stepper import Stepper
 from policies.ladder import best_usable
 from policies.plan import Settings, TrialId
 from policies.snapshot import DialLimits
