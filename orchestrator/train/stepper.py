@@ -254,10 +254,7 @@ class Stepper:
         return self.job.batch(mine.tolist(), self._ranks.device)
 
     def mean_gradient(self, batch: tuple[Tensor, ...], tier: Tier) -> float:
-        """Add the gradient of the mean loss of `batch`, computed in `tier`, to `.grad`; returns this rank's mean loss.
-
-        The model is left in the trial's own tier; sharded gradients are reduced at once.
-        """
+        """Add the gradient of the mean loss of `batch` in `tier`; the model is left in its own. Returns that loss."""
         set_tier(self.model, tier)
         fsdp.set_gradient_sync(self.model, True)
         try:
