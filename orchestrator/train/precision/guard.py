@@ -14,8 +14,8 @@ The rule (thresholds in `Rules`), from one bad sign to many:
 - the last tenth of a trial runs in bf16 or dearer.
 A cheaper tier is safe after three probes in a row well below those limits.
 
-Source: thresholds as measured on one task. They do not hold everywhere: tests/bench/bench_precision.py has int8 worsen the
-final training loss of a model that learns its samples by heart, while every probe stays far below the limits.
+Source: thresholds as measured on one task. They do not hold everywhere: in tests/bench/bench_precision.py
+int8 worsens the final training loss of a model that learns its samples by heart, though no probe objects.
 """
 
 from __future__ import annotations
