@@ -22,3 +22,10 @@ def test_every_file_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__"))
 def test_examples_in_docstrings_are_true(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"policies.simulator.{name}")).failed == 0
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    mean_s, makespan_s, _ = capsys.readouterr().out.split()
+    assert 0 < float(mean_s) < float(makespan_s)
