@@ -3,6 +3,8 @@
 Run with `python -m tests.bench.bench_batch` on an idle machine; each trial runs in a process on a core of its own.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import argparse
