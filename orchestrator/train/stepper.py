@@ -158,7 +158,7 @@ class Stepper:
         noise = None
         if is_measured:
             counts = [len(rank_slice(indices, rank, world_size)) for rank in range(world_size)]
-            noise = self._noise.end(counts, self._ranks.group)
+            noise = self._noise.end(counts, self._ranks.group, loss_scale=self.loss_scale.factor(settings.tier))
         grad_norm = float(fsdp.clip_and_norm(self.model, MAX_GRAD_NORM))
         is_skipped = not math.isfinite(grad_norm)
         rate = self._rate.at(self.cursor.position, self._noise.scale)

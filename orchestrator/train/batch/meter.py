@@ -85,9 +85,12 @@ class NoiseMeter:
         return is_due
 
     def end(
-        self, counts: Sequence[int], group: dist.ProcessGroup | None, *, grad_scale: float = 1.0
+        self, counts: Sequence[int], group: dist.ProcessGroup | None, *, loss_scale: float = 1.0
     ) -> NoiseEstimate | None:
-        """Take the gradients of the step, reduced and unclipped; `counts` holds the samples of each rank."""
+        """Take the gradients of the step, reduced, unscaled and unclipped; `counts` holds the samples of each rank.
+
+        `loss_scale` is what the loss was multiplied with: what the ranks brought to the reduction was still scaled.
+        """
         params = list(self._model.parameters())
         grads = fsdp.local_grads(self._model)
         weights = weights_of(self._optimizer, params)
@@ -96,10 +99,10 @@ class NoiseMeter:
             return None
         draw: NoiseEstimate | None
         if self._pairs is not None:
-            draw = self._pairs.observe(grads, sum(counts), group, grad_scale=grad_scale, weights=weights)
+            draw = self._pairs.observe(grads, sum(counts), group, weights=weights)
         else:
             assert self._ranks is not None
-            draw = self._ranks.observe(grads, counts, group, grad_scale=grad_scale, weights=weights)
+            draw = self._ranks.observe(grads, counts, group, squares_scale=loss_scale, weights=weights)
         return draw
 
     def keep(self, draw: NoiseEstimate | None) -> None:

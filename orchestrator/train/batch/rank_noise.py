@@ -98,6 +98,7 @@ class RankNoise:
         group: dist.ProcessGroup | None,
         *,
         grad_scale: float = 1.0,
+        squares_scale: float = 1.0,
         weights: Sequence[Tensor] | None = None,
     ) -> NoiseEstimate | None:
         """What the armed step showed.
@@ -107,6 +108,7 @@ class RankNoise:
             counts: samples of each rank.
             group: the ranks.
             grad_scale: what the loss was multiplied with, where the gradients still are.
+            squares_scale: the same where `local_grads` were divided by it after they had been reduced.
             weights: the preconditioner, one tensor for each gradient; None or empty for plain gradients.
 
         Returns:
@@ -134,7 +136,7 @@ class RankNoise:
         # Of sums over samples instead of means: that of rank r has the expectation c_r^2 |G|^2 + c_r tr(Sigma). A
         # rank's gradient is (number of ranks / total) times its sum.
         sum_sq = total**2 * reduced_sq / grad_scale**2
-        parts_sq = (total / len(counts)) ** 2 * ranks_sq / grad_scale**2
+        parts_sq = (total / len(counts)) ** 2 * ranks_sq / (grad_scale * squares_scale) ** 2
         grad_sq = (sum_sq - parts_sq) / spread
         squared_counts = sum(count**2 for count in counts)
         return NoiseEstimate(noise_trace=(parts_sq - squared_counts * grad_sq) / total, grad_sq=grad_sq)
