@@ -72,6 +72,8 @@ class CapturedStep:
         self._scale_held = 0.0
         self._loss = torch.zeros((), device=device)
         self._halted = torch.zeros((), device=device)
+        # What a graph writes must live as long as the graph, which knows addresses only; hence members, no locals.
+        self._found = torch.zeros((), device=device)
         self._values = torch.zeros(3, device=device)
         self._readout = Readout(3, MAX_FLYING + 1, device)
 
@@ -161,8 +163,7 @@ class CapturedStep:
         self._clear_grads()
         first = self._recorder.record(lambda: counted.append(self._micro(static, is_first=True)))
         grads = [(param, param.grad) for param in self._model.parameters()]
-        found = torch.zeros((), device=self._device)
-        finish = self._recorder.record(lambda: self._finish(found))
+        finish = self._recorder.record(self._finish)
         self._clear_grads()
         return _Recording(
             batch=static,
@@ -189,12 +190,12 @@ class CapturedStep:
     def _following(self, batch: Batch) -> None:
         self._micro(batch, is_first=False)
 
-    def _finish(self, found: Tensor) -> None:
+    def _finish(self) -> None:
         """Norm, clipping, update; nothing is updated where the norm is not finite, now or since `clear`."""
         norm = fsdp.clip_and_norm(self._model, self._max_norm)
         self._halted.copy_(torch.maximum(self._halted, (~torch.isfinite(norm)).to(self._halted.dtype)))
-        found.copy_(self._halted)
-        with _skips_where(self._optimizer, found, is_captured=self._device.type == "cuda"):
+        self._found.copy_(self._halted)
+        with _skips_where(self._optimizer, self._found, is_captured=self._device.type == "cuda"):
             self._optimizer.step()
         self._values.copy_(torch.stack([self._loss, norm.to(self._loss.dtype), self._halted]))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,15 +15,18 @@ class CallAgain:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
+        self.keeps_work = True
         self.place = 0
         self.memory_bytes = 0
         self.num_recorded = 0
         self.refuses: Exception | None = None
+        self.borrowed: list[weakref.ref[torch.Tensor]] = []
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         if self.refuses is not None:
             raise self.refuses
         self.num_recorded += 1
+        self.borrowed += [weakref.ref(tensor) for tensor in _tensors_of(work)]
         before = [tensor.clone() for tensor in self._state()]
         rng = torch.get_rng_state()
         work()
@@ -31,7 +35,7 @@ class CallAgain:
             tensor.copy_(value)
         recorded = {param: param.grad for param in self._model.parameters()}
 
-        return self._replay_of(work, recorded)
+        return self._replay_of(work, recorded) if self.keeps_work else _nothing
 
     def rehearse(self, work: Callable[[], None]) -> None:
         rng = torch.get_rng_state()
@@ -54,3 +58,17 @@ class CallAgain:
         for values in self._optimizer.state.values():
             tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
         return tensors
+
+
+def _nothing() -> None:
+    """A graph holds no reference to what it was recorded from."""
+
+
+def _tensors_of(work: Callable[[], None]) -> Iterator[torch.Tensor]:
+    """Tensors that a function was given with it: a graph will use their memory, whether or not anybody holds them."""
+    cells = getattr(work, "__closure__", None) or ()
+    given = [cell.cell_contents for cell in cells] + [*getattr(work, "args", ())]
+    for value in given:
+        yield from (
+            part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, torch.Tensor)
+        )

@@ -160,3 +160,17 @@ def test_a_trial_in_graph_mode_records_what_an_eager_one_does(tmp_path: Path) ->
     for found, wanted in zip(scripts[1].reports, scripts[0].reports, strict=True):
         assert found.metrics == pytest.approx(wanted.metrics, rel=1e-4)
     assert not (replayed["flags"] & FLAG_SKIPPED).any()
+
+
+def test_what_a_graph_writes_lives_as_long_as_the_graph(tmp_path: Path) -> None:
+    made: list[CallAgain] = []
+
+    def forgets(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> CallAgain:
+        made.append(CallAgain(model, optimizer))
+        made[-1].keeps_work = False
+        return made[-1]
+
+    one = stepper(replace(REPLAYED, recorder=forgets), tmp_path, micro_batch=4, grad_accum=2)
+    run(one, 3)
+    assert made[0].borrowed
+    assert all(reference() is not None for reference in made[0].borrowed)
