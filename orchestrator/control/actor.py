@@ -148,6 +148,10 @@ class PolicyActor:
 
     # The driver.
 
+    async def fault(self, slot_id: str, epoch: int, reason: str) -> None:
+        """A GPU failed under a slot."""
+        self._controller.suspect(slot_id, epoch, reason)
+
     async def take_device_samples(self, samples: list[dict[str, Any]]) -> None:
         """What the agent of a GPU node saw."""
         if not self._is_over:
@@ -261,6 +265,7 @@ class PolicyActor:
                     next_slow_s = loop.time() + _SLOW_PERIOD_S
                     self._controller.decider.settle_gains()
                     self._controller.close_idle_slots()
+                    self._controller.admit()
                     self._controller.telemetry.append_devices(self._status.sample_devices())
                     self._controller.telemetry.flush()
                     self._status.write()

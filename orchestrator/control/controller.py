@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.clock import Clock
+from orchestrator.control.admission import Admission
 from orchestrator.control.continuation import Continuations
 from orchestrator.control.decider import Decider
 from orchestrator.control.journal import FILE_NAME, SCHEMA_VERSION, Journal, read
@@ -61,6 +62,7 @@ class Controller:
         run_dir = Path(spec.run_dir)
         self.state = RunState(spec, clock, Journal(run_dir / FILE_NAME), incarnation)
         self.decider = Decider(self.state)
+        self.admission = Admission(self.state)
         self.continuations = Continuations(self.state, self.stop_trial)
         self.nodes = Nodes(
             self.state,
@@ -219,6 +221,19 @@ class Controller:
         if slot is not None and slot.epoch == epoch:
             self.state.lifecycle.poison(slot_id, outcome)
 
+    def suspect(self, slot_id: str, epoch: int, reason: str) -> None:
+        """A GPU failed under a slot's processes, which end now: its trial, guilty or not, will run alone."""
+        slot = self.state.lifecycle.slots.get(slot_id)
+        if slot is not None and slot.epoch == epoch and slot.trial_id is not None:
+            trial = self.state.lifecycle.trials[slot.trial_id]
+            trial.is_suspect = True
+            trial.story.append(f"the GPU failed under it: {reason}")
+
+    def admit(self) -> None:
+        """Start what may start by now; called once a second."""
+        if self.admission.observe():
+            self._assign()
+
     def lose_slot(self, slot_id: str, reason: str, *, is_charged: bool = True) -> None:
         """A slot ended without being told to, or its node did."""
         state = self.state
@@ -293,7 +308,7 @@ class Controller:
         if self._is_interrupted:
             return
         state = self.state
-        for slot, trial in state.lifecycle.assign():
+        for slot, trial in state.lifecycle.assign(self.admission.may_start):
             state.log(
                 "trial_assigned",
                 trial_id=trial.trial_id,

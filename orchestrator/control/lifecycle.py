@@ -11,6 +11,7 @@ slot dies it goes back to the front of the queue and resumes from its last commi
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -69,7 +70,8 @@ class Trial:
 
     `num_restarts` counts slots that died under it, `num_overflows` how often it ran out of memory since its last
     report; `resume` holds the dials with which it begins again after that. `token` is that of the last resumption,
-    `next` one that waits until the trial has left its slot.
+    `next` one that waits until the trial has left its slot. A
+    suspect was running when its GPU failed.
     """
 
     trial_id: TrialId
@@ -90,6 +92,7 @@ class Trial:
     began_at_s: float = 0.0
     num_overflows: int = 0
     resume: Settings | None = None
+    is_suspect: bool = False
     token: str = ""
     next: tuple[dict[str, Any], Resumption] | None = None
 
@@ -153,14 +156,16 @@ class Lifecycle:
         """The slot's loop returned as told."""
         self.slots[slot_id].state = SlotState.CLOSED
 
-    def assign(self) -> list[tuple[Slot, Trial]]:
-        """Give queued trials to idle slots, first come first served."""
+    def assign(self, may_start: Callable[[Trial], bool] = lambda _trial: True) -> list[tuple[Slot, Trial]]:
+        """Give queued trials to idle slots, first come first served, while the next one may start."""
         pairs = []
         idle = sorted((s for s in self.slots.values() if s.state is SlotState.IDLE), key=lambda s: s.slot_id)
         for slot in idle:
             if slot.is_closing or not self._queue:
                 continue
             trial = self.trials[self._queue[0]]
+            if not may_start(trial):
+                break
             self.place(trial, slot)
             pairs.append((slot, trial))
         return pairs

@@ -119,8 +119,11 @@ class TrialLoop:
             self._guard_precision(stepper)
             began_s, cpu_s = time.monotonic(), time.process_time()
             switch_s = self._cross(stepper)
+            if self._is_paused:
+                stepper.away()
             if not self._await(lambda: not self._is_paused, stepper):
                 return False
+            stepper.back()
             wait_s = self._share.hold_back()
             assert self._guard is not None
             results, move = self._guard.advance()

@@ -61,6 +61,10 @@ class RayLink:
         for thread in self._threads:
             thread.start()
 
+    def fault(self, reason: str) -> None:
+        """The GPU failed under this process, which ends now."""
+        self._ask("fault", self._slot_id, self._epoch, reason)
+
     def begin(self, trial_id: TrialId, attempt: int) -> None:
         """From here on, what is told belongs to this attempt; leftovers of the last one are nobody's."""
         leftovers = self.outbox.take()

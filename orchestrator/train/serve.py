@@ -18,10 +18,11 @@ from typing import Protocol
 from jobs import build_job
 from jobs.job import Job
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
-from orchestrator.errors import OutOfMemoryError
+from orchestrator.errors import OutOfMemoryError, WorkerGroupError
 from orchestrator.share import ShareMechanism
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.device_fault import is_device_fault
 from orchestrator.train.groups import Groups
 from orchestrator.train.isolation import ProcessState, seed_generators
 from orchestrator.train.link import Link
@@ -42,6 +43,10 @@ class SlotLink(Link, Protocol):
 
     def finish(self, outcome: Outcome) -> None:
         """All ranks have left the trial (rank 0)."""
+        ...
+
+    def fault(self, reason: str) -> None:
+        """The GPU failed under this process, which ends now."""
         ...
 
 
@@ -112,6 +117,10 @@ class Server:
                 step, num_samples = (0, 0) if loop is None else loop.progress
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 reason = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+                if is_device_fault(error):
+                    self.link.fault(reason)
+                    # This process can compute no more; the trial goes on from its last commit in a new one.
+                    raise WorkerGroupError(f"the GPU failed under {trial.trial_id}: {reason}") from error
                 outcome = replace(_status_after(error), step=step, num_samples=num_samples, reason=reason)
                 if outcome.status is Status.MEMORY and self.groups.ranks.world_size > 1:
                     self.groups.break_off()  # the others wait for this rank in a collective that it will never enter

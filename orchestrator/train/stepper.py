@@ -26,6 +26,7 @@ from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Sc
 from orchestrator.train.batch.meter import NoiseMeter
 from orchestrator.train.batch.noise import NoiseEstimate
 from orchestrator.train.groups import Ranks
+from orchestrator.train.offload import Offload
 from orchestrator.train.precision.loss_scale import LossScale
 from orchestrator.train.precision.tiers import install, lowered, set_tier
 from orchestrator.train.step_mode.choice import ModeChoice, StepMode
@@ -87,6 +88,7 @@ class Stepper:
         is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
         self._modes = ModeChoice(ranks.step_mode, refusal(ranks.world_size, self.optimizer, is_possible=is_possible))
         self._replay: Replay | None = None
+        self._offload = Offload(self.model, self.optimizer)
         self._has_stepped = False
         self._unsaid: list[StepResult] = []
         self.is_torn = False
@@ -125,6 +127,19 @@ class Stepper:
             self._has_stepped = True
         results, self._unsaid = self._unsaid, []
         return results
+
+    def away(self) -> None:
+        """Give the GPU's memory back while the trial waits without a share; its steps must be recorded again."""
+        if self._ranks.device.type != "cuda" or self._ranks.world_size > 1:
+            return
+        self._replay = None
+        moved = self._offload.away()
+        torch.cuda.empty_cache()
+        logger.info("paused: %.1f MB moved to host memory", moved / 1e6)
+
+    def back(self) -> None:
+        """Take the state back to the device, if it is away."""
+        self._offload.back()
 
     def rehearse(self) -> None:
         """Do two more steps in the mode that is wished for, and wait for them: for a warm-up."""
@@ -307,6 +322,7 @@ class Stepper:
 
     def commit(self, directory: Path, extra: dict[str, Any]) -> Path:
         """Write a checkpoint that `resume` can continue from; returns when it is durable on all ranks."""
+        self.back()
         return checkpoint.commit(
             directory,
             model=self.model,

@@ -57,11 +57,15 @@ class SlotScript(Script):
         super().__init__(orders[0])
         self._queue = orders[1:]
         self.outcomes: list[Outcome] = []
+        self.faults: list[str] = []
         self.told: list[StepArray] = []
 
     def begin(self, trial_id: TrialId, attempt: int) -> None:
         self._records.clear()
         self.outbox.take()
+
+    def fault(self, reason: str) -> None:
+        self.faults.append(reason)
 
     def finish(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)

@@ -1,0 +1,110 @@
+"""Whether one more trial may start on the GPUs of a run: the knee, memory, and trials that are better left alone.
+
+On cores every idle slot takes a trial, as ever. On GPUs as many run as the measured sum of their speeds is worth
+(`knee`) and as memory allows; a trial under which a GPU failed runs alone, since under MPS others would fail with it.
+Called by the controller when it assigns trials, and once a second.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from orchestrator.control.knee import Knee, affordable
+from orchestrator.control.lifecycle import Trial
+from orchestrator.control.state import RunState
+from orchestrator.names import write_atomically
+from policies.snapshot import DeviceKind, DeviceView
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "knees.json"
+"""Numbers found, by device type and shape; beside the run directories, for the runs to come."""
+
+_SPARE_RATIO = 0.08
+_CONTEXT_BYTES = 1 << 30
+"""What a process holds of a GPU beside its allocator: context, libraries, kernels."""
+
+
+class Admission:
+    """Says who may start, for one run."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._path = Path(state.spec.run_dir).parent / FILE_NAME
+        self._knee = Knee(_read(self._path))
+        self._peaks: dict[str, int] = {}
+
+    def may_start(self, trial: Trial) -> bool:
+        """Whether a queued trial may take an idle slot now."""
+        gpus = self._gpus()
+        if not gpus:
+            return True
+        running = self._state.lifecycle.running()
+        if any(other.is_suspect for other in running) or (trial.is_suspect and running):
+            return False
+        shape = self._state.spec.shape(trial.params)
+        limit = self._affordable(gpus, shape, len(running))
+        if all(self._state.spec.shape(other.params) == shape for other in running):  # only alike ones have a knee
+            limit = min(limit, self._knee.limit(_key(gpus[0], shape)) * len(gpus))
+        return len(running) < limit
+
+    def observe(self) -> bool:
+        """Look at the trials that run; whether more may start now than before."""
+        gpus, state = self._gpus(), self._state
+        running = state.lifecycle.running()
+        if not gpus or not running:
+            return False
+        now_s = state.clock.now_s()
+        views = [state.windows[trial.trial_id].view(now_s) for trial in running]
+        is_news = False
+        shapes = {state.spec.shape(trial.params) for trial in running}
+        for trial, view in zip(running, views, strict=True):
+            shape = state.spec.shape(trial.params)
+            is_news = is_news or (view.memory_bytes is not None and shape not in self._peaks)
+            self._peaks[shape] = max(self._peaks.get(shape, 0), view.memory_bytes or 0)
+        if len(shapes) > 1:
+            return is_news
+        rates = [None if view.is_stale else view.throughput_per_s for view in views]
+        said = self._knee.observe(now_s, _key(gpus[0], shapes.pop()), rates)
+        if said is None:
+            return is_news
+        logger.info("knee: %s", said)
+        self._remember()
+        return True
+
+    def _gpus(self) -> list[DeviceView]:
+        return [device for device in self._state.devices.values() if device.kind is DeviceKind.CUDA]
+
+    def _affordable(self, gpus: list[DeviceView], shape: str, num_running: int) -> int:
+        """Trials that memory allows, all alike; as many as wanted where a device does not tell its memory."""
+        total_bytes = sum(gpu.memory_bytes for gpu in gpus)
+        if total_bytes == 0:
+            return len(self._state.lifecycle.slots) or 1
+        peak = self._peaks.get(shape) or max(self._peaks.values(), default=0) or None
+        others = num_running * (peak or 0) + len(self._state.lifecycle.slots) * _CONTEXT_BYTES
+        return affordable(int(total_bytes * (1 - _SPARE_RATIO)) - others, peak, num_running)
+
+    def _remember(self) -> None:
+        found = self._knee.found
+        if found:
+            try:
+                write_atomically(self._path, json.dumps(found, sort_keys=True) + "\n")
+            except OSError as error:
+                logger.warning("the knee cannot be remembered: %s", error)
+
+
+def _key(gpu: DeviceView, shape: str) -> str:
+    return f"{gpu.device_type}/{gpu.units}: {shape}"
+
+
+def _read(path: Path) -> dict[str, int]:
+    """What earlier runs found; nothing where the file is missing or is none of ours."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {str(key): value for key, value in known.items() if type(value) is int and 1 <= value <= 1024}

@@ -1,0 +1,99 @@
+"""Who may start on GPUs: as many as the knee and memory allow, and a trial under which a GPU failed runs alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.control.lifecycle import TrialState
+from orchestrator.control.orders import SlotHello
+from policies.plan import DeviceId, TrialId
+from policies.snapshot import DeviceKind, DeviceView
+from tests.unit.orchestrator.control.worlds import World
+
+GPU = DeviceView(
+    device_id=DeviceId("cuda:x"),
+    node_id="n",
+    kind=DeviceKind.CUDA,
+    units=15,
+    device_type="H200",
+    memory_bytes=140 << 30,
+)
+
+
+def attach(world: World, slot_id: str, device: DeviceView = GPU) -> int:
+    hello = SlotHello(
+        slot_id=slot_id, placement=(device.device_id,), devices=(device,), enforced_by="sm_groups", enforcement=""
+    )
+    return world.controller.attach(hello)
+
+
+def running(world: World) -> list[str]:
+    return [str(trial.trial_id) for trial in world.controller.state.lifecycle.running()]
+
+
+def with_trials(tmp_path: Path, count: int, device: DeviceView = GPU) -> World:
+    (tmp_path / "run").mkdir()
+    world = World(tmp_path / "run")
+    for number in range(count):
+        world.controller.submit(TrialId(f"t{number}"), {"width": 8})
+    for number in range(count):
+        attach(world, f"slot-{number}", device)
+    return world
+
+
+def know_peak(world: World, peak_bytes: int) -> None:
+    trial = world.controller.state.lifecycle.trials[TrialId("t0")]
+    world.controller.admission._peaks[world.controller.state.spec.shape(trial.params)] = peak_bytes
+    world.controller._assign()
+
+
+def test_one_trial_at_a_time_until_its_memory_is_known(tmp_path: Path) -> None:
+    world = with_trials(tmp_path, 3)
+    assert running(world) == ["t0"]
+    know_peak(world, 4 << 30)
+    assert running(world) == ["t0", "t1"], "two, where the search for the knee begins"
+
+
+def test_a_large_trial_is_not_joined_by_another(tmp_path: Path) -> None:
+    world = with_trials(tmp_path, 2)
+    know_peak(world, 90 << 30)
+    assert running(world) == ["t0"]
+
+
+def test_cores_are_given_as_ever(tmp_path: Path) -> None:
+    cpu = replace(GPU, device_id=DeviceId("cpu:x"), kind=DeviceKind.CPU)
+    assert running(with_trials(tmp_path, 3, cpu)) == ["t0", "t1", "t2"]
+
+
+def test_a_trial_under_which_a_gpu_failed_runs_alone(tmp_path: Path) -> None:
+    world = with_trials(tmp_path, 3)
+    know_peak(world, 1 << 30)
+    state = world.controller.state
+    assert running(world) == ["t0", "t1"]
+    slots = {trial.trial_id: trial.slot_id for trial in state.lifecycle.running()}
+    for slot_id in slots.values():
+        assert slot_id is not None
+        world.controller.suspect(slot_id, state.lifecycle.slots[slot_id].epoch, "unspecified launch failure")
+    for slot_id in slots.values():
+        assert slot_id is not None
+        attach(world, slot_id)
+    assert len(running(world)) == 1, "nobody beside a suspect"
+    suspects = [trial for trial in state.lifecycle.trials.values() if trial.is_suspect]
+    assert [trial.trial_id for trial in suspects] == ["t0", "t1"]
+    assert "the GPU failed under it" in " ".join(suspects[0].story)
+    assert state.lifecycle.trials[TrialId("t2")].state in {TrialState.QUEUED, TrialState.RUNNING}
+
+
+def test_an_old_epoch_suspects_nobody(tmp_path: Path) -> None:
+    world = with_trials(tmp_path, 1)
+    world.controller.suspect("slot-0", -1, "old news")
+    world.controller.suspect("slot-9", 1, "no such slot")
+    assert not world.controller.state.lifecycle.trials[TrialId("t0")].is_suspect
+
+
+def test_a_file_of_found_numbers_that_is_none_is_passed_over(tmp_path: Path) -> None:
+    for text in ("", "[]", '{"a": 0, "b": true, "c": "x"}', "{"):
+        (tmp_path / "knees.json").write_text(text)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        assert World(tmp_path / "run").controller.admission._knee.found == {}
