@@ -223,11 +223,7 @@ class Controller:
 
     def suspect(self, slot_id: str, epoch: int, reason: str) -> None:
         """A GPU failed under a slot's processes, which end now: its trial, guilty or not, will run alone."""
-        slot = self.state.lifecycle.slots.get(slot_id)
-        if slot is not None and slot.epoch == epoch and slot.trial_id is not None:
-            trial = self.state.lifecycle.trials[slot.trial_id]
-            trial.is_suspect = True
-            trial.story.append(f"the GPU failed under it: {reason}")
+        self.state.lifecycle.suspect(slot_id, epoch, reason)
 
     def admit(self) -> None:
         """Start what may start by now; called once a second."""

@@ -152,6 +152,14 @@ class Lifecycle:
         """The ranks lost each other over one rank's outcome: it ends the trial when the group has restarted."""
         self.slots[slot_id].poison = outcome
 
+    def suspect(self, slot_id: str, epoch: int, reason: str) -> None:
+        """A GPU failed under a slot of that epoch: the trial in it is a suspect from now on."""
+        slot = self.slots.get(slot_id)
+        if slot is not None and slot.epoch == epoch and slot.trial_id is not None:
+            trial = self.trials[slot.trial_id]
+            trial.is_suspect = True
+            trial.story.append(f"the GPU failed under it: {reason}")
+
     def close_slot(self, slot_id: str) -> None:
         """The slot's loop returned as told."""
         self.slots[slot_id].state = SlotState.CLOSED
