@@ -150,7 +150,7 @@ class PolicyActor:
 
     async def fault(self, slot_id: str, epoch: int, reason: str) -> None:
         """A GPU failed under a slot."""
-        self._controller.suspect(slot_id, epoch, reason)
+        self._controller.state.lifecycle.suspect(slot_id, epoch, reason)
 
     async def take_device_samples(self, samples: list[dict[str, Any]]) -> None:
         """What the agent of a GPU node saw."""

@@ -221,10 +221,6 @@ class Controller:
         if slot is not None and slot.epoch == epoch:
             self.state.lifecycle.poison(slot_id, outcome)
 
-    def suspect(self, slot_id: str, epoch: int, reason: str) -> None:
-        """A GPU failed under a slot's processes, which end now: its trial, guilty or not, will run alone."""
-        self.state.lifecycle.suspect(slot_id, epoch, reason)
-
     def admit(self) -> None:
         """Start what may start by now; called once a second."""
         if self.admission.observe():

@@ -123,7 +123,7 @@ class TrialLoop:
                 stepper.away()
             if not self._await(lambda: not self._is_paused, stepper):
                 return False
-            stepper.back()
+            stepper.offload.back()
             wait_s = self._share.hold_back()
             assert self._guard is not None
             results, move = self._guard.advance()
@@ -339,6 +339,7 @@ class TrialLoop:
     def _leave(self, stepper: Stepper) -> Outcome:
         """Do what the order to stop asks for."""
         self._take(stepper.settle(), stepper)
+        stepper.offload.back()
         if self._order.stop in {StopMode.CHECKPOINT, StopMode.PAUSE}:
             path = self._commit(stepper) if self._grant is not None else None
             return self._outcome(Status.INTERRUPTED, stepper, path)

@@ -6,10 +6,14 @@ captured in a CUDA graph holds addresses and must be captured again. Called by t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+logger = logging.getLogger(__name__)
 
 
 class Offload:
@@ -17,10 +21,11 @@ class Offload:
 
     Args:
         model, optimizer: whose tensors move.
+        from_host: move them even if they are in host memory; for tests.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, from_host: bool = False) -> None:
+        self._model, self._optimizer, self._from_host = model, optimizer, from_host
         self._held: list[tuple[torch.UntypedStorage, Tensor]] = []
 
     @property
@@ -29,8 +34,12 @@ class Offload:
         return bool(self._held)
 
     def away(self) -> int:
-        """Move everything to host memory; returns the bytes given back. Nothing may be running on the device."""
-        if self._held:
+        """Move everything to host memory; returns the bytes given back. Nothing may be running on the device.
+
+        On a host there is nothing to give back, and parts of several ranks stay where they are.
+        """
+        tensors = list(self._tensors())
+        if self._held or not self._is_worth_it(tensors):
             return 0
         for param in self._model.parameters():
             param.grad = None
@@ -43,6 +52,9 @@ class Offload:
             moved += size
         for storage, _ in self._held:
             storage.resize_(0)
+        if tensors and tensors[0].device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.info("paused: %.1f MB moved to host memory", moved / 1e6)
         return moved
 
     def back(self) -> None:
@@ -56,6 +68,10 @@ class Offload:
             storage.resize_(host.numel())
             _bytes_of(storage).copy_(host)
             self._held.pop()
+
+    def _is_worth_it(self, tensors: list[Tensor]) -> bool:
+        is_plain = not any(isinstance(tensor, DTensor) for tensor in tensors)
+        return is_plain and (self._from_host or any(tensor.device.type == "cuda" for tensor in tensors))
 
     def _storages(self) -> Iterator[torch.UntypedStorage]:
         """Every storage once, though tensors may share one."""

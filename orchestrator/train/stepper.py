@@ -88,7 +88,7 @@ class Stepper:
         is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
         self._modes = ModeChoice(ranks.step_mode, refusal(ranks.world_size, self.optimizer, is_possible=is_possible))
         self._replay: Replay | None = None
-        self._offload = Offload(self.model, self.optimizer)
+        self.offload = Offload(self.model, self.optimizer)
         self._has_stepped = False
         self._unsaid: list[StepResult] = []
         self.is_torn = False
@@ -130,23 +130,14 @@ class Stepper:
 
     def away(self) -> None:
         """Give the GPU's memory back while the trial waits without a share; its steps must be recorded again."""
-        if self._ranks.device.type != "cuda" or self._ranks.world_size > 1:
-            return
         self._replay = None
-        moved = self._offload.away()
-        torch.cuda.empty_cache()
-        logger.info("paused: %.1f MB moved to host memory", moved / 1e6)
-
-    def back(self) -> None:
-        """Take the state back to the device, if it is away."""
-        self._offload.back()
+        self.offload.away()
 
     def rehearse(self) -> None:
         """Do two more steps in the mode that is wished for, and wait for them: for a warm-up."""
         self._has_stepped = True
-        for _ in range(2):
-            if self._modes.refusal is None and self._ranks.step_mode is not StepMode.EAGER:
-                self._launch()
+        for _ in range(0 if self._modes.refusal or self._ranks.step_mode is StepMode.EAGER else 2):
+            self._launch()
         self.settle()
 
     def settle(self) -> list[StepResult]:
@@ -157,11 +148,6 @@ class Stepper:
     def mode_words(self) -> str:
         """How steps are executed with these dials, and why; empty while that is being measured."""
         return self._modes.words(self._dials) if self._modes.is_settled(self._dials) else ""
-
-    @property
-    def graph_bytes(self) -> int:
-        """Device memory that recorded steps hold."""
-        return 0 if self._replay is None else self._replay.captured.memory_bytes
 
     def step(self) -> StepResult:
         """One optimizer step, eagerly, of `settings.global_batch` samples; on a non-finite gradient nothing changes."""
@@ -322,7 +308,6 @@ class Stepper:
 
     def commit(self, directory: Path, extra: dict[str, Any]) -> Path:
         """Write a checkpoint that `resume` can continue from; returns when it is durable on all ranks."""
-        self.back()
         return checkpoint.commit(
             directory,
             model=self.model,

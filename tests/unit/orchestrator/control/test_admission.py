@@ -74,7 +74,9 @@ def test_a_trial_under_which_a_gpu_failed_runs_alone(tmp_path: Path) -> None:
     slots = {trial.trial_id: trial.slot_id for trial in state.lifecycle.running()}
     for slot_id in slots.values():
         assert slot_id is not None
-        world.controller.suspect(slot_id, state.lifecycle.slots[slot_id].epoch, "unspecified launch failure")
+        world.controller.state.lifecycle.suspect(
+            slot_id, state.lifecycle.slots[slot_id].epoch, "unspecified launch failure"
+        )
     for slot_id in slots.values():
         assert slot_id is not None
         attach(world, slot_id)
@@ -87,8 +89,8 @@ def test_a_trial_under_which_a_gpu_failed_runs_alone(tmp_path: Path) -> None:
 
 def test_an_old_epoch_suspects_nobody(tmp_path: Path) -> None:
     world = with_trials(tmp_path, 1)
-    world.controller.suspect("slot-0", -1, "old news")
-    world.controller.suspect("slot-9", 1, "no such slot")
+    world.controller.state.lifecycle.suspect("slot-0", -1, "old news")
+    world.controller.state.lifecycle.suspect("slot-9", 1, "no such slot")
     assert not world.controller.state.lifecycle.trials[TrialId("t0")].is_suspect
 
 
