@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from tests.bench import batch_run
@@ -56,8 +57,10 @@ def noise_child() -> dict[str, Any]:
         rows = []
         for index in chosen:
             model.zero_grad()
-            (job.loss(model, job.batch([index], torch.device("cpu"))).loss_sum / job.num_elements(1)).backward()
-            rows.append(torch.cat([(p.grad * w).flatten() for p, w in zip(params, weights, strict=True)]))
+            loss = job.loss(model, job.batch([index], torch.device("cpu"))).loss_sum / job.num_elements(1)
+            loss.backward()  # type: ignore[no-untyped-call]
+            grads = [param.grad for param in params if param.grad is not None]
+            rows.append(torch.cat([(g * w).flatten() for g, w in zip(grads, weights, strict=True)]))
         model.zero_grad()
         gradients = torch.stack(rows)
         mean = gradients.mean(0)
@@ -172,9 +175,13 @@ def _noise(report: Report, found: dict[str, Any]) -> None:
                 errors,
                 "%",
                 target=f"within {bound:g} %",
-                is_met=lambda value, _low, _high, bound=bound: abs(value) <= bound,
+                is_met=partial(_is_within, bound),
             )
         )
+
+
+def _is_within(bound: float, value: float, _low: float, _high: float) -> bool:
+    return abs(value) <= bound
 
 
 def _adaptive(report: Report, answers: dict[str, Any]) -> None:

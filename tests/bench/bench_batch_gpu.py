@@ -57,12 +57,13 @@ def memory(report: Report, device: Any) -> None:
     from orchestrator.train.precision.products import TIER_FUNCTIONS
 
     available = set(TIER_FUNCTIONS)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size, (params, _) in SIZES.items():
         order = batch_run.order_of("language", {**params, "eval_windows": 16}, 4, batch_run.limits_of(1, MOST), 0)
         for tier in [tier for tier in TIERS if tier in available][:3]:
-            limit, points, overflows, micro_batch = LIMIT_BYTES[size], (), 0, 4
-            tried = []
+            limit, overflows, micro_batch = LIMIT_BYTES[size], 0, 4
+            points: tuple[MemoryPoint, ...] = ()
+            tried: list[tuple[int, int | None]] = []
             while True:
                 peak = _try(order, device, tier, micro_batch, limit)
                 tried.append((micro_batch, peak))
@@ -127,6 +128,19 @@ sys.exit(0 if int(x[:1000000].min()) == 3 and int(x[-1]) == 3 else 1)
 """
 
 
+def _tell(process: subprocess.Popen[str], word: str) -> None:
+    """Send a line to a process."""
+    assert process.stdin is not None
+    process.stdin.write(f"{word}\n")
+    process.stdin.flush()
+
+
+def _hear(process: subprocess.Popen[str]) -> str:
+    """Wait for a line of a process."""
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
 def overflow(report: Report, device: Any) -> None:
     """A neighbour takes nearly all memory: the step that no longer fits is done again, with the same losses."""
     import torch
@@ -156,9 +170,8 @@ def overflow(report: Report, device: Any) -> None:
             hog = subprocess.Popen(
                 [sys.executable, "-c", HOG, str(14 * GIB)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            hog.stdin.write("go\n")
-            hog.stdin.flush()
-            hog.stdout.readline()
+            _tell(hog, "go")
+            _hear(hog)
             report.raw["free_bytes_with_hog"] = torch.cuda.mem_get_info(device)[0]
             report.raw["held_bytes"] = held
             stepper.turn(replace(small, micro_batch=64, grad_accum=1))  # not through the guard's preflight
@@ -177,8 +190,8 @@ def overflow(report: Report, device: Any) -> None:
             asked = replace(stepper.settings, micro_batch=64, grad_accum=1)
             found = MemoryGuard(stepper, ranks, meter, "t").prepare(asked)
             report.raw["preflight"] = {"asked": asked.micro_batch, "found": found.micro_batch}
-            hog.stdin.write("end\n")
-            hog.stdin.flush()
+            assert hog is not None
+            _tell(hog, "end")
             hog_code = hog.wait(60)
             report.raw["preflight"]["without_hog"] = MemoryGuard(stepper, ranks, meter, "t").prepare(asked).micro_batch
     gap = max(abs(a - b) / abs(a) for a, b in zip(losses["alone"], losses["hog"], strict=True))

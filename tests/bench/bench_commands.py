@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from tests.bench.orchestrated import scratch
 from tests.bench.results_file import ROOT, Options, Report, median_figure, options
@@ -26,6 +27,10 @@ def seconds_of(command: Sequence[str], *, codes: tuple[int, ...] = (0,)) -> floa
             f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
     return seconds
+
+
+def _is_within(limit_s: float, value: float, _low: float, _high: float) -> bool:
+    return value <= limit_s
 
 
 def main() -> None:
@@ -53,7 +58,7 @@ def main() -> None:
                 values,
                 "s",
                 target=f"<= {limit_s:g} s",
-                is_met=lambda value, _low, _high, limit_s=limit_s: value <= limit_s,
+                is_met=partial(_is_within, limit_s),
             )
         )
     report.write()

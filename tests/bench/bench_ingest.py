@@ -92,7 +92,7 @@ def measure(directory: Path, name: str, seconds: float, *, is_paced: bool) -> di
     for number in range(NUM_SENDERS):
         parts.ask("expect_slot", f"slot-{number}")
         parts.ask("submit", f"trial-{number}", {})
-    config = {
+    config: dict[str, Any] = {
         "actor": parts.actor_name,
         "namespace": parts.namespace,
         "rows": _RATE_PER_S // (NUM_SENDERS * MESSAGES_PER_S),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from tests.unit.orchestrator.train.links import Script, grant, loop, order
 
 SEEDS = range(3)
 NUM_SAMPLES = 2_400
-TURNS = (
+TURNS: tuple[dict[str, Any], ...] = (
     {"share": 0.25},
     {"micro_batch": 4, "grad_accum": 2},
     {"tier": Tier.BF16},
@@ -35,7 +37,7 @@ def final_loss(directory: Path, seed: int, *, turns: bool) -> float:
     assert first.trial is not None
     script = Script(first)
     for number, turn in enumerate(TURNS if turns else ()):
-        script.at(20 * (number + 1), lambda now, number=number, turn=turn: with_grant(now, number, turn))
+        script.at(20 * (number + 1), partial(with_grant, number=number, turn=turn))
     torch.manual_seed(seed)
     job = build_job(first.trial.job, first.trial.params)
     job.prepare()
@@ -46,7 +48,7 @@ def final_loss(directory: Path, seed: int, *, turns: bool) -> float:
     return script.reports[-1].metrics["val_loss"]
 
 
-def with_grant(now: SlotOrder, number: int, turn: dict[str, object]) -> SlotOrder:
+def with_grant(now: SlotOrder, number: int, turn: dict[str, Any]) -> SlotOrder:
     return replace(now, grant=grant(number + 2, **turn))
 
 
