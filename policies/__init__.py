@@ -28,6 +28,7 @@ from policies.fit import (
 )
 from policies.fluid import Fluid
 from policies.goodput import efficiency, gain
+from policies.goodput_joint import GoodputJoint
 from policies.goodput_policy import Goodput
 from policies.invariants import Violation, check
 from policies.optimus import Optimus
@@ -59,6 +60,7 @@ POLICIES: dict[str, type] = {
     "static": Static,
     "fair_share": FairShare,
     "goodput": Goodput,
+    "goodput_joint": GoodputJoint,
     "fifo": Fifo,
     "fluid": Fluid,
     "tiresias": Tiresias,
@@ -85,6 +87,7 @@ __all__ = [
     "Fluid",
     "Generation",
     "Goodput",
+    "GoodputJoint",
     "Observation",
     "Optimus",
     "Override",
