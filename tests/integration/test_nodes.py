@@ -22,9 +22,9 @@ def test_nothing_was_lost_on_the_way(story: Nodes) -> None:
     assert {trial["state"] for trial in story.run.status["trials"]} == {"queued"}, "both can be resumed"
 
 
-def test_a_node_that_joins_is_in_the_ledger_and_trained_on_soon(story: Nodes) -> None:
-    assert story.times["joined -> in the ledger"] < 5.0
-    assert story.times["joined -> first step on it"] < 60.0, "30 s on an idle machine: tests/bench/bench_cluster.py"
+def test_a_node_that_joins_is_in_the_ledger_and_then_trained_on(story: Nodes) -> None:
+    # How soon is measured in tests/bench/bench_cluster.py; here only that it happened, and in this order.
+    assert 0 < story.times["joined -> in the ledger"] < story.times["joined -> first step on it"]
 
 
 def test_a_draining_node_costs_no_step(story: Nodes) -> None:
