@@ -138,6 +138,8 @@ class Search:
                 callbacks=[StopForwarder()],
                 stop=Interrupter(),
                 failure_config=tune.FailureConfig(max_failures=0),
+                # Tune's default for classes is True; where no trial is taken up again its state need not be kept twice.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=not self._is_simple),
                 verbose=0,
             ),
         )
