@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 CHILD_GRACE_S = 5.0
 """How long a test's processes may take to end after it."""
@@ -28,6 +29,11 @@ MARK = "ORCHESTRATOR_TEST_SESSION"
 
 # Short, because Ray puts sockets below it and their paths may have 107 bytes at most.
 SESSION_DIR = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))
+
+
+# What a property says does not depend on how fast or how busy the machine is.
+settings.register_profile("orchestrator", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("orchestrator")
 
 
 def _isolate_ray() -> None:
