@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jobs.genome import GenomeJob
 from jobs.image import ImageJob
 from jobs.job import Job
 from jobs.language import LanguageJob
@@ -19,5 +20,6 @@ JOBS: dict[str, Callable[..., Job]] = {
     "image": ImageJob,
     "tissue": TissueJob,
     "speech": SpeechJob,
+    "genome": GenomeJob,
     "mlp": MlpJob,
 }

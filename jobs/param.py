@@ -148,6 +148,13 @@ def data_params(bundled: tuple[str, ...], what: str, folder: str) -> tuple[Param
     return (
         choice_param("data", bundled, f"{what} when data_dir is null"),
         text_param("data_dir", None, folder),
+        *bad_file_and_seed(),
+    )
+
+
+def bad_file_and_seed() -> tuple[Param, ...]:
+    """What happens to a file that cannot be read, and the seed of what is made."""
+    return (
         speed_free(choice_param("on_bad_file", ("stop", "skip"), "what a file that cannot be read does to the trial")),
         speed_free(int_param("seed", 0, 0, (1 << 63) - 1, "seed of made data; the model's start is torch's")),
     )

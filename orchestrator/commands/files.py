@@ -54,6 +54,7 @@ _JOB_LINES = {
     "image": ("{model: vit, layers: 3, patch: 2}", "{loguniform: [1.0e-3, 3.0e-3]}", "{choice: [32, 48]}"),
     "tissue": ("{levels: 3, size: 32}", "{loguniform: [2.0e-3, 8.0e-3]}", "{choice: [8, 12]}"),
     "speech": ("{layers: 2, units: words}", "{loguniform: [1.0e-3, 4.0e-3]}", "{choice: [48, 64]}"),
+    "genome": ("{layers: 1, length: 64}", "{loguniform: [1.0e-3, 1.0e-2]}", "{choice: [24, 32]}"),
     "mlp": ("{depth: 2}", "{loguniform: [1.0e-2, 1.0e-1]}", "{choice: [16, 32]}"),
 }
 

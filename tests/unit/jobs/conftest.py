@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, object]] = {
     "image-resnet": {"data": "shapes", "model": "resnet", "width": 8, "layers": 1, "max_samples": 128},
     "tissue": {"data": "cells", "width": 4, "levels": 2, "size": 16},
     "speech": {"data": "signal", "width": 16, "layers": 1, "heads": 2, "max_samples": 24, "eval_samples": 12},
+    "genome": {"width": 8, "length": 24, "max_samples": 256, "eval_samples": 256},
 }
 """Each job in its smallest form, on data that needs no library; what follows a dash tells forms of a job apart."""
 
