@@ -1,6 +1,6 @@
 """The seam every policy fits into.
 
-The contract, checked by `tests/conformance/test_policies.py`:
+The contract, checked by `policies.conformance.check_policy`:
 
 - `decide` is a pure function: no clock, no I/O, no randomness but `snapshot.seed`, no state but `snapshot.plan`.
 - It returns a plan with `generation == snapshot.plan.generation + 1` that holds exactly one allocation for every trial

@@ -8,13 +8,17 @@ from policies.invariants import check
 from policies.plan import is_same
 from policies.policy import Policy
 from policies.sample_worlds import after, snapshots
+from policies.snapshot import Snapshot
 
 README = Path(policies.__file__).parent / "README.md"
 
 
 def tutorial() -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="ascii"), re.DOTALL)
-    return str(block)
+    return blocks()[0]
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="ascii"), re.DOTALL)
 
 
 def test_the_policy_in_30_lines_is_legal_and_rests_in_generated_worlds() -> None:
@@ -33,6 +37,20 @@ def test_the_policy_in_30_lines_is_legal_and_rests_in_generated_worlds() -> None
         assert is_same(plan, policy.decide(after(world, plan)))
         num_checked += 1
     assert num_checked > 100
+
+
+def test_every_example_runs_the_conformance_test_and_the_world_by_hand_among_them() -> None:
+    names: dict[str, object] = {"__name__": "tutorial"}
+    for block in blocks():
+        exec(compile(block, str(README), "exec"), names)
+    assert names["findings"] == ()
+    assert isinstance(names["world"], Snapshot)
+    assert check(names["world"], names["plan"]) == ()
+
+
+def test_a_world_by_hand_takes_ten_lines() -> None:
+    (block,) = [block for block in blocks() if "Snapshot(" in block and "@dataclass" not in block]
+    assert len(block.split("\n\n", 1)[1].strip().splitlines()) <= 11  # the last one looks at the plan
 
 
 def test_the_policy_of_the_tutorial_has_about_30_lines() -> None:
