@@ -1,7 +1,8 @@
-"""The text of the `language` job: Python source files found on this machine, read once per process.
+"""The text of the `language` job: Python's own sources on this machine, or files of the user's, read once per process.
 
 Nothing is downloaded. Files are sorted by relative path; about 5 % of them are held out, chosen by a hash of the path,
-so that the choice stays when files are added. Knows nothing of models. Called by `jobs.language`.
+so that the choice stays when files are added. Of too few files for that, the end of each is held out. Knows nothing of
+models. Called by `jobs.language`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from jobs.folder import existing_folder, files_below, read_files
+from jobs.folder import is_held_out as is_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ class Corpus:
     Attributes:
         train: uint8 tensor, the training files one after another.
         held_out: uint8 tensor, the held-out files one after another; the same whatever `max_bytes` is.
-        num_files: files read, both parts.
+        num_files: files found, both parts.
         sha256: of both parts, hex; differs where another Python release has other sources.
     """
 
@@ -63,52 +67,91 @@ def source_files(root: Path) -> list[str]:
 
 def is_held_out(relative_path: str) -> bool:
     """Whether a file belongs to the held-out part."""
-    return hashlib.sha256(relative_path.encode()).digest()[0] < HELD_OUT_PER_256
+    return is_one_of(relative_path, HELD_OUT_PER_256)
+
+
+def files_of(data_dir: str | None) -> tuple[Path, list[str]]:
+    """A folder and the relative paths of the files to read in it; None stands for the standard library.
+
+    Raises:
+        ValueError: there is no such file or folder, it may not be read, or there is no file in it.
+    """
+    if data_dir is None:
+        root = standard_library()
+        return root, source_files(root)
+    if Path(data_dir).is_file():
+        return Path(data_dir).parent, [Path(data_dir).name]
+    root = existing_folder(data_dir)
+    paths = files_below(root, [""])
+    if not paths:
+        raise ValueError(f"data_dir={data_dir!r} has no file in it (hidden ones do not count); needed: text files")
+    return root, paths
 
 
 @lru_cache(maxsize=2)
-def load_corpus(root: Path, max_bytes: int | None) -> Corpus:
-    """Read all files below `root`; training text stops at `max_bytes`. Cached per process.
+def load_corpus(data_dir: str | None, max_bytes: int | None, on_bad_file: str) -> Corpus:
+    """Read a file, all files of a folder, or the standard library; training text stops at `max_bytes`.
+
+    Cached per process.
 
     Raises:
-        ValueError: there is no Python file below `root` for one of the two parts.
+        ValueError: there is nothing to read, or a file is not text and `on_bad_file` is 'stop'; the message names it.
     """
-    paths = source_files(root)
-    held_out = [path for path in paths if is_held_out(path)]
-    train = [path for path in paths if not is_held_out(path)]
-    for part, chosen in (("training", train), ("held-out", held_out)):
-        if not chosen:
-            raise ValueError(
-                f"no {part} file among the {len(paths)} *.py files below {root}; needed: at least one per part (about "
-                f"1 file in 20 is held out); set data_dir to a folder with more Python files"
-            )
-    train_bytes = _read(root, train, max_bytes)
-    held_out_bytes = _read(root, held_out, None)
-    digest = hashlib.sha256(held_out_bytes)
-    digest.update(train_bytes)
+    root, paths = files_of(data_dir)
+    train, held_out = _read(root, paths, max_bytes, on_bad_file)
+    digest = hashlib.sha256(held_out)
+    digest.update(train)
     logger.info(
         "corpus %s: %d files, %d training bytes, %d held-out bytes, sha256 %s",
-        root,
+        data_dir or root,
         len(paths),
-        len(train_bytes),
-        len(held_out_bytes),
+        len(train),
+        len(held_out),
         digest.hexdigest(),
     )
     return Corpus(
-        train=_as_tensor(train_bytes),
-        held_out=_as_tensor(held_out_bytes),
-        num_files=len(paths),
-        sha256=digest.hexdigest(),
+        train=_as_tensor(train), held_out=_as_tensor(held_out), num_files=len(paths), sha256=digest.hexdigest()
     )
 
 
-def _read(root: Path, relative_paths: list[str], max_bytes: int | None) -> bytearray:
-    text = bytearray()
-    for relative_path in relative_paths:
-        text += (root / relative_path).read_bytes()
-        if max_bytes is not None and len(text) >= max_bytes:
-            del text[max_bytes:]
-            break
+def _read(root: Path, paths: list[str], max_bytes: int | None, on_bad_file: str) -> tuple[bytearray, bytearray]:
+    """Training and held-out text of the files; of the former not more than `max_bytes`."""
+    train, held_out = bytearray(), bytearray()
+    is_by_file = {is_held_out(path) for path in paths} == {True, False}
+
+    def is_full() -> bool:
+        return max_bytes is not None and len(train) >= max_bytes
+
+    def read(path: Path) -> None:
+        text = _text(path)
+        if is_by_file:
+            num_train = 0 if is_held_out(path.relative_to(root).as_posix()) else len(text)
+        else:
+            num_train = len(text) - -(-len(text) * HELD_OUT_PER_256 // 256)
+        held_out.extend(text[num_train:])
+        if not is_full():
+            train.extend(text[:num_train])
+
+    # A training file is not opened once there is enough: more text than memory may lie there.
+    needed = (path for path in paths if not (is_by_file and is_full() and not is_held_out(path)))
+    read_files(root, needed, read, on_bad_file)
+    if max_bytes is not None:
+        del train[max_bytes:]
+    return train, held_out
+
+
+def _text(path: Path) -> bytes:
+    """The bytes of a text file.
+
+    Raises:
+        ValueError: it holds a byte that no text has, or is a pipe or device.
+    """
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    text = path.read_bytes()
+    place = text.find(0)
+    if place >= 0:
+        raise ValueError(f"it is not text: byte {place} is zero (text in UTF-16 must be converted to UTF-8)")
     return text
 
 

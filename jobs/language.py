@@ -1,4 +1,4 @@
-"""The `language` job: a byte-level GPT on the Python standard library's source files of the running machine.
+"""The `language` job: a byte-level GPT on the running Python's standard library, or on text of one's own.
 
 A sample is a window of `context` + 1 bytes; windows do not overlap, and sample i is window i. Sizes to try,
 set by `width`, `layers`, `heads` and `context`, are listed in this package's README. Knows nothing of ranks, shares or
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -53,7 +52,7 @@ class ByteGpt(nn.Module):
 
 
 class LanguageJob:
-    """Next-byte prediction on Python source text; the metric is nats per held-out byte."""
+    """Next-byte prediction on text; the metric is nats per held-out byte."""
 
     name: str = "language"
     metric: str = "val_loss"
@@ -73,16 +72,17 @@ class LanguageJob:
         eval_windows: int = 256,
         max_bytes: int | None = None,
         data_dir: str | None = None,
+        on_bad_file: str = "stop",
     ) -> None:
         self._width, self._layers, self._heads, self._context = width, layers, heads, context
         self._dropout, self._lr, self._weight_decay, self._betas = dropout, lr, weight_decay, (beta1, beta2)
         self._eval_windows, self._max_bytes = eval_windows, max_bytes
-        self._root = standard_library() if data_dir is None else Path(data_dir)
+        self._data_dir, self._on_bad_file = data_dir, on_bad_file
 
     @property
     def corpus(self) -> Corpus:
         """The text, loaded on first use."""
-        return load_corpus(self._root, self._max_bytes)
+        return load_corpus(self._data_dir, self._max_bytes, self._on_bad_file)
 
     @property
     def num_train_samples(self) -> int:
@@ -98,12 +98,13 @@ class LanguageJob:
         """Load the text and check that both parts hold a window.
 
         Raises:
-            ValueError: a part is shorter than one window, or there are no files.
+            ValueError: a part is shorter than one window, or the text cannot be read.
         """
         for part, text in (("training", self.corpus.train), ("held-out", self.corpus.held_out)):
             if len(text) <= self._context:
+                where = self._data_dir or standard_library()
                 raise ValueError(
-                    f"job language: {len(text)} bytes of {part} text below {self._root} are less than one window; "
+                    f"job language: {len(text)} bytes of {part} text in {where} are less than one window; "
                     f"needed: context + 1 = {self._context + 1}; lower context, raise max_bytes or change data_dir"
                 )
 

@@ -152,10 +152,17 @@ def data_params(bundled: tuple[str, ...], what: str, folder: str) -> tuple[Param
     )
 
 
+def bad_file_param() -> Param:
+    """What happens to a file that cannot be read."""
+    return speed_free(
+        choice_param("on_bad_file", ("stop", "skip"), "what a file that cannot be read does to the trial")
+    )
+
+
 def bad_file_and_seed() -> tuple[Param, ...]:
     """What happens to a file that cannot be read, and the seed of what is made."""
     return (
-        speed_free(choice_param("on_bad_file", ("stop", "skip"), "what a file that cannot be read does to the trial")),
+        bad_file_param(),
         speed_free(int_param("seed", 0, 0, (1 << 63) - 1, "seed of made data; the model's start is torch's")),
     )
 

@@ -15,6 +15,7 @@ from jobs.param import (
     ParamValue,
     adamw_params,
     bad_file_and_seed,
+    bad_file_param,
     choice_param,
     data_params,
     did_you_mean,
@@ -41,7 +42,7 @@ JOB_INFO: dict[str, JobInfo] = {
         learning_rate_rule="sqrt",
         metric="val_loss",
         mode="min",
-        summary="byte-level GPT on the Python standard library's own source files",
+        summary="byte-level GPT on the Python standard library's own source files, or any text",
         params=(
             int_param("width", 64, 1, 16384, "features per token"),
             int_param("layers", 2, 1, 256, "transformer blocks"),
@@ -56,7 +57,8 @@ JOB_INFO: dict[str, JobInfo] = {
             speed_free(
                 int_param("max_bytes", None, 1, 1 << 40, "training text to use at most, in bytes; null for all")
             ),
-            text_param("data_dir", None, "folder whose *.py files are read in place of the standard library's"),
+            text_param("data_dir", None, "file, or folder of files, that is read in place of the standard library's"),
+            bad_file_param(),
         ),
         divisible=(("width", "heads"),),
     ),

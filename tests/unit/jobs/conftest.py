@@ -1,4 +1,4 @@
-"""A small folder of Python files to train on, and jobs built from it."""
+"""A small folder of text to train on, and jobs built from it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def source_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree of 60 small Python files, at least one of them held out, and others that do not count."""
+    """A tree of 60 small text files, at least one of them held out, and hidden ones that do not count."""
     root = tmp_path_factory.mktemp("sources")
-    names = [f"pkg{i % 3}/module_{i}.py" for i in range(60)]
+    names = [f"pkg{i % 3}/module_{i}{('.py', '.txt', '')[i % 3]}" for i in range(60)]
     for i, name in enumerate(names):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(f"def function_{i}(x):\n    return x * {i} + {i * i}\n" * 4)
-    for ignored in ("test/test_a.py", "site-packages/b.py", "pkg0/tests/c.py", "pkg0/readme.txt"):
+    for ignored in (".git/config", "pkg0/.hidden.py"):
         (root / ignored).parent.mkdir(exist_ok=True)
         (root / ignored).write_text("IGNORED\n")
     assert 0 < sum(map(is_held_out, names)) < 10

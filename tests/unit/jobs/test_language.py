@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from jobs import build_job
-from jobs.corpus import SKIPPED_FOLDERS, is_held_out, load_corpus, source_files, standard_library
+from jobs.corpus import SKIPPED_FOLDERS, files_of, is_held_out, load_corpus, source_files, standard_library
 from jobs.language import ByteGpt, LanguageJob
 
 CPU = torch.device("cpu")
@@ -24,9 +26,13 @@ def small(source_dir: Path, **params: object) -> LanguageJob:
     return job
 
 
+def paths_of(root: Path) -> list[str]:
+    return files_of(str(root))[1]
+
+
 def test_windows_cover_the_training_text_once_without_overlap(source_dir: Path) -> None:
     job = small(source_dir)
-    text = b"".join((source_dir / path).read_bytes() for path in source_files(source_dir) if not is_held_out(path))
+    text = b"".join((source_dir / path).read_bytes() for path in paths_of(source_dir) if not is_held_out(path))
     assert job.num_train_samples == len(text) // 17
     inputs, targets = job.batch(list(range(job.num_train_samples)), CPU)
     for i in range(job.num_train_samples):
@@ -37,9 +43,9 @@ def test_windows_cover_the_training_text_once_without_overlap(source_dir: Path) 
 
 
 def test_no_file_is_both_trained_on_and_held_out(source_dir: Path) -> None:
-    corpus = load_corpus(source_dir, None)
+    corpus = load_corpus(str(source_dir), None, "stop")
     train, held_out = bytes(corpus.train.tolist()), bytes(corpus.held_out.tolist())
-    for path in source_files(source_dir):
+    for path in paths_of(source_dir):
         text = (source_dir / path).read_bytes()
         assert (text in held_out) == is_held_out(path)
         assert (text in train) != is_held_out(path)
@@ -48,7 +54,7 @@ def test_no_file_is_both_trained_on_and_held_out(source_dir: Path) -> None:
 
 
 def test_max_bytes_cuts_the_training_text_but_not_the_held_out_one(source_dir: Path) -> None:
-    whole, cut = load_corpus(source_dir, None), load_corpus(source_dir, 1000)
+    whole, cut = (load_corpus(str(source_dir), limit, "stop") for limit in (None, 1000))
     assert len(cut.train) == 1000
     assert torch.equal(cut.train, whole.train[:1000])
     assert torch.equal(cut.held_out, whole.held_out)
@@ -130,13 +136,66 @@ def test_too_little_text_is_refused_with_what_to_do(source_dir: Path, params: di
         small(source_dir, **params).prepare()
 
 
-def test_a_folder_without_python_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no training file among the 0"):
+def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").write_text("text")
+    with pytest.raises(ValueError, match=r"has no file in it \(hidden ones do not count\)"):
         small(tmp_path).prepare()
+    with pytest.raises(ValueError, match="absent' does not exist"):
+        small(tmp_path / "absent").prepare()
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_of_a_single_file_the_end_is_held_out(tmp_path: Path, is_folder: bool) -> None:
+    text = bytes(range(1, 251)) * 4
+    (tmp_path / "book.txt").write_bytes(text)
+    path = tmp_path if is_folder else tmp_path / "book.txt"
+    corpus = load_corpus(str(path), None, "stop")
+    assert bytes(corpus.train.tolist()) + bytes(corpus.held_out.tolist()) == text
+    assert len(corpus.held_out) == 51
+    cut = load_corpus(str(path), 100, "stop")
+    assert bytes(cut.train.tolist()) == text[:100]
+    assert torch.equal(cut.held_out, corpus.held_out)
+
+
+@pytest.mark.parametrize("kind", ["binary", "pipe", "link"])
+def test_what_is_not_text_is_named_or_left_out(
+    source_dir: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(source_dir, root)
+    bad = root / "picture.png"
+    if kind == "binary":
+        bad.write_bytes(b"PNG\0")
+    elif kind == "pipe":
+        os.mkfifo(bad)
+    else:
+        bad.symlink_to("nowhere")
+    reason = "it is not text: byte 3 is zero" if kind == "binary" else "it is no regular file"
+    with pytest.raises(ValueError, match=rf"picture\.png cannot be read: {reason}"):
+        small(root).prepare()
+    job = small(root, on_bad_file="skip")
+    job.prepare()
+    assert job.corpus.sha256 == small(source_dir).corpus.sha256
+    assert "1 of 61 files below" in caplog.text
+
+
+def test_training_files_behind_enough_text_are_not_opened(source_dir: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(source_dir, root)
+    last = max(path for path in paths_of(root) if not is_held_out(path))
+    (root / last).write_bytes(b"\0")
+    assert len(load_corpus(str(root), 500, "stop").train) == 500
+
+
+def test_of_the_standard_library_only_sources_without_tests_count(tmp_path: Path) -> None:
+    for path in ("a.py", "pkg/b.py", "test/test_a.py", "site-packages/c.py", "pkg/tests/d.py", "pkg/readme.txt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    assert source_files(tmp_path) == ["a.py", "pkg/b.py"]
 
 
 def test_a_folder_of_empty_files_is_refused(source_dir: Path, tmp_path: Path) -> None:
-    for path in source_files(source_dir):
+    for path in paths_of(source_dir):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     with pytest.raises(ValueError, match="0 bytes of training text"):
