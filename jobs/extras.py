@@ -6,6 +6,7 @@ A library that is missing is a message with what to install, not a traceback. Kn
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 PACKAGES = {
@@ -32,6 +33,17 @@ def load_extra(module: str, purpose: str) -> ModuleType:
     except ImportError as error:
         package = PACKAGES[module.partition(".")[0]]
         raise ValueError(
-            f"{purpose} needs {package}, which cannot be imported here ({error}); "
-            f"install it with: pip install {package} (or this package with its extra: pip install '.[jobs]')"
+            f"{purpose} needs {package}, which cannot be imported here ({error}); {_how_to_install(package)}"
         ) from error
+
+
+def fault_of(module: str) -> str | None:
+    """What is missing to import an optional library and how to install it; None if it is there. Imports nothing."""
+    if importlib.util.find_spec(module) is not None:
+        return None
+    package = PACKAGES[module]
+    return f"needs {package}, which is not installed here; {_how_to_install(package)}"
+
+
+def _how_to_install(package: str) -> str:
+    return f"install it with: pip install {package} (or this package with its extra: pip install '.[jobs]')"

@@ -94,6 +94,8 @@ class JobInfo:
         summary: one sentence for lists.
         params: what the class takes, in the order of its signature.
         divisible: pairs (a, b) of int parameters where `a` must be a multiple of `b`.
+        libraries: pairs of a word of the parameter `data` and the module that is imported to make it.
+        folder_library: the module that reads whatever `data_dir` names; None where that depends on its files.
     """
 
     learning_rate_rule: Literal["sqrt", "linear"]
@@ -102,6 +104,8 @@ class JobInfo:
     summary: str = ""
     params: tuple[Param, ...] = ()
     divisible: tuple[tuple[str, str], ...] = ()
+    libraries: tuple[tuple[str, str], ...] = ()
+    folder_library: str | None = None
 
     def param(self, name: str) -> Param | None:
         """The parameter of that name, None where there is none."""

@@ -85,6 +85,7 @@ JOB_INFO: dict[str, JobInfo] = {
                 "folder with CIFAR files, or with a folder of images per class (also below train and val)",
             ),
         ),
+        libraries=(("digits", "sklearn"),),
         divisible=(("width", "heads"),),
     ),
     "tissue": JobInfo(
@@ -103,6 +104,8 @@ JOB_INFO: dict[str, JobInfo] = {
                 "folder with pictures in `images` and masks of the same names in `masks`",
             ),
         ),
+        libraries=(("ihc", "skimage"), ("fundus", "skimage")),
+        folder_library="PIL",
     ),
     "speech": JobInfo(
         learning_rate_rule="sqrt",

@@ -1,4 +1,4 @@
-"""Whether this machine can serve a run file: devices, cores, the storage directory, the run directory.
+"""Whether this machine can serve a run file: devices, cores, libraries, the storage directory, the run directory.
 
 Asks the operating system only (no torch, no Ray, no NVML), so that `check` stays quick. A run that addresses another
 cluster is not held against this machine's cores. Called by `check` and `run` before any process starts.
@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.extras import fault_of
+from jobs.table import job_info
 from orchestrator.config.checks import Finding
-from orchestrator.config.model import RunConfig
+from orchestrator.config.model import ParamValue, RunConfig
 from orchestrator.config.source import KeyPath
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
@@ -67,6 +69,7 @@ def check_fit(config: RunConfig, machine: Machine, *, is_new: bool = True) -> It
         yield from _cores(config, machine)
         yield from _shares(config, machine)
         yield from _tiers(config, machine)
+        yield from _libraries(config)
     yield from _directories(config, is_new=is_new)
 
 
@@ -130,6 +133,36 @@ def _tiers(config: RunConfig, machine: Machine) -> Iterator[Finding]:
             continue
         text = f"{support.reason}; nearest tier: {support.nearest}; to emulate it, slower, add emulate: [{tier}]"
         yield ("dials", "precision", "tiers", number), text
+
+
+def _libraries(config: RunConfig) -> Iterator[Finding]:
+    """A library that the job's data needs must be installed, or every trial would end before its first step.
+
+    What the files of a folder need besides is known only once they are looked at: the trial says it then.
+    """
+    info = job_info(config.job.name)
+    path, folders = _values(config, "data_dir")
+    if info.folder_library and any(folder is not None for folder in folders):
+        fault = fault_of(info.folder_library)
+        if fault:
+            yield path, f"reading that folder {fault}"
+    if None not in folders:
+        return
+    path, words = _values(config, "data")
+    for word, module in info.libraries:
+        fault = fault_of(module) if word in words else None
+        if fault:
+            data, needing = info.param("data"), dict(info.libraries)
+            free = [choice for choice in data.choices if choice not in needing] if data else []
+            yield path, f"{word} {fault}; without it: {', '.join(free)}, or a data_dir"
+
+
+def _values(config: RunConfig, name: str) -> tuple[KeyPath, tuple[ParamValue, ...]]:
+    """Where a parameter of the job is set, and what it can be."""
+    if name in config.search.space:
+        return ("search", "space", name), config.search.space[name].values
+    param = job_info(config.job.name).param(name)
+    return ("job", "params", name), (config.job.params.get(name, param.default if param else None),)
 
 
 def _largest(ranks: int, devices: int) -> str:

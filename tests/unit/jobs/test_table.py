@@ -12,6 +12,7 @@ import pytest
 
 import jobs
 from jobs.classes import JOBS
+from jobs.extras import PACKAGES
 from jobs.table import JOB_INFO, JobInfo, Param, ParamKind, check_param, complete_params, did_you_mean
 
 
@@ -111,3 +112,11 @@ def test_a_row_can_be_written_with_its_three_facts_alone() -> None:
 def test_importing_the_table_does_not_import_torch() -> None:
     code = "import sys, jobs, jobs.table; jobs.complete_params('mlp', {}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("job", list(JOB_INFO))
+def test_a_library_is_named_for_words_of_data_that_exist_and_with_its_package(job: str) -> None:
+    info = JOB_INFO[job]
+    data = info.param("data")
+    assert {word for word, _ in info.libraries} < set(data.choices if data else ("none",))
+    assert {*dict(info.libraries).values(), info.folder_library} - {None} <= set(PACKAGES)

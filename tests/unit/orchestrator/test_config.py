@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +156,42 @@ def test_a_global_batch_that_never_changes_has_no_range(write: Write) -> None:
 def test_fewer_trials_than_max_concurrent_need_fewer_slots(write: Write) -> None:
     text = MINIMAL + "search: {max_concurrent: 100}\n"
     assert fit_problems(load_config(write(text)), TWO_CORES) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "module", "key", "message"),
+    [
+        (["job.name=image"], "sklearn", "job.params.data", "digits needs scikit-learn, which is not installed here"),
+        (["job.name=tissue", "job.params.data=fundus"], "skimage", "job.params.data", "without it: cells, or a data"),
+        (["job.name=tissue", "job.params.data_dir=x"], "PIL", "job.params.data_dir", "pip install pillow (or this"),
+        (
+            ["job.name=image", "search.space.data.choice=[shapes, digits]"],
+            "sklearn",
+            "search.space.data",
+            "pip install",
+        ),
+    ],
+)
+def test_a_missing_library_is_told_with_what_to_install(
+    write: Write, monkeypatch: pytest.MonkeyPatch, settings: list[str], module: str, key: str, message: str
+) -> None:
+    resolved = load_config(write(MINIMAL), settings)
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    (problem,) = fit_problems(resolved, TWO_CORES)
+    assert problem.key == key
+    assert message in problem.text
+    elsewhere = load_config(write(MINIMAL), [*settings, "cluster.address=auto"])
+    assert fit_problems(elsewhere, TWO_CORES) == []
+
+
+@pytest.mark.parametrize(
+    "settings", [["job.params.data=shapes"], ["job.params.data_dir=x"], ["search.space.data.choice=[shapes]"]]
+)
+def test_a_library_that_the_data_does_not_need_may_be_missing(
+    write: Write, monkeypatch: pytest.MonkeyPatch, settings: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert fit_problems(load_config(write(MINIMAL), ["job.name=image", *settings]), TWO_CORES) == []
 
 
 def test_more_cores_than_the_process_may_use_are_refused(write: Write) -> None:
