@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 ACTOR_NAME = "policy"
 _CLOSE_TIMEOUT_S = 30.0
+_HURRIED_CLOSE_TIMEOUT_S = 5.0
 _GRACE_S = 60.0
 _POLL_S = 0.2
 
@@ -120,7 +121,7 @@ class ControlPlane:
             time.sleep(_POLL_S)
 
     def close(self, state: str, *, is_hurried: bool = False) -> None:
-        """Close the slots (unless hurried), tell the actor how the run ended, and end it."""
+        """Close the slots (within seconds when hurried), tell the actor how the run ended, and end it."""
         if self._watcher is not None:
             self._watcher.stop()
         try:
@@ -136,8 +137,11 @@ class ControlPlane:
         with contextlib.suppress(RayError):
             ray.get(self.policy.set_state.remote("stopping"), timeout=5.0)
         if self._supervisor is not None:
-            if not is_hurried and not self._supervisor.close(_CLOSE_TIMEOUT_S):
-                logger.warning("not all slots closed within %g s; their processes are ended", _CLOSE_TIMEOUT_S)
+            # Also in a hurry a slot that is idle may end by itself: a thread that still waits for one when Ray is shut
+            # down can take the whole process with it before the run's last word is written.
+            timeout_s = _HURRIED_CLOSE_TIMEOUT_S if is_hurried else _CLOSE_TIMEOUT_S
+            if not self._supervisor.close(timeout_s):
+                logger.warning("not all slots closed within %g s; their processes are ended", timeout_s)
             self._supervisor.abandon()
         with contextlib.suppress(RayError):
             ray.get(self.policy.end_run.remote(state), timeout=10.0)
