@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import gc
 import io
 import pickle
 import random
@@ -221,17 +222,23 @@ def _random_states() -> tuple[object, bytes]:
 
 
 class _Watch:
-    """Sees calls into clocks, files, sockets, processes and threads that Python code of this thread makes."""
+    """Sees calls into clocks, files, sockets, processes and threads that Python code of this thread makes.
+
+    The garbage collector rests meanwhile: its callbacks, which are others', would be taken for the policy's calls.
+    """
 
     def __init__(self) -> None:
         self.seen: _Problems = []
 
     def __enter__(self) -> None:
-        self._before = sys.getprofile()
+        self._before, self._collects = sys.getprofile(), gc.isenabled()
+        gc.disable()
         sys.setprofile(self._on_event)
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(self._before)
+        if self._collects:
+            gc.enable()
 
     def _on_event(self, frame: FrameType, event: str, arg: object) -> None:
         if event != "c_call":

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import random
 import time
 from collections.abc import Iterable
@@ -145,6 +146,22 @@ def faults(policy: Policy, worlds: Iterable[Snapshot] | None = None) -> set[Faul
 
 def test_an_honest_policy_has_no_findings() -> None:
     assert check_policy(Honest(), sample(40, 10), rests=False) == ()
+
+
+def test_what_others_do_at_a_garbage_collection_is_not_the_policys() -> None:
+    threshold = gc.get_threshold()
+
+    def note_the_time(_phase: str, _info: dict[str, int]) -> None:
+        time.perf_counter()
+
+    gc.callbacks.append(note_the_time)
+    gc.set_threshold(1)
+    try:
+        assert check_policy(Honest(), sample(4, 1), rests=False) == ()
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(note_the_time)
 
 
 @pytest.mark.parametrize(
