@@ -88,7 +88,7 @@ class Report:
         """Write the file and say where it is."""
         content = {
             "theme": self.options.theme,
-            "command": shlex.join(sys.orig_argv),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),  # where Python lies is the machine's affair
             "is_quick": self.options.is_quick,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": commit(),
