@@ -113,8 +113,8 @@ def clip_and_norm(model: nn.Module, max_norm: float | None) -> Tensor:
     """The norm of the whole gradient over all ranks, before clipping it to `max_norm` (None: do not clip).
 
     A plain scalar on the model's device, the same on every rank; nothing waits for the device until it is read. Sharded
-    gradients are clipped as the plain tensors that each rank holds, after one sum over the ranks: through DTensor nearly
-    all of the time goes into dispatch, tensor by tensor.
+    gradients are clipped as the plain tensors that each rank holds, after one sum over the ranks: through DTensor most
+    of the time goes into dispatch, tensor by tensor.
     """
     params = [param for param in model.parameters() if param.grad is not None]
     mesh = _mesh_of(params)
