@@ -4,7 +4,7 @@ For each trial every size is weighed with its best batch, split and tier (`polic
 all trials at once (`policies.sizing`), what a restart would cost taken off; placed by `policies.placing`. A new
 division is only taken if it gains `min_gain` over keeping who runs where it is, and not within `cooldown_s` of the
 last change unless trials came or went. Trials that cannot move are served as by `goodput`, weighted by the same
-objective.
+objective; those of them whose number of ranks may be chosen are resized where that pays (`policies.resizing`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from policies.movable import Budget, Mover, keep, run, split, wait
 from policies.placing import Given, realise, size_now
 from policies.plan import Allocation, Alternative, Plan, Settings, TrialId
 from policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference, with_share
+from policies.resizing import Terms, with_resizes
 from policies.sizing import NONE, Menu, best_counts, climb_sizes, total
 from policies.snapshot import Snapshot, TrialView
 from policies.world import make_plan
@@ -76,9 +77,14 @@ class GoodputJoint:
         guarantee = 1.0 if self.objective == "fair" else 0.5
         turned = Goodput(guarantee=guarantee, min_gain=self.min_gain, cooldown_s=min(10.0, self.cooldown_s))
         rows = list(turned.decide(dataclasses.replace(rest, trials=weighed)).allocations)
+        rows = with_resizes(snapshot, rows, self._terms)
         if movers:
             rows += self._place(snapshot, movers, fleet)
         return make_plan(snapshot, "goodput_joint", rows)
+
+    @property
+    def _terms(self) -> Terms:
+        return Terms(min_gain=self.min_gain, cooldown_s=self.cooldown_s, horizon_s=self.horizon_s)
 
     def _urgency(self, trial: TrialView) -> float:
         """What the objective makes of a trial apart from its speed."""

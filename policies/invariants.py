@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from policies.plan import Allocation, Alternative, DeviceId, Effect, Plan, Settings, TrialId, effect_of
+from policies.plan import Allocation, Alternative, DeviceId, Effect, Plan, Settings, TrialId, can_split, effect_of
 from policies.snapshot import Snapshot, TrialView
 from policies.tier import Tier
 
@@ -143,10 +143,14 @@ def _allocation_problems(
     if types_wrong or type(settings) is not Settings:
         return
     seats = _seats(trial, placement)
+    resize_to = _read(row, "resize_to")
+    if problem := _resize_problem(trial, settings, resize_to):  # 16
+        yield "resize_to", f"resize_to={_show(resize_to)}; allowed: {problem}"
     is_stranded = not devices.issuperset(trial.placement)
     yield from _limit_problems(trial, old, settings, seats, may_pause=is_stranded)
     yield from _promise_problems(trial, old, settings, seats, devices)
     effect, needed = _read(row, "effect"), effect_of(old, settings, moves=seats != trial.placement)  # 9
+    needed = needed if resize_to is None else Effect.RESTART
     if type(effect) is not Effect or effect is not needed:
         yield "effect", f"effect={_show(effect)}; allowed: {needed.value!r}, what the change takes"
 
@@ -231,6 +235,21 @@ def _workers_problem(
         return None
     low, high = limits.min_workers or trial.start.num_workers, limits.max_workers or trial.start.num_workers
     return None if low <= num_workers <= high else f"{low} to {high}"
+
+
+def _resize_problem(trial: TrialView, settings: Settings, resize_to: object) -> str | None:
+    """What is allowed where a wish for another worker group is wrong, else None."""
+    if resize_to is None:
+        return None
+    if not trial.limits.can_resize or trial.is_protected:
+        return "None, its number of ranks is fixed"
+    low, high = trial.limits.min_workers or trial.start.num_workers, trial.limits.max_workers or trial.start.num_workers
+    if not _is_int(resize_to) or not low <= resize_to <= high or resize_to == len(trial.placement):
+        return f"{low} to {high}, other than the {len(trial.placement)} it has, or None"
+    for batch in (settings, trial.start):
+        if not can_split(batch, resize_to):
+            return f"a divisor of the global batch, {batch.global_batch}, or None"
+    return None
 
 
 def _alternative_problems(alternatives: object) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ Plans are values. They do not know how they are enforced, offered or acknowledge
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
 
@@ -77,6 +77,8 @@ class Allocation:
         predicted_gain: predicted goodput over that of the settings in force, minus one; None where unknown.
         alternatives: at most eight other settings that were weighed.
         cost_s: seconds of the trial's time that the change was predicted to cost.
+        resize_to: ranks with which the trial shall go on in another worker group, None to stay in the one it has. Until
+            that group is there the trial runs on under `settings`; a later plan that does not repeat it calls it off.
     """
 
     trial_id: TrialId
@@ -89,6 +91,7 @@ class Allocation:
     predicted_gain: float | None = None
     alternatives: tuple[Alternative, ...] = ()
     cost_s: float = field(default=0.0, metadata=SPARSE)
+    resize_to: int | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,34 @@ def effect_of(old: Settings | None, new: Settings, *, moves: bool = False) -> Ef
     return Effect.STEP
 
 
+def can_split(settings: Settings, num_workers: int) -> bool:
+    """Whether the global batch can be kept, to the sample, on that many ranks."""
+    return num_workers >= 1 and settings.global_batch % num_workers == 0
+
+
+def on_ranks(settings: Settings, num_workers: int, max_micro_batch: int) -> Settings:
+    """The same global batch and tier on another number of ranks, with as little accumulation as the micro-batch allows.
+
+    >>> one = Settings(share=1.0, micro_batch=16, grad_accum=1, tier=Tier.FP32, num_workers=1)
+    >>> four = on_ranks(one, 4, max_micro_batch=2)
+    >>> four.micro_batch, four.grad_accum, four.num_workers
+    (2, 2, 4)
+
+    Raises:
+        ValueError: the global batch does not divide by that number.
+    """
+    if num_workers == settings.num_workers:
+        return settings
+    if not can_split(settings, num_workers):
+        raise ValueError(
+            f"num_workers={num_workers} cannot keep a global batch of {settings.global_batch}; allowed: a divisor of it"
+        )
+    per_rank = settings.global_batch // num_workers
+    most = max(1, max_micro_batch)
+    grad_accum = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= most)
+    return replace(settings, num_workers=num_workers, micro_batch=per_rank // grad_accum, grad_accum=grad_accum)
+
+
 def changed_dials(old: Settings, new: Settings) -> tuple[str, ...]:
     """Names of the dials that differ: 'share', 'batch', 'precision', 'workers', in that order."""
     dials = (
@@ -132,13 +163,18 @@ def changed_dials(old: Settings, new: Settings) -> tuple[str, ...]:
 
 
 def diff(old: Plan, new: Plan) -> tuple[Allocation, ...]:
-    """Allocations of `new` whose settings or placement differ from `old`, including trials `old` does not have."""
+    """Allocations of `new` that grant something else than `old`, including trials `old` does not have."""
     changed = []
     for allocation in new.allocations:
         before = old.allocation(allocation.trial_id)
-        if before is None or (before.settings, before.placement) != (allocation.settings, allocation.placement):
+        if before is None or _granted(before) != _granted(allocation):
             changed.append(allocation)
     return tuple(changed)
+
+
+def _granted(allocation: Allocation) -> tuple[object, ...]:
+    """What of an allocation is more than an explanation."""
+    return allocation.settings, allocation.placement, allocation.resize_to
 
 
 def is_same(old: Plan, new: Plan) -> bool:

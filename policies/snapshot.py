@@ -58,7 +58,8 @@ class DialLimits:
         can_pause: whether share 0 is allowed.
         can_move: whether a policy may choose the trial's devices. It then may also wait without any (share 0, an empty
             placement), but a running one only gives up all its devices if `can_pause`.
-        min_workers, max_workers: ranks the policy may choose for a trial that can move; None for `start.num_workers`.
+        min_workers, max_workers: ranks the policy may choose; None for `start.num_workers`. It chooses by the placement
+            of a trial that can move, by `Allocation.resize_to` for another.
         min_micro_batch: samples per rank per forward that a policy that chooses ranks should keep; not enforced.
     """
 
@@ -73,6 +74,11 @@ class DialLimits:
     min_workers: int | None = field(default=None, metadata=SPARSE)
     max_workers: int | None = field(default=None, metadata=SPARSE)
     min_micro_batch: int = field(default=1, metadata=SPARSE)
+
+    @property
+    def can_resize(self) -> bool:
+        """Whether a policy may ask for another worker group, of another number of ranks."""
+        return not self.can_move and (self.min_workers is not None or self.max_workers is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -267,6 +267,7 @@ def test_garbage_anywhere_in_a_plan_is_a_violation_and_never_an_exception(where:
         where == "row.alternatives" and type(junk) is tuple and not junk
     )
     is_good = is_good or (where == "row.cost_s" and type(junk) is int and junk == 7)
+    is_good = is_good or (where == "row.resize_to" and junk is None)
     assert bool(violations) != is_good
 
 
