@@ -12,7 +12,6 @@ import logging
 import os
 import sysconfig
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from jobs.folder import existing_folder, files_below, read_files
 from jobs.folder import is_held_out as is_one_of
+from jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,11 @@ class Corpus:
     num_files: int
     sha256: str
 
+    @property
+    def num_train_bytes(self) -> int:
+        """Training text in bytes."""
+        return len(self.train)
+
 
 def standard_library() -> Path:
     """Folder of the running Python's standard library."""
@@ -70,6 +75,19 @@ def is_held_out(relative_path: str) -> bool:
     return is_one_of(relative_path, HELD_OUT_PER_256)
 
 
+def num_train_bytes(relative_path: str, num_bytes: int, *, is_by_file: bool) -> int:
+    """How much of a file is trained on, from its beginning; the rest is held out.
+
+    Args:
+        relative_path: of the file.
+        num_bytes: its size.
+        is_by_file: whole files are held out; otherwise the end of every file is.
+    """
+    if is_by_file:
+        return 0 if is_held_out(relative_path) else num_bytes
+    return num_bytes - -(-num_bytes * HELD_OUT_PER_256 // 256)
+
+
 def files_of(data_dir: str | None) -> tuple[Path, list[str]]:
     """A folder and the relative paths of the files to read in it; None stands for the standard library.
 
@@ -88,7 +106,7 @@ def files_of(data_dir: str | None) -> tuple[Path, list[str]]:
     return root, paths
 
 
-@lru_cache(maxsize=2)
+@remembered(maxsize=2)
 def load_corpus(data_dir: str | None, max_bytes: int | None, on_bad_file: str) -> Corpus:
     """Read a file, all files of a folder, or the standard library; training text stops at `max_bytes`.
 
@@ -109,9 +127,7 @@ def load_corpus(data_dir: str | None, max_bytes: int | None, on_bad_file: str) -
         len(held_out),
         digest.hexdigest(),
     )
-    return Corpus(
-        train=_as_tensor(train), held_out=_as_tensor(held_out), num_files=len(paths), sha256=digest.hexdigest()
-    )
+    return Corpus(train=as_tensor(train), held_out=as_tensor(held_out), num_files=len(paths), sha256=digest.hexdigest())
 
 
 def _read(root: Path, paths: list[str], max_bytes: int | None, on_bad_file: str) -> tuple[bytearray, bytearray]:
@@ -124,10 +140,7 @@ def _read(root: Path, paths: list[str], max_bytes: int | None, on_bad_file: str)
 
     def read(path: Path) -> None:
         text = _text(path)
-        if is_by_file:
-            num_train = 0 if is_held_out(path.relative_to(root).as_posix()) else len(text)
-        else:
-            num_train = len(text) - -(-len(text) * HELD_OUT_PER_256 // 256)
+        num_train = num_train_bytes(path.relative_to(root).as_posix(), len(text), is_by_file=is_by_file)
         held_out.extend(text[num_train:])
         if not is_full():
             train.extend(text[:num_train])
@@ -149,12 +162,22 @@ def _text(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError("it is no regular file")
     text = path.read_bytes()
-    place = text.find(0)
-    if place >= 0:
-        raise ValueError(f"it is not text: byte {place} is zero (text in UTF-16 must be converted to UTF-8)")
+    check_is_text(text)
     return text
 
 
-def _as_tensor(text: bytearray) -> Tensor:
+def check_is_text(text: bytes, begin: int = 0) -> None:
+    """Look for a byte that no text has in a part of a file that begins at byte `begin`.
+
+    Raises:
+        ValueError: there is one.
+    """
+    place = text.find(0)
+    if place >= 0:
+        raise ValueError(f"it is not text: byte {begin + place} is zero (text in UTF-16 must be converted to UTF-8)")
+
+
+def as_tensor(text: bytearray) -> Tensor:
+    """The bytes as a uint8 tensor, without a copy."""
     # frombuffer refuses an empty buffer, and folders may hold nothing but empty files.
     return torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 STOP, SKIP = "stop", "skip"
 """What a broken file does: end the trial, or be left out with a warning."""
 
+BROKEN = (OSError, ValueError, EOFError, SyntaxError)
+"""What reading a broken file raises; SyntaxError is Pillow's."""
+
 _Value = TypeVar("_Value")
 
 
@@ -67,7 +70,7 @@ def read_files(
     Args:
         root: folder the paths are relative to.
         relative_paths: the files, in the order of the result.
-        read: reads one file; OSError, ValueError, EOFError or SyntaxError (Pillow) from it mean a broken file.
+        read: reads one file; an error of `BROKEN` from it means a broken file.
         on_bad_file: 'stop' or 'skip'.
 
     Raises:
@@ -77,15 +80,22 @@ def read_files(
     for relative_path in relative_paths:
         try:
             found.append((relative_path, read(root / relative_path)))
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+        except BROKEN as error:
             if on_bad_file != SKIP:
-                raise ValueError(
-                    f"{root / relative_path} cannot be read: {reason}; repair or remove it, "
-                    f"or leave out such files with on_bad_file=skip"
-                ) from error
-            logger.warning("left out %s: %s", root / relative_path, reason)
+                raise broken_file(root / relative_path, error) from error
+            logger.warning("left out %s: %s", root / relative_path, _reason(error))
             bad.append(relative_path)
     if bad:
         logger.warning("%d of %d files below %s left out as broken", len(bad), len(bad) + len(found), root)
     return found
+
+
+def broken_file(path: Path, error: Exception) -> ValueError:
+    """The message that names a broken file and says what to do."""
+    return ValueError(
+        f"{path} cannot be read: {_reason(error)}; repair or remove it, or leave out such files with on_bad_file=skip"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jobs.data import Indices
 from jobs.genome_data import NUM_LETTERS, Genome, area_under_curve, from_folder, planted
-from jobs.job import LossTerms
+from jobs.job import LossTerms, SampleReader
 from jobs.optim import adamw
 from jobs.vision import group_norm
 
@@ -70,6 +70,7 @@ class GenomeJob:
 
     name: str = "genome"
     metric: str = "val_auc"
+    reader: SampleReader | None = None
 
     def __init__(  # noqa: PLR0913 - one argument per parameter of the table
         self,

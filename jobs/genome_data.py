@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from jobs.folder import STOP, existing_folder, files_below, read_files
+from jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ ENDINGS = (".fa", ".fasta", ".fna")
 HELD_OUT_PER_256 = 51
 """Sequences of FASTA files held out of 256: 20 %."""
 
-NUM_TRAIN, NUM_HELD_OUT = 8192, 2048
+NUM_TRAIN, NUM_HELD_OUT = 32_768, 2048
 NUM_MOTIFS, MOTIF_LENGTH, CONSENSUS = 2, 10, 0.85
 """Planted are so many motifs of so many letters; each letter is the motif's own with this probability."""
 
@@ -150,7 +151,7 @@ def _part(codes: Codes, label: npt.NDArray[np.uint8]) -> Part:
 # FASTA files.
 
 
-@lru_cache(maxsize=2)
+@remembered(maxsize=2)
 def from_folder(data_dir: str, length: int, on_bad_file: str) -> Genome:
     """Two FASTA files as two classes, the second by name being class 1; 20 % of the sequences held out.
 

@@ -1,7 +1,8 @@
 """The `image` job: classification of pictures by a small vision transformer or residual network.
 
 Data are the digits that come with scikit-learn, shapes drawn here, or a folder of one's own: CIFAR files, or a folder
-of pictures per class. A sample is one picture. Knows nothing of how it is run.
+of pictures per class, in memory or, with `loader_processes`, decoded while it trains. A sample is one picture. Knows
+nothing of how it is run.
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.data import Indices
-from jobs.image_data import LabelledImages, digits, from_folder, shapes
-from jobs.job import LossTerms
+from jobs.image_data import LabelledImages, digits, from_folder, has_cifar, shapes
+from jobs.image_files import LoadedPictures, look_through
+from jobs.job import LossTerms, SampleReader
 from jobs.optim import adamw
 from jobs.vision import ResidualNet, VisionTransformer
 
 BETAS = (0.9, 0.95)
 EVAL_BATCH = 128
 """Held-out pictures per forward pass; bounds the memory of an evaluation."""
-
-MAX_MEASURED = 10_000
-"""Pictures that mean and spread are taken of, about; bounds the memory."""
 
 
 class ImageJob:
@@ -47,6 +46,7 @@ class ImageJob:
         weight_decay: float = 0.05,
         max_samples: int | None = None,
         eval_samples: int = 1024,
+        loader_processes: int = 0,
         data: str = "digits",
         data_dir: str | None = None,
         on_bad_file: str = "stop",
@@ -56,12 +56,26 @@ class ImageJob:
         self._size, self._lr, self._weight_decay = size, lr, weight_decay
         self._max_samples, self._eval_samples = max_samples, eval_samples
         self._data, self._data_dir, self._on_bad_file, self._seed = data, data_dir, on_bad_file, seed
+        self._loader_processes = loader_processes
+        self._reader: SampleReader | None = None
+
+    @property
+    def reader(self) -> SampleReader | None:
+        """What reads pictures while it trains; None where they lie in memory, and before they are looked through."""
+        return self._reader
 
     @cached_property
-    def images(self) -> LabelledImages:
-        """The pictures, loaded on first use."""
+    def images(self) -> LabelledImages | LoadedPictures:
+        """The pictures, loaded or looked through on first use."""
         if self._data_dir is not None:
-            return from_folder(self._data_dir, self._size, self._on_bad_file).first(self._max_samples)
+            if self._loader_processes and not has_cifar(self._data_dir):
+                files = look_through(
+                    self._data_dir, self._size, self._on_bad_file, self._max_samples, self._eval_samples
+                )
+                loaded = LoadedPictures(files, self._loader_processes)
+                self._reader = loaded.loader
+                return loaded
+            return from_folder(self._data_dir, self._size, self._on_bad_file, self._max_samples)
         if self._data == "shapes":
             return shapes(self._seed, self._size, self._max_samples)
         return digits(self._size).first(self._max_samples)
@@ -69,7 +83,7 @@ class ImageJob:
     @property
     def num_train_samples(self) -> int:
         """Training pictures; loads them."""
-        return len(self.images.train)
+        return len(self.images)
 
     def prepare(self) -> None:
         """Load the pictures and check that the model can be made for them.
@@ -77,7 +91,7 @@ class ImageJob:
         Raises:
             ValueError: the data cannot be loaded, or its side is no multiple of the patch.
         """
-        side = self.images.train.shape[-1]
+        _, side = self.images.shape
         if self._model == "vit" and side % self._patch:
             raise ValueError(
                 f"job image: pictures of {side} x {side} pixels cannot be cut into patches of {self._patch}; "
@@ -88,7 +102,7 @@ class ImageJob:
     def build_model(self) -> nn.Module:
         """A fresh fp32 network on the default device."""
         images = self.images
-        channels, side, num_classes = images.train.shape[1], images.train.shape[-1], len(images.classes)
+        (channels, side), num_classes = images.shape, len(images.classes)
         if self._model == "resnet":
             return ResidualNet(
                 channels=channels, width=self._width, blocks_per_stage=self._layers, num_classes=num_classes
@@ -113,9 +127,8 @@ class ImageJob:
 
     def batch(self, indices: Sequence[int] | Indices, device: torch.device) -> tuple[Tensor, ...]:
         """Normalised pictures (B, C, S, S) fp32 and labels (B,) of those numbers, on `device`."""
-        images = self.images
-        chosen = torch.tensor(indices, dtype=torch.int64, device="cpu")
-        return self._normalised(images.train[chosen], device), images.train_labels[chosen].to(device)
+        pixels, labels = self.images.cut(torch.tensor(indices, dtype=torch.int64, device="cpu"))
+        return self._normalised(pixels, device), labels.to(device)
 
     def num_elements(self, num_samples: int) -> int:
         """One loss element per picture."""
@@ -145,11 +158,7 @@ class ImageJob:
 
     @cached_property
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel over the training pictures, each (C, 1, 1) fp32."""
-        images = self.images.train
-        values = images[:: max(1, len(images) // MAX_MEASURED)].double()
-        mean, std = values.mean(dim=(0, 2, 3)), values.std(dim=(0, 2, 3))
-        return mean.float()[:, None, None], std.float().clamp_min(1.0)[:, None, None]
+        return self.images.mean_and_std
 
     def _normalised(self, images: Tensor, device: torch.device) -> Tensor:
         # Moved as bytes and widened there: a quarter of the traffic.

@@ -21,17 +21,16 @@ import torch
 from torch import Tensor
 
 from jobs.extras import load_extra
-from jobs.folder import existing_folder, files_below, is_held_out, read_files
+from jobs.folder import existing_folder, read_files
+from jobs.pictures import Bytes, class_files, read_image, usable
+from jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 
-Bytes = npt.NDArray[np.uint8]
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-HELD_OUT_PER_256 = 38
-"""Images held out of 256 where a folder has no validation part: 15 %."""
-
 FOLDER_SIZE = 32
+MAX_MEASURED = 10_000
+"""Images that mean and spread are taken of, about; bounds the memory."""
+
 CIFAR_SIDE = 32
 DIGITS_PERIOD = 5
 """Of scikit-learn's 1,797 digits every fifth is held out; they are in the order in which they were written."""
@@ -60,11 +59,35 @@ class LabelledImages:
     held_out_labels: Tensor
     classes: tuple[str, ...]
 
+    def __len__(self) -> int:
+        return len(self.train)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Channels and side of a picture."""
+        return self.train.shape[1], self.train.shape[-1]
+
+    def cut(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The training images of those numbers, (B, C, H, W) uint8, and their labels (B,)."""
+        return self.train[indices], self.train_labels[indices]
+
+    @property
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel over the training images, or about `MAX_MEASURED` of them."""
+        return mean_and_std(self.train[:: max(1, len(self.train) // MAX_MEASURED)])
+
     def first(self, max_samples: int | None) -> LabelledImages:
         """The same with at most that many training images."""
         if max_samples is None or max_samples >= len(self.train):
             return self
         return replace(self, train=self.train[:max_samples], train_labels=self.train_labels[:max_samples])
+
+
+def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of images (N, C, H, W), each (C, 1, 1) fp32."""
+    values = images.double()
+    mean, std = values.mean(dim=(0, 2, 3)), values.std(dim=(0, 2, 3))
+    return mean.float()[:, None, None], std.float().clamp_min(1.0)[:, None, None]
 
 
 def _parts(train: tuple[Bytes, Any], held_out: tuple[Bytes, Any], classes: tuple[str, ...]) -> LabelledImages:
@@ -136,21 +159,38 @@ def _draw(seed: int, part: int, count: int, side: int) -> tuple[Bytes, npt.NDArr
     return (np.clip(grey, 0, 1) * 255).astype(np.uint8)[:, None], labels
 
 
-@lru_cache(maxsize=2)
-def from_folder(data_dir: str, size: int | None, on_bad_file: str) -> LabelledImages:
+@remembered(maxsize=2)
+def from_folder(data_dir: str, size: int | None, on_bad_file: str, max_samples: int | None = None) -> LabelledImages:
     """The images of a folder: CIFAR's files where it holds them, else a folder per class.
 
     Raises:
         ValueError: there is no such folder, nothing usable in it, or a broken file and `on_bad_file` is 'stop'.
     """
     root = existing_folder(data_dir)
+    cifar = _find_cifar(root)
+    if cifar is not None:
+        return _cifar(*cifar, size, on_bad_file).first(max_samples)
+    return _class_folders(root, size or FOLDER_SIZE, max_samples, on_bad_file)
+
+
+def has_cifar(data_dir: str) -> bool:
+    """Whether a folder holds CIFAR's files.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    return _find_cifar(existing_folder(data_dir)) is not None
+
+
+def _find_cifar(root: Path) -> tuple[Path, _CifarLayout] | None:
+    """Folder and layout of the CIFAR files at or directly below `root`; None where there are none."""
     inner = [root, *(root / name for name in ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-100-binary"))]
     inner.append(root / "cifar-100-python")
     for folder in inner:
         for layout in _CIFAR_LAYOUTS:
             if (folder / layout.held_out[0]).is_file() and (folder / layout.train[0]).is_file():
-                return _cifar(folder, layout, size, on_bad_file)
-    return _class_folders(root, size or FOLDER_SIZE, on_bad_file)
+                return folder, layout
+    return None
 
 
 # CIFAR.
@@ -235,60 +275,17 @@ def _cifar(folder: Path, layout: _CifarLayout, size: int | None, on_bad_file: st
 # A folder per class.
 
 
-def _class_folders(root: Path, size: int, on_bad_file: str) -> LabelledImages:
-    """Images in a folder per class, below `train` and `val` (or `test`) where those are there."""
-    train_root = root / "train"
-    held_out_root = next((root / name for name in ("val", "valid", "test") if (root / name).is_dir()), None)
-    if train_root.is_dir() and held_out_root is not None:
-        train = [(train_root / path, path) for path in files_below(train_root, IMAGE_ENDINGS)]
-        held_out = [(held_out_root / path, path) for path in files_below(held_out_root, IMAGE_ENDINGS)]
-    else:
-        base = train_root if train_root.is_dir() else root
-        paths = files_below(base, IMAGE_ENDINGS)
-        train = [(base / path, path) for path in paths if not is_held_out(path, HELD_OUT_PER_256)]
-        held_out = [(base / path, path) for path in paths if is_held_out(path, HELD_OUT_PER_256)]
-    classes = tuple(sorted({_class_of(path) for _, path in (*train, *held_out)} - {""}))
-    if len(classes) < 2:
-        raise ValueError(
-            f"data_dir={str(root)!r} has {len(classes)} folders with images ({', '.join(IMAGE_ENDINGS)}) and no CIFAR "
-            f"files; needed: at least two folders, one per class, each named after its class"
-        )
-    load_extra("PIL.Image", "reading pictures")  # before the first file, so that it is not taken for a broken one
-    number = {name: label for label, name in enumerate(classes)}
+def _class_folders(root: Path, size: int, max_samples: int | None, on_bad_file: str) -> LabelledImages:
+    """All pictures of a folder per class, decoded."""
+    files = class_files(root, max_samples)
     parts = []
-    for part, files in (("training", train), ("held-out", held_out)):
-        files = [(file, path) for file, path in files if _class_of(path)]  # noqa: PLW2901 - loose files have no class
-        names = {file.relative_to(root).as_posix(): number[_class_of(path)] for file, path in files}
-        read = read_files(root, names, lambda path: read_image(path, size), on_bad_file)
-        if not read:
-            raise ValueError(f"data_dir={str(root)!r} has no usable {part} image; needed: at least one")
-        parts.append((np.stack([image for _, image in read]), [names[path] for path, _ in read]))
+    for part in ("training", "held-out"):
+        read = usable(files, part, lambda path: read_image(path, size), on_bad_file)
+        parts.append((np.stack([image for _, image in read]), [label for (_, label), _ in read]))
     logger.info(
-        "images below %s: %d classes, %d training, %d held-out", root, len(classes), *(len(p[1]) for p in parts)
+        "images below %s: %d classes, %d training, %d held-out", root, len(files.classes), *(len(p[1]) for p in parts)
     )
-    return _parts(parts[0], parts[1], classes)
-
-
-def _class_of(relative_path: str) -> str:
-    """The first folder of a path, '' where it has none."""
-    first, slash, _ = relative_path.partition("/")
-    return first if slash else ""
-
-
-def read_image(path: Path, size: int) -> Bytes:
-    """One picture as (3, size, size): scaled so that its shorter side fits, and its middle cut out.
-
-    Raises:
-        ValueError: no picture, a broken one, or one so large that it must be a mistake; or Pillow is missing.
-    """
-    pillow = load_extra("PIL.Image", "reading pictures")
-    operations = load_extra("PIL.ImageOps", "reading pictures")
-    try:
-        with pillow.open(path) as opened:
-            fitted = operations.fit(opened.convert("RGB"), (size, size), method=pillow.Resampling.BILINEAR)
-            return np.asarray(fitted, dtype=np.uint8).transpose(2, 0, 1)
-    except pillow.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
+    return _parts(parts[0], parts[1], files.classes)
 
 
 def _resized(images: Bytes, size: int | None) -> Bytes:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from jobs.data import Indices
+from jobs.loading import SampleReader
 from jobs.table import JobInfo
 
-__all__ = ["Job", "JobInfo", "LossTerms"]
+__all__ = ["Job", "JobInfo", "LossTerms", "SampleReader"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,11 @@ class Job(Protocol):
     name: str
     metric: str
     """Name of the validation metric that a search looks at, a key of what `evaluate` returns."""
+
+    @property
+    def reader(self) -> SampleReader | None:
+        """What reads samples while it trains; None as long as nothing does, as where all samples are in memory."""
+        ...
 
     @property
     def num_train_samples(self) -> int:

@@ -1,6 +1,7 @@
 """The `language` job: a byte-level GPT on the running Python's standard library, or on text of one's own.
 
-A sample is a window of `context` + 1 bytes; windows do not overlap, and sample i is window i. Sizes to try,
+A sample is a window of `context` + 1 bytes; windows do not overlap, and sample i is window i. The text lies in memory,
+or, with `shuffle_block`, is read from disk while the model trains. Sizes to try,
 set by `width`, `layers`, `heads` and `context`, are listed in this package's README. Knows nothing of ranks, shares or
 precision; every matrix product is a plain `nn.Linear` so that the orchestrator may swap it for one with a tier.
 
@@ -10,17 +11,20 @@ Shapes: B samples, T positions, N = B * T, D features, V = 256 byte values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.corpus import Corpus, load_corpus, standard_library
+from jobs.corpus import Corpus, as_tensor, load_corpus, standard_library
 from jobs.data import Indices
-from jobs.job import LossTerms
+from jobs.job import LossTerms, SampleReader
+from jobs.loading import StreamReader
 from jobs.optim import adamw
+from jobs.text_stream import TextStream, open_text
 from jobs.transformer import INIT_STD, Block, init_weights
 
 NUM_BYTE_VALUES = 256
@@ -71,6 +75,7 @@ class LanguageJob:
         beta2: float = 0.95,
         eval_windows: int = 256,
         max_bytes: int | None = None,
+        shuffle_block: int | None = None,
         data_dir: str | None = None,
         on_bad_file: str = "stop",
     ) -> None:
@@ -78,21 +83,32 @@ class LanguageJob:
         self._dropout, self._lr, self._weight_decay, self._betas = dropout, lr, weight_decay, (beta1, beta2)
         self._eval_windows, self._max_bytes = eval_windows, max_bytes
         self._data_dir, self._on_bad_file = data_dir, on_bad_file
+        self._stream = None if shuffle_block is None else StreamReader(self._windows_from, window=shuffle_block)
 
     @property
+    def reader(self) -> SampleReader | None:
+        """What reads the text while it trains; None where it lies in memory."""
+        return self._stream
+
+    @cached_property
     def corpus(self) -> Corpus:
-        """The text, loaded on first use."""
+        """The text in memory, loaded on first use."""
         return load_corpus(self._data_dir, self._max_bytes, self._on_bad_file)
+
+    @cached_property
+    def text(self) -> Corpus | TextStream:
+        """The text, in memory or on disk; looked through on first use."""
+        return self.corpus if self._stream is None else open_text(self._data_dir, self._max_bytes, self._on_bad_file)
 
     @property
     def num_train_samples(self) -> int:
         """Training windows; loads the text."""
-        return len(self._windows(self.corpus.train))
+        return self.text.num_train_bytes // (self._context + 1)
 
     @property
     def num_eval_samples(self) -> int:
         """Held-out windows that an evaluation looks at; loads the text."""
-        return min(self._eval_windows, len(self._windows(self.corpus.held_out)))
+        return min(self._eval_windows, len(self._windows(self.text.held_out)))
 
     def prepare(self) -> None:
         """Load the text and check that both parts hold a window.
@@ -100,11 +116,12 @@ class LanguageJob:
         Raises:
             ValueError: a part is shorter than one window, or the text cannot be read.
         """
-        for part, text in (("training", self.corpus.train), ("held-out", self.corpus.held_out)):
-            if len(text) <= self._context:
+        text = self.text
+        for part, num_bytes in (("training", text.num_train_bytes), ("held-out", len(text.held_out))):
+            if num_bytes <= self._context:
                 where = self._data_dir or standard_library()
                 raise ValueError(
-                    f"job language: {len(text)} bytes of {part} text in {where} are less than one window; "
+                    f"job language: {num_bytes} bytes of {part} text in {where} are less than one window; "
                     f"needed: context + 1 = {self._context + 1}; lower context, raise max_bytes or change data_dir"
                 )
 
@@ -128,6 +145,10 @@ class LanguageJob:
 
     def batch(self, indices: Sequence[int] | Indices, device: torch.device) -> tuple[Tensor, ...]:
         """Inputs and targets of the windows of those numbers, each (B, context) int64 on `device`."""
+        if self._stream is not None:
+            read = bytearray().join(self._stream.fetch(indices))
+            windows = as_tensor(read).view(len(indices), self._context + 1)
+            return self._inputs_and_targets(windows, torch.arange(len(windows), device="cpu"), device)
         return self._inputs_and_targets(
             self._windows(self.corpus.train), torch.tensor(indices, dtype=torch.int64, device="cpu"), device
         )
@@ -145,7 +166,7 @@ class LanguageJob:
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Nats and bits per byte over windows spread evenly over the held-out text; the same ones every time."""
-        windows = self._windows(self.corpus.held_out)
+        windows = self._windows(self.text.held_out)
         chosen = torch.linspace(0, len(windows) - 1, self.num_eval_samples, dtype=torch.float64, device="cpu").long()
         was_training = model.training
         model.eval()
@@ -158,6 +179,11 @@ class LanguageJob:
         model.train(was_training)
         nats = torch.stack(sums).double().cpu().sum().item() / num_elements
         return {"val_loss": nats, "val_bits_per_byte": nats / math.log(2)}
+
+    def _windows_from(self, first: int) -> Iterator[bytes]:
+        """Training windows from that number on, as they are read."""
+        assert isinstance(self.text, TextStream)
+        return self.text.windows_from(first, self._context + 1)
 
     def _windows(self, text: Tensor) -> Tensor:
         """All windows of a text as a view, (num_windows, context + 1) uint8; what is left at the end is unused."""

@@ -3,12 +3,14 @@
 Both answer `fetch(indices)` with the samples of those numbers, in that order, and `prefetch(parts)` says what will
 probably be asked next. What was prefetched and is not asked for is discarded, so batches and ranks may change at any
 step, and a step that is done again gets the same samples. Which numbers those are is the cursor's business alone.
-For jobs to use in `batch`; knows no model, rank or plan.
+For jobs to use in `batch`, and to hand out as their `reader`; knows no model, rank or plan.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +20,26 @@ from jobs.data import Indices
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
+
+_ORPHANED = 1
+"""Exit status of a loader process whose parent is gone."""
+
+
+class SampleReader(Protocol):
+    """What reads samples while a trial trains, as the training loop sees it: told what is next, closed at the end."""
+
+    @property
+    def shuffle_block(self) -> int | None:
+        """Samples that are shuffled among themselves, see `SampleCursor`; None where any order will do."""
+        ...
+
+    def prefetch(self, parts: Sequence[Sequence[int] | Indices]) -> None:
+        """The parts that will probably be asked for next, in order; no promise."""
+        ...
+
+    def close(self) -> None:
+        """Give up processes and open files. Samples may still be asked for afterwards."""
+        ...
 
 
 class MapDataset(Protocol[T_co]):
@@ -39,6 +61,15 @@ def _open_dataset(dataset: Any) -> None:  # noqa: ANN401 - it crosses a process 
     """Give a loader process its copy of the data set, once."""
     global _dataset  # noqa: PLW0603 - a process has no other place to keep it
     _dataset = dataset
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a killed one cannot tell its loaders to leave."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(_ORPHANED)
 
 
 def _read(numbers: tuple[int, ...]) -> list[Any]:
@@ -66,6 +97,11 @@ class MapLoader(Generic[T]):
             context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
             self._pool = ProcessPoolExecutor(num_processes, context, _open_dataset, (dataset,))
 
+    @property
+    def shuffle_block(self) -> int | None:
+        """None: samples are read in any order."""
+        return None
+
     def prefetch(self, parts: Sequence[Sequence[int] | Indices]) -> None:
         """Begin to read what will probably be asked for next; what was begun and is not among it is discarded."""
         if self._pool is None:
@@ -86,7 +122,7 @@ class MapLoader(Generic[T]):
         return ticket.result()
 
     def close(self) -> None:
-        """End the loader processes."""
+        """End the loader processes; from here on this one reads."""
         self._tickets.clear()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
@@ -121,6 +157,19 @@ class StreamReader(Generic[T]):
         self._next = 0
         self._held: OrderedDict[int, T] = OrderedDict()
 
+    @property
+    def shuffle_block(self) -> int:
+        """The window: what lies further apart is never asked for together."""
+        return self._window
+
+    def prefetch(self, parts: Sequence[Sequence[int] | Indices]) -> None:
+        """Nothing: a stream is read as it comes."""
+
+    def close(self) -> None:
+        """Let go of the stream and of what was read; the next sample opens it anew."""
+        self._stream = None
+        self._held.clear()
+
     def fetch(self, indices: Sequence[int] | Indices) -> list[T]:
         """The samples of those numbers, in that order.
 
@@ -142,6 +191,9 @@ class StreamReader(Generic[T]):
                 self._held[self._next] = next(self._stream)
             except StopIteration:
                 raise IndexError(f"the stream ended at sample {self._next}, before sample {number}") from None
+            except BaseException:
+                self._stream = None  # what raised is at its end, and would say that the data are
+                raise
             self._next += 1
             while len(self._held) > 2 * self._window:
                 self._held.popitem(last=False)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.data import Indices
-from jobs.job import LossTerms
+from jobs.job import LossTerms, SampleReader
 
 NUM_INPUTS = 16
 NUM_CLASSES = 8
@@ -75,6 +75,7 @@ class MlpJob:
 
     name: str = "mlp"
     metric: str = "val_loss"
+    reader: SampleReader | None = None
 
     def __init__(
         self, *, width: int = 32, depth: int = 2, lr: float = 0.05, num_samples: int = 4096, seed: int = 0

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.data import Indices
-from jobs.job import LossTerms
+from jobs.job import LossTerms, SampleReader
 from jobs.optim import adamw
 from jobs.speech_data import FLOOR, NUM_MELS, Part, Speech, Words, from_folder, made
 from jobs.transformer import INIT_STD, Block, init_weights
@@ -64,6 +64,7 @@ class SpeechJob:
 
     name: str = "speech"
     metric: str = "val_word_error_rate"
+    reader: SampleReader | None = None
 
     def __init__(  # noqa: PLR0913 - one argument per parameter of the table
         self,

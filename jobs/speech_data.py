@@ -20,7 +20,8 @@ from torch import Tensor
 
 from jobs import voices
 from jobs.extras import load_extra
-from jobs.folder import existing_folder, files_below, is_held_out, read_files
+from jobs.folder import BROKEN, existing_folder, files_below, is_held_out, read_files
+from jobs.remember import remembered
 from jobs.voices import Wave
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def resampled(sound: Wave, from_rate: int, to_rate: int) -> Wave:
 # Made utterances.
 
 
-@lru_cache(maxsize=2)
+@remembered(maxsize=2)
 def made(data: str, rate: int, seed: int, max_samples: int | None) -> Speech:
     """Spoken digits, one to three in a row: by espeak-ng ('espeak', or 'auto' where it is installed) or as signals.
 
@@ -173,7 +174,7 @@ def _utterance(spoken: tuple[tuple[Wave, ...], ...], seed: int, part: int, numbe
 # Folders.
 
 
-@lru_cache(maxsize=2)
+@remembered(maxsize=2)
 def from_folder(data_dir: str, rate: int, max_seconds: float, on_bad_file: str) -> Speech:
     """The utterances of a folder laid out like LibriSpeech (*.trans.txt) or Speech Commands (a folder per word).
 
@@ -209,10 +210,8 @@ def from_folder(data_dir: str, rate: int, max_seconds: float, on_bad_file: str) 
 
 def _commands(root: Path) -> dict[str, tuple[Words, bool]]:
     """Words and part of each file; the part is that of `validation_list.txt`, or goes by the speaker."""
-    listed = root / "validation_list.txt"
-    held_out = set(listed.read_text(encoding="utf-8").split()) if listed.is_file() else None
-    tests = root / "testing_list.txt"
-    left_out = set(tests.read_text(encoding="utf-8").split()) if tests.is_file() else set()
+    held_out = _listed(root / "validation_list.txt")
+    left_out = _listed(root / "testing_list.txt") or set()
     found: dict[str, tuple[Words, bool]] = {}
     for path in files_below(root, (".wav",)):
         word, slash, name = path.partition("/")
@@ -221,6 +220,20 @@ def _commands(root: Path) -> dict[str, tuple[Words, bool]]:
             is_out = is_held_out(speaker, HELD_OUT_PER_256) if held_out is None else path in held_out
             found[path] = ((word.lower(),), is_out)
     return found
+
+
+def _listed(path: Path) -> set[str] | None:
+    """The files that a list names; None where there is no such list.
+
+    Raises:
+        ValueError: it is no text; without it nobody knows what to hold out, so it is not skipped.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return set(path.read_text(encoding="utf-8").split())
+    except BROKEN as error:
+        raise ValueError(f"{path} cannot be read: {error}; repair or remove it") from error
 
 
 def _librispeech(root: Path, transcripts: Iterable[str], on_bad_file: str) -> dict[str, tuple[Words, bool]]:

@@ -57,6 +57,15 @@ JOB_INFO: dict[str, JobInfo] = {
             speed_free(
                 int_param("max_bytes", None, 1, 1 << 40, "training text to use at most, in bytes; null for all")
             ),
+            speed_free(
+                int_param(
+                    "shuffle_block",
+                    None,
+                    1,
+                    1 << 30,
+                    "windows shuffled among themselves, of text that stays on disk; null: all, text in memory",
+                )
+            ),
             text_param("data_dir", None, "file, or folder of files, that is read in place of the standard library's"),
             bad_file_param(),
         ),
@@ -79,6 +88,9 @@ JOB_INFO: dict[str, JobInfo] = {
             *adamw_params(2e-3),
             speed_free(int_param("max_samples", None, 1, 1 << 40, "training images to use at most; null for all")),
             speed_free(int_param("eval_samples", 1024, 1, 1_000_000, "held-out images at most per evaluation")),
+            int_param(
+                "loader_processes", 0, 0, 256, "processes per rank that decode images of folders; 0: all are in memory"
+            ),
             *data_params(
                 ("digits", "shapes"),
                 "digits of scikit-learn, or shapes drawn here,",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.data import Indices
-from jobs.job import LossTerms
+from jobs.job import LossTerms, SampleReader
 from jobs.optim import adamw
 from jobs.tissue_data import Tissue, bundled, from_folder, iterate
 from jobs.vision import UNet
@@ -30,6 +30,7 @@ class TissueJob:
 
     name: str = "tissue"
     metric: str = "val_dice"
+    reader: SampleReader | None = None
 
     def __init__(  # noqa: PLR0913 - one argument per parameter of the table
         self,

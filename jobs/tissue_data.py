@@ -20,7 +20,8 @@ from torch import Tensor
 
 from jobs.extras import load_extra
 from jobs.folder import existing_folder, files_below, is_held_out, read_files
-from jobs.image_data import IMAGE_ENDINGS
+from jobs.pictures import IMAGE_ENDINGS
+from jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ _PICTURES: dict[str, Callable[[], Picture]] = {"ihc": _ihc, "fundus": _fundus}
 # A folder.
 
 
-@lru_cache(maxsize=2)
+@remembered(maxsize=2)
 def from_folder(data_dir: str, size: int, on_bad_file: str) -> Tissue:
     """Pictures in `images` and their masks in `masks`, paired by name without ending; 20 % of the pictures held out.
 

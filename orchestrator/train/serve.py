@@ -27,9 +27,13 @@ from orchestrator.train.groups import Groups
 from orchestrator.train.isolation import ProcessState, seed_generators
 from orchestrator.train.link import Link
 from orchestrator.train.loop import TrialLoop
+from orchestrator.train.read_ahead import reading
 from policies.plan import TrialId
 
 logger = logging.getLogger(__name__)
+
+LOGGED = ("orchestrator", "jobs")
+"""Packages whose messages go to the log of the trial that is running."""
 
 _FLUSH_TIMEOUT_S = 10.0
 
@@ -108,10 +112,10 @@ class Server:
             try:
                 logger.info("trial %s attempt %d begins: %s", trial.trial_id, trial.attempt, trial.params)
                 seed_generators(trial.seed)
-                job = self.build(trial)
-                job.prepare()
-                loop = TrialLoop(order, job, self.groups.ranks, self.boundary, self.link, self.share)
-                outcome = loop.run()
+                with reading(self.build(trial)) as job:
+                    job.prepare()
+                    loop = TrialLoop(order, job, self.groups.ranks, self.boundary, self.link, self.share)
+                    outcome = loop.run()
             except Exception as error:
                 logger.exception("trial %s failed", trial.trial_id)
                 step, num_samples = (0, 0) if loop is None else loop.progress
@@ -160,14 +164,16 @@ def _status_after(error: Exception) -> Outcome:
 
 @contextlib.contextmanager
 def _log_to(directory: Path, rank: int) -> Iterator[None]:
-    """Write what the orchestrator logs in this process to the trial's own file; rank 0 to log.txt."""
+    """Write what orchestrator and jobs log in this process to the trial's own file; rank 0 to log.txt."""
     directory.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(directory / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("orchestrator")
-    root.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in LOGGED]
+    for each in loggers:
+        each.addHandler(handler)
     try:
         yield
     finally:
-        root.removeHandler(handler)
+        for each in loggers:
+            each.removeHandler(handler)
         handler.close()

@@ -27,11 +27,14 @@ from orchestrator.train.boundary import Boundary
 from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.ray_link import RayLink
-from orchestrator.train.serve import Server
+from orchestrator.train.read_ahead import reading
+from orchestrator.train.serve import LOGGED, Server
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.stepper import Stepper
 from policies.plan import DeviceId
 from policies.snapshot import DeviceKind, DeviceView
+
+logger = logging.getLogger(__name__)
 
 
 def slot_loop(config: dict[str, Any]) -> None:
@@ -40,7 +43,8 @@ def slot_loop(config: dict[str, Any]) -> None:
     Raises:
         WorkerGroupError: the ranks could not agree on the end of a trial.
     """
-    logging.getLogger("orchestrator").setLevel(config["log_level"])
+    for name in LOGGED:
+        logging.getLogger(name).setLevel(config["log_level"])
     context = ray.train.get_context()
     step_mode = StepMode(config["step_mode"])
     groups = Groups(context.get_world_rank(), context.get_world_size(), _own_device(), step_mode)
@@ -89,16 +93,26 @@ def _own_device() -> torch.device:
 
 
 def _warm_up(config: dict[str, Any], ranks: Ranks) -> None:
-    """Pay what is paid once per process before the first trial does: data, imports, the first step's lazy set-up."""
+    """Pay what is paid once per process before the first trial does: data, imports, the first step's lazy set-up.
+
+    Data that cannot be read is no reason to open the slot again: the trial that needs it fails, and names the file.
+    """
     trial = config["warm_up"]
-    job = build_job(trial.job, trial.params)
-    job.prepare()
-    stepper = Stepper(trial, job, ranks)
-    for tier in trial.limits.tiers:
-        stepper.turn(replace(trial.start, tier=tier))
-        stepper.step()
-        if ranks.device.type == "cuda":
-            stepper.rehearse()  # what is loaded at a first capture need not be loaded in a trial
+    is_prepared = False
+    try:
+        with reading(build_job(trial.job, trial.params)) as job:
+            job.prepare()
+            is_prepared = True
+            stepper = Stepper(trial, job, ranks)
+            for tier in trial.limits.tiers:
+                stepper.turn(replace(trial.start, tier=tier))
+                stepper.step()
+                if ranks.device.type == "cuda":
+                    stepper.rehearse()  # what is loaded at a first capture need not be loaded in a trial
+    except ValueError as error:
+        if is_prepared and ranks.world_size > 1:
+            raise  # the other ranks wait in a step that this one has left
+        logger.warning("not warmed up: %s", error)
     if ranks.world_size > 1:
         dist.barrier(group=ranks.group)
 

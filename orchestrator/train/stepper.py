@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs import job_info
-from jobs.data import Indices, SampleCursor, micro_batches, rank_slice
+from jobs.data import Indices, micro_batches, rank_slice
 from jobs.job import Job, LossTerms
 from orchestrator.control.orders import TrialOrder
 from orchestrator.train import checkpoint, fsdp
@@ -29,6 +29,7 @@ from orchestrator.train.groups import Ranks
 from orchestrator.train.offload import Offload
 from orchestrator.train.precision.loss_scale import LossScale
 from orchestrator.train.precision.tiers import install, lowered, set_tier
+from orchestrator.train.read_ahead import first_cursor, take
 from orchestrator.train.step_mode.choice import ModeChoice, StepMode
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.step_mode.replay import CPU, Launched, Replay, Returned, open_replay, refusal
@@ -81,7 +82,7 @@ class Stepper:
         install(self.model)
         fsdp.shard(self.model, job.blocks(self.model), ranks.mesh)
         self.optimizer = job.build_optimizer(self.model)
-        self.cursor = SampleCursor(seed=order.seed, num_samples=job.num_train_samples)
+        self.cursor = first_cursor(job, order.seed)
         self.step_index = 0
         self.settings = order.start
         self.loss_scale = LossScale()
@@ -152,7 +153,7 @@ class Stepper:
     def step(self) -> StepResult:
         """One optimizer step, eagerly, of `settings.global_batch` samples; on a non-finite gradient nothing changes."""
         settings, world_size = self.settings, self._ranks.world_size
-        indices, cursor = self.cursor.take(settings.global_batch)
+        indices, cursor = take(self.job, self.cursor, settings, self._ranks)
         mine = rank_slice(indices, self._ranks.rank, world_size)
         is_measured = self._noise.begin(self.step_index)
         loss, data_s = self._accumulate(mine, self.job.num_elements(len(indices)))
@@ -357,10 +358,9 @@ class Stepper:
     def _launch(self) -> list[StepResult] | None:
         """One step in graph mode; None where it cannot be recorded, and nothing was done."""
         settings = self.settings
-        indices, cursor = self.cursor.take(settings.global_batch)
+        indices, cursor = take(self.job, self.cursor, settings, self._ranks)
         began_s = time.monotonic()
-        parts = micro_batches(indices, settings.micro_batch)
-        batches = [self.job.batch(part.tolist(), CPU) for part in parts]
+        batches = [self.job.batch(part.tolist(), CPU) for part in micro_batches(indices, settings.micro_batch)]
         data_s = time.monotonic() - began_s
         replay = self._prepared(batches)
         if replay is None:

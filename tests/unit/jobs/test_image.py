@@ -55,9 +55,10 @@ def test_shapes_of_another_size_are_drawn_at_that_size() -> None:
 def test_digits_are_those_of_scikit_learn_with_every_fifth_held_out() -> None:
     datasets = pytest.importorskip("sklearn.datasets", reason="digits come with scikit-learn")
     images = image_job().images
+    assert isinstance(images, LabelledImages)
     assert (len(images.train), len(images.held_out)) == (1438, 359)
     assert images.held_out_labels.tolist() == datasets.load_digits().target[4::5].tolist()
-    assert image_job(size=16).images.train.shape == (1438, 1, 16, 16)
+    assert (image_job(size=16).num_train_samples, image_job(size=16).images.shape) == (1438, (1, 16))
     assert image_job(max_samples=100).num_train_samples == 100
 
 
