@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median_low
+from functools import cached_property
 
 from policies.fleet import Fleet
 from policies.goodput_policy import Goodput
@@ -21,17 +22,20 @@ from policies.invariants import MAX_ALTERNATIVES
 from policies.movable import Budget, Mover, keep, run, split, wait
 from policies.placing import Given, realise, size_now
 from policies.plan import Allocation, Alternative, Plan, Settings, TrialId
-from policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference, with_share
+from policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference
 from policies.resizing import Terms, with_resizes
-from policies.sizing import NONE, Menu, best_counts, climb_sizes, total
+from policies.sizing import NONE, Menu, Pool, best_counts, climb_sizes, total
 from policies.snapshot import Snapshot, TrialView
 from policies.world import make_plan
 
 OBJECTIVES = ("throughput", "fair", "search", "deadline")
+_FRACTIONS = (0.125, 0.25, 0.5)
 _PARTS = 8
-"""Fractions of a device are counted in eighths."""
+"""Devices are counted in so many parts where a trial may have a fraction of one."""
 _MAX_EXACT = 300_000_000
 """Trials times options times capacity up to which sizes are chosen exactly."""
+_MIN_DIAL_GAIN = 0.05
+"""For trials that stay where they are: a dial that is turned costs no restart, so nothing but this keeps it still."""
 _FAIR_FLOOR = 0.02
 _NEAR_BATCH = 1.25
 """A batch within this factor of the best one is not worth a change."""
@@ -44,19 +48,19 @@ class GoodputJoint:
     Attributes:
         objective: `throughput` (trials per hour: the sum of speed-ups, short trials first), `fair` (who has least of
             its fair share first), `search` (weighted by the chance to survive the next rung), `deadline` (in time).
-        min_gain: predicted relative gain of the objective below which nothing is moved.
+        min_gain: predicted relative gain of the objective, restarts charged, below which nothing is moved.
         cooldown_s: seconds after a change in which devices are not divided anew, unless trials came or went.
         horizon_s: time over which the cost of a restart has to pay off.
         short_first: 0 treats long and short trials alike, 1 weighs them by the inverse of their remaining time.
-        uses_fractions: whether a trial may get a quarter or half of a device.
+        uses_fractions: whether a trial may get an eighth, a quarter or half of a device, where its limits allow it.
     """
 
     objective: str = "throughput"
-    min_gain: float = 0.05
+    min_gain: float = 0.01
     cooldown_s: float = 60.0
-    horizon_s: float = 600.0
+    horizon_s: float = 300.0
     short_first: float = 0.5
-    uses_fractions: bool = False
+    uses_fractions: bool = True
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -75,16 +79,19 @@ class GoodputJoint:
         rest, movers, fleet = split(snapshot)
         weighed = tuple(dataclasses.replace(trial, weight=trial.weight * self._urgency(trial)) for trial in rest.trials)
         guarantee = 1.0 if self.objective == "fair" else 0.5
-        turned = Goodput(guarantee=guarantee, min_gain=self.min_gain, cooldown_s=min(10.0, self.cooldown_s))
+        terms = self._terms
+        turned = Goodput(guarantee=guarantee, min_gain=terms.min_gain, cooldown_s=min(10.0, self.cooldown_s))
         rows = list(turned.decide(dataclasses.replace(rest, trials=weighed)).allocations)
-        rows = with_resizes(snapshot, rows, self._terms)
+        rows = with_resizes(snapshot, rows, terms)
         if movers:
             rows += self._place(snapshot, movers, fleet)
         return make_plan(snapshot, "goodput_joint", rows)
 
     @property
     def _terms(self) -> Terms:
-        return Terms(min_gain=self.min_gain, cooldown_s=self.cooldown_s, horizon_s=self.horizon_s)
+        """When a trial that stays where it is turns a dial or its number of ranks."""
+        least = max(_MIN_DIAL_GAIN, self.min_gain)
+        return Terms(min_gain=least, cooldown_s=self.cooldown_s, horizon_s=self.horizon_s)
 
     def _urgency(self, trial: TrialView) -> float:
         """What the objective makes of a trial apart from its speed."""
@@ -93,17 +100,16 @@ class GoodputJoint:
         return 1.0
 
     def _place(self, snapshot: Snapshot, movers: tuple[Mover, ...], fleet: Fleet) -> Iterator[Allocation]:
-        fractions = (0.25, 0.5) if self.uses_fractions else ()
-        outlooks = prospects(movers, fleet, Ask(fractions=fractions))
-        if self._rests(snapshot, movers):
+        outlooks = prospects(movers, fleet, Ask(fractions=_FRACTIONS if self.uses_fractions else ()))
+        scene = _Scene(snapshot, movers, outlooks, fleet)
+        if self._rests(scene):
             for mover in movers:
                 if mover.seats:
                     yield keep(mover, fleet, f"keeps its {len(mover.seats)} devices, a change is recent", "cooldown")
                 else:
                     yield wait(mover, f"waits, devices were divided less than {self.cooldown_s:.0f} s ago", "cooldown")
             return
-        menus = self._menus(snapshot, movers, outlooks, fleet)
-        chosen, why = self._choose(snapshot, movers, (menus, outlooks), fleet)
+        chosen, why = self._choose(scene)
         wanted: dict[TrialId, Size] = {
             mover.trial_id: outlook.sizes[choice]
             for mover, outlook, choice in zip(movers, outlooks, chosen, strict=True)
@@ -113,52 +119,50 @@ class GoodputJoint:
         for mover, outlook in zip(movers, outlooks, strict=True):
             yield self._row(mover, outlook, fleet, given, why)
 
-    def _rests(self, snapshot: Snapshot, movers: Sequence[Mover]) -> bool:
+    def _rests(self, scene: _Scene) -> bool:
         """Whether devices stay as they are: somebody changed a moment ago, and nobody came, left or lost a device."""
-        known = {trial.trial_id for trial in snapshot.trials}
-        if any(row.trial_id not in known for row in snapshot.plan.allocations):
+        known = {trial.trial_id for trial in scene.snapshot.trials}
+        if any(row.trial_id not in known for row in scene.snapshot.plan.allocations):
             return False
-        is_calm = all(m.in_force is not None and (m.seats or m.in_force.share == 0) for m in movers)
-        return is_calm and min(m.age_s for m in movers) < self.cooldown_s
+        is_calm = all(m.in_force is not None and (m.seats or m.in_force.share == 0) for m in scene.movers)
+        return is_calm and min(m.age_s for m in scene.movers) < self.cooldown_s
 
-    def _menus(
-        self, snapshot: Snapshot, movers: Sequence[Mover], outlooks: Sequence[Prospect], fleet: Fleet
-    ) -> list[Menu]:
-        alone_s = [_alone_s(mover, outlook) for mover, outlook in zip(movers, outlooks, strict=True)]
-        typical_s = median_low([s for s in alone_s if s is not None] or [1.0])
-        fair = len(fleet.devices) / len(movers)
+    def _menus(self, scene: _Scene) -> list[Menu]:
+        alone_s = [_alone_s(mover, outlook) for mover, outlook in scene.pairs()]
+        lengths = sorted(s for s in alone_s if s is not None)
+        fair = len(scene.fleet.devices) / len(scene.movers)
         menus = []
-        for mover, outlook, own_s in zip(movers, outlooks, alone_s, strict=True):
-            short = (typical_s / max(1.0, own_s or typical_s)) ** self.short_first
+        for (mover, outlook), own_s in zip(scene.pairs(), alone_s, strict=True):
             weight = mover.trial.weight * self._urgency(mover.trial) * 1000.0 ** min(2, max(0, mover.trial.priority))
-            weight *= short if self.objective in {"throughput", "search"} else 1.0
-            menus.append(self._menu(mover, outlook, fleet, (weight, fair, snapshot.now_s)))
+            if self.objective in {"throughput", "search"}:
+                weight *= _not_shorter(own_s, lengths) ** self.short_first
+            menus.append(self._menu(mover, outlook, scene, (weight, fair)))
         return menus
 
-    def _menu(self, mover: Mover, outlook: Prospect, fleet: Fleet, terms: tuple[float, float, float]) -> Menu:
-        weight, fair, now_s = terms
-        base, now = reference(outlook), size_now(mover, fleet)
-        spans_now = bool(mover.seats) and fleet.num_nodes(mover.seats) > 1
-        move = max(0.05, 1 - mover.restart_s / self.horizon_s) if mover.seats else 1.0
+    def _menu(self, mover: Mover, outlook: Prospect, scene: _Scene, terms: tuple[float, float]) -> Menu:
+        weight, fair = terms
+        base, now, sizes = reference(outlook), size_now(mover, scene.fleet), outlook.sizes
+        at = sizes.index(now) if now is not None and now in sizes else NONE
+        rates = [inside or across for inside, across in zip(outlook.inside, outlook.across, strict=True)]
+        if at != NONE and scene.fleet.num_nodes(mover.seats) > 1:
+            rates[at] = outlook.across[at]
+        left = math.inf if outlook.is_prior else mover.trial.remaining
         values = []
-        for index, size in enumerate(outlook.sizes):
-            stays = size == now
-            rate = outlook.goodput(index, spans_nodes=stays and spans_now) or outlook.across[index]
-            speedup = rate / base * (1.0 if stays else move)
-            worth = weight * self._worth(mover.trial, speedup, fair, (speedup * base, now_s, outlook.is_prior))
-            values.append(worth if rate > 0 else -math.inf)
-            if mover.is_pinned:
-                values[-1] = worth if stays else -math.inf
-        sizes = outlook.sizes
-        idle = -math.inf if mover.is_pinned and now in sizes else 0.0
+        for index, rate in enumerate(rates):
+            worth = rate
+            if mover.seats and index != at and rate > 0:
+                # What a restart leaves of the time in which it has to pay off, or of the time to the trial's end.
+                worth *= max(0.05, 1 - mover.restart_s / min(self.horizon_s, mover.restart_s + left / rate))
+            value = weight * self._worth(
+                mover.trial, worth / base, fair, (worth, scene.snapshot.now_s, outlook.is_prior)
+            )
+            is_open = rate > 0 if not mover.is_pinned else index == at
+            values.append(value if is_open else -math.inf)
+        idle = -math.inf if mover.is_pinned and at != NONE else 0.0
         if self.objective == "fair" and idle == 0:
             idle = -weight / _FAIR_FLOOR**2
-        units = tuple(max(1, round(size.devices * self._unit)) for size in sizes)
-        return Menu(tuple(size.kind for size in sizes), units, tuple(values), idle)
-
-    @property
-    def _unit(self) -> int:
-        return _PARTS if self.uses_fractions else 1
+        kinds, units = scene.counted(sizes)
+        return Menu(kinds, units, tuple(values), idle)
 
     def _worth(self, trial: TrialView, speedup: float, fair: float, terms: tuple[float, float, bool]) -> float:
         """What a speed-up over one device is worth under the objective."""
@@ -170,43 +174,20 @@ class GoodputJoint:
             return 10.0 * min(1.0, rate / max(needed, 1e-9)) + 0.1 * speedup
         return speedup
 
-    def _choose(
-        self,
-        snapshot: Snapshot,
-        movers: Sequence[Mover],
-        offers: tuple[Sequence[Menu], Sequence[Prospect]],
-        fleet: Fleet,
-    ) -> tuple[list[int], str]:
+    def _choose(self, scene: _Scene) -> tuple[list[int], str]:
         """The option of every trial: a new division if it is worth it, else the present one with gaps filled."""
-        menus, outlooks = offers
+        menus = self._menus(scene)
         held = [
-            _only(menu, outlook.sizes, now) if (now := size_now(mover, fleet)) is not None else menu
-            for mover, menu, outlook in zip(movers, menus, outlooks, strict=True)
+            _only(menu, outlook.sizes, now) if (now := size_now(mover, scene.fleet)) is not None else menu
+            for (mover, outlook), menu in zip(scene.pairs(), menus, strict=True)
         ]
-        anew = self._solve(snapshot, movers, menus, fleet)
-        same = self._solve(snapshot, movers, held, fleet)
+        anew, same = _solve(scene, menus), _solve(scene, held)
         before, after = total(menus, same), total(menus, anew)
         if not math.isfinite(before) or after >= before + self.min_gain * abs(before) + 1e-12:
             gained = (after - before) / abs(before) if before and math.isfinite(before) else 0.0
             return anew, f"a new division gains {gained:.1%} of {self.objective}"
         gained = (after - before) / abs(before) if before else 0.0
         return same, f"a new division would gain {max(0.0, gained):.1%}, less than {self.min_gain:.1%}"
-
-    def _solve(self, snapshot: Snapshot, movers: Sequence[Mover], menus: Sequence[Menu], fleet: Fleet) -> list[int]:
-        capacities = [fleet.capacity(kind) * self._unit for kind in range(len(fleet.types))]
-        work = sum(len(menu.values) for menu in menus) * sum(capacities)
-        if len(capacities) == 1 and not snapshot.quotas and work <= _MAX_EXACT:
-            return best_counts(menus, capacities[0])
-        budget = Budget(snapshot)
-
-        def allows(trial: int, units: int) -> bool:
-            devices = units / self._unit
-            if not budget.allows(movers[trial].trial, devices) and not movers[trial].is_pinned:
-                return False
-            budget.take(movers[trial].trial, devices)
-            return True
-
-        return climb_sizes(menus, capacities, allows)
 
     def _row(
         self, mover: Mover, outlook: Prospect, fleet: Fleet, given: Mapping[TrialId, Given], why: str
@@ -219,7 +200,7 @@ class GoodputJoint:
             return keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
         index, spans = outlook.sizes.index(size), fleet.num_nodes(seats) > 1
         rate, before = outlook.goodput(index, spans_nodes=spans), goodput_now(mover, outlook, fleet)
-        dials = _calm(mover, with_share(outlook.dials(index, spans_nodes=spans), size))
+        dials = _calm(mover, outlook.dials(index, spans_nodes=spans))
         reason = f"{share * len(seats):g} devices, speed-up {rate / reference(outlook):.2f} over one; {why}"
         binding = "growth" if index == len(outlook.sizes) - 1 else "devices"
         row = run(mover, fleet, seats, dials, reason, binding=binding, predicted=None if outlook.is_prior else rate)
@@ -227,9 +208,73 @@ class GoodputJoint:
         return dataclasses.replace(row, predicted_gain=gain, alternatives=_alternatives(outlook, index))
 
 
+@dataclass(frozen=True)
+class _Scene:
+    """What one decision is made from, and how devices are counted in it."""
+
+    snapshot: Snapshot
+    movers: Sequence[Mover]
+    outlooks: Sequence[Prospect]
+    fleet: Fleet
+
+    def pairs(self) -> Iterator[tuple[Mover, Prospect]]:
+        """Every trial with its prospect."""
+        return zip(self.movers, self.outlooks, strict=True)
+
+    @cached_property
+    def unit(self) -> int:
+        """Units of a device: one where everybody has whole devices."""
+        has_parts = any(mover.share % 1 for mover in self.movers)
+        every = {id(outlook.sizes): outlook.sizes for outlook in self.outlooks}.values()  # trials alike share theirs
+        return _PARTS if has_parts or any(size.share < 1 for sizes in every for size in sizes) else 1
+
+    def units(self, devices: float) -> int:
+        """Devices in these units."""
+        return max(1, round(devices * self.unit))
+
+    def counted(self, sizes: tuple[Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Type and units of each size."""
+        found = self._counted.get(id(sizes))
+        if found is None:
+            found = tuple(size.kind for size in sizes), tuple(self.units(size.devices) for size in sizes)
+            self._counted[id(sizes)] = found
+        return found
+
+    @cached_property
+    def _counted(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+        return {}
+
+    @cached_property
+    def pools(self) -> list[Pool]:
+        """The trials of each user with a quota, and what is left of it; never less than what has to stay."""
+        budget, found = Budget(self.snapshot), []
+        for quota in self.snapshot.quotas:
+            members = tuple(i for i, mover in enumerate(self.movers) if mover.trial.user == quota.user)
+            pinned = [self.movers[i] for i in members if self.movers[i].is_pinned]
+            held = sum(self.units(mover.share * len(mover.seats)) for mover in pinned)
+            most = min(budget.left(quota.user), float(len(self.snapshot.devices))) * self.unit
+            if members:
+                found.append(Pool(members, max(held, math.floor(most + 1e-9), 0)))
+        return found
+
+
+def _solve(scene: _Scene, menus: Sequence[Menu]) -> list[int]:
+    """Exactly for one type of device, unless that takes too long."""
+    capacities = [scene.fleet.capacity(kind) * scene.unit for kind in range(len(scene.fleet.types))]
+    work = sum(len(menu.values) for menu in menus) + sum(pool.most for pool in scene.pools)
+    if len(capacities) == 1 and work * capacities[0] <= _MAX_EXACT:
+        return best_counts(menus, capacities[0], scene.pools)
+    return climb_sizes(menus, capacities, scene.pools)
+
+
 def _alone_s(mover: Mover, outlook: Prospect) -> float | None:
     """Seconds that the rest of a trial would take on one device; None where no speed is known."""
     return None if outlook.is_prior else mover.trial.remaining / reference(outlook)
+
+
+def _not_shorter(own_s: float | None, lengths: Sequence[float]) -> float:
+    """Part of the trials that have no less time to go: those that would wait for this one. Half where it is unknown."""
+    return 0.5 if own_s is None else 1 - bisect_left(lengths, own_s) / len(lengths)
 
 
 def _only(menu: Menu, sizes: Sequence[Size], now: Size) -> Menu:
@@ -262,6 +307,5 @@ def _alternatives(outlook: Prospect, chosen: int) -> tuple[Alternative, ...]:
         spans = not outlook.inside[index] > 0
         rate = outlook.goodput(index, spans_nodes=spans)
         if rate > 0:
-            dials = with_share(outlook.dials(index, spans_nodes=spans), outlook.sizes[index])
-            found.append(Alternative(settings=dials, goodput=rate))
+            found.append(Alternative(settings=outlook.dials(index, spans_nodes=spans), goodput=rate))
     return tuple(found)

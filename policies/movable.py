@@ -113,7 +113,11 @@ class Budget:
 
     def allows(self, trial: TrialView, devices: float) -> bool:
         """Whether the trial's user may have that many more."""
-        return self._left.get(trial.user, math.inf) >= devices - 1e-9
+        return self.left(trial.user) >= devices - 1e-9
+
+    def left(self, user: str) -> float:
+        """Devices that a user may still be given."""
+        return self._left.get(user, math.inf)
 
     def take(self, trial: TrialView, devices: float) -> None:
         """Charge the trial's user; a negative number gives back."""

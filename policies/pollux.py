@@ -20,7 +20,7 @@ from policies.fleet import Fleet
 from policies.movable import Budget, Mover, keep, run, wait
 from policies.placing import Given, realise, size_now
 from policies.plan import Allocation, Plan, TrialId
-from policies.prospects import Ask, Prospect, Size, prospects, with_share
+from policies.prospects import Ask, Prospect, Size, prospects
 from policies.sizing import NONE, Menu, best_counts
 from policies.snapshot import Snapshot
 from policies.world import make_plan
@@ -141,7 +141,7 @@ def _row(mover: Mover, outlook: Prospect, fleet: Fleet, given: Given, num_trials
     if index is None or mover.is_pinned:
         return keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
     spans = fleet.num_nodes(seats) > 1
-    dials = with_share(outlook.dials(index, spans_nodes=spans), size)
+    dials = outlook.dials(index, spans_nodes=spans)
     rate = outlook.goodput(index, spans_nodes=spans)
     reason = f"{len(seats)} devices on {fleet.num_nodes(seats)} nodes among {num_trials} trials"
     predicted = None if outlook.is_prior else rate

@@ -11,7 +11,7 @@ import dataclasses
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,6 @@ from policies.fleet import Fleet
 from policies.ladder import usable
 from policies.movable import Mover, worker_range
 from policies.plan import Settings
-from policies.snapshot import DialLimits
 from policies.throughput import Array, Throughput, prior, solve_throughput
 from policies.tier import Tier
 
@@ -71,8 +70,8 @@ class Prospect:
         return (self.across if spans_nodes else self.inside)[index]
 
     def dials(self, index: int, *, spans_nodes: bool) -> Settings:
-        """The batch, split and tier that reach it."""
-        return self.grid.settings(self.row, index, spans_nodes=spans_nodes)
+        """The share, ranks, batch, split and tier that reach it."""
+        return self.grid.settings(self.row, index, self.sizes[index], spans_nodes=spans_nodes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,27 +112,32 @@ def prospects(movers: Sequence[Mover], fleet: Fleet, ask: Ask) -> tuple[Prospect
     """The prospects of every trial, in order."""
     solved = models(movers)
     counts = _counts(fleet, ask, movers)
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for position, mover in enumerate(movers):
-        groups[_group_key(mover, ask)].append(position)
-    found: list[Prospect | None] = [None] * len(movers)
-    for positions in groups.values():
-        members = [movers[position] for position in positions]
-        first = members[0]
+        alike[_group_key(mover, ask)].append(position)
+    shapes: dict[object, list[_Alike]] = defaultdict(list)
+    for key, positions in alike.items():
+        first = movers[positions[0]]
         model, is_prior = _model(first, solved.get(first.trial.shape))
-        sizes = _sizes(first, fleet, ask, model, counts)
-        grid = _Grid(members, fleet, ask, model, sizes)
-        for row, position in enumerate(positions):
-            found[position] = Prospect(
-                sizes,
-                tuple(grid.inside[row].tolist()),
-                tuple(grid.across[row].tolist()),
-                is_prior,
-                model.spread,
-                grid,
-                row,
-            )
+        group = _Alike(tuple(positions), _usable(first), _sizes(first, fleet, ask, model, counts), model, is_prior)
+        shapes[key if is_prior else first.trial.shape].append(group)
+    found: list[Prospect | None] = [None] * len(movers)
+    for groups in shapes.values():
+        grid = _Grid(movers, groups, fleet, ask)
+        for position, prospect in grid.prospects():
+            found[position] = prospect
     return tuple(prospect for prospect in found if prospect is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Trials that differ in their noise alone: their positions, and what all of them may use."""
+
+    positions: tuple[int, ...]
+    tiers: tuple[Tier, ...]
+    sizes: tuple[Size, ...]
+    model: Throughput
+    is_prior: bool
 
 
 def _model(mover: Mover, model: Throughput | None) -> tuple[Throughput, bool]:
@@ -156,11 +160,11 @@ def _usable(mover: Mover) -> tuple[Tier, ...]:
 
 
 def _group_key(mover: Mover, ask: Ask) -> tuple[object, ...]:
-    """Trials of one key share sizes, grid and model."""
+    """Trials of one key differ in their noise alone."""
     trial = mover.trial
     batch = None if ask.tunes_batch else mover.wish.global_batch
     own = None if ask.pools else _most_workers(trial.fit)
-    return (trial.shape, trial.start, trial.limits, trial.fit.banned_tiers, trial.fit.micro_batch_cap, batch, own)
+    return (trial.shape, trial.start, trial.limits, _usable(mover), trial.fit.micro_batch_cap, batch, own)
 
 
 def _most_workers(fit: TrialFit) -> int:
@@ -197,63 +201,92 @@ def _sizes(mover: Mover, fleet: Fleet, ask: Ask, model: Throughput, counts: Sequ
 
 
 class _Grid:
-    """Goodput of the trials of one group over sizes and batches, and where its maxima are.
+    """Goodput of the trials of one model over sizes and batches, and where its maxima are.
 
-    Attributes:
-        inside, across: best goodput, one row per trial and one column per size.
+    Speed is worked out once for trials that are alike, efficiency for each. Arrays have a row per group or trial, then
+    one per size that any group has, then one per batch. The first axis of pairs is inside one node, across several.
     """
 
-    def __init__(
-        self, members: Sequence[Mover], fleet: Fleet, ask: Ask, model: Throughput, sizes: Sequence[Size]
-    ) -> None:
-        trial = members[0].trial
-        self._tiers = tuple(tier for tier in _usable(members[0]) if tier in model.tiers())
-        workers = np.array([[size.workers] for size in sizes], dtype=np.float64).reshape(-1, 1)
-        self._micro, self._accum = _batches(members[0], ask, workers, trial.limits)
+    def __init__(self, movers: Sequence[Mover], groups: Sequence[_Alike], fleet: Fleet, ask: Ask) -> None:
+        self._groups = groups
+        firsts = [movers[group.positions[0]] for group in groups]
+        sizes = sorted(set().union(*(group.sizes for group in groups)))
+        where = {size: column for column, size in enumerate(sizes)}
+        self._columns = [[where[size] for size in group.sizes] for group in groups]
+        workers = np.array([float(size.workers) for size in sizes]).reshape(1, -1, 1)
+        self._micro, self._accum = _batches(firsts, ask, workers)
         batch = self._micro * self._accum * workers
-        noise = np.array([-1.0 if (n := noise_scale(m.trial.fit)) is None else n for m in members])
-        self._efficiency = _efficiency(noise, float(trial.start.global_batch), batch)
-        speeds = {device.device_type: device.speed for device in fleet.devices}
-        slow = _slowness(sizes, fleet, model)
-        self._rates: list[list[Array]] = []
-        for spans in (False, True):
-            rates = []
-            for tier in self._tiers:
-                rate = np.zeros_like(batch)
-                for kind, name in enumerate(fleet.types):
-                    rows = [i for i, size in enumerate(sizes) if size.kind == kind and _exists(size, fleet, spans)]
-                    line = model.line(tier, name, speeds)
-                    if not rows or line is None:
-                        continue
-                    step_s = model.step_s(line, self._micro[rows], self._accum[rows], workers[rows], spans_nodes=spans)
-                    rate[rows] = batch[rows] / (step_s * slow[rows])
-                rates.append(rate)
-            self._rates.append(rates)
-        self.inside, self._best_inside = self._best(0)
-        self.across, self._best_across = self._best(1)
+        measured = groups[0].model.tiers()
+        self._tiers = tuple(dict.fromkeys(tier for group in groups for tier in group.tiers if tier in measured))
+        rates = self._rates(sizes, fleet, workers, batch)
+        self._owners = np.repeat(np.arange(len(groups)), [len(group.positions) for group in groups])
+        trials = [movers[position].trial for group in groups for position in group.positions]
+        noise = np.array([-1.0 if (n := noise_scale(trial.fit)) is None else n for trial in trials])
+        base = np.array([float(trial.start.global_batch) for trial in trials])
+        efficiency = _efficiency(noise, base, batch[self._owners])
+        self._best: list[npt.NDArray[np.int64]] = []
+        self._goodput: list[list[list[float]]] = []
+        for rate in rates:
+            goodput = efficiency * rate[self._owners]
+            best = goodput.argmax(axis=2) if goodput.size else np.zeros(goodput.shape[:2], dtype=np.int64)
+            reached = np.take_along_axis(goodput, best[:, :, None], axis=2)[:, :, 0]
+            self._best.append(best)
+            self._goodput.append(reached.tolist())
 
-    def _best(self, spans: int) -> tuple[Array, list[npt.NDArray[np.int64]]]:
-        """The best goodput per trial and size, and per trial and size the flat (tier, batch) index of it."""
-        if not self._micro.size:
-            return np.zeros((len(self._efficiency), 0)), [np.zeros(0, dtype=np.int64)] * len(self._efficiency)
-        stacked = np.stack(self._rates[spans])  # tier, size, batch
-        goodput = self._efficiency[:, None] * stacked[None]  # trial, tier, size, batch
-        flat = goodput.transpose(0, 2, 1, 3).reshape(goodput.shape[0], goodput.shape[2], -1)
-        where = flat.argmax(axis=2)
-        best = np.take_along_axis(flat, where[:, :, None], axis=2)[:, :, 0]
-        return best, list(where)
+    def prospects(self) -> Iterator[tuple[int, Prospect]]:
+        """Every trial's position and prospect."""
+        row = 0
+        for group, columns in zip(self._groups, self._columns, strict=True):
+            for position in group.positions:
+                inside, across = (tuple([reached[row][column] for column in columns]) for reached in self._goodput)
+                yield (
+                    position,
+                    Prospect(group.sizes, inside, across, group.is_prior, group.model.spread, self, row),
+                )
+                row += 1
 
-    def settings(self, row: int, index: int, *, spans_nodes: bool) -> Settings:
-        """The dials of the best goodput of a trial at a size."""
-        flat = int((self._best_across if spans_nodes else self._best_inside)[row][index])
-        tier, column = divmod(flat, self._micro.shape[1])
+    def settings(self, row: int, index: int, size: Size, *, spans_nodes: bool) -> Settings:
+        """The dials of the best goodput of a trial at one of its sizes."""
+        group = int(self._owners[row])
+        column = self._columns[group][index]
+        spans = int(spans_nodes)
+        best = int(self._best[spans][row, column])
         return Settings(
-            share=1.0,
-            micro_batch=int(self._micro[index, column]),
-            grad_accum=int(self._accum[index, column]),
-            tier=self._tiers[tier],
-            num_workers=1,
+            share=size.share,
+            micro_batch=int(self._micro[group, column, best]),
+            grad_accum=int(self._accum[group, column, best]),
+            tier=self._tiers[int(self._chosen[spans, group, column, best])],
+            num_workers=size.workers,
         )
+
+    def _rates(self, sizes: Sequence[Size], fleet: Fleet, workers: Array, batch: Array) -> tuple[Array, Array]:
+        """Samples/s in the fastest tier that a group may use, inside one node and across; notes which tier that is."""
+        model = self._groups[0].model
+        speeds = {device.device_type: device.speed for device in fleet.devices}
+        slow = _slowness(sizes, fleet, model).reshape(1, -1, 1)
+        best = np.zeros((2, *batch.shape))
+        self._chosen: npt.NDArray[np.int8] = np.zeros((2, *batch.shape), dtype=np.int8)
+        for number, tier in enumerate(self._tiers):
+            may = np.array([tier in group.tiers for group in self._groups]).reshape(-1, 1, 1)
+            rates = np.zeros_like(best)
+            for kind, name in enumerate(fleet.types):
+                line = model.line(tier, name, speeds)
+                mine = [column for column, size in enumerate(sizes) if size.kind == kind]
+                if not mine or line is None:
+                    continue
+                mine_only = slice(mine[0], mine[-1] + 1)  # sizes are sorted by type
+                for spans in (False, True):
+                    exists = np.array([_exists(sizes[column], fleet, spans) for column in mine]).reshape(1, -1, 1)
+                    parts = (self._micro[:, mine_only], self._accum[:, mine_only], workers[:, mine_only])
+                    step_s = model.step_s(line, *parts, spans_nodes=spans)
+                    rate = batch[:, mine_only] / (step_s * slow[:, mine_only])
+                    rates[int(spans), :, mine_only] = np.where(exists & may, rate, 0.0)
+            # A fit from few windows may say that more nodes are faster; nobody is to plan for that.
+            np.minimum(rates[1], rates[0], out=rates[1], where=rates[0] > 0)
+            better = rates > best
+            np.copyto(best, rates, where=better)
+            np.copyto(self._chosen, number, where=better)
+        return best[0], best[1]
 
 
 def _exists(size: Size, fleet: Fleet, spans: bool) -> bool:
@@ -269,33 +302,41 @@ def _slowness(sizes: Sequence[Size], fleet: Fleet, model: Throughput) -> Array:
     return np.array(values, dtype=np.float64).reshape(-1, 1)
 
 
-def _batches(mover: Mover, ask: Ask, workers: Array, limits: DialLimits) -> tuple[Array, Array]:
-    """Micro-batches and accumulations to weigh: one row per size, one column per global batch."""
-    trial = mover.trial
-    largest = min(limits.max_micro_batch, trial.fit.micro_batch_cap or limits.max_micro_batch)
+def _batches(firsts: Sequence[Mover], ask: Ask, workers: Array) -> tuple[Array, Array]:
+    """Micro-batches and accumulations to weigh: per group of trials, size and global batch."""
+    limits = [mover.trial.limits for mover in firsts]
+    caps = [mover.trial.fit.micro_batch_cap or mover.trial.limits.max_micro_batch for mover in firsts]
+    largest = np.minimum(_column([each.max_micro_batch for each in limits]), _column(caps))
+    least, most = (
+        _column([each.min_global_batch for each in limits]),
+        _column([each.max_global_batch for each in limits]),
+    )
     if ask.tunes_batch:
-        low = np.maximum(limits.min_global_batch, limits.min_micro_batch * workers)
-        high = np.maximum(low, limits.max_global_batch)
-        wanted = low * (high / low) ** np.linspace(0.0, 1.0, NUM_BATCHES)[None, :]
-        start = np.clip(float(trial.start.global_batch), low, high)
-        wanted = np.concatenate([wanted, start], axis=1)
+        low = np.maximum(least, _column([each.min_micro_batch for each in limits]) * workers)
+        high = np.maximum(low, most)
+        wanted = low * (high / low) ** np.linspace(0.0, 1.0, NUM_BATCHES)
+        start = np.clip(_column([mover.trial.start.global_batch for mover in firsts]), low, high)
+        wanted = np.concatenate([wanted, start], axis=2)
     else:
-        wanted = np.full_like(workers, float(mover.wish.global_batch))
+        wanted = _column([mover.wish.global_batch for mover in firsts]) + np.zeros_like(workers)
     per_rank = np.maximum(1.0, np.ceil(wanted / workers - 1e-9))
     accum = np.ceil(per_rank / largest)
     micro = np.ceil(per_rank / accum)
-    over = (micro * accum * workers > limits.max_global_batch) & (micro > 1)
+    over = (micro * accum * workers > most) & (micro > 1)
     fewer = (micro - 1) * accum * workers
-    micro = np.where(over & (fewer >= limits.min_global_batch), micro - 1, micro)
-    return micro, accum
+    return np.where(over & (fewer >= least), micro - 1, micro), accum
 
 
-def _efficiency(noise: Array, base: float, batch: Array) -> Array:
+def _column(values: Sequence[int]) -> Array:
+    """One number per group, to be weighed against sizes and batches."""
+    return np.array(values, dtype=np.float64).reshape(-1, 1, 1)
+
+
+def _efficiency(noise: Array, base: Array, batch: Array) -> Array:
     """Statistical efficiency, one row per trial; see `policies.goodput.efficiency` (noise below 0: not known)."""
-    known = noise[:, None, None]
-    unknown = np.minimum(1.0, base / batch)[None]
+    known, base = noise[:, None, None], base[:, None, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        value: Array = np.where(known < 0, unknown, (known + base) / (known + batch[None]))
+        value: Array = np.where(known < 0, np.minimum(1.0, base / batch), (known + base) / (known + batch))
     return value
 
 
@@ -313,11 +354,6 @@ def reference(prospect: Prospect) -> float:
     return max(best, default=1.0)
 
 
-def with_share(settings: Settings, size: Size) -> Settings:
-    """The dials at a size."""
-    return dataclasses.replace(settings, share=size.share, num_workers=size.workers)
-
-
 def goodput_now(mover: Mover, prospect: Prospect, fleet: Fleet) -> float | None:
     """Predicted goodput of what it has, with the best dials; None where it holds nothing or that is no size."""
     if not mover.seats:
@@ -328,9 +364,3 @@ def goodput_now(mover: Mover, prospect: Prospect, fleet: Fleet) -> float | None:
     spans = fleet.num_nodes(mover.seats) > 1
     value = prospect.goodput(prospect.sizes.index(size), spans_nodes=spans)
     return value if value > 0 and math.isfinite(value) else None
-
-
-def tiers_of(model: Throughput | None, limits: DialLimits) -> Mapping[Tier, bool]:
-    """Which allowed tiers were measured."""
-    known = () if model is None else model.tiers()
-    return {tier: tier in known for tier in limits.tiers}

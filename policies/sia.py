@@ -19,7 +19,7 @@ from policies.fleet import Fleet
 from policies.movable import Budget, Mover, keep, run, wait
 from policies.placing import realise, size_now
 from policies.plan import Allocation, Plan, TrialId
-from policies.prospects import Ask, Prospect, Size, prospects, with_share
+from policies.prospects import Ask, Prospect, Size, prospects
 from policies.sizing import NONE, Menu, climb_sizes
 from policies.snapshot import Snapshot
 from policies.world import make_plan
@@ -68,7 +68,7 @@ class Sia:
                 yield keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
                 continue
             index, spans = outlook.sizes.index(size), fleet.num_nodes(seats) > 1
-            dials = with_share(outlook.dials(index, spans_nodes=spans), size)
+            dials = outlook.dials(index, spans_nodes=spans)
             rate = outlook.goodput(index, spans_nodes=spans)
             reason = f"{len(seats)} devices of type {fleet.types[size.kind]!r} on {fleet.num_nodes(seats)} nodes"
             predicted = None if outlook.is_prior else rate
