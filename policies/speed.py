@@ -193,11 +193,30 @@ def solve(cells: Iterable[SpeedCell], num_workers: int) -> SpeedModel:
         for key, group in groups.items()
         if sum(len(c.recent) for c in group) >= MIN_WINDOWS and sum(c.num_steps for c in group) >= MIN_STEPS
     }
+    trusted = {key: _beside_now(group) for key, group in trusted.items()}
     exponent = fit_exponent(trusted.values())
     points: dict[Tier, dict[int, Point]] = defaultdict(dict)
     for (tier, micro_batch), group in trusted.items():
         points[tier][micro_batch] = _point(micro_batch, group, exponent)
     return SpeedModel(exponent=exponent, points=dict(points), lines=_solve_lines(points))
+
+
+def _beside_now(cells: Sequence[SpeedCell]) -> list[SpeedCell]:
+    """Of cells that differ only in what others held beside them the newest, and older ones until windows are enough.
+
+    Who is beside a trial changes more slowly than it computes, and this model does not know crowds.
+    """
+    groups: dict[tuple[object, ...], list[SpeedCell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.bucket, cell.num_nodes, cell.device_type, cell.grad_accum].append(cell)
+    kept = []
+    for group in groups.values():
+        num_windows = 0
+        for cell in sorted(group, key=lambda c: (-c.seen, c.key)):
+            if num_windows < WINDOWS_PER_CELL:
+                kept.append(cell)
+            num_windows += len(cell.recent)
+    return sorted(kept, key=lambda c: c.key)
 
 
 def fit_exponent(groups: Iterable[Sequence[SpeedCell]]) -> float:

@@ -15,6 +15,7 @@ from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import memory_fields
 from orchestrator.control.orders import Grant
 from orchestrator.control.state import RunState
+from orchestrator.control.surroundings import completed
 from policies.codec import to_jsonable
 from policies.fair_share import FairShare
 from policies.fit import noise_scale, update
@@ -125,7 +126,7 @@ class Decider:
         state = self._state
         observations = state.windows[trial.trial_id].observations(now_s)
         if observations:
-            fit = update(state.fits[trial.trial_id], observations)
+            fit = update(state.fits[trial.trial_id], completed(state, trial.trial_id, observations))
             state.fits[trial.trial_id] = fit
             state.shape_fits[state.spec.shape(trial.params)] = fit
 

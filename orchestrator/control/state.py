@@ -99,8 +99,11 @@ class RunState:
         shape = self.spec.shape(trial.params)
         trial.began_at_s = now_s
         self.ledger.open_line(trial.trial_id, slot.hello.placement)
+        known = [self.devices[each].kind for each in slot.hello.placement if each in self.devices]
         self.windows[trial.trial_id] = TrialWindow(
-            stale_after_s=self.spec.stale_after_s, num_workers=len(slot.hello.placement)
+            stale_after_s=self.spec.stale_after_s,
+            num_workers=len(slot.hello.placement),
+            computes_on_cpu=bool(known) and all(kind is DeviceKind.CPU for kind in known),
         )
         fit = inherit(self.shape_fits.get(shape, NOTHING_FITTED))
         # A micro-batch that overflowed is not the first to be tried again.

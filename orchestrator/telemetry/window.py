@@ -36,6 +36,7 @@ _LOSS_STEPS = 20
 """Steps over which the loss is smoothed (time constant of the average)."""
 
 _STALE_STEPS = 5
+_ONE_CORE = 1e-3
 _JUDGED_MEMORY = 2_000
 _MIN_JUDGED = 50
 
@@ -159,6 +160,7 @@ class TrialWindow:
         has_shared_clock: whether the ranks read the same CLOCK_MONOTONIC as `now_s`, being on one node. If not, the
             first batch of a rank sets its clock against ours.
         max_refused_ratio: part of the recent rows that may be refused before the trial is suspect.
+        computes_on_cpu: whether all its devices are CPUs, so that CPU seconds say for how long a rank computed.
     """
 
     def __init__(
@@ -169,9 +171,11 @@ class TrialWindow:
         window_s: float = 5.0,
         has_shared_clock: bool = True,
         max_refused_ratio: float = 0.05,
+        computes_on_cpu: bool = False,
     ) -> None:
         self._stale_after_s, self._num_workers, self._window_s = stale_after_s, num_workers, window_s
         self._has_shared_clock, self._max_refused_ratio = has_shared_clock, max_refused_ratio
+        self._computes_on_cpu = computes_on_cpu
         self._ranks: dict[int, _Rank] = {}
         self._pending, self._recent = _Rows(MAX_PENDING_ROWS), _Rows(_MAX_RECENT_ROWS)
         self._heard_at_s: float | None = None
@@ -222,7 +226,7 @@ class TrialWindow:
         unusual = (rows["flags"] & (FLAG_SKIPPED | FLAG_APPLIED)) != 0
         full = rows["micro_batch"].astype(np.int64) * rows["grad_accum"] * rows["num_workers"]
         rows = rows[~unusual & (rows["num_samples"] == full)]
-        return tuple(_summarise(group) for group in _same_settings(rows))
+        return tuple(_summarise(group, self._sync_s(group)) for group in _same_settings(rows))
 
     def view(self, now_s: float) -> WindowView:
         """The trial as it stands at `now_s`."""
@@ -319,6 +323,18 @@ class TrialWindow:
         middle = float(np.median(medians)) if len(medians) > 1 else 0.0
         return max(medians) / middle if middle > 0 else 1.0
 
+    def _sync_s(self, rows: StepArray) -> float | None:
+        """Seconds per step that rank 0 waited for the others; None for one rank, and where it cannot be told.
+
+        It can on one core of a CPU: what is left of the step when computing, loading and holding back are taken out.
+        On more cores threads are not busy all the time, and a GPU's work is no CPU time.
+        """
+        is_one_core = abs(float(rows["cores"][0]) - 1.0) <= _ONE_CORE
+        if not self._computes_on_cpu or not is_one_core or int(rows["num_workers"][0]) < 2:
+            return None
+        busy_s = sum(rows[name].astype(np.float64) for name in ("cpu_s", "data_s", "wait_s", "switch_s"))
+        return float(np.median(np.maximum(0.0, rows["step_s"] - busy_s)))
+
     def _report(self, codes: validation.Codes, missing: int) -> FoldReport:
         accepted = int((codes == validation.GOOD).sum())
         refused = int((codes > validation.GOOD).sum())
@@ -387,7 +403,7 @@ def _same_settings(rows: StepArray) -> Iterator[StepArray]:
         yield np.concatenate(runs)
 
 
-def _summarise(rows: StepArray) -> Observation:
+def _summarise(rows: StepArray, sync_s: float | None) -> Observation:
     """One observation of rows that ran under the same settings, at least one."""
     first = rows[0]
     tier = tier_of(int(first["tier"]))
@@ -406,4 +422,5 @@ def _summarise(rows: StepArray) -> Observation:
         grad_sq=float(estimated["grad_sq"].mean(dtype=np.float64)) if len(estimated) else None,
         num_noise=len(estimated),
         memory_bytes=int(rows["memory_bytes"].max()) or None,
+        sync_s=sync_s,
     )

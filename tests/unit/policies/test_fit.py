@@ -145,6 +145,15 @@ def test_a_lasting_change_of_speed_is_followed() -> None:
     assert step_s(fit) == pytest.approx(0.3)
 
 
+def test_what_is_beside_a_trial_now_counts_once_it_was_seen_often_enough() -> None:
+    alone, crowded = observation(0.1), dataclasses.replace(observation(0.2), crowd_share=0.5)
+    fit = measured(alone, windows=WINDOWS_PER_CELL)
+    assert 0.1 < step_s(update(fit, [crowded] * 2)) < 0.2
+    fit = update(fit, [crowded] * WINDOWS_PER_CELL)
+    assert step_s(fit) == pytest.approx(0.2)
+    assert step_s(update(fit, [alone] * WINDOWS_PER_CELL)) == pytest.approx(0.1)
+
+
 def test_scattered_windows_are_less_certain_than_steady_ones() -> None:
     steady = predicted(measured(observation(0.1)))
     scattered = predicted(update(NOTHING_FITTED, [observation(s) for s in (0.05, 0.1, 0.2)]))

@@ -42,8 +42,10 @@ def at(step: int) -> float:
 class Trial:
     """A window and the batches sent to it."""
 
-    def __init__(self, num_workers: int = 1, *, has_shared_clock: bool = True) -> None:
-        self.window = TrialWindow(stale_after_s=5.0, num_workers=num_workers, has_shared_clock=has_shared_clock)
+    def __init__(self, num_workers: int = 1, *, has_shared_clock: bool = True, on_cpu: bool = False) -> None:
+        self.window = TrialWindow(
+            stale_after_s=5.0, num_workers=num_workers, has_shared_clock=has_shared_clock, computes_on_cpu=on_cpu
+        )
 
     def send(self, rows: StepArray, rank: int = 0, now_s: float | None = None, newest: int = 1) -> FoldReport:
         now_s = float(rows["start_s"][-1] + rows["step_s"][-1]) if now_s is None else now_s
@@ -330,6 +332,34 @@ def test_observations_are_medians_per_setting_without_the_step_of_the_change() -
     second = replace(first, cores=0.3, tier=Tier.BF16, num_steps=5, noise_trace=None, grad_sq=None, num_noise=0)
     assert trial.window.observations(at(11)) == (first, second)
     assert trial.window.observations(at(11)) == ()
+
+
+def test_waiting_for_other_ranks_is_what_one_core_of_a_cpu_did_not_spend() -> None:
+    rows = honest_rows(9, num_workers=2)
+    rows["cpu_s"], rows["data_s"], rows["wait_s"] = 0.010, 0.002, 0.001
+    trial = Trial(num_workers=2, on_cpu=True)
+    trial.send(rows)
+    (seen,) = trial.window.observations(at(8))
+    assert seen.sync_s == pytest.approx(0.007, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["one rank", "a GPU", "two cores", "half a core"])
+def test_waiting_for_other_ranks_is_unknown_where_cpu_seconds_do_not_tell(case: str) -> None:
+    num_workers = 1 if case == "one rank" else 2
+    rows = honest_rows(9, num_workers=num_workers)
+    rows["cores"] = {"two cores": 2.0, "half a core": 0.5}.get(case, 1.0)
+    trial = Trial(num_workers=num_workers, on_cpu=case != "a GPU")
+    trial.send(rows)
+    (seen,) = trial.window.observations(at(8))
+    assert seen.sync_s is None
+
+
+def test_a_rank_busy_for_longer_than_its_step_waited_for_nobody() -> None:
+    rows = honest_rows(9, num_workers=2)
+    rows["cpu_s"] = 2 * STEP_S
+    trial = Trial(num_workers=2, on_cpu=True)
+    trial.send(rows)
+    assert [seen.sync_s for seen in trial.window.observations(at(8))] == [0.0]
 
 
 def test_the_same_settings_in_two_runs_are_one_observation() -> None:
