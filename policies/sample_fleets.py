@@ -1,23 +1,28 @@
 """Worlds of movable trials by seed, for the conformance suite: everything in them that a policy for a fleet may meet.
 
 `fleet_world(seed)` gives nodes of several sizes and types, devices that left, waiting, running, stale, protected and
-guaranteed trials, quotas, priorities, deadlines, survival, measured and unmeasured shapes. `search_world` is a plain
-large one for measuring speed.
+guaranteed trials, quotas, priorities, deadlines, survival, measured and unmeasured shapes. `walk` lets a policy act in
+one and the world go on by chance. `search_world` is a plain large one for measuring speed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterator
 
 from policies.fit import Observation, TrialFit, update
 from policies.fleet import Fleet
 from policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
+from policies.policy import Policy
 from policies.sample_worlds import snapshot
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Quota, Snapshot, TrialView
+from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Quota, Snapshot, TrialView
 from policies.tier import Tier
 
 _NOW_S = 10_000.0
+_STEPS_PER_WORLD = 40
+_SHAPES = ("small", "medium", "large")
+_MOST_TRIALS = 14
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,7 @@ def fleet_world(seed: int) -> Snapshot:
     """The world of that seed; the same seed gives the same world for ever."""
     rng = random.Random(seed)
     devices = _devices(rng)
-    truths = {name: _truth(rng) for name in ("small", "medium", "large")}
+    truths = {name: _truth(rng) for name in _SHAPES}
     trials = [_trial(rng, f"mover_{index:05d}", truths, devices) for index in range(rng.randint(0, 12))]
     trials, plan = _in_force(rng, trials, devices)
     if rng.random() < 0.2:  # a node has left
@@ -91,6 +96,69 @@ def after(world: Snapshot, plan: Plan, *, seconds: float = 0.0) -> Snapshot:
         changed_at_s = world.now_s if is_changed else trial.changed_at_s
         trials.append(dataclasses.replace(trial, override=None, changed_at_s=changed_at_s, placement=row.placement))
     return dataclasses.replace(world, now_s=world.now_s + seconds, plan=plan, trials=tuple(trials))
+
+
+def walk(policy: Policy, seed: int, num_steps: int) -> Iterator[tuple[Snapshot, Plan]]:
+    """Worlds and what the policy decided in them, each following from the last by that decision and by chance.
+
+    Between two decisions time passes, trials learn, end, come, fall silent, protect themselves, are protected or
+    guaranteed something, nodes leave and return, quotas change. After some steps it is a new fleet.
+    """
+    rng = random.Random(f"walk-{seed}")
+    for step in range(num_steps):
+        if step % _STEPS_PER_WORLD == 0:
+            world = fleet_world(rng.randrange(2**31))
+            devices, truths = world.devices or (_any_device(),), {name: _truth(rng) for name in _SHAPES}
+        plan = policy.decide(world)
+        yield world, plan
+        world = _later(rng, after(world, plan, seconds=rng.choice((1.0, 20.0, 60.0, 300.0))), step)
+        if rng.random() < 0.1:
+            gone = rng.choice(devices).node_id
+            world = dataclasses.replace(world, devices=tuple(each for each in devices if each.node_id != gone))
+        elif rng.random() < 0.3:
+            world = dataclasses.replace(world, devices=devices)
+        if len(world.trials) < _MOST_TRIALS and rng.random() < 0.4:
+            came = _trial(rng, f"mover_new_{step:06d}", truths, devices)
+            came = dataclasses.replace(came, began_at_s=world.now_s, changed_at_s=world.now_s, attained_s=0.0)
+            world = dataclasses.replace(world, trials=tuple(sorted((*world.trials, came), key=lambda t: t.trial_id)))
+
+
+def _later(rng: random.Random, world: Snapshot, step: int) -> Snapshot:
+    """What becomes of the trials and quotas of a world."""
+    trials = [_lives_on(rng, trial, world, step) for trial in world.trials if rng.random() > 0.03]
+    quotas = world.quotas
+    if rng.random() < 0.1:
+        limits = {user: float(rng.randint(0, 6)) for user in ("ann", "bob") if rng.random() < 0.5}
+        quotas = tuple(Quota(user=user, max_devices=most) for user, most in sorted(limits.items()))
+    return dataclasses.replace(world, trials=tuple(trials), quotas=quotas)
+
+
+def _lives_on(rng: random.Random, trial: TrialView, world: Snapshot, step: int) -> TrialView:
+    settings = world.settings_in_force(trial)
+    runs = settings is not None and settings.share > 0
+    if runs:
+        ahead = rng.randrange(1 + trial.target_samples // 20)
+        trial = dataclasses.replace(trial, num_samples=min(trial.target_samples, trial.num_samples + ahead))
+    if not trial.limits.can_move:  # its promises are those of `sample_worlds`
+        return trial
+    if runs and settings is not None and settings.micro_batch > 1 and rng.random() < 0.03:
+        safer = dataclasses.replace(settings, micro_batch=settings.micro_batch // 2, grad_accum=2 * settings.grad_accum)
+        override = Override(number=step, generation=world.plan.generation, settings=safer, reason="out of memory")
+        trial = dataclasses.replace(trial, override=override)
+    if rng.random() < 0.2:
+        trial = dataclasses.replace(trial, fit=_fit(rng, _truth(rng), trial.start, world.devices or (_any_device(),)))
+    changes = rng.random()
+    if changes < 0.03:
+        return dataclasses.replace(trial, is_protected=not trial.is_protected)
+    if changes < 0.06:
+        return dataclasses.replace(trial, guaranteed=rng.choice((0.0, 0.25, 1.0, 2.0)))
+    if changes < 0.09:
+        return dataclasses.replace(trial, is_stale=not trial.is_stale, priority=rng.choice((0, 1, 2)))
+    return dataclasses.replace(trial, survival=rng.choice((None, 0.1, 0.9))) if changes < 0.2 else trial
+
+
+def _any_device() -> DeviceView:
+    return _device(0, 1, "h200")
 
 
 def _devices(rng: random.Random) -> tuple[DeviceView, ...]:
