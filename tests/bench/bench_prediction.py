@@ -28,7 +28,7 @@ WINDOW_S = 1.0
 MIN_STEPS = 3
 TARGET = 0.1
 KEYS = ("generation", "cores", "micro_batch", "grad_accum", "num_workers", "tier")
-QUICK = (5.0, 40.0)
+QUICK = (40.0, 75.0)
 
 
 def make_run(directory: Path, run_s: float) -> Path:
