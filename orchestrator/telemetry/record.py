@@ -93,6 +93,7 @@ def unpack(message: bytes) -> StepArray:
     return np.frombuffer(message, dtype=STEP_DTYPE, offset=_HEADER.size)
 
 
+@cache
 def tier_code(tier: Tier) -> int:
     """The wire code of a tier."""
     fixed = tier.fixed

@@ -109,14 +109,14 @@ def sum_sq(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> Tensor
     return total
 
 
-def clip_and_norm(model: nn.Module, max_norm: float | None) -> Tensor:
+def clip_and_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """The norm of the whole gradient over all ranks, before clipping it to `max_norm` (None: do not clip).
 
-    A plain scalar on the model's device, the same on every rank; nothing waits for the device until it is read. Sharded
-    gradients are clipped as the plain tensors that each rank holds, after one sum over the ranks: through DTensor most
-    of the time goes into dispatch, tensor by tensor.
+    A plain scalar on the parameters' device, the same on every rank; nothing waits for the device until it is read.
+    Sharded gradients are clipped as the plain tensors that each rank holds, after one sum over the ranks: through
+    DTensor most of the time goes into dispatch, tensor by tensor.
     """
-    params = [param for param in model.parameters() if param.grad is not None]
+    params = [param for param in parameters if param.grad is not None]
     mesh = _mesh_of(params)
     if mesh is None:
         if max_norm is None:

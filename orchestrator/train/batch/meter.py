@@ -19,10 +19,11 @@ from orchestrator.train.batch.noise import NoiseEstimate, NoiseEstimator, weight
 from orchestrator.train.batch.rank_noise import RankNoise
 from policies.fit import MIN_NOISE_ESTIMATES, noise_ratio
 
+FIRST_DRAWS = 16
 PERIOD_STEPS = 8
-"""One of so many steps (two on one rank) is measured for the noise scale, as long as batch and tier are new."""
+"""One of so many steps (two on one rank) is measured for the noise scale, until there are `FIRST_DRAWS` of it."""
 QUIET_PERIOD_STEPS = 32
-"""The same once so many draws are in the mean that each one more changes little."""
+"""The same from then on: what is measured costs a small model about a tenth of a step."""
 REPLAYED_PERIOD_STEPS = 64
 """The same for steps that are replayed: those are short, and the probe is launched kernel by kernel."""
 HORIZON = 100
@@ -93,7 +94,9 @@ class NoiseMeter:
         """
         params = list(self._model.parameters())
         grads = fsdp.local_grads(self._model)
-        weights = weights_of(self._optimizer, params)
+        # The first step of a pair only keeps its gradients: they are weighed with those of the second.
+        is_first = self._pairs is not None and not self._pairs.is_half_done
+        weights = [] if is_first else weights_of(self._optimizer, params)
         if weights is None:
             self.reset()
             return None
@@ -123,4 +126,4 @@ class NoiseMeter:
 
     @property
     def _period(self) -> int:
-        return PERIOD_STEPS if self.mean.count < 2 * HORIZON else QUIET_PERIOD_STEPS
+        return PERIOD_STEPS if self.mean.count < FIRST_DRAWS else QUIET_PERIOD_STEPS

@@ -65,6 +65,11 @@ class NoiseEstimator:
             self._held = None
         return phase == 0 or (phase == 1 and self._held is not None)
 
+    @property
+    def is_half_done(self) -> bool:
+        """Whether the first step of a pair was taken, and not yet the second."""
+        return self._held is not None
+
     def reset(self) -> None:
         """Forget the first half of a pair: after a change of batch or tier, or a step that was skipped."""
         self._held = None
@@ -114,24 +119,31 @@ def weights_of(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> li
     byte) would otherwise weigh millions, although Adam's own step is bounded by the gradient that comes. Empty for an
     optimizer without second moments (SGD), None while Adam has none yet, before its first step.
     """
-    groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
-    weights = []
-    for param in params:
-        if param.grad is None:
-            continue
-        group = groups[id(param)]
-        if "betas" not in group:
+    weights: dict[int, Tensor] = {}
+    for group in optimizer.param_groups:
+        held = [param for param in group["params"] if param.grad is not None]
+        if held and "betas" not in group:
             return []
-        state: dict[str, Any] = optimizer.state.get(param, {})
-        if "exp_avg_sq" not in state:
+        if any("exp_avg_sq" not in optimizer.state.get(param, {}) for param in held):
             return None
-        second = state["exp_avg_sq"]
+        if held:
+            weights |= zip(map(id, held), _group_weights(optimizer, group, held), strict=True)
+    return [weights[id(param)] for param in params if param.grad is not None]
+
+
+def _group_weights(optimizer: torch.optim.Optimizer, group: dict[str, Any], params: Sequence[Tensor]) -> list[Tensor]:
+    """The preconditioner of the parameters of one group, in few operations for each: it is computed between steps."""
+    states: list[dict[str, Any]] = [optimizer.state[param] for param in params]
+    steps = torch.stack([torch.as_tensor(state["step"], dtype=torch.float32) for state in states])
+    corrections = (1.0 - float(group["betas"][1]) ** steps).sqrt_().unbind()
+    weights = []
+    for state, correction in zip(states, corrections, strict=True):
+        second = state["exp_avg_sq"].detach()
         second = second.to_local() if isinstance(second, DTensor) else second
-        steps = torch.as_tensor(state["step"]).to(device=second.device, dtype=torch.float32)
-        bias = (1.0 - torch.pow(float(group["betas"][1]), steps)).sqrt()
-        root = second.detach().sqrt().div_(bias)
-        damping = root.square().mean().sqrt() if root.numel() else bias
-        weights.append(root.add_(damping).add_(float(group["eps"])).reciprocal_())
+        root = second.sqrt()
+        if root.numel():  # the mean square of the roots is the mean of the second moments
+            root.add_(second.mean().sqrt_() + float(group["eps"]) * correction)
+        weights.append(torch.div(correction, root, out=root))
     return weights
 
 

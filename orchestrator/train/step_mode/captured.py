@@ -192,7 +192,7 @@ class CapturedStep:
 
     def _finish(self) -> None:
         """Norm, clipping, update; nothing is updated where the norm is not finite, now or since `clear`."""
-        norm = fsdp.clip_and_norm(self._model, self._max_norm)
+        norm = fsdp.clip_and_norm(self._model.parameters(), self._max_norm)
         self._halted.copy_(torch.maximum(self._halted, (~torch.isfinite(norm)).to(self._halted.dtype)))
         self._found.copy_(self._halted)
         with _skips_where(self._optimizer, self._found, is_captured=self._device.type == "cuda"):

@@ -21,15 +21,15 @@ def test_one_rank_leaves_the_model_untouched() -> None:
 def test_clipping_returns_the_norm_before_it_and_leaves_the_limit() -> None:
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert float(fsdp.clip_and_norm(model, None)) == pytest.approx(5.0)
-    assert float(fsdp.clip_and_norm(model, 1.0)) == pytest.approx(5.0)
-    assert float(fsdp.clip_and_norm(model, None)) == pytest.approx(1.0, rel=1e-4)
+    assert float(fsdp.clip_and_norm(model.parameters(), None)) == pytest.approx(5.0)
+    assert float(fsdp.clip_and_norm(model.parameters(), 1.0)) == pytest.approx(5.0)
+    assert float(fsdp.clip_and_norm(model.parameters(), None)) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[float("nan"), 4.0]])
-    assert not torch.isfinite(fsdp.clip_and_norm(model, 1.0))
+    assert not torch.isfinite(fsdp.clip_and_norm(model.parameters(), 1.0))
 
 
 def test_parameters_without_a_gradient_are_left_out() -> None:

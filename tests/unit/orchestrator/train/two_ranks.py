@@ -87,7 +87,7 @@ def train(
             loss_sum += loss.detach()
         if world_size > 1:
             dist.all_reduce(loss_sum)
-        seen.append((float(loss_sum) / NUM_SAMPLES, float(fsdp.clip_and_norm(model, max_norm))))
+        seen.append((float(loss_sum) / NUM_SAMPLES, float(fsdp.clip_and_norm(model.parameters(), max_norm))))
         optimizer.step()
         optimizer.zero_grad()
     return seen
@@ -128,8 +128,8 @@ def case_norm_without_clipping(rank: int, mesh: DeviceMesh, directory: Path) -> 
     (alone(x) - y).square().mean().backward()
     (shared(x) - y).square().mean().backward()
     return {
-        "alone": float(fsdp.clip_and_norm(alone, None)),
-        "shared": float(fsdp.clip_and_norm(shared, None)),
+        "alone": float(fsdp.clip_and_norm(alone.parameters(), None)),
+        "shared": float(fsdp.clip_and_norm(shared.parameters(), None)),
         "sum_sq_alone": float(fsdp.sum_sq(fsdp.local_grads(alone), None)),
         "sum_sq_shared": float(fsdp.sum_sq(fsdp.local_grads(shared), dist.group.WORLD)),
     }
@@ -317,7 +317,7 @@ def case_overflow_in_one_rank(rank: int, mesh: DeviceMesh, directory: Path) -> d
         factor = scale.factor(Tier.FP16) * (float("inf") if step == 1 and rank == 1 else 1.0)
         (loss * factor).backward()
         scale.unscale(Tier.FP16, fsdp.local_grads(model))
-        norm = float(fsdp.clip_and_norm(model, 0.5))
+        norm = float(fsdp.clip_and_norm(model.parameters(), 0.5))
         is_skipped = not math.isfinite(norm)
         if not is_skipped:
             optimizer.step()
