@@ -225,3 +225,18 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: 
             f"optimizer groups differ: the checkpoint has {sizes[0]} parameters per group, the trial {sizes[1]}, or in "
             "another order; allowed: the same groups; build the optimizer as it was built before"
         )
+
+
+def version_of(optimizer: torch.optim.Optimizer) -> int:
+    """A number that grows with every change of a weight, and with the first change of optimizer state in a step.
+
+    An optimizer begins each of its groups at one end, so the state of the parameters between need not be looked at.
+    """
+    total = 0
+    for group in optimizer.param_groups:
+        params = group["params"]
+        total += sum(param._version for param in params)
+        for param in (params[0], params[-1]):
+            values = optimizer.state[param].values() if param in optimizer.state else ()
+            total += sum(value._version for value in values if isinstance(value, Tensor))
+    return total

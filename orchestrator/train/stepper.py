@@ -25,6 +25,7 @@ from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Schedule, Shape, apply
 from orchestrator.train.batch.meter import NoiseMeter
 from orchestrator.train.batch.noise import NoiseEstimate
+from orchestrator.train.flat_state import version_of
 from orchestrator.train.groups import Ranks
 from orchestrator.train.offload import Offload
 from orchestrator.train.precision.loss_scale import LossScale
@@ -217,25 +218,12 @@ class Stepper:
     def _update(self, rate: float) -> None:
         """Change the weights; if that raises, note whether it had begun to."""
         apply(self.optimizer, rate)
-        before = self._versions() if self._ranks.world_size == 1 else 0
+        before = version_of(self.optimizer) if self._ranks.world_size == 1 else 0
         try:
             self.optimizer.step()
         except BaseException:
-            self.is_torn = self._ranks.world_size > 1 or self._versions() != before
+            self.is_torn = self._ranks.world_size > 1 or version_of(self.optimizer) != before
             raise
-
-    def _versions(self) -> int:
-        """A number that grows with every change of a weight, and with the first change of optimizer state.
-
-        An optimizer begins each of its groups at one end, so the state of the parameters between need not be looked at.
-        """
-        total = sum(param._version for param in self._params)
-        state = self.optimizer.state
-        for group in self.optimizer.param_groups:
-            for param in (group["params"][0], group["params"][-1]):
-                values = state[param].values() if param in state else ()
-                total += sum(value._version for value in values if isinstance(value, Tensor))
-        return total
 
     def backward(self, batch: tuple[Tensor, ...], tier: Tier, weight: float) -> LossTerms:
         """Forward and backward pass of `weight` times the loss; gradients add up, scaled where the tier is fp16.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable
 
 import pytest
@@ -43,6 +45,9 @@ class FakeThreads:
     def set_count(self, count: int) -> None:
         self.num_compute = count
 
+    def compute_ids(self) -> list[int]:
+        return [10, 12, 11][: self.num_compute]
+
 
 class Process:
     def __init__(self) -> None:
@@ -56,10 +61,20 @@ class Process:
 
 def test_every_thread_is_bound_to_the_cores_its_units_index() -> None:
     process = Process()
-    process.share.apply((0, 2), 1.5)
+    process.share.apply((0, 1, 2), 1.5)
     assert process.share.node_cores == (2, 3, 5)
-    assert process.threads.bound == {10: {2, 5}, 11: {2, 5}, 12: {2, 5}}
+    assert process.threads.bound == {10: {2, 3, 5}, 11: {2, 3, 5}, 12: {2, 3, 5}}
     assert process.threads.num_compute == 2
+
+
+def test_as_many_threads_as_cores_get_a_core_each() -> None:
+    process = Process()
+    process.share.apply((0, 2), 2.0)
+    assert process.threads.bound == {10: {2}, 11: {2, 5}, 12: {5}}
+    process.share.apply((0, 1, 2), 2.0)
+    assert all(cores == {2, 3, 5} for cores in process.threads.bound.values()), "fewer threads than cores may move"
+    process.share.apply((1,), 1.0)
+    assert all(cores == {3} for cores in process.threads.bound.values())
 
 
 def test_threads_born_or_ended_during_the_scan_are_no_trouble() -> None:
@@ -174,3 +189,26 @@ def test_a_logical_share_enforces_nothing_and_says_so() -> None:
     assert not share.enforcement.memory
     with pytest.raises(ShareError, match="not a share"):
         share.apply((), 1.0)
+
+
+def test_the_threads_torch_computes_with_are_found() -> None:
+    """In a process of its own: here the pools of other tests live."""
+    script = """
+import os, threading
+import torch
+from orchestrator.share.cpu_cores import ProcessThreads
+threads = ProcessThreads()
+idle = threading.Thread(target=threading.Event().wait, daemon=True)
+idle.start()
+threads.set_count(2)
+for _ in range(50):  # on a busy machine a search may end without an answer
+    found = threads.compute_ids()
+    if len(found) == 2:
+        break
+assert found[0] == threading.get_native_id(), found
+assert found[1] not in {found[0], idle.native_id}, found
+assert threads.compute_ids() == found
+threads.set_count(1)
+assert threads.compute_ids() == found[:1]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
