@@ -353,6 +353,7 @@ class Controller:
             num_reports_done=len(trial.reports),
             memory_bytes=granted_bytes(self.state, self.state.ledger.lines[trial.trial_id].placement),
             probe_budget=spec.probe_budget,
+            exchange_follows_tier=spec.exchange_follows_tier,
         )
 
     def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:

@@ -41,6 +41,7 @@ class RunSpec:
         mode: 'min' or 'max'.
         log_level: of the worker logs.
         probe_budget: part of a trial's time for probes of cheaper tiers.
+        exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
     """
 
     run_id: str
@@ -66,6 +67,7 @@ class RunSpec:
     mode: str
     log_level: str = "INFO"
     probe_budget: float = 0.0
+    exchange_follows_tier: bool = False
 
     @property
     def target_samples(self) -> int:
