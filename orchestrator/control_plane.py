@@ -83,6 +83,7 @@ class ControlPlane:
             num_slots,
             max_cores=self._config.cluster.num_cpus,
             is_scaling=self._config.cluster.autoscale,
+            is_resizing=self._config.dials.workers.enabled,
         )
         self._watcher.start()
         self._give_up_s = time.monotonic() + self._config.slots.open_timeout_s
@@ -167,7 +168,7 @@ class ControlPlane:
         """What every slot of the run is made of, on the cluster this process is connected to."""
         config, ready = self._config, self._ready
         cpus = float(ray.cluster_resources().get("CPU", 1.0))
-        num_ranks = config.search.num_slots * config.trial.num_workers
+        num_ranks = config.num_ranks
         warm_up = TrialOrder(
             trial_id=TrialId("warm-up"),
             attempt=0,

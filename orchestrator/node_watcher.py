@@ -18,6 +18,8 @@ from orchestrator.supervisor import SlotSpec, Supervisor
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
+_ANY = 2**30
+"""Ranks of a cluster that grows."""
 
 
 class NodeWatcher:
@@ -29,6 +31,7 @@ class NodeWatcher:
         spec: what a slot needs of its node.
         num_slots: slots of the run, at most.
         max_cores: at most so many cores of a node count, None for all.
+        is_resizing: whether slots of other sizes may open beside them, for trials that change their number of ranks.
         is_scaling: whether slots that trials wait for may open without room. Ray's autoscaler then sees what they need
             through Ray Train, whose coordinator is the only one that speaks to it, and is released when they close.
     """
@@ -42,9 +45,10 @@ class NodeWatcher:
         *,
         max_cores: int | None = None,
         is_scaling: bool = False,
+        is_resizing: bool = False,
     ) -> None:
         self._policy, self._supervisor, self._spec, self._num_slots = policy, supervisor, spec, num_slots
-        self._max_cores, self._is_scaling = max_cores, is_scaling
+        self._max_cores, self._is_scaling, self._is_resizing = max_cores, is_scaling, is_resizing
         self._is_over = threading.Event()
         self._last: tuple[NodeView, ...] | None = None
         self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
@@ -70,12 +74,15 @@ class NodeWatcher:
         if views != self._last:
             ray.get(self._policy.nodes.remote(views), timeout=30.0)
             self._last = views
-        allowed = num_slots_with_room(
-            self._spec, [node["Resources"] for node in nodes if node["NodeID"] not in draining]
-        )
+        staying = [node["Resources"] for node in nodes if node["NodeID"] not in draining]
+        allowed = num_slots_with_room(self._spec, staying)
         if self._is_scaling:
             allowed = max(allowed, int(ray.get(self._policy.num_slots_worth.remote(), timeout=30.0)))
         self._supervisor.allow(min(self._num_slots, allowed))
+        if self._is_resizing:
+            sizes = tuple(ray.get(self._policy.slots_to_open.remote(), timeout=30.0))
+            num_ranks = num_workers_with_room(self._spec, staying)
+            self._supervisor.open_beside(sizes, _ANY if self._is_scaling else num_ranks)
 
     def _view(self, node: dict[str, Any], is_draining: bool) -> NodeView:
         resources = node["Resources"]

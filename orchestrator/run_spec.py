@@ -9,7 +9,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.control.spec import RunSpec
 from policies.plan import Settings
 from policies.snapshot import DialLimits
-from policies.tier import Tier, auto_tiers
+from policies.tier import Tier, real_tiers
 
 
 def run_spec(resolved: ResolvedRun) -> RunSpec:
@@ -19,6 +19,7 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
     start = start_settings(config)
     dials = config.dials
     enabled = {"share": dials.share.enabled, "batch": dials.batch.enabled, "precision": dials.precision.enabled}
+    enabled["workers"] = dials.workers.enabled
     return RunSpec(
         run_id=config.name,
         run_dir=str(resolved.run_dir),
@@ -42,7 +43,8 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         metric=info.metric,
         mode=info.mode,
         probe_budget=config.dials.precision.probe_budget if config.dials.precision.enabled else 0.0,
-        exchange_follows_tier=config.dials.precision.exchange == "tier",
+        max_running=config.search.num_slots,
+        resize_patience_s=config.slots.open_timeout_s,
     )
 
 
@@ -68,12 +70,14 @@ def dial_limits(config: RunConfig, start: Settings) -> DialLimits:
         max_global_batch=batch.max_global if can_change_global else start.global_batch,
         max_micro_batch=batch.max_micro if batch.enabled else start.micro_batch,
         tiers=allowed_tiers(config) if precision.enabled else (start.tier,),
+        min_workers=config.dials.workers.min if config.dials.workers.enabled else None,
+        max_workers=config.dials.workers.max if config.dials.workers.enabled else None,
     )
 
 
 def allowed_tiers(config: RunConfig) -> tuple[Tier, ...]:
-    """The tiers of the run file; with `auto` those that pay on this machine."""
-    return config.dials.precision.tiers or auto_tiers(this_machine().device)
+    """The tiers of the run file; with `auto` those that this machine has units for."""
+    return config.dials.precision.tiers or real_tiers(this_machine().device)
 
 
 def middle_params(config: RunConfig) -> dict[str, object]:

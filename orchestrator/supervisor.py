@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from orchestrator.control.orders import TrialOrder
+from policies.plan import can_split, on_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,8 @@ _FIRST_BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 30.0
 _MAX_FAST_FAILURES = 5
 _WANTED_PERIOD_S = 1.0
+_MAX_FAILURES_BESIDE = 3
+"""Times that Ray Train restarts a group that was opened beside the others: one that cannot work shall not go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +48,14 @@ class SlotSpec:
     loop_config: dict[str, Any]
     storage_path: str
 
+    def of(self, num_workers: int) -> SlotSpec:
+        """The same with another number of ranks."""
+        warm_up: TrialOrder = self.loop_config["warm_up"]
+        start, most = warm_up.start, warm_up.limits.max_micro_batch
+        start = on_ranks(start, num_workers, most) if can_split(start, num_workers) else start
+        config = {**self.loop_config, "warm_up": replace(warm_up, start=start)}
+        return replace(self, num_workers=num_workers, loop_config=config)
+
     @property
     def resources(self) -> dict[str, float]:
         """What each rank reserves from Ray."""
@@ -59,6 +72,7 @@ class Supervisor:
         self._is_abandoned = False
         self._room = threading.Condition()
         self._num_allowed, self._num_open = 0, 0
+        self._num_extra_ranks, self._num_extra = 0, 0
         self.gave_up: str | None = None
 
     def open(self, num_slots: int, num_allowed: int | None = None) -> None:
@@ -78,6 +92,28 @@ class Supervisor:
             self._num_allowed = num_slots
             self._room.notify_all()
 
+    def open_beside(self, sizes: tuple[int, ...], num_ranks: int) -> None:
+        """Begin to open further slots of these sizes, for trials that change theirs, as far as the nodes have room.
+
+        Each serves until it is closed, as one that has been idle for long is; who wants another asks again.
+
+        Args:
+            sizes: ranks of each.
+            num_ranks: ranks that all nodes can hold, those of the slots that are open included.
+        """
+        for size in sizes:
+            with self._room:
+                taken = self._num_open * self._spec.num_workers + self._num_extra_ranks
+                if self._is_closing.is_set() or taken + size > num_ranks:
+                    continue
+                self._num_extra_ranks += size
+            slot_id = f"slot-x{self._num_extra}"
+            self._num_extra += 1
+            self._tell(self._policy.expect_slot, slot_id, size)  # first: it must not be asked for again
+            thread = threading.Thread(target=self._serve_once, args=(slot_id, size), name=slot_id, daemon=True)
+            self._threads[slot_id] = thread
+            thread.start()
+
     def abandon(self) -> None:
         """The run ends now: leave the slots to Ray's shutdown, and call Ray no more, which would start it again."""
         self._is_abandoned = True
@@ -89,11 +125,12 @@ class Supervisor:
         self._is_closing.set()
         self.allow(0)
         deadline_s = time.monotonic() + timeout_s
-        for slot_id in self._threads:
+        threads = {slot_id: thread for slot_id, thread in self._threads.copy().items() if thread.is_alive()}
+        for slot_id in threads:
             self._tell(self._policy.close_slot, slot_id)
-        for thread in self._threads.values():
+        for thread in threads.values():
             thread.join(max(0.0, deadline_s - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads.values())
+        return not any(thread.is_alive() for thread in threads.values())
 
     def _keep_open(self, slot_id: str) -> None:
         """A slot's thread; a mistake of ours in it ends the run instead of leaving it without slots."""
@@ -110,7 +147,7 @@ class Supervisor:
             began_s = time.monotonic()
             try:
                 self._tell(self._policy.expect_slot, slot_id)
-                error = self._run_once(slot_id)
+                error = self._run_once(slot_id, self._spec.num_workers)
             finally:
                 self._give_room()
             if error is None:
@@ -128,6 +165,19 @@ class Supervisor:
                 return
             self._is_closing.wait(back_off_s)
             back_off_s = min(2 * back_off_s, _LONGEST_BACK_OFF_S) if is_fast else _FIRST_BACK_OFF_S
+
+    def _serve_once(self, slot_id: str, num_workers: int) -> None:
+        """A further slot's thread, for one life of it: who needs another asks for it."""
+        try:
+            error = self._run_once(slot_id, num_workers, _MAX_FAILURES_BESIDE)
+        finally:
+            with self._room:
+                self._num_extra_ranks -= num_workers
+        if error is None:
+            self._tell(self._policy.slot_closed, slot_id)
+        elif not self._is_closing.is_set():
+            logger.warning("%s with %d ranks ended: %s", slot_id, num_workers, error)
+            self._tell(self._policy.lose_slot, slot_id, error)
 
     def _take_room(self) -> bool:
         """Wait until one more slot may be open; False when the run ends first."""
@@ -149,8 +199,9 @@ class Supervisor:
             if self._tell(self._policy.wants_slot):
                 return
 
-    def _run_once(self, slot_id: str) -> str | None:
-        """One life of the slot; why it ended unasked, or None when its loop returned."""
+    def _run_once(self, slot_id: str, num_workers: int, max_failures: int = -1) -> str | None:
+        """One life of the slot, restarted at most so often; why it ended unasked, or None when its loop returned."""
+        spec = self._spec if num_workers == self._spec.num_workers else self._spec.of(num_workers)
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -158,21 +209,21 @@ class Supervisor:
 
         trainer = TorchTrainer(
             slot_loop,
-            train_loop_config={**self._spec.loop_config, "slot_id": slot_id},
+            train_loop_config={**spec.loop_config, "slot_id": slot_id},
             # One rank has nobody to talk to: NCCL would only take memory of the GPU.
-            torch_config=TorchConfig(backend="gloo" if self._spec.num_workers == 1 else None),
+            torch_config=TorchConfig(backend="gloo" if spec.num_workers == 1 else None),
             scaling_config=ScalingConfig(
-                num_workers=self._spec.num_workers,
-                use_gpu=bool(self._spec.gpus_per_worker),
-                resources_per_worker=self._spec.resources,
+                num_workers=spec.num_workers,
+                use_gpu=bool(spec.gpus_per_worker),
+                resources_per_worker=spec.resources,
             ),
             run_config=RunConfig(
                 # Ray Train resumes a run of the same name; a slot has nothing to resume.
                 name=f"{slot_id}-{time.time_ns()}",
-                storage_path=self._spec.storage_path,
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=2),
+                storage_path=spec.storage_path,
+                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=2),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
-                worker_runtime_env={"env_vars": self._spec.environment} if self._spec.environment else None,
+                worker_runtime_env={"env_vars": spec.environment} if spec.environment else None,
             ),
         )
         try:
@@ -181,7 +232,7 @@ class Supervisor:
             return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no text'}"
         return None
 
-    def _tell(self, method: Any, *arguments: str) -> Any:
+    def _tell(self, method: Any, *arguments: str | int) -> Any:
         """Call the policy actor once; it may be restarting, and then the call is retried by Ray itself."""
         if self._is_abandoned:
             return None

@@ -127,6 +127,8 @@ def _json(answer: dict[str, Any]) -> str:
 def _summary(resolved: ResolvedRun) -> str:
     config = resolved.config
     ranks = f"{config.trial.num_workers} rank{'s' if config.trial.num_workers > 1 else ''}"
+    if config.dials.workers.enabled:
+        ranks += f" ({config.dials.workers.min} to {config.dials.workers.max})"
     share = f"share {config.start_share:.3g} per rank to start with"
     trials = f"{config.search.num_trials} trial{'s' if config.search.num_trials > 1 else ''}"
     return f"{trials}, {config.search.num_slots} at a time, {ranks} each, {share}, policy {config.policy.name}"

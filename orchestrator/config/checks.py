@@ -30,6 +30,10 @@ Finding = tuple[KeyPath, str]
 _MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*):([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
 _HOST_PORT = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})", re.ASCII)
 _MAX_PAIRS = 4096
+POLICIES_OF_FIXED_RANKS = frozenset(
+    {"static", "fair_share", "goodput", "fifo", "fluid", "tiresias", "optimus", "pollux", "sia"}
+)
+"""Policies that turn the number of ranks of no trial in a run; in the simulator some of them do."""
 
 
 def check_all(config: RunConfig) -> Iterator[Finding]:
@@ -44,6 +48,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _pbt,
         _batch,
         _shares,
+        _workers,
         _tiers,
         _policy,
         _times,
@@ -217,6 +222,28 @@ def _shares(config: RunConfig) -> Iterator[Finding]:
         yield ("dials", "share", "min"), f"got {dial.min}; allowed: at most max = {dial.max}"
     elif share is not None and not dial.min <= share <= dial.max:
         yield ("trial", "share"), f"got {share}; allowed: dials.share from {dial.min} to {dial.max}"
+
+
+def _workers(config: RunConfig) -> Iterator[Finding]:
+    """A range of ranks that the start is in, over which its global batch can be kept, and a policy that uses it."""
+    dial, trial, path = config.dials.workers, config.trial, ("dials", "workers")
+    if not dial.enabled:
+        return
+    if dial.min > dial.max:
+        yield (*path, "min"), f"got {dial.min}; allowed: at most max = {dial.max}"
+        return
+    if not dial.min <= trial.num_workers <= dial.max:
+        yield ("trial", "num_workers"), f"got {trial.num_workers}; allowed: dials.workers from {dial.min} to {dial.max}"
+    for name, workers in (("min", dial.min), ("max", dial.max)):
+        if trial.global_batch % workers:
+            divisors = [str(n) for n in range(1, min(64, trial.global_batch) + 1) if trial.global_batch % n == 0]
+            text = (
+                f"got {workers}, over which a step's {trial.global_batch} samples cannot be divided evenly; allowed: "
+            )
+            yield (*path, name), f"{text}{', '.join(divisors)}, or another trial.micro_batch"
+    if config.policy.name in POLICIES_OF_FIXED_RANKS:
+        text = f"got true, but policy {config.policy.name} leaves the number of ranks of a trial alone; allowed: "
+        yield (*path, "enabled"), f"{text}policy.name: goodput_joint, or module:Class of your own, or enabled: false"
 
 
 def _tiers(config: RunConfig) -> Iterator[Finding]:

@@ -78,10 +78,11 @@ def _gpus(config: RunConfig, machine: Machine) -> Iterator[Finding]:
     if config.devices.use == "gpu" and machine.num_gpus == 0:
         text = "got gpu, and this machine has none; allowed: cpu or auto; for why, see: orchestrator doctor"
         yield ("devices", "use"), text
-    workers = config.trial.num_workers
+    workers = config.most_workers
     if machine.num_gpus and workers > machine.num_gpus:
         text = f"got {workers}, and ranks of one trial never share a GPU; allowed: at most {machine.num_gpus} here, or "
-        yield ("trial", "num_workers"), text + "devices.use: cpu"
+        path = ("dials", "workers", "max") if config.dials.workers.enabled else ("trial", "num_workers")
+        yield path, text + "devices.use: cpu"
 
 
 def _cores(config: RunConfig, machine: Machine) -> Iterator[Finding]:
@@ -93,7 +94,7 @@ def _cores(config: RunConfig, machine: Machine) -> Iterator[Finding]:
 
 def _shares(config: RunConfig, machine: Machine) -> Iterator[Finding]:
     """Every slot's ranks must get their smallest share at the same time, or a trial would wait for ever."""
-    slots, workers, devices = config.search.num_slots, config.trial.num_workers, machine.num_devices
+    slots, workers, devices = config.search.num_slots, config.most_workers, machine.num_devices
     given = config.trial.share
     asked: list[tuple[float, str, KeyPath]] = [(given, "trial.share", ("trial", "share"))] if given is not None else []
     if config.dials.share.enabled:
@@ -113,9 +114,8 @@ def _shares(config: RunConfig, machine: Machine) -> Iterator[Finding]:
                 f"allowed: search.max_concurrent at most {fits}, or {name} at most {_largest(slots * workers, devices)}"
             )
         else:
-            text += (
-                f"allowed: trial.num_workers at most {ranks}, or {name} at most {_largest(slots * workers, devices)}"
-            )
+            most = "dials.workers.max" if config.dials.workers.enabled else "trial.num_workers"
+            text += f"allowed: {most} at most {ranks}, or {name} at most {_largest(slots * workers, devices)}"
         yield path, text
         return
 

@@ -243,7 +243,7 @@ class TrialSection(Section):
         description="training samples between two reports; a report evaluates and checkpoints",
     )
     max_reports: int = Field(default=4, ge=1, le=10_000, description="reports after which a trial is complete")
-    num_workers: int = Field(default=1, ge=1, le=64, description="ranks per trial")
+    num_workers: int = Field(default=1, ge=1, le=64, description="ranks per trial, at the start")
     micro_batch: int = Field(default=16, ge=1, le=2**20, description="samples per rank per forward at the start")
     grad_accum: int = Field(default=1, ge=1, le=2**16, description="micro-batches per step and rank at the start")
     share: float | None = Field(
@@ -282,7 +282,7 @@ class PrecisionDial(Section):
     enabled: bool = Field(default=True, description="whether the policy may turn it")
     tiers: TierList = Field(
         default=(Tier.FP32, Tier.BF16),
-        description="allowed tiers, dearest first, trials start at it; auto for all that pay on the device",
+        description="allowed tiers, dearest first, trials start at it; auto for all that the device has units for",
     )
     emulate: Annotated[tuple[TierWord, ...], Field(strict=False)] = Field(
         default=(), description="tiers to compute without a unit for them, slowly, to study what they do to learning"
@@ -293,10 +293,14 @@ class PrecisionDial(Section):
         le=0.5,
         description="part of a trial's time for probes that guard what it learns; 0 turns the guard off",
     )
-    exchange: Literal["fp32", "tier"] = Field(
-        default="fp32",
-        description="in what ranks of a trial exchange gradients; tier: in bf16 while the tier computes in 16 bits",
-    )
+
+
+class WorkersDial(Section):
+    """How many ranks a trial has: it commits, and goes on in a worker group of another size."""
+
+    enabled: bool = Field(default=False, description="whether the policy may turn it")
+    min: int = Field(default=1, ge=1, le=64, description="fewest ranks of a trial")
+    max: int = Field(default=2, ge=1, le=64, description="most ranks of a trial")
 
 
 class DialsSection(Section):
@@ -305,6 +309,7 @@ class DialsSection(Section):
     share: ShareDial = Field(default=ShareDial(), description="part of a device")
     batch: BatchDial = Field(default=BatchDial(), description="samples per forward and per step")
     precision: PrecisionDial = Field(default=PrecisionDial(), description="number format")
+    workers: WorkersDial = Field(default=WorkersDial(), description="ranks, by a restart of the trial")
 
 
 class PolicySection(Section):
@@ -397,6 +402,17 @@ class RunConfig(Section):
         """Share of a device each rank starts with: as given, or equal parts inside the range of the dial."""
         if self.trial.share is not None:
             return self.trial.share
-        equal = 1.0 / (self.search.num_slots * self.trial.num_workers)
+        equal = 1.0 / (self.search.num_slots * self.most_workers)
         dial = self.dials.share
         return min(max(equal, dial.min), dial.max) if dial.enabled else equal
+
+    @property
+    def most_workers(self) -> int:
+        """The most ranks that a trial can have."""
+        return self.dials.workers.max if self.dials.workers.enabled else self.trial.num_workers
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that may be open at the same time: a trial that changes its number has two groups for a while."""
+        ranks = self.search.num_slots * self.most_workers
+        return ranks + self.most_workers if self.dials.workers.enabled else ranks

@@ -95,9 +95,9 @@ class PolicyActor:
 
     # Worker groups.
 
-    async def expect_slot(self, slot_id: str) -> None:
+    async def expect_slot(self, slot_id: str, num_workers: int | None = None) -> None:
         """The supervisor is opening a slot."""
-        self._controller.expect_slot(slot_id)
+        self._controller.expect_slot(slot_id, num_workers)
 
     async def attach(self, hello: SlotHello) -> int:
         """A worker group reports for work."""
@@ -194,6 +194,10 @@ class PolicyActor:
     async def wants_slot(self) -> bool:
         """Whether a closed slot should be opened again."""
         return self._controller.wants_slot()
+
+    async def slots_to_open(self) -> tuple[int, ...]:
+        """Sizes of slots that trials wait for which change their number of ranks."""
+        return self._controller.slots_to_open()
 
     async def give_up(self, reason: str) -> None:
         """No slot will ever open: whoever waits for a report is told so."""

@@ -83,7 +83,7 @@ class Continuations:
             self._state.lifecycle.pause(trial)
             self.log_paused(trial)
             self._state.changed_trials.add(trial_id)
-        elif trial.state is TrialState.RUNNING and trial.stop is StopMode.NONE:
+        elif trial.state is TrialState.RUNNING and trial.stop in {StopMode.NONE, StopMode.RESIZE}:
             self._stop(trial_id, StopMode.PAUSE)
 
     def settled(self, trial: Trial) -> None:

@@ -17,7 +17,6 @@ from orchestrator.control.continuation import Continuations
 from orchestrator.control.decider import Decider
 from orchestrator.control.journal import FILE_NAME, SCHEMA_VERSION, Journal, read
 from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
-from orchestrator.control.memory import granted_bytes
 from orchestrator.control.nodes import Nodes
 from orchestrator.control.orders import (
     Ack,
@@ -27,12 +26,12 @@ from orchestrator.control.orders import (
     Report,
     Resumption,
     SlotHello,
-    SlotOp,
     SlotOrder,
     StopMode,
-    TrialOrder,
 )
+from orchestrator.control.publishing import order_of
 from orchestrator.control.recovery import forget_workers, recover
+from orchestrator.control.resizing import Resizes
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.state import RunState
 from orchestrator.telemetry.record import unpack
@@ -70,6 +69,7 @@ class Controller:
             lambda slot_id, reason: self.lose_slot(slot_id, reason, is_charged=False),
             self.close_slot,
         )
+        self.resizes = Resizes(self.state, self.stop_trial)
         self.telemetry = TelemetryWriter(run_dir / "telemetry")
         self._is_interrupted = False
 
@@ -119,7 +119,8 @@ class Controller:
         trial = self.state.lifecycle.stop(trial_id, mode)
         if trial is None:
             return
-        self.state.log("trial_stop", trial_id=trial_id, mode=mode.value)
+        num_workers = trial.moves_to if mode is StopMode.RESIZE else None
+        self.state.log("trial_stop", trial_id=trial_id, mode=mode.value, num_workers=num_workers)
         if trial.state.is_final:
             self.state.log_ended(trial)
         self._refresh(trial)
@@ -139,9 +140,9 @@ class Controller:
 
     # Worker groups.
 
-    def expect_slot(self, slot_id: str) -> None:
-        """The supervisor is opening a slot."""
-        self.state.lifecycle.expect_slot(slot_id)
+    def expect_slot(self, slot_id: str, num_workers: int | None = None) -> None:
+        """The supervisor is opening a slot, of that many ranks where they are not those that trials begin with."""
+        self.state.lifecycle.expect_slot(slot_id, num_workers)
 
     def attach(self, hello: SlotHello) -> int:
         """A worker group reports for work; returns its epoch."""
@@ -156,6 +157,7 @@ class Controller:
         slot.idle_since_s = state.clock.now_s()
         state.publish(slot, state.idle_order(slot))
         self._assign()
+        self.resizes.advance()
         state.journal.sync()
         return slot.epoch
 
@@ -202,6 +204,7 @@ class Controller:
         trial = state.lifecycle.trials[slot.trial_id]
         if (trial.trial_id, trial.attempt) != attempt_of:
             return
+        self.resizes.leaving(trial, outcome)
         state.lifecycle.finish(slot, outcome)
         state.end_trial(trial.trial_id)
         slot.idle_since_s = state.clock.now_s()
@@ -222,9 +225,10 @@ class Controller:
             self.state.lifecycle.poison(slot_id, outcome)
 
     def admit(self) -> None:
-        """Start what may start by now; called once a second."""
-        if self.admission.observe():
-            self._assign()
+        """Start what may start by now, and move on who changes its group; called once a second."""
+        self.admission.observe()
+        self._assign()
+        self.resizes.advance()
 
     def lose_slot(self, slot_id: str, reason: str, *, is_charged: bool = True) -> None:
         """A slot ended without being told to, or its node did."""
@@ -254,17 +258,28 @@ class Controller:
     def close_idle_slots(self) -> None:
         """Let go of slots that have had nothing to do for long."""
         state = self.state
-        if state.lifecycle.queue:
-            return
-        for slot in state.open_slots():
-            is_idle = slot.state is SlotState.IDLE and slot.hello is not None
+        open_slots = state.open_slots()
+        if state.lifecycle.queue and not len(open_slots) > state.spec.max_running > 0:
+            return  # one that is idle is about to be taken; where more are open than may run, it may be of no use
+        for slot in open_slots:
+            is_idle = slot in state.lifecycle.free_slots() and slot.hello is not None
             if is_idle and state.clock.now_s() - slot.idle_since_s > state.spec.idle_close_s:
                 self.close_slot(slot.slot_id)
 
     def wants_slot(self) -> bool:
         """Whether a closed slot should be opened again: trials wait and none is on its way."""
-        is_opening = any(slot.state is SlotState.OPENING for slot in self.state.open_slots())
-        return bool(self.state.lifecycle.queue) and not self._is_interrupted and not is_opening
+        if self._is_interrupted or not self.state.lifecycle.has_turn():
+            return False
+        usual = self.state.spec.start.num_workers
+        opening = [slot for slot in self.state.open_slots() if slot.state is SlotState.OPENING]
+        is_opening = any(slot.num_workers == usual for slot in opening)
+        # One that needs a group of a certain size is served by `slots_to_open`.
+        waits = any(self.state.lifecycle.trials[key].num_workers is None for key in self.state.lifecycle.queue)
+        return waits and not is_opening
+
+    def slots_to_open(self) -> tuple[int, ...]:
+        """Sizes of slots that shall be opened beside the others, for trials that change their number of ranks."""
+        return () if self._is_interrupted else self.resizes.slots_to_open()
 
     def slot_closed(self, slot_id: str) -> None:
         """The slot's loop returned as told."""
@@ -280,7 +295,8 @@ class Controller:
     # Decisions.
 
     def publish_offers(self) -> None:
-        """Send out what can be granted now."""
+        """Send out what can be granted now, and let trials go that another group is ready for."""
+        self.resizes.advance()
         offered = self.decider.offers()
         if not offered:
             return
@@ -319,42 +335,7 @@ class Controller:
             self._publish_for(slot)
 
     def _publish_for(self, slot: Slot) -> None:
-        state = self.state
-        if slot.trial_id is None:
-            state.publish(slot, state.idle_order(slot))
-            return
-        trial = state.lifecycle.trials[slot.trial_id]
-        line = state.ledger.lines[trial.trial_id]
-        order = SlotOrder(
-            incarnation=state.incarnation,
-            seq=state.next_seq(slot),
-            op=SlotOp.RUN,
-            trial=self._trial_order(trial),
-            grant=line.offers[-1] if line.offers else line.applied,
-            credit=trial.credit,
-            stop=trial.stop,
-        )
-        state.publish(slot, order)
-
-    def _trial_order(self, trial: Trial) -> TrialOrder:
-        spec = self.state.spec
-        return TrialOrder(
-            trial_id=trial.trial_id,
-            attempt=trial.attempt,
-            seed=spec.seed,
-            job=spec.job,
-            params=trial.params,
-            start=spec.start,
-            limits=spec.limits,
-            samples_per_report=spec.samples_per_report,
-            max_reports=spec.max_reports,
-            directory=str(Path(spec.run_dir) / "trials" / trial.trial_id),
-            resume_from=trial.checkpoint,
-            num_reports_done=len(trial.reports),
-            memory_bytes=granted_bytes(self.state, self.state.ledger.lines[trial.trial_id].placement),
-            probe_budget=spec.probe_budget,
-            exchange_follows_tier=spec.exchange_follows_tier,
-        )
+        self.state.publish(slot, order_of(self.state, slot))
 
     def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:
         records = unpack(message)
@@ -372,7 +353,7 @@ class Controller:
         if grant is None:
             return
         now_s = state.clock.now_s()
-        dials = () if before is None else changed_dials(before, grant.settings)
+        dials = self.resizes.acknowledged(trial) if before is None else changed_dials(before, grant.settings)
         for dial in dials:
             state.changes_applied[dial] = state.changes_applied.get(dial, 0) + 1
         if dials:
@@ -439,6 +420,8 @@ class Controller:
                 reason=trial.story[-1],
                 num_overflows=trial.num_overflows,
                 resume=None if trial.resume is None else to_jsonable(trial.resume),
+                num_workers=trial.num_workers,
+                onward=None if trial.onward is None else to_jsonable(trial.onward),
             )
         self.continuations.settled(trial)
 

@@ -14,6 +14,7 @@ from orchestrator.control.journal import SPARE_REASON
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import memory_fields
 from orchestrator.control.orders import Grant
+from orchestrator.control.resizing import limits_now
 from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
 from policies.codec import to_jsonable
@@ -59,7 +60,7 @@ class Decider:
             return False
         self._last_refusal = ""
         state = self._state
-        if snapshot.plan is not state.plan or is_same(state.plan, plan):
+        if snapshot.plan is not state.plan or (is_same(state.plan, plan) and not self._waits_for_a_target()):
             return True
         state.log("plan", generation=plan.generation, snapshot=to_jsonable(snapshot), plan=to_jsonable(plan))
         state.journal.sync()
@@ -70,6 +71,10 @@ class Decider:
         state.ledger.commit(plan)
         logger.info("plan.committed generation=%d %s", plan.generation, plan.reason)
         return True
+
+    def _waits_for_a_target(self) -> bool:
+        """Whether a trial came back since the plan in force was committed: even the same plan is news to it."""
+        return any(line.target is None for line in self._state.ledger.lines.values())
 
     def refuse(self, snapshot: Snapshot, reason: str, violations: list[str]) -> None:
         """Log why a decision was not taken, once per reason, and look after trials that have no allocation yet."""
@@ -136,8 +141,8 @@ class Decider:
         return TrialView(
             trial_id=trial.trial_id,
             shape=state.spec.shape(trial.params),
-            start=state.spec.start,
-            limits=state.spec.limits,
+            start=state.spec.start_on(trial.size),
+            limits=limits_now(state, trial),
             placement=state.ledger.lines[trial.trial_id].placement,
             weight=1.0,
             step=max(view.step, trial.step),
@@ -151,6 +156,7 @@ class Decider:
             **memory_fields(state, trial),
             changed_at_s=state.changed_at_s[trial.trial_id],
             began_at_s=trial.began_at_s,
+            restart_s=state.restart_s,
         )
 
     def _begin_gains(self, snapshot: Snapshot, plan: Plan) -> None:
@@ -159,16 +165,27 @@ class Decider:
             self._state.changed_at_s[allocation.trial_id] = snapshot.now_s
             before = snapshot.plan.allocation(allocation.trial_id)
             trial = next(t for t in snapshot.trials if t.trial_id == allocation.trial_id)
-            if before is None or trial.throughput_per_s is None:
+            if before is None:
+                self._begin_gain_of_resize(trial, plan, allocation)
+            dials = () if before is None else changed_dials(before.settings, allocation.settings)
+            if before is None or trial.throughput_per_s is None or not dials:
                 continue
             self._state.meter.committed(
                 allocation.trial_id,
                 plan.generation,
-                changed_dials(before.settings, allocation.settings),
+                dials,
                 allocation.predicted_gain,
                 Pace(throughput=trial.throughput_per_s, efficiency=_efficiency(trial, before)),
                 _efficiency(trial, allocation),
             )
+
+    def _begin_gain_of_resize(self, trial: TrialView, plan: Plan, allocation: Allocation) -> None:
+        """A trial that has just moved to a group of another size is compared with what it was in the old one."""
+        known = self._state.paces.pop(trial.trial_id, None)
+        if known is not None and self._state.lifecycle.trials[trial.trial_id].is_resized:
+            pace, predicted = known
+            after = _efficiency(trial, allocation)
+            self._state.meter.committed(trial.trial_id, plan.generation, ("workers",), predicted, pace, after)
 
 
 def _words(pace: Pace) -> dict[str, float]:

@@ -52,9 +52,13 @@ class TrialState(StrEnum):
 
 @dataclass(slots=True)
 class Slot:
-    """A worker group. `epoch` fences messages of its earlier processes; `poison` says why its ranks lost each other."""
+    """A worker group. `epoch` fences messages of its earlier processes; `poison` says why its ranks lost each other.
+
+    `num_workers` is how many ranks it has, or will have once it is open.
+    """
 
     slot_id: str
+    num_workers: int = 1
     state: SlotState = SlotState.OPENING
     epoch: int = 0
     hello: SlotHello | None = None
@@ -72,6 +76,11 @@ class Trial:
     report; `resume` holds the dials with which it begins again after that. `token` is that of the last resumption,
     `next` one that waits until the trial has left its slot. A
     suspect was running when its GPU failed.
+
+    `num_workers` is how many ranks its worker group must have, None where any will do; `size` how many it had last.
+    `wish` is another number that the plan in force wants, and since when; `moves_to` that number once the trial was
+    told to leave for it. `onward` holds the dials with which it goes on there. `refused` are numbers that could not be
+    had, each with the time until which they are not tried again.
     """
 
     trial_id: TrialId
@@ -95,13 +104,20 @@ class Trial:
     is_suspect: bool = False
     token: str = ""
     next: tuple[dict[str, Any], Resumption] | None = None
+    num_workers: int | None = None
+    size: int = 0
+    wish: tuple[int, float] | None = None
+    moves_to: int | None = None
+    onward: Settings | None = None
+    refused: dict[int, float] = field(default_factory=dict)
+    is_resized: bool = False
 
 
 class Lifecycle:
-    """All slots and trials of a run."""
+    """All slots and trials of a run: trials begin on `num_workers` ranks, at most `max_running` at a time (0: any)."""
 
-    def __init__(self, restart_budget: int) -> None:
-        self._restart_budget = restart_budget
+    def __init__(self, restart_budget: int, *, num_workers: int = 1, max_running: int = 0) -> None:
+        self._restart_budget, self._num_workers, self._max_running = restart_budget, num_workers, max_running
         self.slots: dict[str, Slot] = {}
         self.trials: dict[TrialId, Trial] = {}
         self._queue: deque[TrialId] = deque()
@@ -125,9 +141,10 @@ class Lifecycle:
         self._queue.append(trial_id)
         return trial
 
-    def expect_slot(self, slot_id: str) -> None:
+    def expect_slot(self, slot_id: str, num_workers: int | None = None) -> None:
         """The supervisor is opening a slot of this name."""
         slot = self.slots.setdefault(slot_id, Slot(slot_id))
+        slot.num_workers = num_workers or self._num_workers
         if slot.state in {SlotState.CLOSED, SlotState.LOST}:
             slot.state, slot.is_closing = SlotState.OPENING, False
 
@@ -136,7 +153,7 @@ class Lifecycle:
         slot = self.slots.setdefault(hello.slot_id, Slot(hello.slot_id))
         orphan = self._take_back(slot, "its worker group died")
         slot.epoch += 1
-        slot.state, slot.hello = SlotState.IDLE, hello
+        slot.state, slot.hello, slot.num_workers = SlotState.IDLE, hello, len(hello.placement)
         return slot, orphan
 
     def lose_slot(self, slot_id: str, reason: str, *, is_charged: bool = True) -> Trial | None:
@@ -167,16 +184,35 @@ class Lifecycle:
     def assign(self, may_start: Callable[[Trial], bool] = lambda _trial: True) -> list[tuple[Slot, Trial]]:
         """Give queued trials to idle slots, first come first served, while the next one may start."""
         pairs = []
-        idle = sorted((s for s in self.slots.values() if s.state is SlotState.IDLE), key=lambda s: s.slot_id)
-        for slot in idle:
-            if slot.is_closing or not self._queue:
-                continue
+        while self._queue and self.has_turn():
             trial = self.trials[self._queue[0]]
-            if not may_start(trial):
+            slot = self._slot_for(trial)
+            if slot is None or not may_start(trial):
                 break
             self.place(trial, slot)
             pairs.append((slot, trial))
         return pairs
+
+    def has_turn(self) -> bool:
+        """Whether one more trial may run at the same time."""
+        return not self._max_running or len(self.running()) < self._max_running
+
+    def free_slots(self, num_workers: int | None = None) -> list[Slot]:
+        """Idle slots that no trial is on its way to, of that size or of any, in the order in which they are taken."""
+        promised = [t.moves_to for t in self.running() if t.stop is StopMode.RESIZE and t.moves_to is not None]
+        free = []
+        for slot in sorted(self.slots.values(), key=lambda s: (abs(s.num_workers - self._num_workers), s.slot_id)):
+            if slot.state is not SlotState.IDLE or slot.is_closing:
+                continue
+            if slot.num_workers in promised:
+                promised.remove(slot.num_workers)
+            elif num_workers is None or slot.num_workers == num_workers:
+                free.append(slot)
+        return free
+
+    def _slot_for(self, trial: Trial) -> Slot | None:
+        """The slot that a trial takes now, None where there is none of the size that it needs."""
+        return next(iter(self.free_slots(trial.num_workers)), None)
 
     def place(self, trial: Trial, slot: Slot) -> None:
         """Put a queued trial into a slot."""
@@ -201,7 +237,7 @@ class Lifecycle:
     def pause(self, trial: Trial) -> None:
         """The trial waits in no slot and no queue until the search lets it go on."""
         self.remove_from_queue(trial.trial_id)
-        trial.state, trial.stop = TrialState.PAUSED, StopMode.NONE
+        trial.state, trial.stop, trial.num_workers = TrialState.PAUSED, StopMode.NONE, None
         trial.story.append(f"paused at step {trial.step}")
 
     def remove_from_queue(self, trial_id: TrialId) -> None:
@@ -257,11 +293,17 @@ class Lifecycle:
         return trial
 
     def _settle(self, trial: Trial, outcome: Outcome) -> None:
+        moves_to, trial.moves_to = trial.moves_to, None
         if outcome.status is Status.INTERRUPTED:
             trial.story.append(f"interrupted at step {outcome.step}")
             if trial.stop is StopMode.PAUSE:
                 self.pause(trial)
+            elif trial.stop is StopMode.DISCARD:  # said while it was leaving for another reason
+                self._end(trial, TrialState.STOPPED, "stopped while it was leaving its slot")
             else:
+                if trial.stop is StopMode.RESIZE and moves_to is not None:
+                    trial.num_workers = moves_to
+                    trial.story.append(f"goes on with {moves_to} ranks")
                 self.put_back(trial, trial.attempt + 1)
             return
         if outcome.status is Status.MEMORY:
@@ -279,7 +321,7 @@ class Lifecycle:
         if slot.trial_id is None:
             return None
         trial = self.trials[slot.trial_id]
-        slot.trial_id, trial.slot_id = None, None
+        slot.trial_id, trial.slot_id, trial.moves_to = None, None, None
         if slot.poison is not None:
             poison, slot.poison = slot.poison, None
             if poison.status is Status.MEMORY:
@@ -314,7 +356,7 @@ class Lifecycle:
             text = f"ran out of memory {trial.num_overflows} times since its last report; allowed: {MAX_OVERFLOWS - 1}"
             self._end(trial, TrialState.FAILED, f"{text}; lower dials.batch.max_micro; the last time: {outcome.reason}")
         else:
-            trial.resume = outcome.settings or trial.resume
+            trial.resume, trial.onward = outcome.settings or trial.resume, None
             trial.story.append(f"out of memory at step {outcome.step}: {outcome.reason}")
             self.put_back(trial, trial.attempt + 1)
 

@@ -49,5 +49,5 @@ def memory_fields(state: RunState, trial: Trial) -> MemoryFields:
         memory_fixed_bytes=int(line.fixed_bytes) if line is not None and is_known else 0,
         memory_sample_bytes=int(line.sample_bytes) if line is not None and is_known else 0,
         memory_limit_bytes=granted_bytes(state, placement),
-        resume=trial.resume,
+        resume=trial.resume or trial.onward,
     )

@@ -30,6 +30,12 @@ class StopMode(StrEnum):
     DISCARD = "discard"  # the search has no further use for it
     CHECKPOINT = "checkpoint"  # commit first: the run is interrupted and will be resumed
     PAUSE = "pause"  # commit first: the search may want it to go on later
+    RESIZE = "resize"  # commit first: a worker group of another size is ready for it
+
+    @property
+    def commits(self) -> bool:
+        """Whether the trial writes a checkpoint before it leaves."""
+        return self in {StopMode.CHECKPOINT, StopMode.PAUSE, StopMode.RESIZE}
 
 
 class Status(StrEnum):
@@ -78,7 +84,6 @@ class TrialOrder:
         num_reports_done: reports that were already taken before this attempt.
         memory_bytes: memory that each rank may take; 0 where nobody knows.
         probe_budget: part of the trial's time for probes of cheaper tiers; 0 for none.
-        exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
     """
 
     trial_id: TrialId
@@ -95,7 +100,6 @@ class TrialOrder:
     num_reports_done: int
     memory_bytes: int = 0
     probe_budget: float = 0.0
-    exchange_follows_tier: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from orchestrator.control.continuation import rebase
 from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
 from orchestrator.control.nodes import NodeState, apply
 from orchestrator.control.orders import Grant, Report, Resumption, SlotHello, StopMode
+from orchestrator.control.resizing import refuse
 from orchestrator.control.state import RunState
 from policies.codec import plan_from, settings_from, snapshot_from
 from policies.plan import DeviceId, TrialId
@@ -34,8 +35,9 @@ def forget_workers(state: RunState) -> None:
     """All worker groups ended with an earlier start of the run: their trials go back to the queue, at no charge."""
     for trial in state.lifecycle.trials.values():
         trial.num_restarts = 0
-        if trial.stop in {StopMode.CHECKPOINT, StopMode.PAUSE}:
+        if trial.stop.commits:
             trial.stop = StopMode.NONE
+        trial.num_workers, trial.moves_to = None, None  # groups of other sizes open only when a policy asks anew
     for slot in state.lifecycle.slots.values():
         _forget_slot(state, slot)
 
@@ -54,7 +56,10 @@ def _recovered(state: RunState, entry: Entry) -> None:
 
 
 def _stop(state: RunState, entry: Entry) -> None:
-    state.lifecycle.stop(TrialId(entry["trial_id"]), StopMode(entry["mode"]))
+    trial_id = TrialId(entry["trial_id"])
+    if entry.get("num_workers") is not None:
+        state.lifecycle.trials[trial_id].moves_to = entry["num_workers"]
+    state.lifecycle.stop(trial_id, StopMode(entry["mode"]))
 
 
 def _queued(state: RunState, entry: Entry) -> None:
@@ -91,8 +96,12 @@ def _assigned(state: RunState, entry: Entry) -> None:
 
 def _requeued(state: RunState, entry: Entry) -> None:
     trial = state.lifecycle.trials[TrialId(entry["trial_id"])]
+    if trial.moves_to is not None and trial.trial_id in state.fits:
+        state.kept_fits[trial.trial_id] = state.fits[trial.trial_id]
     _take_out(state, trial)
     state.lifecycle.put_back(trial, entry["attempt"])
+    trial.num_workers, trial.moves_to = entry.get("num_workers"), None
+    trial.onward = settings_from(entry["onward"]) if entry.get("onward") is not None else None
     trial.num_restarts = entry["num_restarts"]
     trial.checkpoint = entry["checkpoint"]
     trial.num_overflows = entry.get("num_overflows", 0)
@@ -171,6 +180,7 @@ def _offer(state: RunState, entry: Entry) -> None:
 def _ack(state: RunState, entry: Entry) -> None:
     trial_id = TrialId(entry["trial_id"])
     state.ledger.acknowledge(trial_id, entry["generation"])
+    state.lifecycle.trials[trial_id].is_resized = False
     for dial in entry["dials"]:
         state.changes_applied[dial] = state.changes_applied.get(dial, 0) + 1
     if entry["dials"] and trial_id in state.changed_at_s:
@@ -184,6 +194,13 @@ def _override(state: RunState, entry: Entry) -> None:
         state.overrides[trial_id] = Override(
             number=entry["number"], generation=entry["generation"], settings=settings, reason=entry["reason"]
         )
+
+
+def _resize(state: RunState, entry: Entry) -> None:
+    """What became of a wish for another number of ranks; the wish itself is in the plan in force."""
+    state.restart_s = entry["restart_s"]
+    if entry["stage"] == "given_up":
+        refuse(state, state.lifecycle.trials[TrialId(entry["trial_id"])], entry["num_workers"])
 
 
 def _node(state: RunState, entry: Entry) -> None:
@@ -216,6 +233,7 @@ _ACTIONS: dict[str, Callable[[RunState, Entry], None]] = {
     "override": _override,
     "gain": _gain,
     "trial_stop": _stop,
+    "trial_resize": _resize,
     "node": _node,
     "recovered": _recovered,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from policies.plan import Settings
+from policies.plan import Settings, can_split, on_ranks
 from policies.snapshot import DialLimits
 from policies.tier import Tier
 
@@ -41,7 +41,8 @@ class RunSpec:
         mode: 'min' or 'max'.
         log_level: of the worker logs.
         probe_budget: part of a trial's time for probes of cheaper tiers.
-        exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
+        max_running: trials at a time; 0 for as many as there are slots.
+        resize_patience_s: seconds a worker group of another size may take to open before a trial does without it.
     """
 
     run_id: str
@@ -67,12 +68,19 @@ class RunSpec:
     mode: str
     log_level: str = "INFO"
     probe_budget: float = 0.0
-    exchange_follows_tier: bool = False
+    max_running: int = 0
+    resize_patience_s: float = 120.0
 
     @property
     def target_samples(self) -> int:
         """Samples of a trial that runs to its end."""
         return self.samples_per_report * self.max_reports
+
+    def start_on(self, num_workers: int) -> Settings:
+        """The user's settings on that many ranks; as they are where the global batch does not divide by it."""
+        if not can_split(self.start, num_workers):
+            return self.start
+        return on_ranks(self.start, num_workers, self.limits.max_micro_batch)
 
     def shape(self, params: dict[str, Any]) -> str:
         """Key of everything that fixes a trial's speed apart from its dials."""

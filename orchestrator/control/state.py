@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from orchestrator.clock import Clock
-from orchestrator.control.gain import GainMean, GainMeter
+from orchestrator.control.gain import GainMean, GainMeter, Pace
 from orchestrator.control.journal import Journal
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
@@ -37,12 +37,17 @@ class RunState:
         orders: the newest order of each slot.
         changes_applied: acknowledged changes per dial.
         gains: typical realised gain per dial.
+        restart_s: seconds that the last move of a trial to a group of another size cost it, None before the first.
+        kept_fits: what is learned of trials that are between two groups.
+        paces: of trials that leave for another group: their pace, and the gain that the move was predicted to bring.
     """
 
     def __init__(self, spec: RunSpec, clock: Clock, journal: Journal, incarnation: str) -> None:
         self.spec, self.clock, self.journal = spec, clock, journal
         self.incarnation = incarnation
-        self.lifecycle = Lifecycle(spec.restart_budget)
+        self.lifecycle = Lifecycle(
+            spec.restart_budget, num_workers=spec.start.num_workers, max_running=spec.max_running
+        )
         self.ledger = Ledger()
         self.plan: Plan = EMPTY_PLAN
         self.devices: dict[DeviceId, DeviceView] = {}
@@ -57,6 +62,9 @@ class RunState:
         self.orders: dict[str, SlotOrder] = {}
         self.changes_applied: dict[str, int] = dict.fromkeys(("share", "batch", "precision"), 0)
         self.gains: dict[str, GainMean] = defaultdict(GainMean)
+        self.restart_s: float | None = None
+        self.kept_fits: dict[TrialId, TrialFit] = {}
+        self.paces: dict[TrialId, tuple[Pace, float | None]] = {}
         self.committed_at_s: dict[int, float] = {}
         self.changed_slots: set[str] = set()
         self.changed_trials: set[TrialId] = set()
@@ -95,22 +103,32 @@ class RunState:
     def begin_trial(self, trial: Trial, slot: Slot) -> None:
         """Open the accounts of a trial that was assigned to a slot."""
         assert slot.hello is not None
-        now_s = self.clock.now_s()
+        now_s, num_workers = self.clock.now_s(), len(slot.hello.placement)
         shape = self.spec.shape(trial.params)
         trial.began_at_s = now_s
+        trial.is_resized = trial.num_workers is not None and trial.size not in {0, num_workers}
+        trial.size, trial.wish = num_workers, None
+        self._forget_grant(trial)
         self.ledger.open_line(trial.trial_id, slot.hello.placement)
         known = [self.devices[each].kind for each in slot.hello.placement if each in self.devices]
         self.windows[trial.trial_id] = TrialWindow(
             stale_after_s=self.spec.stale_after_s,
-            num_workers=len(slot.hello.placement),
+            num_workers=num_workers,
             computes_on_cpu=bool(known) and all(kind is DeviceKind.CPU for kind in known),
         )
-        fit = inherit(self.shape_fits.get(shape, NOTHING_FITTED))
+        fit = self.kept_fits.pop(trial.trial_id, None) or inherit(self.shape_fits.get(shape, NOTHING_FITTED))
         # A micro-batch that overflowed is not the first to be tried again.
         self.fits[trial.trial_id] = fit if trial.resume is None else capped(fit, trial.resume.micro_batch)
         self.changed_at_s[trial.trial_id] = now_s
         self.changed_trials.add(trial.trial_id)
         self.wants_decision = True
+
+    def _forget_grant(self, trial: Trial) -> None:
+        """What the plan in force grants a group of another size is nothing to a trial that begins: it is new to it."""
+        row = self.plan.allocation(trial.trial_id)
+        if row is not None and row.settings.num_workers != trial.size:
+            rest = tuple(a for a in self.plan.allocations if a.trial_id != trial.trial_id)
+            self.plan = replace(self.plan, allocations=rest)
 
     def end_trial(self, trial_id: TrialId) -> None:
         """Close the accounts of a trial whose processes use nothing any more."""

@@ -64,7 +64,7 @@ class StatusWriter:
                     "changes_applied": state.changes_applied.get(dial, 0),
                     "gain": state.gains[dial].per_change if dial in state.gains else None,
                 }
-                for dial in ("share", "batch", "precision")
+                for dial in ("share", "batch", "precision", *(["workers"] if "workers" in spec.dials else []))
             },
             "devices": [self._device(device_id) for device_id in sorted(state.devices)],
             "slots": [
@@ -132,7 +132,8 @@ class StatusWriter:
             if view is None or view.is_replayed is None
             else ("graph" if view.is_replayed else "eager"),
             "enforced_by": None if slot is None or slot.hello is None else slot.hello.enforced_by,
-            **_dials(settings, state.spec.start),
+            **_dials(settings, state.spec.start_on(trial.size) if trial.size else state.spec.start),
+            "resize_to": trial.moves_to or (None if trial.wish is None else trial.wish[0]),
             "tier_layers": self._tier_layers(trial, settings),
             "decision": self._decision(trial),
             "time_left_s": _time_left_s(trial, state.spec.target_samples - num_samples, throughput),

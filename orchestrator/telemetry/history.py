@@ -175,6 +175,20 @@ class TrialEnded(Entry):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResized(Entry):
+    """What became of a wish for `num_workers` ranks: `stage` is wanted, done or given_up.
+
+    `restart_s` is what the last move of any trial cost it, None before the first.
+    """
+
+    trial_id: TrialId
+    stage: str
+    num_workers: int
+    reason: str
+    restart_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GainRealised(Entry):
     """What an allocation really brought a trial, as a ratio minus one.
 
@@ -395,6 +409,14 @@ _PARSERS: dict[str, Callable[[dict[str, Any], Mapping[str, Any]], Entry]] = {
         params=dict(f["params"]),
         origin=None if f["origin"] is None else TrialId(str(f["origin"])),
         num_reports=int(f["num_reports"]),
+    ),
+    "trial_resize": lambda head, f: TrialResized(
+        **head,
+        trial_id=_trial(f),
+        stage=str(f["stage"]),
+        num_workers=int(f["num_workers"]),
+        reason=str(f["reason"]),
+        restart_s=_number(f["restart_s"]),
     ),
     "trial_ended": _ended,
     "gain": _gain,

@@ -80,6 +80,7 @@ _PLAN_COLUMNS = pa.schema(
         ("predicted_goodput", pa.float64()),
         ("predicted_gain", pa.float64()),
         ("realised_gain", pa.float64()),
+        ("resize_to", pa.int64()),
     ]
 )
 
@@ -254,6 +255,7 @@ def _plans(history: History, notes: list[str]) -> pa.Table:
                     "predicted_goodput": allocation.predicted_goodput,
                     "predicted_gain": allocation.predicted_gain,
                     "realised_gain": gains.get((entry.generation, allocation.trial_id)),
+                    "resize_to": allocation.resize_to,
                 }
             )
     return pa.Table.from_pylist(rows, schema=_PLAN_COLUMNS)

@@ -230,7 +230,6 @@ class TrialLoop:
                 loss=result.loss,
                 loss_scale=stepper.loss_scale.scale,
                 busy_s=busy_s,
-                grad_norm=result.grad_norm,
             )
         )
         self._num_skips = self._num_skips + 1 if result.is_skipped else 0
@@ -341,7 +340,7 @@ class TrialLoop:
         """Do what the order to stop asks for."""
         self._take(stepper.settle(), stepper)
         stepper.offload.back()
-        if self._order.stop in {StopMode.CHECKPOINT, StopMode.PAUSE}:
+        if self._order.stop.commits:
             path = self._commit(stepper) if self._grant is not None else None
             return self._outcome(Status.INTERRUPTED, stepper, path)
         return self._outcome(Status.STOPPED, stepper)

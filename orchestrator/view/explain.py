@@ -18,6 +18,7 @@ from orchestrator.telemetry.history import (
     Overridden,
     PlanCommitted,
     Refused,
+    TrialResized,
     read_history,
 )
 from orchestrator.view.text import (
@@ -51,7 +52,7 @@ def explain(run_dir: Path, decision: int | None) -> dict[str, Any]:
         For one decision `generation`, `reason`, `chosen` (what changed, one item per trial), `alternatives`, `binding`,
         `predicted_gain`, `realised_gain`, `applied` and `trials`, which holds the same keys for each changed trial; of
         several trials the top-level values are those of the one with the largest predicted gain.
-        For all of them `run_id`, `decisions`, `overrides` and `refusals`.
+        For all of them `run_id`, `decisions`, `overrides`, `resizes` and `refusals`.
 
     Raises:
         ConfigError: there is no such run or decision.
@@ -142,6 +143,7 @@ def _trial(
             "effect": allocation.effect.value,
             "reason": allocation.reason,
             "goodput": allocation.predicted_goodput,
+            "resize_to": allocation.resize_to,
         },
         "alternatives": [
             {"allocation": to_jsonable(other.settings), "goodput": other.goodput} for other in allocation.alternatives
@@ -198,6 +200,17 @@ def _summary(run_dir: Path, history: History) -> dict[str, Any]:
             {"trial": o.trial_id, "generation": int(o.generation), "reason": o.reason, "after_s": o.wall_s - origin_s}
             for o in history.of(Overridden)
         ],
+        "resizes": [
+            {
+                "trial": r.trial_id,
+                "stage": r.stage,
+                "num_workers": r.num_workers,
+                "reason": r.reason,
+                "restart_s": r.restart_s if r.stage == "done" else None,
+                "after_s": r.wall_s - origin_s,
+            }
+            for r in history.of(TrialResized)
+        ],
         "refusals": [
             {"reason": r.reason, "violations": list(r.violations), "after_s": r.wall_s - origin_s}
             for r in history.of(Refused)
@@ -228,6 +241,12 @@ def _render_summary(answer: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"override after {show_seconds(item['after_s'])} by {clean(item['trial'])}: {clean(item['reason'])}"
         )
+    for item in dicts(answer["resizes"]):
+        cost_s = item.get("restart_s")
+        cost = "" if cost_s is None else f", {show_seconds(cost_s)} without a step"
+        stage = clean(str(item["stage"]).replace("_", " "))
+        what = f"{clean(item['trial'])}: {clean(item['reason'])}{cost}"
+        lines.append(f"ranks {stage} after {show_seconds(item['after_s'])} for {what}")
     for item in dicts(answer["refusals"]):
         lines.append(f"refused after {show_seconds(item['after_s'])}: {clean(item['reason'])}")
         lines.extend(f"  {clean(text)}" for text in _texts(item["violations"]))
@@ -258,9 +277,11 @@ def _render_trial(item: Mapping[str, object]) -> list[str]:
         f"at step {show_count(ack['step'])}, {show_number(ack['ack_s'], 3)} s after the decision"
         for ack in dicts(item["applied"])
     ]
-    effect = clean(chosen["effect"])
+    effect, ranks = clean(chosen["effect"]), chosen.get("resize_to")
+    wish = [] if ranks is None else [f"  goes on with {show_count(ranks)} ranks when a worker group of them is there"]
     return [
         *wrap(f"{clean(item['trial'])}: {clean(item['reason'])}", _WIDTH),
+        *wish,
         *(f"  {line}" for line in table(["", "settings", "goodput/s"], rows, numeric=["goodput/s"])),
         f"  bound by {clean(item['binding'])}; applied {'; '.join(applied) or 'not yet'} ({effect} effect)",
         f"  gain predicted {show_gain(item['predicted_gain'])}, realised {show_gain(item['realised_gain'])}",

@@ -160,11 +160,16 @@ def failure_text(trial: Mapping[str, object]) -> str:
     return f"{clean(trial.get('trial_id'))} failed: {error}; log: {clean(trial.get('log_path') or MISSING)}"
 
 
+def shown_dials(dials: Mapping[str, object]) -> tuple[str, ...]:
+    """The dials that every run has, and that of the ranks where it is on."""
+    return (*DIALS, *(["workers"] if "workers" in dials else []))
+
+
 def dial_texts(status: Mapping[str, object]) -> list[str]:
     """What each dial did so far, one text per dial."""
     texts = []
     dials = mapping(status.get("dials"))
-    for name in DIALS:
+    for name in shown_dials(dials):
         dial = mapping(dials.get(name))
         if not dial.get("enabled"):
             texts.append(f"{name} off")
@@ -217,7 +222,7 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
         show_seconds(trial.get("time_left_s")),
     ]
     row = _row(cells, columns)
-    details = "; ".join(text for text in (_held(trial, shown.unit), _decision(trial)) if text)
+    details = "; ".join(text for text in (_held(trial, shown.unit), _resize(trial), _decision(trial)) if text)
     if width >= WIDE:
         return [_line(f"{row}  {details}", Role.RUNNING, width)]
     return [_line(row, Role.RUNNING, width), _line(f"  {details}", Role.DETAIL, width)]
@@ -307,6 +312,12 @@ def _enforced(trial: Mapping[str, object]) -> str:
 def _held(trial: Mapping[str, object], unit: str) -> str:
     """What the share amounts to and what enforces it."""
     return f"{show_number(trial.get('amount'), 3)} {unit} by {_enforced(trial)}"
+
+
+def _resize(trial: Mapping[str, object]) -> str:
+    """That a worker group of another size is on its way for the trial."""
+    ranks = whole(trial.get("resize_to"))
+    return "" if ranks is None else f"{ranks} rank{'s' * (ranks != 1)} on their way"
 
 
 def _unit(kinds: set[str]) -> str:

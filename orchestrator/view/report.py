@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.view.frame import DIALS, failure_text
+from orchestrator.view.frame import failure_text, shown_dials
 from orchestrator.view.text import (
     MISSING,
     clean,
@@ -95,7 +95,7 @@ def _dials(status: Mapping[str, object]) -> list[str]:
     """What each dial did and gained."""
     lines = []
     dials = mapping(status.get("dials"))
-    for name in DIALS:
+    for name in shown_dials(dials):
         dial = mapping(dials.get(name))
         if not dial.get("enabled"):
             lines.append(f"dial {name:<10} off")

@@ -15,7 +15,7 @@ from orchestrator.config import Machine, RunConfig, fit_problems, load_config, r
 from orchestrator.config.render import to_yaml
 from orchestrator.config.source import parse
 from orchestrator.errors import ConfigError
-from orchestrator.run_spec import allowed_tiers
+from orchestrator.run_spec import allowed_tiers, run_spec
 from policies.tier import DeviceFacts, Tier
 
 Write = Callable[[str], Path]
@@ -139,6 +139,25 @@ def test_a_share_that_one_trial_alone_exceeds_names_the_ranks_that_fit(write: Wr
     problems = fit_problems(load_config(write(text)), TWO_CORES)
     assert problems[0].key == "trial.share"
     assert "trial.num_workers at most 2, or trial.share at most 0.25" in problems[0].text
+
+
+def test_a_range_of_ranks_must_fit_at_its_largest_and_leaves_room_for_a_second_group(write: Write) -> None:
+    dials = "dials: {share: {min: 0.25}, workers: {enabled: true, max: 4}}\npolicy: {name: goodput_joint}\n"
+    resolved = load_config(write(MINIMAL + dials))
+    assert fit_problems(resolved, TWO_CORES) == []
+    assert (resolved.config.most_workers, resolved.config.num_ranks, resolved.config.start_share) == (4, 8, 0.25)
+    spec = run_spec(resolved)
+    assert (spec.limits.min_workers, spec.limits.max_workers, spec.max_running) == (1, 4, 1)
+    assert spec.start_on(4).global_batch == spec.start.global_batch
+    assert "workers" in spec.dials
+    (problem,) = fit_problems(load_config(write(MINIMAL + dials), ["dials.share.min=0.5"]), TWO_CORES)
+    assert "dials.workers.max at most 2" in problem.text
+
+
+def test_without_a_range_of_ranks_nothing_is_reserved_for_it(write: Write) -> None:
+    config = load_config(write(MINIMAL + "trial: {num_workers: 2}\n")).config
+    assert (config.most_workers, config.num_ranks) == (2, 2)
+    assert run_spec(load_config(write(MINIMAL))).limits.max_workers is None
 
 
 def test_equal_parts_stay_inside_the_range_of_the_dial(write: Write) -> None:

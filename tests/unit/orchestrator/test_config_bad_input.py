@@ -43,6 +43,7 @@ slots: {idle_close_s: 60, restart_budget: 2, open_timeout_s: 120}
 telemetry: {send_period_s: 0.5, stale_after_s: 10}
 cluster: {address: local, num_cpus: null}
 """
+BF16 = "precision: {enabled: true, tiers: [fp32, bf16]}"
 
 
 @pytest.fixture
@@ -143,6 +144,12 @@ BAD: list[tuple[str, str, int, str, str]] = [
     ("tiers: [fp32, bf16]", "tiers: fp32", 22, "dials.precision.tiers", "a non-empty list"),
     ("tiers: [fp32, bf16]", "tiers: [fp32, fixed(99,16)]", 22, "dials.precision.tiers[1]", "k=99; allowed: 0 to 40"),
     ("tiers: [fp32, bf16]", "tiers: [fp32], emulate: [fp8]", 22, "dials.precision.emulate", "not among tiers"),
+    (BF16, f"{BF16}\n  workers: {{enabled: true}}", 23, "dials.workers.enabled", "policy.name: goodput_joint"),
+    (BF16, f"{BF16}\n  workers: {{enabled: true, min: 4}}", 23, "dials.workers.min", "at most max = 2"),
+    (BF16, f"{BF16}\n  workers: {{enabled: true, min: 2}}", 15, "trial.num_workers", "dials.workers from 2 to 2"),
+    (BF16, f"{BF16}\n  workers: {{enabled: true, max: 3}}", 23, "dials.workers.max", "allowed: 1, 2, 4, 8, 16"),
+    (BF16, f"{BF16}\n  workers: {{enabled: true, max: 65}}", 23, "dials.workers.max", "from 1 to 64"),
+    (BF16, f"{BF16}\n  workers: [1, 4]", 23, "dials.workers", "a mapping"),
     ("name: goodput", "name: godput", 23, "policy.name", "did you mean 'goodput'?"),
     ("name: goodput", "name: os:system", 23, "policy.name", "standard library"),
     ("name: goodput", "name: no_such_package.mine:Mine", 23, "policy.name", "no module 'no_such_package'"),

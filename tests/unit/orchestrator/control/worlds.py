@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,14 @@ from policies.snapshot import DeviceKind, DeviceView, DialLimits
 from policies.tier import Tier
 
 DEVICE = DeviceView(device_id=DeviceId("cpu:0"), node_id="n0", kind=DeviceKind.CPU, units=2)
+
+
+def resizing_spec(run_dir: Path, policy: str, max_running: int) -> RunSpec:
+    """The same run, whose trials may have one or two ranks."""
+    plain = spec(run_dir, policy)
+    limits = replace(plain.limits, min_workers=1, max_workers=2)
+    dials = (*plain.dials, "workers")
+    return replace(plain, limits=limits, max_running=max_running, dials=dials, max_reports=1000)
 
 
 def spec(run_dir: Path, policy: str = "fair_share") -> RunSpec:
@@ -67,11 +75,12 @@ def spec(run_dir: Path, policy: str = "fair_share") -> RunSpec:
 
 @dataclass
 class Worker:
-    """One slot's worker group of one rank."""
+    """One slot's worker group."""
 
     world: World
     slot_id: str
     epoch: int
+    num_workers: int = 1
     grant: Grant | None = None
     seen: int = 0
     seq: int = 0
@@ -89,13 +98,16 @@ class Worker:
             return
         attempt = (order.trial.trial_id, order.trial.attempt)
         if attempt != self.attempt:
-            self.attempt, self.grant, self.seq, self.step, self.position = attempt, None, 0, 0, 0
+            self.attempt, self.grant, self.seq = attempt, None, 0
+            self.step, self.position = self.world.commits.get(order.trial.resume_from or "", (0, 0))
         acks: tuple[Ack, ...] = ()
         if order.grant is not None and (self.grant is None or order.grant.generation > self.grant.generation):
             self.grant = order.grant
             acks = (self.ack(order.grant),)
         records = (self.train(num_steps, step_s),) if self.grant is not None else ()
         self.tell(Events(number=0, acks=acks, records=records))
+        for rank in range(1, self.num_workers):
+            self.tell(Events(number=0, records=records), rank)
 
     def ack(self, grant: Grant) -> Ack:
         now_s = self.world.clock.now_s()
@@ -132,11 +144,22 @@ class Worker:
             metrics={"val_loss": value},
             checkpoint=f"/c/{index}",
         )
+        self.world.commits[f"/c/{index}"] = self.step, self.position
         self.tell(Events(number=0, reports=(report,)))
 
-    def tell(self, events: Events) -> bool:
+    def leave(self) -> bool:
+        """Commit and leave if that is asked for; whether it was."""
+        order = self.order()
+        if order is None or order.trial is None or not order.stop.commits or self.attempt is None:
+            return False
+        name = f"/c/{order.trial.trial_id}-{order.trial.attempt}"
+        self.world.commits[name] = self.step, self.position
+        self.finish(Status.INTERRUPTED, checkpoint=name if self.grant is not None else None)
+        return True
+
+    def tell(self, events: Events, rank: int = 0) -> bool:
         assert self.attempt is not None
-        return self.world.controller.take_events(self.slot_id, self.epoch, self.attempt, 0, events)
+        return self.world.controller.take_events(self.slot_id, self.epoch, self.attempt, rank, events)
 
     def finish(self, status: Status = Status.DONE, reason: str = "", checkpoint: str | None = None) -> None:
         assert self.attempt is not None
@@ -154,26 +177,37 @@ class World:
     policy_name: str = "fair_share"
     start_id: str = "s1"
     clock: ManualClock = field(default_factory=lambda: ManualClock(100.0))
+    policy_params: dict[str, float] = field(default_factory=dict)
+    max_running: int = 0
+    commits: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.policy: Policy = build_policy(self.policy_name, {})
+        self.policy: Policy = build_policy(self.policy_name, self.policy_params)
         self.restart()
+
+    @property
+    def spec(self) -> RunSpec:
+        if not self.max_running:
+            return spec(self.run_dir, self.policy_name)
+        resizing = resizing_spec(self.run_dir, self.policy_name, self.max_running)
+        return replace(resizing, policy_params=dict(self.policy_params))
 
     def restart(self) -> None:
         """A new actor process on the same run directory."""
-        self.controller = Controller(spec(self.run_dir, self.policy_name), self.clock, incarnation="i")
+        self.controller = Controller(self.spec, self.clock, incarnation="i")
         self.controller.begin(self.start_id)
 
-    def attach(self, slot_id: str) -> Worker:
+    def attach(self, slot_id: str, num_workers: int = 1, devices: tuple[DeviceView, ...] = ()) -> Worker:
+        """A worker group on the cores, or with a rank on each of these devices."""
         hello = SlotHello(
             slot_id=slot_id,
-            placement=(DEVICE.device_id,),
-            devices=(DEVICE,),
+            placement=tuple(device.device_id for device in devices) or (DEVICE.device_id,) * num_workers,
+            devices=devices or (DEVICE,),
             enforced_by="cpu_cores",
             enforcement="",
             pids=(1,),
         )
-        return Worker(self, slot_id, self.controller.attach(hello))
+        return Worker(self, slot_id, self.controller.attach(hello), num_workers)
 
     def decide(self) -> None:
         snapshot = self.controller.decider.snapshot()
