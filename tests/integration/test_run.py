@@ -177,3 +177,37 @@ def test_two_ranks_with_every_dial_turning(undisturbed: tuple[Started, int, str]
     assert all(trial["num_workers"] == 2 for trial in run.status["trials"])
     steps = orchestrator.load_run(run.run_dir).steps.to_pandas()
     assert set(steps["rank"]) == {0, 1}
+
+
+def test_a_trial_grows_to_two_ranks_and_back_while_it_runs(tmp_path: Path) -> None:
+    changes = {
+        "search": {"space": {"lr": {"loguniform": [0.002, 0.05]}}, "num_trials": 1, "max_concurrent": 1},
+        # Without an end: how long a second worker group takes to open depends on the machine, so the test ends it.
+        "trial": {"samples_per_report": 32000, "max_reports": 10000, "micro_batch": 16, "share": 0.25},
+        "dials": {
+            "share": {"enabled": False},
+            "batch": {"enabled": False},
+            "precision": {"enabled": False},
+            "workers": {"enabled": True, "min": 1, "max": 2},
+        },
+        "policy": {"name": "tests.resizing_policy:ThereAndBack"},
+        "slots": {"open_timeout_s": 240.0, "idle_close_s": 600.0},
+    }
+    run = start("run", str(run_file(tmp_path / "run.yaml", **changes)), run_dir=tmp_path / "runs" / "r")
+    run.wait_until(lambda: [e for e in run.of("trial_resize") if e["stage"] == "done"][1:], "there and back")
+    so_far = len(run.of("result"))
+    run.wait_until(lambda: len(run.of("result")) > so_far, "a report of one rank again")
+    stopped = call("stop", str(run.run_dir))
+    assert stopped.returncode == 0, stopped.stderr
+    code, output = run.end()
+    assert code == 130, output
+    assert violations(run.run_dir) == []
+    stages = [(entry["stage"], entry["num_workers"]) for entry in run.of("trial_resize")]
+    assert stages == [("wanted", 2), ("done", 2), ("wanted", 1), ("done", 1)]
+    assert run.status["dials"]["workers"]["changes_applied"] == 2
+    assert run.of("run_ended")[-1]["leaks"] == {"actors": 0, "placement_groups": 0, "processes": 0}
+    steps = orchestrator.load_run(run.run_dir).steps.to_pandas()
+    first = steps[steps["rank"] == 0]
+    assert [sorted(set(part)) for _, part in first.groupby("attempt")["num_workers"]] == [[1], [2], [1]]
+    assert set(steps["micro_batch"] * steps["grad_accum"] * steps["num_workers"]) == {16}, "the global batch is kept"
+    assert (first["cursor"] == range(0, 16 * len(first), 16)).all(), "every sample once, in order"
