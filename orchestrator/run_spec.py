@@ -9,7 +9,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.control.spec import RunSpec
 from policies.plan import Settings
 from policies.snapshot import DialLimits
-from policies.tier import Tier, real_tiers
+from policies.tier import Tier, auto_tiers
 
 
 def run_spec(resolved: ResolvedRun) -> RunSpec:
@@ -43,6 +43,7 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         metric=info.metric,
         mode=info.mode,
         probe_budget=config.dials.precision.probe_budget if config.dials.precision.enabled else 0.0,
+        exchange_follows_tier=config.dials.precision.exchange == "tier",
         max_running=config.search.num_slots,
         resize_patience_s=config.slots.open_timeout_s,
     )
@@ -76,8 +77,8 @@ def dial_limits(config: RunConfig, start: Settings) -> DialLimits:
 
 
 def allowed_tiers(config: RunConfig) -> tuple[Tier, ...]:
-    """The tiers of the run file; with `auto` those that this machine has units for."""
-    return config.dials.precision.tiers or real_tiers(this_machine().device)
+    """The tiers of the run file; with `auto` those that pay on this machine."""
+    return config.dials.precision.tiers or auto_tiers(this_machine().device)
 
 
 def middle_params(config: RunConfig) -> dict[str, object]:

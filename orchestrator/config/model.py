@@ -282,7 +282,7 @@ class PrecisionDial(Section):
     enabled: bool = Field(default=True, description="whether the policy may turn it")
     tiers: TierList = Field(
         default=(Tier.FP32, Tier.BF16),
-        description="allowed tiers, dearest first, trials start at it; auto for all that the device has units for",
+        description="allowed tiers, dearest first, trials start at it; auto for all that pay on the device",
     )
     emulate: Annotated[tuple[TierWord, ...], Field(strict=False)] = Field(
         default=(), description="tiers to compute without a unit for them, slowly, to study what they do to learning"
@@ -292,6 +292,10 @@ class PrecisionDial(Section):
         ge=0,
         le=0.5,
         description="part of a trial's time for probes that guard what it learns; 0 turns the guard off",
+    )
+    exchange: Literal["fp32", "tier"] = Field(
+        default="fp32",
+        description="in what ranks of a trial exchange gradients; tier: in bf16 while the tier computes in 16 bits",
     )
 
 

@@ -84,6 +84,7 @@ class TrialOrder:
         num_reports_done: reports that were already taken before this attempt.
         memory_bytes: memory that each rank may take; 0 where nobody knows.
         probe_budget: part of the trial's time for probes of cheaper tiers; 0 for none.
+        exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
     """
 
     trial_id: TrialId
@@ -100,6 +101,7 @@ class TrialOrder:
     num_reports_done: int
     memory_bytes: int = 0
     probe_budget: float = 0.0
+    exchange_follows_tier: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,4 +47,5 @@ def _trial_order(state: RunState, trial: Trial) -> TrialOrder:
         num_reports_done=len(trial.reports),
         memory_bytes=granted_bytes(state, state.ledger.lines[trial.trial_id].placement),
         probe_budget=spec.probe_budget,
+        exchange_follows_tier=spec.exchange_follows_tier,
     )

@@ -41,6 +41,7 @@ class RunSpec:
         mode: 'min' or 'max'.
         log_level: of the worker logs.
         probe_budget: part of a trial's time for probes of cheaper tiers.
+        exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
         max_running: trials at a time; 0 for as many as there are slots.
         resize_patience_s: seconds a worker group of another size may take to open before a trial does without it.
     """
@@ -68,6 +69,7 @@ class RunSpec:
     mode: str
     log_level: str = "INFO"
     probe_budget: float = 0.0
+    exchange_follows_tier: bool = False
     max_running: int = 0
     resize_patience_s: float = 120.0
 

@@ -230,6 +230,7 @@ class TrialLoop:
                 loss=result.loss,
                 loss_scale=stepper.loss_scale.scale,
                 busy_s=busy_s,
+                grad_norm=result.grad_norm,
             )
         )
         self._num_skips = self._num_skips + 1 if result.is_skipped else 0

@@ -35,7 +35,7 @@ from orchestrator.train.step_mode.choice import ModeChoice, StepMode
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.step_mode.replay import CPU, Launched, Replay, Returned, open_replay, refusal
 from policies.plan import Settings
-from policies.tier import Tier
+from policies.tier import Tier, tier_facts
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class Stepper:
         self._noise = NoiseMeter(self.model, self.optimizer, ranks.world_size)
         self._rate = LearningRate.start(self._schedule(), order.start.global_batch)
         set_tier(self.model, order.start.tier)
+        self._exchange(order.start.tier)
         # Every rank built the same model from the same seed; what it draws from here on (dropout) is its own.
         torch.manual_seed(order.seed + ranks.rank)
 
@@ -105,6 +106,7 @@ class Stepper:
         """Apply batch and tier; share belongs to the process, world size to the worker group. `settle` before it."""
         if settings.tier is not self.settings.tier:
             set_tier(self.model, settings.tier)
+            self._exchange(settings.tier)
         if (settings.global_batch, settings.tier) != (self.settings.global_batch, self.settings.tier):
             self._noise.reset()
             self._rate = self._rate.with_batch(settings.global_batch, self.cursor.position, self._noise.scale)
@@ -151,6 +153,11 @@ class Stepper:
     def mode_words(self) -> str:
         """How steps are executed with these dials, and why; empty while that is being measured."""
         return self._modes.words(self._dials) if self._modes.is_settled(self._dials) else ""
+
+    def _exchange(self, tier: Tier) -> None:
+        """Let ranks exchange gradients in bf16 (of fp16 too, for its range) with the tier, if the run file says so."""
+        companion = tier_facts(tier).companion_dtype if self._order.exchange_follows_tier else None
+        self._noise.exchange_in(None if companion is None else torch.bfloat16)
 
     def step(self) -> StepResult:
         """One optimizer step, eagerly, of `settings.global_batch` samples; on a non-finite gradient nothing changes."""

@@ -1,4 +1,4 @@
-"""One trial on one rank without Ray, for the precision benchmarks: stepper, watch and the ladder rule, nothing else.
+"""One trial without Ray, for the precision benchmarks: stepper, watch and the ladder rule, nothing else.
 
 The rule that a policy uses (`policies.ladder.best_usable`) is asked every few steps, as a policy would be; moves of the
 guard are obeyed as the training loop obeys them. Knows no statistics; used by `bench_precision`.
@@ -37,7 +37,7 @@ class Recipe:
     Attributes:
         job, params: as in a run file.
         num_steps: optimizer steps.
-        micro_batch: samples per step.
+        micro_batch: samples per step and rank.
         ladder: allowed tiers, dearest first; one tier is a run without choice.
         seed: of model and samples.
         budget: of the guard; 0 is a run without probes.
@@ -75,15 +75,21 @@ class Course:
     moves: list[dict[str, Any]] = field(default_factory=list)
     num_probes: int = 0
     num_skips: int = 0
+    probe_steps: list[int] = field(default_factory=list)
+    spent_at: list[tuple[float, float]] = field(default_factory=list)
+
+    def probes_before(self, step: int) -> int:
+        """How many probes had been taken when `step` began."""
+        return sum(1 for at in self.probe_steps if at < step)
 
     def share_of(self) -> dict[str, float]:
         """Part of the steps in each tier."""
         return {tier: self.tiers.count(tier) / len(self.tiers) for tier in sorted(set(self.tiers))}
 
 
-def run(recipe: Recipe) -> Course:
-    """Train to the end and measure the losses in fp32."""
-    stepper, watch = begin(recipe)
+def run(recipe: Recipe, ranks: Ranks | None = None) -> Course:
+    """Train to the end and measure the losses in fp32; on one rank, or as one of `ranks`."""
+    stepper, watch = begin(recipe, ranks)
     course = Course()
     began_s = time.monotonic()
     watch.begin()
@@ -91,7 +97,10 @@ def run(recipe: Recipe) -> Course:
     while stepper.step_index < recipe.num_steps:
         if number % ASK_EVERY == 0:
             _choose(recipe, stepper, watch, course)
-        _obey(watch.before_step(), stepper, watch, course)
+        num_probes = watch.guard.num_probes
+        moved = watch.before_step()
+        course.probe_steps += [stepper.step_index] * (watch.guard.num_probes - num_probes)
+        _obey(moved, stepper, watch, course)
         if recipe.before_step is not None:
             recipe.before_step(stepper, number)
         stepped_s = time.monotonic()
@@ -105,26 +114,33 @@ def run(recipe: Recipe) -> Course:
             loss=result.loss,
             loss_scale=stepper.loss_scale.scale,
             busy_s=time.monotonic() - stepped_s,
+            grad_norm=result.grad_norm,
         )
         move = watch.after_step(news)
         if recipe.budget > 0:
             _obey(move, stepper, watch, course)
         number += 1
+        course.spent_at.append((time.monotonic() - began_s, watch.spent_s))
         if number > 3 * recipe.num_steps:
             break
+    watch.close()
     course.wall_s = time.monotonic() - began_s
     course.spent_s, course.num_probes = watch.spent_s, watch.guard.num_probes
     course.train_loss, course.val_loss = _losses(recipe, stepper)
     return course
 
 
-def begin(recipe: Recipe) -> tuple[Stepper, PrecisionWatch]:
-    start = Settings(share=1.0, micro_batch=recipe.micro_batch, grad_accum=1, tier=recipe.ladder[0], num_workers=1)
+def begin(recipe: Recipe, ranks: Ranks | None = None) -> tuple[Stepper, PrecisionWatch]:
+    """Stepper and watch before the first step."""
+    device = torch.device(recipe.device)
+    ranks = ranks or Ranks(rank=0, world_size=1, device=device)
+    world_size, tier = ranks.world_size, recipe.ladder[0]
+    start = Settings(share=1.0, micro_batch=recipe.micro_batch, grad_accum=1, tier=tier, num_workers=world_size)
     limits = DialLimits(
         min_share=1.0,
         max_share=1.0,
-        min_global_batch=recipe.micro_batch,
-        max_global_batch=recipe.micro_batch,
+        min_global_batch=start.global_batch,
+        max_global_batch=start.global_batch,
         max_micro_batch=recipe.micro_batch,
         tiers=recipe.ladder,
     )
@@ -136,7 +152,7 @@ def begin(recipe: Recipe) -> tuple[Stepper, PrecisionWatch]:
         params=dict(recipe.params),
         start=start,
         limits=limits,
-        samples_per_report=recipe.num_steps * recipe.micro_batch,
+        samples_per_report=recipe.num_steps * start.global_batch,
         max_reports=1,
         directory="unused",
         resume_from=None,
@@ -145,8 +161,7 @@ def begin(recipe: Recipe) -> tuple[Stepper, PrecisionWatch]:
     torch.manual_seed(recipe.seed)
     job = build_job(recipe.job, recipe.params)
     job.prepare()
-    device = torch.device(recipe.device)
-    stepper = Stepper(order, job, Ranks(rank=0, world_size=1, device=device))
+    stepper = Stepper(order, job, ranks)
     if recipe.nudge:
         generator = torch.Generator().manual_seed(recipe.seed + 77)
         with torch.no_grad():
@@ -157,10 +172,10 @@ def begin(recipe: Recipe) -> tuple[Stepper, PrecisionWatch]:
     plan = WatchPlan(
         ladder=recipe.ladder,
         budget=recipe.budget,
-        target_samples=recipe.num_steps * recipe.micro_batch,
+        target_samples=recipe.num_steps * start.global_batch,
         costs=None if costs is None else {t: TierCost(step_s=s, memory_bytes=s) for t, s in costs.items()},
     )
-    return stepper, PrecisionWatch(plan, stepper, device, None)
+    return stepper, PrecisionWatch(plan, stepper, device, ranks.group)
 
 
 def _choose(recipe: Recipe, stepper: Stepper, watch: PrecisionWatch, course: Course) -> None:
@@ -182,7 +197,8 @@ def _obey(move: Move | None, stepper: Stepper, watch: PrecisionWatch, course: Co
         return
     if move.is_rollback:
         watch.go_back()
-    course.moves.append({"step": stepper.step_index, "to": move.tier.value, "why": move.reason})
+    move_said = {"to": move.tier.value, "why": move.reason, "probe": watch.guard.num_probes}
+    course.moves.append({"step": stepper.step_index, **move_said})
     _turn(stepper, watch, move.tier)
 
 

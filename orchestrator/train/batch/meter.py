@@ -74,6 +74,11 @@ class NoiseMeter:
         if self._ranks is not None:
             self._ranks.reset()
 
+    def exchange_in(self, dtype: torch.dtype | None) -> None:
+        """In which dtype ranks exchange gradients, which is done where they are measured; one rank exchanges none."""
+        if self._ranks is not None:
+            self._ranks.exchange_in(dtype)
+
     def begin(self, step: int, *, is_replayed: bool = False) -> bool:
         """Called before a step; whether `end` is to be called after its backward pass."""
         period = max(self._period, REPLAYED_PERIOD_STEPS if is_replayed else 0)

@@ -1,8 +1,11 @@
-"""The gradient noise seen within one step: how much the gradients of the ranks differ.
+"""The gradient noise seen within one step: how much the gradients of the ranks differ; and how they are exchanged.
 
 FSDP2 hands a rank its shard of the averaged gradient only. What the ranks had before that is seen by the public hook
 `FSDPModule.set_custom_reduce_scatter`: `Observed` is the reduce-scatter that FSDP2 uses by itself, and in a step that
 is measured it looks at its input first. Nothing is kept between steps, and weights do not move within one.
+
+The same hook can send gradients in another dtype, from one step to the next. FSDP2's own way, `reduce_dtype` of its
+policy, is fixed when a model is wrapped: there is no public setter, and wrapping again makes a new module.
 Knows no schedule and no policy; `orchestrator.train.batch.meter` calls it.
 Source: McCandlish et al. 2018, arXiv 1812.06162, appendix A.1, for parts of uneven size.
 """
@@ -31,6 +34,7 @@ class Observed:
         is_armed: whether the next call is measured.
         is_elementwise: whether the squares are wanted for each element (to be weighed), which costs a second
             reduce-scatter; otherwise their sum is enough.
+        dtype: in which gradients travel and are added up; None for their own.
         found: for each call of a measured step the reduced gradient, and the squares: one number, or one for each
             element of the gradient, summed over the ranks.
     """
@@ -38,6 +42,7 @@ class Observed:
     def __init__(self) -> None:
         self.is_armed = False
         self.is_elementwise = False
+        self.dtype: torch.dtype | None = None
         self.found: list[tuple[Tensor, Tensor]] = []
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -55,6 +60,12 @@ class Observed:
         """Reduce and scatter `input_tensor`."""
         if self.is_armed:
             self.found.append((output_tensor, self._squares(output_tensor, input_tensor, group)))
+        if self.dtype is not None and self.dtype != input_tensor.dtype:
+            sent = input_tensor.to(self.dtype)
+            received = torch.empty_like(output_tensor, dtype=self.dtype)
+            _reduce_scatter(received, sent, op=op, group=group)
+            output_tensor.copy_(received)
+            return None
         work: dist.Work | None = _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         return work
 
@@ -80,6 +91,10 @@ class RankNoise:
     def wants(self, step: int) -> bool:
         """Whether `step` is measured."""
         return step % self._every == 0
+
+    def exchange_in(self, dtype: torch.dtype | None) -> None:
+        """Send gradients in `dtype` from the next backward pass on, None for their own; on every rank alike."""
+        self._hook.dtype = dtype
 
     def arm(self, *, is_elementwise: bool) -> None:
         """Measure the next backward pass that reduces gradients."""

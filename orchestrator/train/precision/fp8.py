@@ -15,10 +15,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from orchestrator.train.precision.half import exact_linear, result_dtype, rows, sum_rows
+from orchestrator.train.precision.half import exact_linear, filled_rows, result_dtype, sum_rows, unfilled
 from orchestrator.train.precision.rounding import largest
 
 ALIGNMENT = 16
@@ -64,12 +63,6 @@ def multiply(a_mk: Tensor, b_nk: Tensor, scales: tuple[Tensor, Tensor], dtype: t
     return product
 
 
-def _filled(x_mk: Tensor) -> Tensor:
-    """Rows of zeros added up to a multiple of `ALIGNMENT`."""
-    missing = -x_mk.shape[0] % ALIGNMENT
-    return F.pad(x_mk, (0, 0, 0, missing)) if missing else x_mk
-
-
 @torch._dynamo.allow_in_graph
 class _Fp8Products(torch.autograd.Function):
     """The three products of a layer; see the module."""
@@ -83,14 +76,13 @@ class _Fp8Products(torch.autograd.Function):
         out_dtype: torch.dtype,
     ) -> Tensor:
         """The product in `out_dtype`."""
-        x_mk = _filled(rows(x))
+        x_mk = filled_rows(x, ALIGNMENT)
         scale_x, scale_w = scale_of(x_mk, FORWARD), scale_of(weight_nk, FORWARD)
         x_fp8, w_fp8 = quantise(x_mk, scale_x, FORWARD), quantise(weight_nk, scale_w, FORWARD)
         y_mn = multiply(x_fp8, w_fp8, (scale_x, scale_w), out_dtype, is_fast=True)
         ctx.save_for_backward(x_fp8, scale_x, weight_nk, scale_w)
         ctx.dtypes = (x.dtype, weight_nk.dtype, None if bias_n is None else bias_n.dtype)
-        num_rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        y = y_mn[:num_rows].reshape(*x.shape[:-1], weight_nk.shape[0])
+        y = unfilled(y_mn, x)
         return y if bias_n is None else (y + bias_n.to(out_dtype))
 
     @staticmethod
@@ -98,15 +90,13 @@ class _Fp8Products(torch.autograd.Function):
         """The other two products. Both need their operands laid out along another dimension than they came in."""
         x_fp8, scale_x, weight_nk, scale_w = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        num_rows = grad.numel() // grad.shape[-1] if grad.shape[-1] else 0
-        grad_mn = _filled(rows(grad))
+        grad_mn = filled_rows(grad, ALIGNMENT)
         scale_g = scale_of(grad_mn, GRADIENT)
         grad_fp8 = quantise(grad_mn, scale_g, GRADIENT)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             w_kn = quantise(weight_nk, scale_w, FORWARD).t().contiguous()
-            grad_mk = multiply(grad_fp8, w_kn, (scale_g, scale_w), x_dtype, is_fast=False)
-            grad_x = grad_mk[:num_rows].reshape(*grad.shape[:-1], weight_nk.shape[1])
+            grad_x = unfilled(multiply(grad_fp8, w_kn, (scale_g, scale_w), x_dtype, is_fast=False), grad)
         if ctx.needs_input_grad[1]:
             grad_nm, x_km = grad_fp8.t().contiguous(), x_fp8.t().contiguous()
             grad_weight = multiply(grad_nm, x_km, (scale_g, scale_x), weight_dtype, is_fast=False)

@@ -9,8 +9,13 @@ The rule (thresholds in `Rules`), from one bad sign to many:
   dearer, and no cheaper tier for ten probes. In fp16 an overflow with a finite loss is the scale's affair, until there
   are more than two in a hundred steps;
 - a loss far above its own average: back to the last good state likewise;
-- a probe that finds the error of the tier to be more than a tenth of the noise of the mini-batch, or the length of the
-  gradient off by a quarter: one tier dearer, and that tier is banned for 2, 4, 8 ... probes;
+- an operand of which nearly all falls out of the tier's range: one tier dearer, and that tier is banned;
+- much falls out of it, or gradients are far from as long as they were in the tier before: a probe at once;
+- a probe that finds the error of the tier to be more than a tenth of the noise of the mini-batch, the length of the
+  gradient off by a quarter, or the bias of the last probes more than a tenth of the gradient itself (the noise shrinks
+  in a large batch and may be large late in training; a bias must be small beside what is to be learned): one tier
+  dearer, and that tier is banned for 2, 4, 8 ... probes;
+- below 16 bits all that counts for more: a weight is rounded the same way for many steps, and such errors add up;
 - the last tenth of a trial runs in bf16 or dearer.
 A cheaper tier is safe after three probes in a row well below those limits.
 
@@ -27,7 +32,12 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from policies.tier import Tier, is_cheaper
+from orchestrator.train.precision.averages import LossAverage, NormAverage
+from policies.tier import Tier, is_cheaper, tier_facts
+
+FINE_BYTES = 2
+"""Operands of fewer bytes are coarse."""
+_MEAN_GAIN, _MIN_MEANS = 0.25, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +46,8 @@ class Rules:
 
     Attributes:
         safe_noise, bad_noise: error power of a tier over the noise power of the batch gradient: to enter, to leave.
+        coarse_part: by what both are multiplied for tiers of less than 16 bits.
+        safe_bias, bad_bias: power of what a tier adds to every gradient over the power of the gradient without noise.
         safe_norm, bad_norm: length of its gradient over that of the reference: allowed to enter, to stay.
         safe_loss, bad_loss: relative difference of its loss on the same samples, likewise.
         num_safe: probes in a row before a tier is safe.
@@ -44,10 +56,15 @@ class Rules:
         spike_z: how many deviations above its average a loss is a fault.
         soon_steps: within which a second non-finite step counts as a hard fault.
         max_backoffs: of the loss scale within `backoff_steps`.
+        much_lost, all_lost: parts of an operand that saturate, and that vanish: for a probe, to leave.
+        usual_norm: length of the gradient over that in the tier before; a probe where it is outside.
     """
 
     safe_noise: float = 0.025
     bad_noise: float = 0.10
+    coarse_part: float = 0.4
+    safe_bias: float = 0.025
+    bad_bias: float = 0.10
     safe_norm: tuple[float, float] = (0.9, 1.1)
     bad_norm: tuple[float, float] = (0.8, 1.25)
     safe_loss: float = 0.02
@@ -59,6 +76,9 @@ class Rules:
     soon_steps: int = 20
     max_backoffs: int = 2
     backoff_steps: int = 100
+    much_lost: tuple[float, float] = (0.01, 0.5)
+    all_lost: tuple[float, float] = (0.25, 0.95)
+    usual_norm: tuple[float, float] = (0.67, 1.5)
 
 
 class Cause(StrEnum):
@@ -67,6 +87,7 @@ class Cause(StrEnum):
     NON_FINITE = "non-finite"
     OVERFLOWS = "overflows"
     SPIKE = "loss spike"
+    RANGE = "out of range"
     PROBE = "probe"
     FINAL = "final part"
 
@@ -89,11 +110,15 @@ class Probe:
         noise_ratio: error power over the noise power of the mini-batch gradient.
         norm_ratio: length of the gradient over that of the reference.
         loss_gap: relative difference of the loss.
+        bias_sq: power of the error that both halves of the samples have in common; may come out negative.
+        signal_sq: power of the gradient without its noise, likewise.
     """
 
     noise_ratio: float
     norm_ratio: float
     loss_gap: float
+    bias_sq: float = 0.0
+    signal_sq: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +132,8 @@ class StepSigns:
         loss: mean loss over all ranks of this or the step before; NaN where unknown.
         loss_scale: of fp16.
         progress: part of the trial that is done.
+        grad_norm: length of the gradient before clipping, NaN where unknown.
+        saturated, vanished: parts of the operand that fares worst which fall out of the tier's range, where counted.
     """
 
     step: int
@@ -115,39 +142,39 @@ class StepSigns:
     loss: float
     loss_scale: float
     progress: float
+    grad_norm: float = math.nan
+    saturated: float = 0.0
+    vanished: float = 0.0
 
 
 @dataclass(slots=True)
 class _Record:
-    """What is remembered of one tier."""
+    """What is remembered of one tier. Both powers are means over the last probes: of one alone they say little."""
 
     num_safe: int = 0
     num_bans: int = 0
     banned_until: int = 0
     noise_ratio: float | None = None
+    bias_sq: float = 0.0
+    signal_sq: float = 0.0
+    num_means: int = 0
+    num_alarms: int = 0
+    quiet_until: int = 0
 
+    def add(self, probe: Probe) -> None:
+        """Take in one probe."""
+        self.noise_ratio = probe.noise_ratio if math.isfinite(probe.noise_ratio) else None
+        if math.isfinite(probe.bias_sq) and math.isfinite(probe.signal_sq):
+            self.num_means += 1
+            gain = max(1 / self.num_means, _MEAN_GAIN)
+            self.bias_sq += gain * (probe.bias_sq - self.bias_sq)
+            self.signal_sq += gain * (probe.signal_sq - self.signal_sq)
 
-@dataclass(slots=True)
-class _LossAverage:
-    """Exponential mean and variance of the loss; forgets all when the settings change."""
-
-    mean: float = 0.0
-    variance: float = 0.0
-    num: int = 0
-
-    def deviation(self, loss: float) -> float:
-        """How many deviations `loss` lies above the average; 0 until that is known."""
-        if self.num < 30 or self.variance <= 0:
-            return 0.0
-        return (loss - self.mean) / math.sqrt(self.variance)
-
-    def add(self, loss: float) -> None:
-        """Take in one loss."""
-        self.num += 1
-        gain = max(1 / self.num, 0.02)
-        difference = loss - self.mean
-        self.mean += gain * difference
-        self.variance = (1 - gain) * (self.variance + gain * difference * difference)
+    @property
+    def bias_ratio(self) -> float:
+        """Bias over signal; 0 as long as neither stands out of the noise of the probes."""
+        is_known = self.num_means >= _MIN_MEANS and self.signal_sq > 0
+        return max(0.0, self.bias_sq / self.signal_sq) if is_known else 0.0
 
 
 @dataclass(slots=True)
@@ -158,16 +185,19 @@ class Guard:
         ladder: allowed tiers, dearest first.
         rules: the thresholds.
         num_probes: probes taken so far; bans are counted in them.
+        alarm: what a step showed that calls for a probe now; empty where nothing does.
     """
 
     ladder: Sequence[Tier]
     rules: Rules = field(default_factory=Rules)
     num_probes: int = 0
+    alarm: str = ""
     _records: dict[Tier, _Record] = field(default_factory=dict)
     _frozen_until: int = 0
     _is_final: bool = False
     _skips: deque[int] = field(default_factory=deque)
-    _average: _LossAverage = field(default_factory=_LossAverage)
+    _average: LossAverage = field(default_factory=LossAverage)
+    _norms: NormAverage = field(default_factory=NormAverage)
 
     def candidate(self, current: Tier, costs: Mapping[Tier, float]) -> Tier | None:
         """The next cheaper tier worth a probe: the dearest below `current` that is faster, or smaller; None if none.
@@ -206,15 +236,15 @@ class Guard:
     def take_probe(self, current: Tier, found: Mapping[Tier, Probe]) -> Move | None:
         """Learn from a probe of `current` and a candidate."""
         self.num_probes += 1
-        rules = self.rules
+        self.alarm = ""
         for tier, probe in found.items():
             record = self._record(tier)
-            record.noise_ratio = probe.noise_ratio if math.isfinite(probe.noise_ratio) else None
-            record.num_safe = record.num_safe + 1 if self._is_good(probe, rules) else 0
+            record.add(probe)
+            record.num_safe = record.num_safe + 1 if self._is_good(tier, probe) else 0
         own, target = found.get(current), self.dearer(current)
         if own is None or target is None:
             return None
-        why = self._why_bad(own, rules)
+        why = self._why_bad(current, own)
         if why is None:
             return None
         self._ban(current)
@@ -223,15 +253,17 @@ class Guard:
     def take_step(self, current: Tier, signs: StepSigns) -> Move | None:
         """Learn from a step."""
         move = self._after_skip(current, signs) if signs.is_skipped else self._after_loss(current, signs)
+        move = move or self._after_range(current, signs)
         if move is None and signs.progress >= 1 - self.rules.final_part:
             move = self._final(current)
         if move is not None:
             self.forget_losses()
         return move
 
-    def forget_losses(self) -> None:
-        """The settings changed: what losses are usual must be learned anew."""
-        self._average = _LossAverage()
+    def forget_losses(self, *, is_same_batch: bool = True) -> None:
+        """The settings changed: what losses are usual must be learned anew; so must lengths of gradients."""
+        self._average = LossAverage()
+        self._norms.turned(is_comparable=is_same_batch)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: bans outlive a restart."""
@@ -277,6 +309,32 @@ class Guard:
         self._average.add(signs.loss)
         return None
 
+    def _after_range(self, current: Tier, signs: StepSigns) -> Move | None:
+        """What fell out of the range of the tier, and whether gradients are as long as they were in the one before."""
+        rules, lost = self.rules, (signs.saturated, signs.vanished)
+        text = f"{lost[0]:.1%} of an operand saturates and {lost[1]:.1%} vanishes"
+        target = self.dearer(current)
+        if target is None:
+            return None
+        if any(part > limit for part, limit in zip(lost, rules.all_lost, strict=True)):
+            self._ban(current)
+            return Move(tier=target, cause=Cause.RANGE, reason=f"{text} at step {signs.step} in {current}")
+        if any(part > limit for part, limit in zip(lost, rules.much_lost, strict=True)):
+            self._raise_alarm(current, signs.step, text)
+        ratio = None if signs.is_skipped else self._norms.add(signs.grad_norm)
+        if ratio is not None and not rules.usual_norm[0] <= ratio <= rules.usual_norm[1]:
+            self._raise_alarm(current, signs.step, f"gradients are {ratio:.2f} times as long as in the tier before")
+        return None
+
+    def _raise_alarm(self, current: Tier, step: int, text: str) -> None:
+        """Ask for a probe now; where that happens again and again in a tier, less and less often."""
+        record = self._record(current)
+        if step < record.quiet_until:
+            return
+        record.num_alarms += 1
+        record.quiet_until = step + self.rules.soon_steps * 2 ** min(record.num_alarms, 10)
+        self.alarm = f"{text} at step {step} in {current}"
+
     def _hard(self, current: Tier, cause: Cause, reason: str) -> Move:
         target = self.dearer(current, 2)
         assert target is not None
@@ -309,23 +367,28 @@ class Guard:
     def _record(self, tier: Tier) -> _Record:
         return self._records.setdefault(tier, _Record())
 
-    @staticmethod
-    def _is_good(probe: Probe, rules: Rules) -> bool:
-        low, high = rules.safe_norm
+    def _is_good(self, tier: Tier, probe: Probe) -> bool:
+        rules, (low, high) = self.rules, self.rules.safe_norm
         # Written so that NaN fails.
         return (
-            probe.noise_ratio < rules.safe_noise
+            probe.noise_ratio < rules.safe_noise * self._part(tier)
             and low <= probe.norm_ratio <= high
             and probe.loss_gap < rules.safe_loss
+            and self._record(tier).bias_ratio < rules.safe_bias
         )
 
-    @staticmethod
-    def _why_bad(probe: Probe, rules: Rules) -> str | None:
-        low, high = rules.bad_norm
-        if not probe.noise_ratio <= rules.bad_noise:
-            return f"error power {probe.noise_ratio:.3g} of the batch's noise, allowed {rules.bad_noise:g}"
+    def _why_bad(self, tier: Tier, probe: Probe) -> str | None:
+        rules, (low, high) = self.rules, self.rules.bad_norm
+        allowed, bias = rules.bad_noise * self._part(tier), self._record(tier).bias_ratio
+        if not probe.noise_ratio <= allowed:
+            return f"error power {probe.noise_ratio:.3g} of the batch's noise, allowed {allowed:g}"
+        if not bias <= rules.bad_bias:
+            return f"bias power {bias:.3g} of the gradient's, allowed {rules.bad_bias:g}"
         if not low <= probe.norm_ratio <= high:
             return f"gradient {probe.norm_ratio:.3g} times as long as it should be, allowed {low:g} to {high:g}"
         if not probe.loss_gap <= rules.bad_loss:
             return f"loss off by {probe.loss_gap:.2%}, allowed {rules.bad_loss:.0%}"
         return None
+
+    def _part(self, tier: Tier) -> float:
+        return self.rules.coarse_part if tier_facts(tier).compute_bytes < FINE_BYTES else 1.0

@@ -115,6 +115,19 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def filled_rows(x: Tensor, multiple: int, least: int = 0) -> Tensor:
+    """`rows` with rows of zeros added up to a multiple, `least` of them in all: integer and fp8 units want that."""
+    x_mk = rows(x)
+    missing = max(-x_mk.shape[0] % multiple, least - x_mk.shape[0])
+    return F.pad(x_mk, (0, 0, 0, missing)) if missing else x_mk
+
+
+def unfilled(y_mn: Tensor, like: Tensor) -> Tensor:
+    """The inverse: without the rows that were added, in the leading dimensions of `like`."""
+    num_rows = like.numel() // like.shape[-1] if like.shape[-1] else 0
+    return y_mn[:num_rows].reshape(*like.shape[:-1], y_mn.shape[1])
+
+
 def sum_rows(grad: Tensor) -> Tensor:
     """The gradient of a bias. A sum is no matrix product: of the gradient as it came it costs the same, rounds less."""
     return rows(grad).sum(0, dtype=torch.float32)

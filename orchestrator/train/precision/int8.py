@@ -14,17 +14,16 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from orchestrator.hardware import cpu_facts
-from orchestrator.train.precision.half import exact_linear, result_dtype, rows, sum_rows
+from orchestrator.train.precision.half import exact_linear, filled_rows, result_dtype, sum_rows, unfilled
 from orchestrator.train.precision.rounding import round_stochastically
 from policies.tier import Tier, support_of
 
 ALIGNMENT = 8
 _MIN_ROWS = 24
-_LARGEST = 127.0
+LARGEST = 127.0
 _SMALLEST_AMAX = 1e-12
 
 
@@ -44,14 +43,14 @@ def has_unit(device: torch.device) -> bool:
 
 def quantise(x_mk: Tensor, *, is_stochastic: bool = False) -> tuple[Tensor, Tensor]:
     """int8 and, for each row, what one unit of it is worth, (M, 1)."""
-    scale_m1 = x_mk.abs().amax(dim=1, keepdim=True).float().clamp(min=_SMALLEST_AMAX) / _LARGEST
+    scale_m1 = x_mk.abs().amax(dim=1, keepdim=True).float().clamp(min=_SMALLEST_AMAX) / LARGEST
     scaled = x_mk.float() / scale_m1
     return _whole(scaled, is_stochastic=is_stochastic), scale_m1
 
 
 def _whole(scaled: Tensor, *, is_stochastic: bool) -> Tensor:
     units = round_stochastically(scaled) if is_stochastic else scaled.round()
-    return units.clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    return units.clamp(-LARGEST, LARGEST).to(torch.int8)
 
 
 def multiply(a_mk: Tensor, b_nk: Tensor) -> Tensor:
@@ -59,12 +58,6 @@ def multiply(a_mk: Tensor, b_nk: Tensor) -> Tensor:
     if not has_unit(a_mk.device):
         return exact_linear(a_mk.float(), b_nk.float())
     return torch._int_mm(a_mk, b_nk.t()).float()
-
-
-def _filled(x_mk: Tensor) -> Tensor:
-    num_rows = x_mk.shape[0]
-    missing = max(-num_rows % ALIGNMENT, _MIN_ROWS - num_rows)
-    return F.pad(x_mk, (0, 0, 0, missing)) if missing else x_mk
 
 
 @torch._dynamo.allow_in_graph
@@ -80,13 +73,12 @@ class _Int8Products(torch.autograd.Function):
         out_dtype: torch.dtype,
     ) -> Tensor:
         """The product in `out_dtype`."""
-        x_int8, scale_m1 = quantise(_filled(rows(x)))
+        x_int8, scale_m1 = quantise(filled_rows(x, ALIGNMENT, _MIN_ROWS))
         w_int8, scale_n1 = quantise(weight_nk)
         y_mn = multiply(x_int8, w_int8) * scale_m1 * scale_n1.t()
         ctx.save_for_backward(x_int8, scale_m1, weight_nk, scale_n1)
         ctx.dtypes = (x.dtype, weight_nk.dtype, None if bias_n is None else bias_n.dtype)
-        num_rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        y = y_mn[:num_rows].reshape(*x.shape[:-1], weight_nk.shape[0])
+        y = unfilled(y_mn, x)
         return (y if bias_n is None else y + bias_n).to(out_dtype)
 
     @staticmethod
@@ -94,14 +86,12 @@ class _Int8Products(torch.autograd.Function):
         """The other two products, of the gradient times the scale that they sum over."""
         x_int8, scale_m1, weight_nk, scale_n1 = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        num_rows = grad.numel() // grad.shape[-1] if grad.shape[-1] else 0
-        grad_mn = _filled(rows(grad)).float()
+        grad_mn = filled_rows(grad, ALIGNMENT, _MIN_ROWS).float()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             w_kn = _whole(weight_nk.float() / scale_n1, is_stochastic=False).t().contiguous()
             g_int8, scale_g = quantise(grad_mn * scale_n1.t(), is_stochastic=True)
-            grad_mk = multiply(g_int8, w_kn) * scale_g
-            grad_x = grad_mk[:num_rows].reshape(*grad.shape[:-1], weight_nk.shape[1]).to(x_dtype)
+            grad_x = unfilled(multiply(g_int8, w_kn) * scale_g, grad).to(x_dtype)
         if ctx.needs_input_grad[1]:
             g_int8, scale_g = quantise((grad_mn * scale_m1).t().contiguous(), is_stochastic=True)
             grad_weight = (multiply(g_int8, x_int8.t().contiguous()) * scale_g).to(weight_dtype)

@@ -6,6 +6,9 @@ bias, which no batch averages away) and what they do not. Both are put in relati
 
     noise_ratio = (common * batch + own * half) / noise_per_sample
 
+The products of both halves' errors and of both halves' gradients estimate, noisily, the power of that bias and of the
+gradient without noise; the guard forms means of them.
+
 Nothing is left behind: random state, gradients and buffers are as before, and the samples are not used up. With several
 ranks each keeps sums over its own shards, and one small all-reduce adds them. Knows nothing of when to probe or what
 follows (`watch`, `guard`).
@@ -103,6 +106,8 @@ def _judge(setup: ProbeSetup, sums: list[float], losses: list[float]) -> list[Pr
                 noise_ratio=error / noise_per_sample if noise_per_sample > 0 else float("inf") * error,
                 norm_ratio=max(tier_length, 0.0) ** 0.5 / length if length > 0 else float("nan"),
                 loss_gap=abs(losses[1 + number] - losses[0]) / max(abs(losses[0]), 1e-12),
+                bias_sq=common,
+                signal_sq=product,
             )
         )
     return found

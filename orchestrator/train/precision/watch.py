@@ -14,8 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,22 +22,22 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.train.precision import memory_state
-from orchestrator.train.precision.calibrate import CostFile, TierCost, measure, time_replay
+from orchestrator.train.precision.calibrate import TierCost
 from orchestrator.train.precision.guard import Cause, Guard, Move, StepSigns
 from orchestrator.train.precision.linear import PrecisionLinear
-from orchestrator.train.precision.probe import ProbeSetup, probe, undisturbed
+from orchestrator.train.precision.probe import ProbeSetup, probe
 from orchestrator.train.precision.products import tier_of_layer
+from orchestrator.train.precision.range_signs import RangeMeter, has_range
 from orchestrator.train.precision.tiers import is_real
-from orchestrator.train.step_mode.recorder import CudaRecorder
+from orchestrator.train.precision.trial_costs import Timed, TrialCosts
 from policies.ladder import TierFit
-from policies.plan import Settings
 from policies.tier import Tier
 
 logger = logging.getLogger(__name__)
 
 MIN_PERIOD_STEPS = 5
 _HEAD_START_S = 20.0
-_CALIBRATION_S = 2.0
+_COUNT_EVERY = 25
 _AUDIT_EVERY = 4
 _TRUSTED_NOISE_RATIO = 2e-3
 _TRUSTED_PROBES = 5
@@ -54,36 +53,18 @@ class StepNews:
     loss: float
     loss_scale: float
     busy_s: float
+    grad_norm: float = float("nan")
 
 
-class Trained(Protocol):
+class Trained(Timed, Protocol):
     """What is watched: the stepper, as far as it matters here."""
 
-    model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    settings: Settings
     step_index: int
 
     @property
     def progress(self) -> float:
         """Part of the trial that is done."""
-        ...
-
-    def probe_batch(self, num_samples: int) -> tuple[torch.Tensor, ...]:
-        """The next samples, this rank's part of them, which are not used up."""
-        ...
-
-    def mean_gradient(self, batch: tuple[torch.Tensor, ...], tier: Tier) -> float:
-        """Add the gradient of the mean loss of `batch` over all ranks in `tier`; returns the loss of this rank."""
-        ...
-
-    def add_gradient(self, batch: tuple[torch.Tensor, ...], tier: Tier) -> None:
-        """Do what `mean_gradient` does without reading anything back, as a recorded step does."""
-        ...
-
-    @property
-    def may_replay(self) -> bool:
-        """Whether its steps may be replayed from a graph."""
         ...
 
     def position(self) -> dict[str, Any]:
@@ -135,6 +116,8 @@ class PrecisionWatch:
         self._num_trusted: dict[Tier, int] = {}
         self._posted: tuple[dist.Work, torch.Tensor] | None = None
         self._has_news = False
+        self._ranges, self._next_count = RangeMeter(), 0
+        self._turned_from = trained.settings
 
     @property
     def is_probing(self) -> bool:
@@ -144,7 +127,7 @@ class PrecisionWatch:
     @property
     def is_due(self) -> bool:
         """Whether a probe is to be made before the next step."""
-        return self.is_probing and self._num_steps >= self._next_probe
+        return self.is_probing and (self._num_steps >= self._next_probe or bool(self.guard.alarm))
 
     def begin(self) -> None:
         """Learn what each tier costs here, from the file or by measuring; on every rank, before the first step."""
@@ -152,7 +135,10 @@ class PrecisionWatch:
             return
         began_s = time.monotonic()
         tiers = [tier for tier in self._plan.ladder if self._is_real[tier] or self._plan.costs is not None]
-        self.costs = self._known_costs(tiers) or self._measured_costs(tiers)
+        self.costs = dict(self._plan.costs or {})
+        if not self.costs:
+            costs = TrialCosts(self._trained, self._device, self._group, self._plan.key, self._plan.cache)
+            self.costs = costs.find(tiers)
         current = self._trained.settings.tier
         base = self.costs.get(current) or next(iter(self.costs.values()), None)
         self._step_s = 1.0 if base is None else base.step_s * self._trained.settings.grad_accum
@@ -161,7 +147,10 @@ class PrecisionWatch:
 
     def before_step(self) -> Move | None:
         """At a boundary: probe if it is time to; the move that follows from it."""
-        return self._probe() if self.is_due else None
+        move = self._probe() if self.is_due else None
+        if move is None:
+            self._count_ranges()
+        return move
 
     def after_step(self, news: StepNews) -> Move | None:
         """After a step: the move that follows from what it showed."""
@@ -172,13 +161,17 @@ class PrecisionWatch:
             told = torch.tensor([float(is_loss_finite)])
             dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group)
             is_loss_finite = bool(told.item())
+        loss, saturated, vanished = self._means(float("nan") if news.is_skipped else news.loss)
         signs = StepSigns(
             step=self._trained.step_index,
             is_skipped=news.is_skipped,
             is_loss_finite=is_loss_finite,
-            loss=self._mean_loss(float("nan") if news.is_skipped else news.loss),
+            loss=loss,
             loss_scale=news.loss_scale,
             progress=self._trained.progress,
+            grad_norm=news.grad_norm,
+            saturated=saturated,
+            vanished=vanished,
         )
         move = self.guard.take_step(self._trained.settings.tier, signs)
         if move is not None and not self.is_probing and move.cause not in _ALWAYS:
@@ -188,8 +181,11 @@ class PrecisionWatch:
 
     def turned(self) -> None:
         """The settings changed: losses are compared anew, and a batch of another size takes another time."""
-        self.guard.forget_losses()
+        before, self._turned_from = self._turned_from, self._trained.settings
+        self.guard.forget_losses(is_same_batch=before.global_batch == self._turned_from.global_batch)
         self._busy.clear()
+        self._next_count = self._num_steps  # the first step in a new tier is counted
+        self.close()  # what is still on its way was seen in the tier before
 
     def go_back(self) -> bool:
         """Restore the last good state; False where there is none."""
@@ -230,70 +226,6 @@ class PrecisionWatch:
             num_in_tier=len(fitting),
         )
 
-    def _known_costs(self, tiers: Sequence[Tier]) -> dict[Tier, TierCost] | None:
-        """Declared costs, or those of the file as rank 0 reads it."""
-        if self._plan.costs is not None:
-            return dict(self._plan.costs)
-        found = [
-            None
-            if self._plan.cache is None
-            else CostFile.of(self._plan.cache, self._plan.key).load(self._plan.key, tiers)
-        ]
-        return self._from_first(found)
-
-    def _measured_costs(self, tiers: Sequence[Tier]) -> dict[Tier, TierCost]:
-        trained = self._trained
-        batch = trained.probe_batch(trained.settings.micro_batch)
-
-        def run(tier: Tier) -> None:
-            trained.mean_gradient(batch, tier)
-            for param in trained.model.parameters():
-                param.grad = None
-
-        with undisturbed(trained.model, self._device):
-            costs = measure(run, tiers, self._device, _CALIBRATION_S)
-            costs = self._replayed(costs, batch)
-        if self._plan.cache is not None and self._is_first:
-            CostFile.of(self._plan.cache, self._plan.key).store(self._plan.key, costs)
-        found = self._from_first([costs])
-        assert found is not None
-        shown = ", ".join(f"{tier} {cost.step_s * 1e3:.1f} ms" for tier, cost in found.items())
-        logger.info("calibrated %s per micro-batch of %d", shown, trained.settings.micro_batch)
-        return found
-
-    def _replayed(self, costs: dict[Tier, TierCost], batch: tuple[torch.Tensor, ...]) -> dict[Tier, TierCost]:
-        """On one GPU, where steps are replayed from graphs: the time of a replay, which launches cannot hide.
-
-        A tier that cannot be recorded keeps its eager time; fp16 is never replayed.
-        """
-        if self._device.type != "cuda" or self._group is not None or not self._trained.may_replay:
-            return costs
-        recorder = CudaRecorder()
-        found = dict(costs)
-        for tier, cost in costs.items():
-            if tier is Tier.FP16:
-                continue
-            try:
-                seconds = time_replay(recorder, partial(self._trained.add_gradient, batch, tier))
-            except Exception as error:  # whatever a model does that a graph cannot hold
-                logger.info("calibration of %s without a graph: %s", tier, str(error).partition("\n")[0])
-                continue
-            finally:
-                for param in self._trained.model.parameters():
-                    param.grad = None
-            found[tier] = replace(cost, step_s=min(seconds, cost.step_s))
-        return found
-
-    @property
-    def _is_first(self) -> bool:
-        return self._group is None or dist.get_rank(self._group) == 0
-
-    def _from_first(self, value: list[dict[Tier, TierCost] | None]) -> dict[Tier, TierCost] | None:
-        """The first rank's value, on every rank."""
-        if self._group is not None:
-            dist.broadcast_object_list(value, group=self._group, group_src=0)
-        return value[0]
-
     def _agreed(self, numbers: list[float]) -> list[float]:
         """Their means over the ranks."""
         if self._group is None:
@@ -312,7 +244,7 @@ class PrecisionWatch:
         reference = self._reference(current)
         tiers = [tier for tier in (current, candidate) if tier is not None and tier is not reference]
         if not tiers:
-            self.guard.num_probes += 1  # bans and freezes are counted in probes that were due
+            self.guard.take_probe(current, {})  # bans and freezes are counted in probes that were due
             self._next_probe = self._num_steps + self._period(0.0)
             return None
         half = max(1, self._trained.settings.micro_batch // 2)
@@ -374,15 +306,28 @@ class PrecisionWatch:
     def _remember(self) -> None:
         self._state = memory_state.capture(self._trained.model, self._trained.optimizer, self._trained.position())
 
-    def _mean_loss(self, loss: float) -> float:
-        """Over all ranks; with several that of the step before, which has arrived by now."""
+    def _count_ranges(self) -> None:
+        """Let the next step count what falls out of the tier's range, in the first step in a tier and now and then."""
+        is_eager = self._device.type == "cpu" or not self._trained.may_replay
+        if not (self.is_probing and is_eager and self._num_steps >= self._next_count):
+            return
+        self._next_count = self._num_steps + _COUNT_EVERY
+        if has_range(self._trained.settings.tier):
+            self._ranges.begin(self._trained.model)
+
+    def _means(self, loss: float) -> list[float]:
+        """Of loss and of what fell out of range over all ranks; with several those of the step before."""
+        found = self._ranges.end()
+        told = torch.zeros(3, dtype=torch.float64)
+        told[0] = loss
+        if found is not None:
+            told[1], told[2] = found.saturated, found.vanished
         if self._group is None:
-            return loss
-        before = float("nan")
+            return told.tolist()
+        before = [float("nan"), 0.0, 0.0]
         if self._posted is not None:
             self._posted[0].wait()
-            before = float(self._posted[1].item()) / dist.get_world_size(self._group)
-        told = torch.tensor([loss], dtype=torch.float64)
+            before = (self._posted[1] / dist.get_world_size(self._group)).tolist()
         work = dist.all_reduce(told, group=self._group, async_op=True)
         assert work is not None
         self._posted = (work, told)

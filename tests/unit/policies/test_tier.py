@@ -16,6 +16,7 @@ from policies.tier import (
     FixedPoint,
     Rounding,
     Tier,
+    auto_tiers,
     by_cost,
     is_cheaper,
     real_tiers,
@@ -96,6 +97,8 @@ def test_devices_have_the_tiers_they_have_units_for() -> None:
     assert real_tiers(V100) == ("fp32", "fp16")
     assert real_tiers(PLAIN_CPU) == ("fp32",)
     assert real_tiers(NEW_CPU) == ("fp32", "bf16", "int8")
+    assert auto_tiers(NEW_CPU) == ("fp32", "bf16"), "int8 gains nothing there and costs accuracy"
+    assert auto_tiers(A100) == real_tiers(A100)
 
 
 @pytest.mark.parametrize(

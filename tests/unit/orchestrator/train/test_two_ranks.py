@@ -89,6 +89,26 @@ def test_noise_of_sharded_gradients_is_that_of_whole_ones(two_ranks: TwoRanks) -
     assert result["shared"] == pytest.approx(result["alone"], rel=1e-4)
 
 
+def test_gradients_are_exchanged_in_another_dtype_from_one_step_to_the_next(two_ranks: TwoRanks) -> None:
+    result = two_ranks["exchange"]
+    steady, turned = torch.tensor(result["steady"]), torch.tensor(result["turned"])
+    assert torch.equal(steady[:3], turned[:3])
+    assert not torch.equal(steady[3:], turned[3:])
+    torch.testing.assert_close(steady, turned, rtol=0.02, atol=0.01)
+    assert result["rounded"] == [False, True, False]
+    assert (result["kept"], result["dtypes"]) == (True, {"torch.float32"})
+
+
+@pytest.mark.parametrize("word", ["bf16", "fixed(8,16)"])
+def test_a_checkpoint_crosses_tiers_with_the_same_masters(two_ranks: TwoRanks, word: str) -> None:
+    result = two_ranks["a_checkpoint_crosses_tiers"][word]
+    assert result["equal"], "bit for bit, there and back"
+    assert result["dtypes"] == {"torch.float32"}
+    if word == "bf16":  # fixed point rounds gradients at random, which no generator here repeats
+        assert result["straight"] == result["gone_on"]
+    assert result["straight"] != result["in fp32"], "the tiers are really different"
+
+
 def test_a_probe_of_two_ranks_finds_what_one_rank_finds_and_both_know_it(two_ranks: TwoRanks) -> None:
     result = two_ranks["probe"]
     for alone, shared in zip(result["alone"], result["shared"], strict=True):

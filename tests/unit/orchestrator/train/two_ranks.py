@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from orchestrator.errors import CheckpointError
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.noise import NoiseEstimator
+from orchestrator.train.batch.rank_noise import RankNoise
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.loss_scale import LossScale
 from orchestrator.train.precision.probe import ProbeSetup, probe
@@ -274,6 +275,63 @@ def case_noise(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
     return {"alone": estimates[0], "shared": estimates[1]}
 
 
+def case_exchange(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
+    plain, plain_optimizer = build(mesh)
+    turned, optimizer = build(mesh)
+    noise = RankNoise(turned, every=1)
+    held = [id(parameter) for parameter in turned.parameters()]
+    steady = train(plain, plain_optimizer, range(9), rank, WORLD_SIZE)
+    losses, rounded = [], []
+    for start, dtype in ((0, None), (3, torch.bfloat16), (6, None)):
+        noise.exchange_in(dtype)
+        losses += train(turned, optimizer, range(start, start + 3), rank, WORLD_SIZE)
+        noise.arm(is_elementwise=True)
+        x, y = (part.chunk(WORLD_SIZE)[rank] for part in batch_of(start))
+        (turned(x) - y).square().mean().backward()
+        grads = fsdp.local_grads(turned)
+        rounded.append(all(torch.equal(grad, grad.bfloat16().float()) for grad in grads))
+        found = noise.observe(grads, [6, 6], dist.group.WORLD, weights=[torch.ones_like(grad) for grad in grads])
+        assert found is not None, "noise is measured whatever gradients are exchanged in"
+        optimizer.zero_grad()
+    return {
+        "steady": steady,
+        "turned": losses,
+        "rounded": rounded,
+        "kept": held == [id(parameter) for parameter in turned.parameters()],
+        "dtypes": {str(parameter.dtype) for parameter in turned.parameters()},
+    }
+
+
+def case_a_checkpoint_crosses_tiers(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
+    everyone: dict[str, Any] = {"rank": rank, "world_size": WORLD_SIZE, "group": dist.group.WORLD}
+    result = {}
+    for word in ("bf16", "fixed(8,16)"):
+        model, optimizer = build(mesh)
+        set_tier(model, Tier(word))
+        train(model, optimizer, range(3), rank, WORLD_SIZE)
+        first = checkpoint.commit(directory / word, model=model, optimizer=optimizer, extra={"step": 3}, **everyone)
+        there, other_optimizer = build(mesh)
+        checkpoint.load(first, model=there, optimizer=other_optimizer, **everyone)
+        second = checkpoint.commit(
+            directory / f"{word} again", model=there, optimizer=other_optimizer, extra={"step": 3}, **everyone
+        )
+        back, back_optimizer = build(mesh)
+        set_tier(back, Tier(word))
+        checkpoint.load(second, model=back, optimizer=back_optimizer, **everyone)
+        saved, middle, last = parameters(model), parameters(there), parameters(back)
+        equal = [torch.equal(saved[name], middle[name]) and torch.equal(saved[name], last[name]) for name in saved]
+        straight = train(model, optimizer, range(3, 6), rank, WORLD_SIZE)
+        gone_on = train(back, back_optimizer, range(3, 6), rank, WORLD_SIZE)
+        result[word] = {
+            "equal": all(equal),
+            "dtypes": {str(value.dtype) for value in saved.values()},
+            "straight": straight,
+            "gone_on": gone_on,
+            "in fp32": train(there, other_optimizer, range(3, 6), rank, WORLD_SIZE),
+        }
+    return result
+
+
 def half_gradient(model: nn.Module, parts: list[list[Tensor]], tier: Tier, half: int) -> float:
     set_tier(model, tier)
     x, y = parts[half]
@@ -341,6 +399,8 @@ CASES: tuple[Callable[[int, DeviceMesh, Path], dict[str, Any]], ...] = (
     case_resume_on_other_numbers_of_ranks,
     case_a_refusal_of_one_rank,
     case_noise,
+    case_exchange,
+    case_a_checkpoint_crosses_tiers,
     case_probe,
     case_overflow_in_one_rank,
 )

@@ -13,7 +13,7 @@ LADDER = tuple(Tier(word) for word in ("fp32", "bf16", "fp16", "int8", "fixed(4,
 FP32, BF16, FP16, INT8, FLOOR = LADDER
 COSTS = dict(zip(LADDER, (1.0, 0.6, 0.55, 0.4, 0.2), strict=True))
 GOOD = Probe(noise_ratio=0.001, norm_ratio=1.0, loss_gap=0.0)
-FAIR = Probe(noise_ratio=0.06, norm_ratio=1.0, loss_gap=0.0)
+FAIR = Probe(noise_ratio=0.03, norm_ratio=1.0, loss_gap=0.0)
 BAD = Probe(noise_ratio=0.2, norm_ratio=1.0, loss_gap=0.0)
 
 
@@ -85,6 +85,39 @@ def test_between_the_two_thresholds_nothing_moves() -> None:
     assert not guard.is_safe(INT8)
 
 
+def test_a_coarse_tier_must_be_better_than_a_fine_one() -> None:
+    noisy = Probe(noise_ratio=0.06, norm_ratio=1.0, loss_gap=0.0)
+    assert Guard(LADDER).take_probe(BF16, {BF16: noisy}) is None
+    assert Guard(LADDER).take_probe(INT8, {INT8: noisy}) is not None
+    guard = Guard(LADDER)
+    for _ in range(3):
+        guard.take_probe(FP32, {tier: Probe(noise_ratio=0.02, norm_ratio=1.0, loss_gap=0.0) for tier in (BF16, INT8)})
+    assert (guard.is_safe(BF16), guard.is_safe(INT8)) == (True, False)
+
+
+def test_a_bias_is_measured_against_what_is_to_be_learned_not_against_the_noise() -> None:
+    def probe(bias: float) -> Probe:
+        return Probe(noise_ratio=0.001, norm_ratio=1.0, loss_gap=0.0, bias_sq=bias, signal_sq=2.0)
+
+    guard = Guard(LADDER)
+    moves = [guard.take_probe(BF16, {BF16: probe(bias)}) for bias in (0.5, 0.5, 0.5)]
+    assert moves[:2] == [None, None], "one or two probes say little of a bias"
+    assert moves[2] is not None
+    assert "bias power 0.25 of the gradient's" in moves[2].reason
+    guard = Guard(LADDER)
+    for bias in (0.5, -0.5, 0.1):  # what is no bias has both signs
+        assert guard.take_probe(BF16, {BF16: probe(bias), FP16: probe(0.1)}) is None
+    assert not guard.is_safe(FP16), "0.05 of the gradient: neither to be left nor to be entered"
+
+
+def test_a_signal_lost_in_noise_says_nothing_of_a_bias() -> None:
+    guard = Guard(LADDER)
+    for _ in range(5):
+        probe = Probe(noise_ratio=0.001, norm_ratio=1.0, loss_gap=0.0, bias_sq=1.0, signal_sq=-0.1)
+        assert guard.take_probe(BF16, {BF16: probe, FP16: probe}) is None
+    assert guard.is_safe(FP16)
+
+
 def test_a_step_that_is_not_finite_raises_the_tier_at_once_and_a_second_one_goes_back() -> None:
     guard = Guard(LADDER)
     first = guard.take_step(INT8, signs(7, is_skipped=True, is_loss_finite=False))
@@ -154,6 +187,46 @@ def test_the_last_tenth_runs_in_bf16_or_dearer() -> None:
     assert not guard.is_safe(INT8)
     assert guard.candidate(BF16, COSTS) is None
     assert guard.take_step(BF16, signs(progress=0.95)) is None
+
+
+def test_an_operand_that_is_lost_raises_the_tier_at_once() -> None:
+    guard = Guard(LADDER)
+    for lost in ({"saturated": 0.3}, {"vanished": 0.97}):
+        move = guard.take_step(FLOOR, signs(4, **lost))
+        assert move is not None
+        assert (move.tier, move.cause, move.is_rollback) == (INT8, Cause.RANGE, False)
+    assert guard.is_banned(FLOOR)
+    assert guard.take_step(FP32, signs(5, vanished=0.97)) is None, "the dearest has nowhere to go"
+
+
+def test_an_operand_of_which_much_is_lost_asks_for_a_probe_and_less_often_each_time() -> None:
+    guard = Guard(LADDER)
+    alarms = []
+    for step in range(400):
+        assert guard.take_step(FLOOR, signs(step, saturated=0.05)) is None
+        if guard.alarm:
+            alarms.append(step)
+            guard.take_probe(FLOOR, {FLOOR: GOOD})
+            assert not guard.alarm
+    assert alarms == [0, 40, 120, 280]
+
+
+@pytest.mark.parametrize(("factor", "is_alarm"), [(1.0, False), (1.3, False), (1.7, True), (0.5, True)])
+def test_gradients_of_another_length_than_in_the_tier_before_ask_for_a_probe(factor: float, is_alarm: bool) -> None:
+    guard = Guard(LADDER)
+    for step in range(20):
+        guard.take_step(BF16, signs(step, grad_norm=2.0))
+    guard.forget_losses()
+    for step in range(20, 40):
+        guard.take_step(INT8, signs(step, grad_norm=2.0 * factor))
+    assert bool(guard.alarm) is is_alarm
+    guard = Guard(LADDER)
+    for step in range(20):
+        guard.take_step(BF16, signs(step, grad_norm=2.0))
+    guard.forget_losses(is_same_batch=False)
+    for step in range(20, 40):
+        guard.take_step(INT8, signs(step, grad_norm=2.0 * factor))
+    assert not guard.alarm, "with another batch lengths say nothing"
 
 
 def test_bans_outlive_a_restart() -> None:

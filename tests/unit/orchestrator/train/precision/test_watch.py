@@ -16,6 +16,7 @@ from orchestrator.train.precision.calibrate import CostFile, TierCost, calibrati
 from orchestrator.train.precision.guard import Cause
 from orchestrator.train.precision.memory_state import capture, restore
 from orchestrator.train.precision.probe import ProbeSetup, probe
+from orchestrator.train.precision.range_signs import RangeMeter
 from orchestrator.train.precision.tiers import install, set_tier
 from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPlan
 from orchestrator.train.stepper import Stepper
@@ -46,7 +47,8 @@ def watch_of(stepper: Stepper, **changes: Any) -> PrecisionWatch:
 
 
 def news(loss: float, is_skipped: bool = False) -> StepNews:
-    return StepNews(is_skipped=is_skipped, is_loss_finite=True, loss=loss, loss_scale=1.0, busy_s=0.01)
+    """Of a step said to be so long that the budget allows every probe, however slow this machine is just now."""
+    return StepNews(is_skipped=is_skipped, is_loss_finite=True, loss=loss, loss_scale=1.0, busy_s=10.0)
 
 
 def steps(stepper: Stepper, watch: PrecisionWatch, num: int) -> list[Any]:
@@ -146,6 +148,64 @@ def test_the_way_back_restores_model_optimizer_and_position(tmp_path: Path) -> N
     assert stepper.step_index == 3
     torch.manual_seed(9)
     assert [stepper.step().loss for _ in range(4)] == expected
+
+
+def test_a_tier_in_which_everything_vanishes_is_left_after_one_step(tmp_path: Path) -> None:
+    coarse = Tier("fixed(1,6)")
+    stepper = stepper_of(tmp_path)
+    watch = watch_of(
+        stepper, ladder=(Tier.FP32, coarse), costs={**COSTS, coarse: TierCost(step_s=0.3, memory_bytes=1.0)}
+    )
+    watch.begin()
+    stepper.turn(grant_tier(stepper, coarse))
+    watch.turned()
+    moves = steps(stepper, watch, 1)
+    assert [(move.tier, move.cause) for move in moves] == [(Tier.FP32, Cause.RANGE)]
+    assert "vanishes" in moves[0].reason
+    hooks = [len(layer._forward_hooks) for layer in stepper.model.modules()]
+    assert sum(hooks) == 0, "steps that are not counted pay nothing"
+
+
+def test_counting_what_falls_out_of_range_changes_no_step(tmp_path: Path) -> None:
+    for word in ("int8", "fp8", "fp16", "fixed(8,16)"):
+        plain, counted = stepper_of(tmp_path), stepper_of(tmp_path)
+        meter, losses = RangeMeter(), []
+        for stepper in (plain, counted):
+            stepper.turn(grant_tier(stepper, Tier(word)))
+            torch.manual_seed(4)
+            if stepper is counted:
+                meter.begin(stepper.model)
+            losses.append([stepper.step().loss for _ in range(2)])
+        assert losses[0] == losses[1], word
+        found = meter.end()
+        assert found is not None
+        assert found.saturated == 0, word
+        assert found.vanished < 0.5, word
+    assert meter.end() is None
+
+
+@pytest.mark.parametrize(
+    ("word", "values", "saturated", "vanished"),
+    [
+        ("fixed(4,8)", [0.0, 0.02, 1.0, 9.0], 1 / 3, 1 / 3),
+        ("fixed(4,8,stochastic)", [0.0, 0.02, 1.0, 9.0], 1 / 3, 0.0),
+        ("fp16", [1e-9, 1.0, 1e6, float("nan")], 0.5, 0.25),
+        ("fp8", [1e-9, 1.0, 448.0, 7.0], 0.0, 0.25),
+        ("int8", [1e-3, 1.0, 2.0, 3.0], 0.0, 0.25),
+    ],
+)
+def test_what_falls_out_of_range_is_counted(word: str, values: list[float], saturated: float, vanished: float) -> None:
+    layer = nn.Linear(16, 16, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    install(layer)
+    set_tier(layer, Tier(word))
+    meter = RangeMeter()
+    meter.begin(layer)
+    layer(torch.tensor(values * 4).expand(16, 16))
+    found = meter.end()
+    assert found is not None
+    assert (found.saturated, found.vanished) == pytest.approx((saturated, vanished))
 
 
 def test_a_hard_fault_without_a_state_to_go_back_to_is_said(tmp_path: Path) -> None:
