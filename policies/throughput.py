@@ -143,9 +143,10 @@ def solve_throughput(cells: Iterable[SpeedCell]) -> Throughput:
 
 
 def _exponent(cells: Sequence[SpeedCell]) -> float:
+    """The response to cores, whatever was beside them: others hold what a trial does not, so crowd goes with share."""
     groups: dict[tuple[object, ...], list[SpeedCell]] = defaultdict(list)
     for cell in cells:
-        rest = (cell.num_nodes, cell.device_type, cell.crowd, cell.grad_accum)
+        rest = (cell.num_nodes, cell.device_type, cell.grad_accum)
         groups[(cell.tier, cell.num_workers, cell.micro_batch, *rest)].append(cell)
     return fit_exponent([group for group in groups.values() if len(group) > 1])
 

@@ -123,6 +123,11 @@ def test_the_share_response_is_found_from_two_sizes_of_a_share() -> None:
     assert model.response(0.5) == 0.5
 
 
+def test_the_share_response_is_found_where_others_always_had_the_rest() -> None:
+    seen = [observed(cores=15 * share, factor=share**-0.4, crowd=1 - share) for share in (0.125, 0.25, 0.5, 1.0)]
+    assert solve_throughput(cells(*seen)).exponent == pytest.approx(0.4, abs=0.05)
+
+
 def test_neighbours_cost_what_they_were_seen_to_cost_and_nothing_unseen() -> None:
     alone = [observed(1, 1, 8), observed(1, 1, 32)]
     assert solve_throughput(cells(*alone)).interference == 0.0
