@@ -6,10 +6,11 @@ Opened by the driver of `orchestrator run`, and by `orchestrator.tune.trainable`
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from ray.exceptions import RayError
 from orchestrator.config import ResolvedRun
 from orchestrator.control.orders import TrialOrder
 from orchestrator.devices.agent import NodeReady
-from orchestrator.devices.ray_agents import Agents, gpu_part
+from orchestrator.devices.ray_agents import Agents, gpu_nodes
 from orchestrator.errors import UnfitEnvironmentError, WorkerGroupError
+from orchestrator.node_requests import NodeRequests
 from orchestrator.node_watcher import NodeWatcher, num_slots_with_room, num_workers_with_room
-from orchestrator.run_spec import middle_params, run_spec
+from orchestrator.run_spec import gpu_part, middle_params, num_gpus_at_most, run_spec
 from orchestrator.supervisor import SlotSpec, Supervisor
 from orchestrator.tune.admission import PIN_HEAD, require_tested_ray
 from policies.plan import TrialId
@@ -34,6 +36,7 @@ _CLOSE_TIMEOUT_S = 30.0
 _HURRIED_CLOSE_TIMEOUT_S = 5.0
 _GRACE_S = 60.0
 _POLL_S = 0.2
+_BOOT_S = 600.0
 
 
 class ControlPlane:
@@ -51,10 +54,13 @@ class ControlPlane:
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
         self.policy: Any = None
         self._supervisor: Supervisor | None = None
+        self._slots: tuple[Supervisor, SlotSpec, int] | None = None
         self._watcher: NodeWatcher | None = None
         self._agents: Agents | None = None
         self._ready: NodeReady | None = None
         self._give_up_s = float("inf")
+        self._node_types = {name: dict(each.resources) for name, each in self._config.cluster.node_types.items()}
+        self._requests = NodeRequests(self._node_types) if self._node_types else None
 
     def open(self) -> None:
         """Start the policy actor and begin to open the slots.
@@ -64,29 +70,46 @@ class ControlPlane:
         """
         require_tested_ray()
         self._agents = self._gpu_agents()
-        self._ready = None if self._agents is None else self._agents.open()
+        is_waiting = self._agents is not None and self._awaits_gpus()
+        if self._agents is not None and not is_waiting:
+            self._ready = self._agents.open()
         slot_spec = self.slot_spec()
         if not self._config.cluster.autoscale:
-            require_room(slot_spec)
+            require_room(slot_spec, self._nodes_to_come())
         self.policy = start_actor(self.spec, self.namespace)
-        self._supervisor = Supervisor(slot_spec, self.policy)
-        num_slots = self._config.search.num_slots
-        num_allowed = min(num_slots, num_slots_with_room(slot_spec, alive_resources()))
-        self._supervisor.open(num_slots, num_allowed)  # first: they take longest
+        if is_waiting:
+            importlib.import_module("ray.train.torch")  # two threads importing it at once break it
+        else:
+            self._open_slots(slot_spec)
         ray.get(self.policy.ready.remote())
-        if self._agents is not None:
-            self._agents.watch(ACTOR_NAME, self.namespace)
         self._watcher = NodeWatcher(
             self.policy,
-            self._supervisor,
-            slot_spec,
-            num_slots,
+            lambda: self._slots,
             max_cores=self._config.cluster.num_cpus,
             is_scaling=self._config.cluster.autoscale,
             is_resizing=self._config.dials.workers.enabled,
+            requests=self._requests,
+            unfit=None if self._agents is None else self._unfit_nodes,
         )
         self._watcher.start()
-        self._give_up_s = time.monotonic() + self._config.slots.open_timeout_s
+        self._give_up_s = time.monotonic() + self._open_timeout_s
+
+    def _open_slots(self, slot_spec: SlotSpec) -> None:
+        """Begin to open the slots; they take longest of all."""
+        self._supervisor = Supervisor(slot_spec, self.policy)
+        num_slots = self._config.search.num_slots
+        num_allowed = min(num_slots, num_slots_with_room(slot_spec, alive_resources()))
+        self._supervisor.open(num_slots, num_allowed)
+        self._slots = (self._supervisor, slot_spec, num_slots)
+
+    def _unfit_nodes(self, nodes: list[dict[str, Any]]) -> frozenset[str]:
+        """Look after the agents of the GPU nodes; returns those whose agent is not ready, or offers something else."""
+        assert self._agents is not None
+        serving = self._agents.follow(nodes)
+        if self._supervisor is None and serving:
+            self._ready = self._agents.settle()
+            self._open_slots(self.slot_spec())
+        return frozenset(gpu_nodes(nodes)) - serving
 
     def require_slots(self) -> None:
         """Look whether slots open; called from time to time.
@@ -102,9 +125,9 @@ class ControlPlane:
         self._give_up_s = float("inf")
         if any(slot["epoch"] for slot in ray.get(self.policy.status.remote())["slots"]):
             return
-        slots, trial = self._config.slots, self._config.trial
+        trial = self._config.trial
         raise UnfitEnvironmentError(
-            f"no slot opened within {slots.open_timeout_s:g} s; each needs {trial.num_workers} workers with"
+            f"no slot opened within {self._open_timeout_s:g} s; each needs {trial.num_workers} workers with"
             f" {self.slot_spec().cpus_per_worker:g} CPUs each, and the cluster has {ray.cluster_resources()} of which"
             f" {ray.available_resources()} are free; free some, lower search.max_concurrent or trial.num_workers, or"
             " raise slots.open_timeout_s"
@@ -112,6 +135,8 @@ class ControlPlane:
 
     def interrupt(self, is_cancelled: Callable[[], bool]) -> None:
         """Let every running trial commit and leave its slot; returns when they have, or when that is called off."""
+        if self._requests is not None:
+            self._requests.release()  # nothing more is launched; nodes in use stay while they are
         ray.get(self.policy.set_state.remote("stopping"))
         ray.get(self.policy.interrupt.remote())
         deadline_s = time.monotonic() + _GRACE_S
@@ -125,6 +150,8 @@ class ControlPlane:
         """Close the slots (within seconds when hurried), tell the actor how the run ended, and end it."""
         if self._watcher is not None:
             self._watcher.stop()
+        if self._requests is not None:
+            self._requests.release()
         try:
             self._end_actor(state, is_hurried=is_hurried)
         finally:
@@ -149,14 +176,30 @@ class ControlPlane:
         ray.kill(self.policy)
         self.policy = None
 
+    @property
+    def _open_timeout_s(self) -> float:
+        """How long the first slot may take; where nodes come on demand, the time that one needs to boot as well."""
+        may_grow = self._config.cluster.autoscale or bool(self._node_types)
+        return self._config.slots.open_timeout_s + (_BOOT_S if may_grow else 0.0)
+
+    def _nodes_to_come(self) -> list[dict[str, float]]:
+        """The resources of every node that the policy may ask for."""
+        types = self._config.cluster.node_types.values()
+        return [dict(each.resources) for each in types for _ in range(each.max_nodes)]
+
     def _gpu_agents(self) -> Agents | None:
         """Device agents, where trials compute on GPUs."""
         devices = self._config.devices
-        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or num_gpus_at_most(self._config) > 0
         if devices.use == "cpu" or (devices.use == "auto" and not has_gpus):
             return None
         turns_shares = self._config.dials.share.enabled and self._config.search.num_slots > 1
-        return Agents(devices.gpu_share, turns_shares=turns_shares, token=self.namespace[-8:])
+        policy = (ACTOR_NAME, self.namespace)
+        return Agents(devices.gpu_share, turns_shares=turns_shares, token=self.namespace[-8:], policy=policy)
+
+    def _awaits_gpus(self) -> bool:
+        """Whether no node has a GPU yet and the policy may ask for one that has."""
+        return num_gpus_at_most(self._config) > 0 and not gpu_nodes(ray.nodes())
 
     def _cpus_per_worker(self, cpus: float, num_ranks: int) -> float:
         """Equal parts of an own cluster; a core on one that may grow, so that slots spread over the nodes to come."""
@@ -169,6 +212,7 @@ class ControlPlane:
         config, ready = self._config, self._ready
         cpus = float(ray.cluster_resources().get("CPU", 1.0))
         num_ranks = config.num_ranks
+        num_gpus = max(ray.cluster_resources().get("GPU", 1), num_gpus_at_most(config))
         warm_up = TrialOrder(
             trial_id=TrialId("warm-up"),
             attempt=0,
@@ -186,7 +230,7 @@ class ControlPlane:
         return SlotSpec(
             num_workers=config.trial.num_workers,
             cpus_per_worker=self._cpus_per_worker(cpus, num_ranks),
-            gpus_per_worker=0.0 if ready is None else gpu_part(ray.cluster_resources().get("GPU", 1), num_ranks),
+            gpus_per_worker=0.0 if ready is None else gpu_part(num_gpus, num_ranks),
             environment={} if ready is None else ready.environment,
             loop_config={
                 "actor": ACTOR_NAME,
@@ -225,20 +269,24 @@ def start_actor(spec: Any, namespace: str) -> Any:
     )
 
 
-def require_room(slot: SlotSpec) -> None:
+def require_room(slot: SlotSpec, to_come: Sequence[dict[str, float]] = ()) -> None:
     """Say at once when not even one slot fits the cluster, whatever is running on it now.
+
+    Args:
+        slot: what it needs.
+        to_come: resources of nodes that may be asked for.
 
     Raises:
         UnfitEnvironmentError: it does not.
     """
-    nodes = alive_resources()
+    nodes = [*alive_resources(), *to_come]
     num_workers = num_workers_with_room(slot, nodes)
     if num_workers < slot.num_workers:
         words = ", ".join(f"{amount:g} {name}" for name, amount in slot.resources.items())
         raise UnfitEnvironmentError(
             f"the cluster has no room for a single trial: it needs {slot.num_workers} workers with {words} each, and"
-            f" its {len(nodes)} nodes hold {num_workers} such workers; add nodes, lower trial.num_workers, or set"
-            " cluster.autoscale where nodes come on demand"
+            f" its {len(nodes)} nodes, those of cluster.node_types among them, hold {num_workers} such workers; add"
+            " nodes, lower trial.num_workers, or set cluster.autoscale where nodes come on demand"
         )
 
 

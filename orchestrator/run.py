@@ -24,6 +24,7 @@ from orchestrator.control.status import FILE_NAME as STATUS_NAME
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.names import write_atomically
+from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.view.report import render as render_report
 from orchestrator.view.terminal import LiveView, read_status
 
@@ -153,10 +154,8 @@ class _Driver:
             return "now"
         if self._num_signals == 1:
             return "graceful"
-        try:
-            return "now" if (self._run_dir / "control" / "stop").read_text().strip() == "now" else "graceful"
-        except OSError:
-            return None
+        asked = stop_request(self._run_dir)
+        return None if asked is None else "now" if asked is StopKind.NOW else "graceful"
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

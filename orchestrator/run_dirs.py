@@ -180,6 +180,15 @@ def request_stop(run_dir: Path, kind: StopKind) -> None:
         raise ConfigError(f"the stop request cannot be written ({error}); allowed: a run directory of yours") from None
 
 
+def stop_request(run_dir: Path) -> StopKind | None:
+    """What somebody has asked the run's driver for; None where nobody has."""
+    try:
+        text = (run_dir / STOP_REQUEST[0] / STOP_REQUEST[1]).read_text().strip()
+    except OSError:
+        return None
+    return StopKind.NOW if text == StopKind.NOW.value else StopKind.GRACEFUL
+
+
 def wait_until_ended(
     run_dir: Path,
     timeout_s: float,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from jobs.table import complete_params, job_info
 from orchestrator.config import ResolvedRun
 from orchestrator.config.machine import this_machine
 from orchestrator.config.model import RunConfig
 from orchestrator.control.spec import RunSpec
 from policies.plan import Settings
-from policies.snapshot import DialLimits
+from policies.snapshot import DeviceKind, DialLimits, NodeType
 from policies.tier import Tier, auto_tiers
 
 
@@ -46,7 +48,44 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         exchange_follows_tier=config.dials.precision.exchange == "tier",
         max_running=config.search.num_slots,
         resize_patience_s=config.slots.open_timeout_s,
+        node_types=node_types(config),
+        max_cost_per_hour=config.cluster.max_cost_per_hour,
     )
+
+
+def node_types(config: RunConfig) -> tuple[NodeType, ...]:
+    """The nodes that can be asked for, as a policy sees them."""
+    found = []
+    gpus_per_rank = gpu_part(num_gpus_at_most(config), config.num_ranks)
+    for name, each in sorted(config.cluster.node_types.items()):
+        cpus, gpus = int(each.resources["CPU"]), int(each.resources.get("GPU", 0))
+        has_gpus = bool(gpus) and config.devices.use != "cpu"
+        found.append(
+            NodeType(
+                name=name,
+                kind=DeviceKind.CUDA if has_gpus else DeviceKind.CPU,
+                num_devices=gpus if has_gpus else 1,
+                units=1 if has_gpus else cpus,
+                num_ranks=min(cpus, int(gpus / gpus_per_rank + 1e-9)) if has_gpus else cpus,
+                price_per_hour=each.price_per_hour,
+                max_nodes=each.max_nodes,
+                device_type=each.device_type,
+                speed=each.speed,
+                is_spot=each.is_spot,
+            )
+        )
+    return tuple(found)
+
+
+def num_gpus_at_most(config: RunConfig) -> float:
+    """GPUs of all nodes that can be asked for."""
+    return sum(each.max_nodes * each.resources.get("GPU", 0) for each in config.cluster.node_types.values())
+
+
+def gpu_part(num_gpus: float, num_ranks: int) -> float:
+    """The part of a GPU that each rank reserves from Ray: whole GPUs where there are enough, else equal parts."""
+    ranks_per_gpu = math.ceil(num_ranks / max(1.0, num_gpus))
+    return math.floor(10_000 / ranks_per_gpu) / 10_000  # Ray counts in ten-thousandths
 
 
 def start_settings(config: RunConfig) -> Settings:

@@ -73,6 +73,7 @@ class Supervisor:
         self._room = threading.Condition()
         self._num_allowed, self._num_open = 0, 0
         self._num_extra_ranks, self._num_extra = 0, 0
+        self._avoided: frozenset[str] = frozenset()
         self.gave_up: str | None = None
 
     def open(self, num_slots: int, num_allowed: int | None = None) -> None:
@@ -113,6 +114,10 @@ class Supervisor:
             thread = threading.Thread(target=self._serve_once, args=(slot_id, size), name=slot_id, daemon=True)
             self._threads[slot_id] = thread
             thread.start()
+
+    def avoid(self, node_ids: frozenset[str]) -> None:
+        """Nodes on which no slot shall be opened from here on: they are about to go."""
+        self._avoided = node_ids
 
     def abandon(self) -> None:
         """The run ends now: leave the slots to Ray's shutdown, and call Ray no more, which would start it again."""
@@ -216,6 +221,7 @@ class Supervisor:
                 num_workers=spec.num_workers,
                 use_gpu=bool(spec.gpus_per_worker),
                 resources_per_worker=spec.resources,
+                label_selector=away_from(self._avoided),
             ),
             run_config=RunConfig(
                 # Ray Train resumes a run of the same name; a slot has nothing to resume.
@@ -241,3 +247,8 @@ class Supervisor:
         except RayError as error:
             logger.warning("the policy actor did not answer: %s", error)
             return None
+
+
+def away_from(node_ids: frozenset[str]) -> dict[str, str] | None:
+    """The label selector of a worker group that shall be on none of these nodes."""
+    return {"ray.io/node-id": f"!in({','.join(sorted(node_ids))})"} if node_ids else None

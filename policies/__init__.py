@@ -39,6 +39,7 @@ from policies.plan import (
     DeviceId,
     Effect,
     Generation,
+    NodeWish,
     Plan,
     Settings,
     TrialId,
@@ -50,7 +51,7 @@ from policies.plan import (
 from policies.policy import Policy
 from policies.pollux import Pollux
 from policies.sia import Sia
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Quota, Snapshot, TrialView
+from policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType, Override, Quota, Snapshot, TrialView
 from policies.speed import Prediction
 from policies.static import Static
 from policies.tier import NAMED_TIERS, TIER_FACTS, Tier, TierFacts, is_cheaper, tier_facts
@@ -88,6 +89,8 @@ __all__ = [
     "Generation",
     "Goodput",
     "GoodputJoint",
+    "NodeType",
+    "NodeWish",
     "Observation",
     "Optimus",
     "Override",

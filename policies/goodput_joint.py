@@ -5,6 +5,7 @@ all trials at once (`policies.sizing`), what a restart would cost taken off; pla
 division is only taken if it gains `min_gain` over keeping who runs where it is, and not within `cooldown_s` of the
 last change unless trials came or went. Trials that cannot move are served as by `goodput`, weighted by the same
 objective; those of them whose number of ranks may be chosen are resized where that pays (`policies.resizing`).
+Where nodes can be asked for, it also says how many of each type are worth their price (`policies.node_wish`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from policies.fleet import Fleet
 from policies.goodput_policy import Goodput
 from policies.invariants import MAX_ALTERNATIVES
 from policies.movable import Budget, Mover, keep, run, split, wait
+from policies.node_wish import NodeTerms, Worth, wishes
+from policies.node_worth import FleetWorth, SlotWorth, catalogue
 from policies.placing import Given, realise, size_now
 from policies.plan import Allocation, Alternative, Plan, Settings, TrialId
 from policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference
@@ -53,6 +56,9 @@ class GoodputJoint:
         horizon_s: time over which the cost of a restart has to pay off.
         short_first: 0 treats long and short trials alike, 1 weighs them by the inverse of their remaining time.
         uses_fractions: whether a trial may get an eighth, a quarter or half of a device, where its limits allow it.
+        min_return: goodput per price that a node needs to be asked for, over that of the best first node; 1 buys no
+            node that earns less per price than the best, 0.5 one that earns half of it.
+        node_cooldown_s: seconds after a change in which the number of nodes does not change the other way.
     """
 
     objective: str = "throughput"
@@ -61,6 +67,8 @@ class GoodputJoint:
     horizon_s: float = 300.0
     short_first: float = 0.5
     uses_fractions: bool = True
+    min_return: float = 0.5
+    node_cooldown_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -73,6 +81,10 @@ class GoodputJoint:
             raise ValueError(f"horizon_s={self.horizon_s!r}; allowed: seconds > 0")
         if not 0 <= self.short_first <= 1:
             raise ValueError(f"short_first={self.short_first!r}; allowed: 0 to 1")
+        if not 0 < self.min_return <= 1:
+            raise ValueError(f"min_return={self.min_return!r}; allowed: above 0, to 1, a part of the best return")
+        if not self.node_cooldown_s >= 0:
+            raise ValueError(f"node_cooldown_s={self.node_cooldown_s!r}; allowed: seconds >= 0")
 
     def decide(self, snapshot: Snapshot) -> Plan:
         """Return the plan with the best objective that is worth its changes."""
@@ -85,7 +97,24 @@ class GoodputJoint:
         rows = with_resizes(snapshot, rows, terms)
         if movers:
             rows += self._place(snapshot, movers, fleet)
-        return make_plan(snapshot, "goodput_joint", rows)
+        plan = make_plan(snapshot, "goodput_joint", rows)
+        if not snapshot.node_types:
+            return plan
+        node_terms = NodeTerms(min_return=self.min_return, cooldown_s=self.node_cooldown_s)
+        return dataclasses.replace(plan, nodes=wishes(snapshot, self._worth_of_nodes(snapshot), node_terms))
+
+    def _worth_of_nodes(self, snapshot: Snapshot) -> Worth:
+        """What nodes are worth: to trials that may be placed anew, or to those in slots where none may."""
+        trials = (*snapshot.trials, *snapshot.waiting)
+        if not any(trial.limits.can_move for trial in trials):
+            return SlotWorth(snapshot)
+        whole = dataclasses.replace(
+            snapshot, devices=catalogue(snapshot), trials=tuple(sorted(trials, key=lambda t: t.trial_id))
+        )
+        _, movers, fleet = split(whole)
+        outlooks = prospects(movers, fleet, Ask(fractions=_FRACTIONS if self.uses_fractions else ()))
+        scene = _Scene(whole, movers, outlooks, fleet)
+        return FleetWorth(snapshot, fleet, self._menus(scene), scene.unit)
 
     @property
     def _terms(self) -> Terms:

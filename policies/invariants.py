@@ -13,7 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from policies.plan import Allocation, Alternative, DeviceId, Effect, Plan, Settings, TrialId, can_split, effect_of
+from policies.plan import (
+    Allocation,
+    Alternative,
+    DeviceId,
+    Effect,
+    NodeWish,
+    Plan,
+    Settings,
+    TrialId,
+    can_split,
+    effect_of,
+)
 from policies.snapshot import Snapshot, TrialView
 from policies.tier import Tier
 
@@ -61,6 +72,7 @@ def _violations(snapshot: Snapshot, plan: object) -> Iterator[Violation]:
         return
     yield from _roster(snapshot, rows)
     yield from _rows(snapshot, rows)
+    yield from (_plan_violation("nodes", text) for text in _wish_problems(snapshot, _read(plan, "nodes")))
 
 
 def _rows(snapshot: Snapshot, rows: tuple[object, ...]) -> Iterator[Violation]:
@@ -94,6 +106,36 @@ def _rows(snapshot: Snapshot, rows: tuple[object, ...]) -> Iterator[Violation]:
         if total_used > max(quota.max_devices, total_held) + TOLERANCE:
             text = f"user {_show(quota.user)} gets {total_used:.6f} devices; allowed: {quota.max_devices:g}, its quota"
             yield _plan_violation("quota", text)
+
+
+def _wish_problems(snapshot: Snapshot, nodes: object) -> Iterator[str]:
+    """17: no wish at all, or one per type of node, within the most there may be and the budget."""
+    if type(nodes) is tuple and not nodes:
+        return
+    if type(nodes) is not tuple or any(type(wish) is not NodeWish for wish in nodes):
+        yield f"nodes is {_show(nodes)}; allowed: a tuple of NodeWish"
+        return
+    names = [_read(wish, "node_type") for wish in nodes]
+    known = [node_type.name for node_type in snapshot.node_types]
+    if not all(type(name) is str for name in names) or names != known:
+        yield f"nodes are of the types {_show(tuple(names))}; allowed: {_show(tuple(known))}, each once"
+        return
+    cost = 0.0
+    for wish, node_type in zip(nodes, snapshot.node_types, strict=True):
+        count, since_s = _read(wish, "num_nodes"), _read(wish, "since_s")
+        if not _is_int(count) or not 0 <= count <= node_type.max_nodes:
+            yield f"{node_type.name}: num_nodes={_show(count)}; allowed: 0 to {node_type.max_nodes}"
+            return
+        cost += count * node_type.price_per_hour
+        if not _is_number(_read(wish, "cost_per_hour")) or not _is_number(since_s):  # 12
+            yield f"{node_type.name}: cost_per_hour and since_s; allowed: finite numbers"
+        if type(_read(wish, "grows")) is not bool:
+            yield f"{node_type.name}: grows={_show(_read(wish, 'grows'))}; allowed: True or False"
+        if problem := _text_problem(_read(wish, "reason")):  # 10
+            yield f"{node_type.name}: the reason {problem}"
+    budget = snapshot.max_cost_per_hour
+    if budget is not None and cost > budget + TOLERANCE:
+        yield f"nodes cost {cost:g} an hour; allowed: {budget:g}"
 
 
 def _roster(snapshot: Snapshot, rows: tuple[object, ...]) -> Iterator[Violation]:
@@ -287,7 +329,7 @@ def _plan_violation(code: str, text: str) -> Violation:
 
 def _read(owner: object, name: str) -> object:
     """A field of a plan's value; a marker where a half-built object lacks it or the owner is something else."""
-    if type(owner) not in (Plan, Allocation, Settings, Alternative):
+    if type(owner) not in (Plan, Allocation, Settings, Alternative, NodeWish):
         return _MISSING
     return getattr(owner, name, _MISSING)
 

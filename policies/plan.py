@@ -95,12 +95,38 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWish:
+    """How many nodes of one type the cluster should have.
+
+    Attributes:
+        node_type: its name, as in `Snapshot.node_types`.
+        num_nodes: nodes that are worth their price, those that are there among them.
+        cost_per_hour: what they cost together.
+        reason: one sentence with numbers.
+        since_s: when the number last changed, on the snapshot's clock.
+        grows: whether it last rose.
+    """
+
+    node_type: str
+    num_nodes: int
+    cost_per_hour: float
+    reason: str
+    since_s: float
+    grows: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Allocations of all running trials, sorted by trial id, with the plan's monotonic number."""
+    """Allocations of all running trials, sorted by trial id, with the plan's monotonic number.
+
+    `nodes` has a wish for every type of node that can be had, in their order; it is empty where nobody can be asked for
+    any, or the policy leaves that alone.
+    """
 
     generation: Generation
     allocations: tuple[Allocation, ...]
     reason: str
+    nodes: tuple[NodeWish, ...] = field(default=(), metadata=SPARSE)
 
     def allocation(self, trial_id: TrialId) -> Allocation | None:
         """The trial's allocation, or None where the plan has none."""
@@ -177,6 +203,16 @@ def _granted(allocation: Allocation) -> tuple[object, ...]:
     return allocation.settings, allocation.placement, allocation.resize_to
 
 
+def numbers(nodes: tuple[NodeWish, ...]) -> dict[str, int]:
+    """Nodes wished for, by type."""
+    return {wish.node_type: wish.num_nodes for wish in nodes}
+
+
 def is_same(old: Plan, new: Plan) -> bool:
-    """Whether two plans grant the same to the same trials, whatever their generation and reasons."""
+    """Whether two plans grant the same to the same trials and want the same nodes, whatever their reasons.
+
+    A plan without wishes wants what is wanted already.
+    """
+    if new.nodes and numbers(old.nodes) != numbers(new.nodes):
+        return False
     return not diff(old, new) and {a.trial_id for a in old.allocations} == {a.trial_id for a in new.allocations}

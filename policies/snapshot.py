@@ -181,6 +181,38 @@ class Quota:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeType:
+    """A type of node that somebody can be asked for, such as a spot machine with one GPU.
+
+    Attributes:
+        name: its name.
+        kind: what its devices are.
+        num_devices: how many of them it has.
+        units: what a share of each is cut from.
+        num_ranks: ranks of trials that it can hold.
+        price_per_hour: of the whole node, 0 where nobody pays.
+        max_nodes: the most there may be.
+        nodes: ids of those that are there and stay, sorted.
+        leaving: ids of those that are there and will go: told to, or let go; sorted.
+        device_type, speed: of its devices, as in `DeviceView`.
+        is_spot: whether it may be taken away at any time.
+    """
+
+    name: str
+    kind: DeviceKind
+    num_devices: int
+    units: int
+    num_ranks: int
+    price_per_hour: float
+    max_nodes: int
+    nodes: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    device_type: str = ""
+    speed: float = 1.0
+    is_spot: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The world at `now_s`: the only argument of `Policy.decide`.
 
@@ -191,6 +223,9 @@ class Snapshot:
         devices: sorted by device id.
         trials: sorted by trial id; those that wait for devices are among them.
         quotas: sorted by user; a user without one has no quota.
+        node_types: types of node that can be asked for, sorted by name.
+        waiting: trials that would run if there were room for them, next first; they are in no allocation.
+        max_cost_per_hour: what all nodes of `node_types` may cost together, None for no limit.
     """
 
     now_s: float
@@ -199,6 +234,9 @@ class Snapshot:
     devices: tuple[DeviceView, ...]
     trials: tuple[TrialView, ...]
     quotas: tuple[Quota, ...] = field(default=(), metadata=SPARSE)
+    node_types: tuple[NodeType, ...] = field(default=(), metadata=SPARSE)
+    waiting: tuple[TrialView, ...] = field(default=(), metadata=SPARSE)
+    max_cost_per_hour: float | None = field(default=None, metadata=SPARSE)
 
     def device(self, device_id: DeviceId) -> DeviceView:
         """The device of that id.

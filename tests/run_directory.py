@@ -304,6 +304,7 @@ def status(run_dir: Path, **changes: Any) -> dict[str, Any]:
                 "memory_total_bytes": 16 * 2**30,
             }
         ],
+        "nodes": [],
         "slots": [{"slot_id": "slot-0", "state": "running", "epoch": 1, "trial_id": "trial-0001"}],
         "trials": [trial, failed],
         **changes,

@@ -29,6 +29,7 @@ from policies.tier import by_cost, is_cheaper
 Finding = tuple[KeyPath, str]
 _MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*):([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
 _HOST_PORT = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})", re.ASCII)
+_NODE_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _MAX_PAIRS = 4096
 POLICIES_OF_FIXED_RANKS = frozenset(
     {"static", "fair_share", "goodput", "fifo", "fluid", "tiresias", "optimus", "pollux", "sia"}
@@ -314,3 +315,49 @@ def _cluster(config: RunConfig) -> Iterator[Finding]:
             ("cluster", "autoscale"),
             "got true; allowed: only with address: auto or host:port, a local cluster is fixed",
         )
+    if config.cluster.node_types:
+        yield from _node_types(config)
+    elif config.cluster.max_cost_per_hour is not None:
+        text = (
+            f"got {config.cluster.max_cost_per_hour:g} without cluster.node_types; name the nodes that cost something"
+        )
+        yield ("cluster", "max_cost_per_hour"), text
+
+
+def _node_types(config: RunConfig) -> Iterator[Finding]:
+    cluster, path = config.cluster, ("cluster", "node_types")
+    if cluster.address == "local":
+        yield path, "allowed: only with address: auto or host:port, a local cluster is fixed"
+    if cluster.autoscale:
+        text = "got true with node_types, for which the policy alone asks; allowed: one of the two"
+        yield ("cluster", "autoscale"), text
+    if config.policy.name != "goodput_joint" and ":" not in config.policy.name:
+        text = (
+            f"got {seen(config.policy.name)}, which wishes for no nodes; allowed with cluster.node_types: goodput_joint"
+        )
+        yield ("policy", "name"), f"{text}, or module:Class of your own"
+    for name in cluster.node_types:
+        yield from _node_type(config, name)
+    for name, other in itertools.permutations(cluster.node_types, 2):
+        one, two = cluster.node_types[name].resources, cluster.node_types[other].resources
+        is_double = one == two and name > other
+        if is_double or (one != two and all(two.get(key, 0) >= amount for key, amount in one.items())):
+            text = f"a request for one could be met by a node of {printable(other, 60)}, which has all of its resources"
+            text += f"; give each a resource of its own, such as {printable(name, 60)}: 1"
+            yield (*path, name, "resources"), text
+
+
+def _node_type(config: RunConfig, name: str) -> Iterator[Finding]:
+    each, budget = config.cluster.node_types[name], config.cluster.max_cost_per_hour
+    path = ("cluster", "node_types", name)
+    if _NODE_TYPE.fullmatch(name) is None:
+        yield path, "allowed as a name: at most 63 letters, digits, '_', '-' and '.'"
+    if any(not amount > 0 for amount in each.resources.values()):
+        yield (*path, "resources"), f"got {dict(each.resources)}; allowed: amounts above 0"
+    elif each.resources.get("CPU", 0) < 1:
+        yield (*path, "resources"), "got no CPU; allowed: at least CPU: 1, which each rank of a trial needs"
+    elif config.devices.use == "gpu" and each.resources.get("GPU", 0) < 1:
+        yield (*path, "resources"), "got no GPU; allowed with devices.use gpu: at least GPU: 1"
+    if budget is not None and each.max_nodes and each.price_per_hour > budget:
+        text = f"got {each.price_per_hour:g}, above cluster.max_cost_per_hour {budget:g}; no such node could be had"
+        yield (*path, "price_per_hour"), text

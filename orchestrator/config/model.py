@@ -336,7 +336,7 @@ class SlotsSection(Section):
     restart_budget: int = Field(
         default=2, ge=0, le=100, description="times one trial may lose its slot before it fails"
     )
-    open_timeout_s: float = Field(default=120.0, ge=1, le=86_400, description="seconds a slot may take to open")
+    open_timeout_s: float = Field(default=120.0, ge=1, le=86_400, description="seconds the first slot may take to open")
 
 
 class TelemetrySection(Section):
@@ -366,6 +366,26 @@ class DevicesSection(Section):
     )
 
 
+Resources = Annotated[dict[str, float], Field(min_length=1, max_length=32)]
+
+
+class NodeTypeSection(Section):
+    """A type of node that the cluster's autoscaler can add, and what it costs."""
+
+    resources: Resources = Field(
+        description="what one node has, as in the cluster's own file, such as {CPU: 4, GPU: 1, spot_gpu: 1}"
+    )
+    price_per_hour: float = Field(ge=0, le=1e6, description="of one node, in any currency; 0 where nobody pays")
+    max_nodes: int = Field(ge=0, le=10_000, description="the most the run may ask for")
+    is_spot: bool = Field(default=False, description="whether it may be taken away at any time")
+    device_type: str = Field(
+        default="", max_length=100, description="model of its GPUs, such as NVIDIA H200; may be empty"
+    )
+    speed: float = Field(
+        default=1.0, gt=0, le=1e6, description="how fast its devices are relative to others until that is measured"
+    )
+
+
 class ClusterSection(Section):
     """Where the run takes place."""
 
@@ -380,6 +400,12 @@ class ClusterSection(Section):
     )
     autoscale: bool = Field(
         default=False, description="whether slots that trials wait for may ask the cluster's autoscaler for nodes"
+    )
+    node_types: dict[str, NodeTypeSection] = Field(
+        default_factory=dict, description="nodes that the policy may ask the autoscaler for, by name, with their prices"
+    )
+    max_cost_per_hour: float | None = Field(
+        default=None, gt=0, le=1e9, description="what all nodes of node_types may cost together; null for no limit"
     )
 
 

@@ -16,9 +16,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.clock import SystemClock
+from orchestrator.clock import Reading, SystemClock, read_clock
 from orchestrator.control.controller import Answer, Controller
-from orchestrator.control.nodes import NodeView
+from orchestrator.control.nodes import NodeOrder, NodeView
 from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, SlotOrder, Status
 from orchestrator.control.rendezvous import Rendezvous
 from orchestrator.control.spec import RunSpec
@@ -99,6 +99,10 @@ class PolicyActor:
         """The supervisor is opening a slot."""
         self._controller.expect_slot(slot_id, num_workers)
 
+    async def clock(self) -> Reading:
+        """The clock that all times of the run are told on."""
+        return read_clock()
+
     async def attach(self, hello: SlotHello) -> int:
         """A worker group reports for work."""
         self._rendezvous.forget(hello.slot_id)
@@ -176,6 +180,10 @@ class PolicyActor:
         """The cluster's nodes, whenever they change."""
         self._controller.nodes.update(present)
         self._after()
+
+    async def node_order(self) -> NodeOrder:
+        """The nodes that the cluster shall be asked for, and those that are let go."""
+        return self._controller.nodes.order()
 
     async def num_slots_worth(self) -> int:
         """Slots that have something to do or would have at once: what a larger cluster would be paid for."""

@@ -225,7 +225,11 @@ class Controller:
             self.state.lifecycle.poison(slot_id, outcome)
 
     def admit(self) -> None:
-        """Start what may start by now, and move on who changes its group; called once a second."""
+        """Start what may start by now, let go of nodes that are not wanted, and move on who changes its group.
+
+        Called once a second.
+        """
+        self.nodes.settle()
         self.admission.observe()
         self._assign()
         self.resizes.advance()

@@ -13,6 +13,7 @@ from orchestrator.control.gain import Pace
 from orchestrator.control.journal import SPARE_REASON
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import memory_fields
+from orchestrator.control.node_views import node_type_views, waiting_views
 from orchestrator.control.orders import Grant
 from orchestrator.control.resizing import limits_now
 from orchestrator.control.state import RunState
@@ -36,13 +37,17 @@ class Decider:
         self._last_refusal = ""
 
     def snapshot(self) -> Snapshot | None:
-        """The world now, with fits advanced by what was observed since the last call; None when no trial runs."""
+        """The world now, with fits advanced by what was observed since the last call.
+
+        None when no trial runs, unless trials wait and nodes can be asked for.
+        """
         state = self._state
         now_s = state.clock.now_s()
         trials = state.lifecycle.running()
         for trial in trials:
             self._advance_fit(trial, now_s)
-        if not trials:
+        waiting = waiting_views(state)
+        if not trials and not waiting:
             return None
         return Snapshot(
             now_s=now_s,
@@ -50,6 +55,9 @@ class Decider:
             plan=state.plan,
             devices=tuple(sorted(state.devices.values(), key=lambda device: device.device_id)),
             trials=tuple(self._view(trial, now_s) for trial in trials),
+            node_types=node_type_views(state),
+            waiting=waiting,
+            max_cost_per_hour=state.spec.max_cost_per_hour,
         )
 
     def accept(self, snapshot: Snapshot, plan: Plan) -> bool:
@@ -66,6 +74,7 @@ class Decider:
         state.journal.sync()
         self._begin_gains(snapshot, plan)
         state.plan = plan
+        state.wishes = plan.nodes or state.wishes
         state.committed_at_s[plan.generation] = state.clock.now_s()
         state.overrides.clear()
         state.ledger.commit(plan)

@@ -1,7 +1,8 @@
 """The cluster's nodes as the controller knows them: who joined, who is about to leave, who is gone. No Ray.
 
 A node's cores are in the ledger as soon as it joins, before any worker group runs there. One that drains (a spot
-notice) gives its trials back with a commit; one that is gone gives them back without, at no charge to their restarts.
+notice), or that the plan in force does not want any more, gives its trials back with a commit; one that is gone gives
+them back without, at no charge to their restarts.
 """
 
 from __future__ import annotations
@@ -25,16 +26,33 @@ class NodeState(StrEnum):
 
     JOINED = "joined"
     DRAINING = "draining"
+    RELEASED = "released"
     LEFT = "left"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeView:
-    """A node that is there. `num_cores` is what it offers to trials, 0 where trials run on its GPUs or not at all."""
+    """A node that is there.
+
+    Attributes:
+        node_id: its id.
+        num_cores: what it offers to trials, 0 where trials run on its GPUs or not at all.
+        is_draining: whether it was told to leave.
+        node_type: its type in `RunSpec.node_types`; empty for none of them.
+    """
 
     node_id: str
     num_cores: int
     is_draining: bool = False
+    node_type: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOrder:
+    """What the policy wants of the cluster: nodes of each type, and those of them that are let go."""
+
+    wanted: dict[str, int]
+    released: tuple[str, ...]
 
 
 class Nodes:
@@ -55,17 +73,50 @@ class Nodes:
         for node in present:
             known = state.nodes.get(node.node_id)
             if known is None or known is NodeState.LEFT:
-                self._log(node.node_id, NodeState.JOINED, node.num_cores)
+                self._log(node.node_id, NodeState.JOINED, node.num_cores, node.node_type)
             if node.is_draining and state.nodes[node.node_id] is not NodeState.DRAINING:
-                self._log(node.node_id, NodeState.DRAINING, node.num_cores)
+                self._log(node.node_id, NodeState.DRAINING, node.num_cores, node.node_type)
                 self._drain(node.node_id)
         there = {node.node_id for node in present}
         for node_id, known in list(state.nodes.items()):
             if node_id not in there and known is not NodeState.LEFT:
                 for slot in slots_on(state, node_id):
                     self._lose(slot.slot_id, f"node {node_id[:8]} left the cluster")
-                self._log(node_id, NodeState.LEFT, 0)
+                self._log(node_id, NodeState.LEFT, 0, state.node_types.get(node_id, ""))
         state.journal.sync()
+
+    def settle(self) -> None:
+        """Let go of nodes that the wish does not want any more, and take back those that it wants again."""
+        state = self._state
+        if not state.wishes:
+            return
+        for wish in state.wishes:
+            ours = [node_id for node_id, name in state.node_types.items() if name == wish.node_type]
+            stays = [node_id for node_id in ours if state.nodes[node_id] is NodeState.JOINED]
+            released = [node_id for node_id in ours if state.nodes[node_id] is NodeState.RELEASED]
+            back = sorted(released)[: max(0, wish.num_nodes - len(stays))]
+            for node_id in released:
+                if node_id in back:
+                    self._log(node_id, NodeState.JOINED, state.node_cores.get(node_id, 0), wish.node_type)
+                else:
+                    self._drain(node_id)  # a slot may have been on its way there
+            # The emptiest node costs the least to leave.
+            stays.sort(key=lambda node_id: (self._num_trials(node_id), node_id))
+            for node_id in stays[: max(0, len(stays) - wish.num_nodes)]:
+                self._log(node_id, NodeState.RELEASED, state.node_cores.get(node_id, 0), wish.node_type)
+                self._drain(node_id)
+        state.journal.sync()
+
+    def order(self) -> NodeOrder:
+        """What the cluster shall be asked for."""
+        state = self._state
+        return NodeOrder(
+            wanted={wish.node_type: wish.num_nodes for wish in state.wishes},
+            released=tuple(sorted(key for key, known in state.nodes.items() if known is NodeState.RELEASED)),
+        )
+
+    def _num_trials(self, node_id: str) -> int:
+        return sum(slot.trial_id is not None for slot in slots_on(self._state, node_id))
 
     def _drain(self, node_id: str) -> None:
         """Its trials commit and go to the front of the queue; its slots take no more and close."""
@@ -74,15 +125,17 @@ class Nodes:
             if slot.trial_id is not None:
                 self._stop(slot.trial_id, StopMode.CHECKPOINT)
 
-    def _log(self, node_id: str, node_state: NodeState, num_cores: int) -> None:
-        self._state.log("node", node_id=node_id, state=node_state.value, num_cores=num_cores)
-        logger.info("node.%s %s with %d cores", node_state.value, node_id[:8], num_cores)
-        apply(self._state, node_id, node_state, num_cores)
+    def _log(self, node_id: str, node_state: NodeState, num_cores: int, node_type: str) -> None:
+        self._state.log("node", node_id=node_id, state=node_state.value, num_cores=num_cores, node_type=node_type)
+        logger.info("node.%s %s %s with %d cores", node_state.value, node_id[:8], node_type, num_cores)
+        apply(self._state, node_id, node_state, num_cores, node_type)
 
 
-def apply(state: RunState, node_id: str, node_state: NodeState, num_cores: int) -> None:
+def apply(state: RunState, node_id: str, node_state: NodeState, num_cores: int, node_type: str = "") -> None:
     """Note what happened to a node; also called for the entries of a journal."""
     state.nodes[node_id] = node_state
+    if node_type:
+        state.node_types[node_id] = node_type
     if node_state is NodeState.LEFT:
         state.drop_devices(node_id)
     elif node_state is NodeState.JOINED and num_cores > 0:

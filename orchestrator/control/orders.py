@@ -144,7 +144,7 @@ class Ack:
     generation: int
     settings: Settings
     step: int
-    applied_s: float  # CLOCK_MONOTONIC of the node
+    applied_s: float  # CLOCK_MONOTONIC of the node; of the policy actor's node once it was sent
     switch_s: float
 
 

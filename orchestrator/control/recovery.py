@@ -158,6 +158,7 @@ def _result(state: RunState, entry: Entry) -> None:
 
 def _plan(state: RunState, entry: Entry) -> None:
     state.plan = plan_from(entry["plan"])
+    state.wishes = state.plan.nodes or state.wishes
     snapshot = snapshot_from(entry["snapshot"])
     for view in snapshot.trials:
         state.shape_fits[view.shape] = view.fit
@@ -204,7 +205,8 @@ def _resize(state: RunState, entry: Entry) -> None:
 
 
 def _node(state: RunState, entry: Entry) -> None:
-    apply(state, entry["node_id"], NodeState(entry["state"]), entry["num_cores"])
+    node_type = entry.get("node_type", "")
+    apply(state, entry["node_id"], NodeState(entry["state"]), entry["num_cores"], node_type)
 
 
 def _gain(state: RunState, entry: Entry) -> None:

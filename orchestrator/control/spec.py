@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from policies.plan import Settings, can_split, on_ranks
-from policies.snapshot import DialLimits
+from policies.snapshot import DeviceKind, DialLimits, NodeType
 from policies.tier import Tier
 
 
@@ -44,6 +44,8 @@ class RunSpec:
         exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
         max_running: trials at a time; 0 for as many as there are slots.
         resize_patience_s: seconds a worker group of another size may take to open before a trial does without it.
+        node_types: nodes that can be asked for, sorted by name; none of them is said to be there.
+        max_cost_per_hour: what they may cost together, None for no limit.
     """
 
     run_id: str
@@ -72,6 +74,8 @@ class RunSpec:
     exchange_follows_tier: bool = False
     max_running: int = 0
     resize_patience_s: float = 120.0
+    node_types: tuple[NodeType, ...] = ()
+    max_cost_per_hour: float | None = None
 
     @property
     def target_samples(self) -> int:
@@ -102,4 +106,8 @@ class RunSpec:
         fields["limits"] = DialLimits(**{**limits, "tiers": tuple(Tier(tier) for tier in limits["tiers"])})
         fields["dials"] = tuple(fields["dials"])
         fields["speed_free_params"] = tuple(fields["speed_free_params"])
+        fields["node_types"] = tuple(
+            NodeType(**{**each, "kind": DeviceKind(each["kind"]), "nodes": (), "leaving": ()})
+            for each in fields.get("node_types", ())
+        )
         return cls(**fields)

@@ -18,7 +18,7 @@ from orchestrator.control.orders import SlotOp, SlotOrder
 from orchestrator.control.spec import RunSpec
 from orchestrator.telemetry.window import TrialWindow
 from policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
-from policies.plan import EMPTY_PLAN, DeviceId, Plan, TrialId
+from policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, TrialId
 from policies.snapshot import DeviceKind, DeviceView, Override
 
 
@@ -29,6 +29,8 @@ class RunState:
         plan: the plan in force.
         nodes: nodes of the cluster ever seen, and the state of each.
         node_cores: cores that each of them offers to trials, where it offers any.
+        node_types: the type of each of them that is of one of the run file's.
+        wishes: the last wish for nodes of each type; empty where none was made.
         windows: telemetry of the running trials.
         fits: what is learned of the running trials.
         shape_fits: the newest fit of each shape, for trials yet to come.
@@ -53,6 +55,8 @@ class RunState:
         self.devices: dict[DeviceId, DeviceView] = {}
         self.nodes: dict[str, str] = {}
         self.node_cores: dict[str, int] = {}
+        self.node_types: dict[str, str] = {}
+        self.wishes: tuple[NodeWish, ...] = ()
         self.windows: dict[TrialId, TrialWindow] = {}
         self.fits: dict[TrialId, TrialFit] = {}
         self.shape_fits: dict[str, TrialFit] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.control.lifecycle import Trial, TrialState
+from orchestrator.control.node_views import node_type_views
 from orchestrator.control.state import RunState
 from orchestrator.telemetry.sampler import DeviceSample, Samplers, open_samplers
 from policies.plan import DeviceId, Settings
@@ -67,6 +68,7 @@ class StatusWriter:
                 for dial in ("share", "batch", "precision", *(["workers"] if "workers" in spec.dials else []))
             },
             "devices": [self._device(device_id) for device_id in sorted(state.devices)],
+            "nodes": self._nodes(),
             "slots": [
                 {"slot_id": slot.slot_id, "state": slot.state.value, "epoch": slot.epoch, "trial_id": slot.trial_id}
                 for slot in sorted(state.lifecycle.slots.values(), key=lambda slot: slot.slot_id)
@@ -104,6 +106,28 @@ class StatusWriter:
             "memory_used_bytes": None if sample is None else sample.memory_used_bytes,
             "memory_total_bytes": None if sample is None else sample.memory_total_bytes,
         }
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        """The nodes of each type that can be asked for: those that are there, those wished for, and their price."""
+        wishes = {wish.node_type: wish for wish in self._state.wishes}
+        found = []
+        for each in node_type_views(self._state):
+            wish = wishes.get(each.name)
+            num_nodes = len(each.nodes) + len(each.leaving)
+            found.append(
+                {
+                    "node_type": each.name,
+                    "is_spot": each.is_spot,
+                    "num_nodes": num_nodes,
+                    "num_leaving": len(each.leaving),
+                    "num_wished": None if wish is None else wish.num_nodes,
+                    "max_nodes": each.max_nodes,
+                    "price_per_hour": each.price_per_hour,
+                    "cost_per_hour": num_nodes * each.price_per_hour,
+                    "reason": None if wish is None else wish.reason,
+                }
+            )
+        return found
 
     def _trial(self, trial: Trial) -> dict[str, Any]:
         state = self._state

@@ -1,13 +1,15 @@
 """Device agents on the GPU nodes of a Ray cluster: one actor per node, opened before the slots and closed after them.
 
-Not detached: an agent ends with the driver, and MPS with the agent. Used by the driver only.
+A node that joins later gets one too. Not detached: an agent ends with the driver, and MPS with the agent. Used by the
+driver only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
@@ -15,12 +17,13 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.devices.agent import DeviceAgent, NodeReady
-from orchestrator.devices.choice import GpuShare
-from orchestrator.errors import UnfitEnvironmentError
+from orchestrator.devices.roster import Roster
+from orchestrator.errors import ShareError, UnfitEnvironmentError
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 60.0
+_POLL_S = 0.1
 
 
 class _NodeAgent(DeviceAgent):
@@ -32,6 +35,45 @@ class _NodeAgent(DeviceAgent):
         return self.watch(policy.take_device_samples.remote)
 
 
+class _RemoteAgent:
+    """An agent from afar; see `orchestrator.devices.roster.Agent`."""
+
+    def __init__(self, actor: Any, policy: tuple[str, str]) -> None:  # noqa: ANN401 -- handles have no type
+        self._actor, self._policy = actor, policy
+        self._preparing = actor.prepare.remote()
+        self._telling: Any = None
+
+    def found(self) -> NodeReady | None:
+        if not _is_done(self._preparing):
+            return None
+        try:
+            ready: NodeReady = ray.get(self._preparing)
+        except RayError as error:
+            raise ShareError(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}") from error
+        return ready
+
+    def watch(self) -> list[str] | None:
+        if self._telling is None:
+            self._telling = self._actor.tell.remote(*self._policy)
+        if not _is_done(self._telling):
+            return None
+        try:
+            problems: list[str] = ray.get(self._telling)
+        except RayError as error:
+            return [f"its GPUs are not watched: {type(error).__name__}"]
+        return problems
+
+    def drop(self) -> None:
+        with contextlib.suppress(RayError):
+            ray.get(self._actor.stop.remote(), timeout=5.0)
+        with contextlib.suppress(RayError):
+            ray.kill(self._actor)
+
+
+def _is_done(reference: ray.ObjectRef) -> bool:
+    return bool(ray.wait([reference], timeout=0)[0])
+
+
 class Agents:
     """The agents of one run.
 
@@ -39,63 +81,58 @@ class Agents:
         wish: how GPUs shall be shared.
         turns_shares: whether shares differ or change in the run.
         token: a few characters that no other run has; names the directory of an own MPS, alike on all nodes.
+        policy: name and namespace of the policy actor, which is told what GPUs do.
     """
 
-    def __init__(self, wish: str, *, turns_shares: bool, token: str) -> None:
-        self._wish, self._turns_shares, self._token = wish, turns_shares, token
-        self._agents: list[Any] = []
+    def __init__(self, wish: str, *, turns_shares: bool, token: str, policy: tuple[str, str]) -> None:
+        self._wish, self._turns_shares, self._token, self._policy = wish, turns_shares, token, policy
+        self._roster = Roster(self._spawn)
 
     def open(self) -> NodeReady:
-        """Start one on every GPU node; what they found, which must be the same everywhere.
+        """Start one on every GPU node that is there; what they found, which must be the same everywhere.
 
         Raises:
-            UnfitEnvironmentError: no node has a GPU, or nodes differ in what they offer.
+            UnfitEnvironmentError: no node has a GPU, or the agents do not answer.
         """
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) > 0]
-        if not nodes:
+        node_ids = gpu_nodes(ray.nodes())
+        if not node_ids:
             raise UnfitEnvironmentError(
                 "devices.use is gpu and Ray sees no GPU on any node; check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or "
                 "set devices.use: cpu"
             )
-        for node in nodes:
-            strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-            actor = ray.remote(_NodeAgent).options(num_cpus=0, scheduling_strategy=strategy, max_concurrency=2)
-            self._agents.append(actor.remote(self._wish, turns_shares=self._turns_shares, token=self._token))
-        found: list[NodeReady] = ray.get([agent.prepare.remote() for agent in self._agents], timeout=_TIMEOUT_S)
-        return _common(found)
+        deadline_s = time.monotonic() + _TIMEOUT_S
+        self._roster.follow(node_ids)
+        while self._roster.is_looking and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+            self._roster.follow(node_ids)
+        settled = self._roster.settle()
+        if settled is None or self._roster.is_looking:
+            raise UnfitEnvironmentError(
+                f"the agents of {len(node_ids)} GPU nodes did not say within {_TIMEOUT_S:g} s what these offer; see the"
+                " warnings above, or set devices.use: cpu"
+            )
+        return settled
 
-    def watch(self, actor_name: str, namespace: str) -> None:
-        """Let every agent tell the policy actor what its GPUs do."""
-        told = [agent.tell.remote(actor_name, namespace) for agent in self._agents]
-        for problems in ray.get(told, timeout=_TIMEOUT_S):
-            for problem in problems:
-                logger.warning("%s", problem)
+    def follow(self, nodes: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+        """Take the nodes that are there; returns the GPU nodes that serve. Called about once a second."""
+        serving = self._roster.follow(gpu_nodes(nodes))
+        self._roster.watch()
+        return serving
+
+    def settle(self) -> NodeReady | None:
+        """How GPUs are shared from here on, once a node has said what it offers."""
+        return self._roster.settle()
 
     def close(self) -> None:
         """Stop what they started, and end them."""
-        for agent in self._agents:
-            with contextlib.suppress(RayError):
-                ray.get(agent.stop.remote(), timeout=5.0)
-            ray.kill(agent)
-        self._agents = []
+        self._roster.close()
+
+    def _spawn(self, node_id: str) -> _RemoteAgent:
+        strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+        actor = ray.remote(_NodeAgent).options(num_cpus=0, scheduling_strategy=strategy, max_concurrency=2)
+        return _RemoteAgent(actor.remote(self._wish, turns_shares=self._turns_shares, token=self._token), self._policy)
 
 
-def _common(found: list[NodeReady]) -> NodeReady:
-    """What all nodes can do: SM groups only where all have them, and own daemons only one per run and node."""
-    order = (GpuShare.TIME_SLICE, GpuShare.MPS, GpuShare.SM_GROUPS)
-    weakest = min(found, key=lambda each: order.index(each.share))
-    environments = {tuple(sorted(each.environment.items())) for each in found}
-    if len(environments) > 1:  # each worker group has one environment, wherever its ranks are
-        return NodeReady(
-            share=GpuShare.TIME_SLICE,
-            words=f"time_slice; no mps: the daemons of {len(found)} nodes have different directories",
-            environment={},
-            is_under_mps=False,
-        )
-    return weakest
-
-
-def gpu_part(num_gpus: float, num_ranks: int) -> float:
-    """The part of a GPU that each rank reserves from Ray: whole GPUs where there are enough, else equal parts."""
-    ranks_per_gpu = math.ceil(num_ranks / max(1.0, num_gpus))
-    return math.floor(10_000 / ranks_per_gpu) / 10_000  # Ray counts in ten-thousandths
+def gpu_nodes(nodes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The ids of the nodes that are there and have a GPU."""
+    return [node["NodeID"] for node in nodes if node["Alive"] and node["Resources"].get("GPU", 0) > 0]

@@ -42,7 +42,7 @@ STEP_DTYPE = np.dtype(
         ("flags", "<u2"),  # bits of FLAG_SKIPPED and so on
         ("share", "<f4"),
         ("cores", "<f4"),  # device units granted to this rank
-        ("start_s", "<f8"),  # CLOCK_MONOTONIC at the start of the step
+        ("start_s", "<f8"),  # CLOCK_MONOTONIC at the start of the step, of the policy actor's node
         ("step_s", "<f4"),  # whole step, from boundary to boundary
         ("data_s", "<f4"),  # waiting for data
         ("wait_s", "<f4"),  # held back at the boundary to enforce the share

@@ -7,6 +7,7 @@ the other side is gone for long, the oldest step records are dropped and counted
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -46,9 +47,15 @@ class Link(Protocol):
 
 
 class Outbox:
-    """What a rank has to tell, in order, kept until it was taken over."""
+    """What a rank has to tell, in order, kept until it was taken over.
+
+    Attributes:
+        offset_s: added to every moment, which the rank tells on its own machine's clock, to have it on the run's.
+        num_dropped: step records lost because nobody took them.
+    """
 
     def __init__(self) -> None:
+        self.offset_s = 0.0
         self._lock = threading.Lock()
         self._filled = threading.Event()
         self._rows: StepArray = np.zeros(_RECORDS_PER_MESSAGE, dtype=STEP_DTYPE)
@@ -107,12 +114,13 @@ class Outbox:
     def take(self) -> Events:
         """Everything that waits, as one message; it is the caller's to deliver, again and again if need be."""
         with self._lock:
-            records = [pack(rows) for rows in self._full]
-            if self._num_rows:
-                records.append(pack(self._rows[: self._num_rows]))
+            full = [*self._full, self._rows[: self._num_rows]] if self._num_rows else self._full
+            for rows in full:
+                rows["start_s"] += self.offset_s
+            records = [pack(rows) for rows in full]
             events = Events(
                 number=self._num_taken,
-                acks=tuple(self._acks),
+                acks=tuple(replace(ack, applied_s=ack.applied_s + self.offset_s) for ack in self._acks),
                 overrides=tuple(self._overrides),
                 reports=tuple(self._reports),
                 tiers=tuple(self._tiers),

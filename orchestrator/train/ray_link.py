@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from orchestrator.clock import Reading, offset_to
 from orchestrator.control.orders import Events, Outcome, SlotHello, SlotOp, SlotOrder
 from orchestrator.errors import WorkerGroupError
 from orchestrator.train.link import Outbox
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 20.0
 _RETRY_S = 0.25
 _LEAVE_TIMEOUT_S = 10.0
+_CLOCK_TIMEOUT_S = 10.0
 
 
 def _nothing() -> None:
@@ -56,6 +58,7 @@ class RayLink:
     def start(self, epoch: int) -> None:
         """Begin to listen (rank 0) and to tell."""
         self._epoch = epoch
+        self._set_clock()
         targets = [self._tell] if self._rank else [self._listen, self._tell]
         self._threads = [threading.Thread(target=target, daemon=True, name=target.__name__) for target in targets]
         for thread in self._threads:
@@ -71,6 +74,8 @@ class RayLink:
         if not leftovers.is_empty:
             logger.warning("dropped %d undelivered telemetry messages of %s", len(leftovers.records), self._attempt)
         self._attempt = (trial_id, attempt)
+        if self.outbox.offset_s:  # clocks of two machines drift apart
+            self._set_clock()
 
     def close(self) -> None:
         """Stop both threads; an unanswered call of theirs is abandoned."""
@@ -113,6 +118,18 @@ class RayLink:
     def finish(self, outcome: Outcome) -> None:
         """Tell the actor that all ranks have left the trial (rank 0)."""
         self._ask("finish", self._slot_id, self._epoch, self._attempt, outcome)
+
+    def _set_clock(self) -> None:
+        """Learn how this machine's clock differs from the actor's; what is not known stays as it was."""
+
+        def ask() -> Reading:
+            answer: Reading = self._ask("clock", timeout_s=_CLOCK_TIMEOUT_S)
+            return answer
+
+        try:
+            self.outbox.offset_s = offset_to(ask)
+        except WorkerGroupError as error:
+            logger.warning("the clock of the policy actor could not be read: %s", error)
 
     def _handle(self) -> Any:
         if self._actor is None:

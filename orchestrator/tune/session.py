@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
@@ -23,6 +25,7 @@ from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.names import write_atomically
 from orchestrator.run import log_end, single_driver
+from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.admission import HEAD, require_tested_ray, sliver
 
@@ -40,7 +43,7 @@ def open_session(run_file: Path, overrides: list[str], *, is_resumed: bool) -> I
     if is_resumed:
         place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
         resolved = load_config(run_dir / "run.yaml", place)
-    plane = ControlPlane(resolved, run_dir)
+    plane, stopping = ControlPlane(resolved, run_dir), Stopping(run_dir)
     with single_driver(run_dir), _connected(resolved, plane.namespace):
         before = cluster_leaks(0.0)
         state = "failed"
@@ -48,19 +51,19 @@ def open_session(run_file: Path, overrides: list[str], *, is_resumed: bool) -> I
             part = sliver(resolved.config.search.num_slots, ray.available_resources().get(HEAD, 0.0))
             plane.open()
             ray.get(plane.policy.set_state.remote("running"))
-            with _watched(plane):
+            with _watched(plane, stopping):
                 yield tune.with_resources(
                     tune.with_parameters(SlotTrial, actor=ACTOR_NAME, namespace=plane.namespace, is_foreign=True),
                     {HEAD: part},
                 )
-            state = _end_search(plane)
+            state = _end_search(plane, stopping.kind)
         except BaseException:
             with contextlib.suppress(RayError):
                 _end_search(plane)
             state = "interrupted"
             raise
         finally:
-            plane.close(state)
+            plane.close(state, is_hurried=stopping.kind is StopKind.NOW)
             left = cluster_leaks()
             log_end(run_dir, state, {name: max(0, count - before[name]) for name, count in left.items()})
 
@@ -95,9 +98,40 @@ def _connected(resolved: ResolvedRun, namespace: str) -> Iterator[None]:
         yield
 
 
+class Stopping:
+    """The end that `orchestrator stop` asks for, and the way it reaches a search that is somebody else's.
+
+    Tune ends a search with its state saved and its trials unfinished when it gets SIGINT or SIGUSR1, and listens to
+    both while `fit()` runs in the main thread. SIGUSR1 means nothing to anybody else, so the user's own code goes on
+    behind `fit()`. A process that nobody has taught what it means would end by it, so only one that knows gets it.
+
+    Attributes:
+        kind: what was asked for, None so far.
+    """
+
+    def __init__(self, run_dir: Path, send: Callable[[], None] | None = None) -> None:
+        self._run_dir, self._send = run_dir, send or (lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        self._told: object = None
+        self.kind: StopKind | None = None
+
+    def look(self) -> None:
+        """Look whether the end was asked for, and pass it on to each search once; called from time to time."""
+        asked = stop_request(self._run_dir)
+        if asked is None:
+            return
+        if self.kind is None:
+            logger.warning("a stop was asked for: the search ends, and its trials write a checkpoint and leave")
+        self.kind = asked
+        listener = signal.getsignal(signal.SIGUSR1)
+        # Each `fit()` brings a handler of its own.
+        if callable(listener) and listener is not self._told:
+            self._told = listener
+            self._send()
+
+
 @contextlib.contextmanager
-def _watched(plane: ControlPlane) -> Iterator[None]:
-    """Fail the search when no slot opens: the actor is told, and every waiting stand-in hears it.
+def _watched(plane: ControlPlane, stopping: Stopping) -> Iterator[None]:
+    """Pass on a stop, and fail the search when no slot opens: the actor is told, and every waiting stand-in hears it.
 
     Raises:
         OrchestratorError: that has happened.
@@ -107,6 +141,7 @@ def _watched(plane: ControlPlane) -> Iterator[None]:
 
     def look() -> None:
         while not is_over.wait(_LOOK_S):
+            stopping.look()
             try:
                 plane.require_slots()
             except OrchestratorError as problem:
@@ -125,8 +160,13 @@ def _watched(plane: ControlPlane) -> Iterator[None]:
         raise problems[0]
 
 
-def _end_search(plane: ControlPlane) -> str:
-    """How the search ended: cut off when trials still run, which then commit and leave."""
+def _end_search(plane: ControlPlane, stop: StopKind | None = None) -> str:
+    """How the search ended: cut off when trials still run or it was told to stop; trials then commit and leave."""
+    if stop is StopKind.NOW:
+        return "interrupted"
+    if stop is StopKind.GRACEFUL:
+        plane.interrupt(lambda: False)
+        return "interrupted"
     trials = ray.get(plane.policy.status.remote(), timeout=30.0)["trials"]
     if any(trial["state"] in {"running", "queued"} for trial in trials):
         plane.interrupt(lambda: False)

@@ -35,7 +35,7 @@ from orchestrator.view.text import (
     wrap,
 )
 from policies.codec import plan_from, snapshot_from, to_jsonable
-from policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff
+from policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
 from policies.snapshot import Snapshot
 
 _WIDTH = 100
@@ -50,7 +50,8 @@ def explain(run_dir: Path, decision: int | None) -> dict[str, Any]:
 
     Returns:
         For one decision `generation`, `reason`, `chosen` (what changed, one item per trial), `alternatives`, `binding`,
-        `predicted_gain`, `realised_gain`, `applied` and `trials`, which holds the same keys for each changed trial; of
+        `predicted_gain`, `realised_gain`, `applied`, `nodes` (the wish for each type of node, with the one before) and
+        `trials`, which holds the same keys for each changed trial; of
         several trials the top-level values are those of the one with the largest predicted gain.
         For all of them `run_id`, `decisions`, `overrides`, `resizes` and `refusals`.
 
@@ -120,10 +121,26 @@ def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
         "predicted_gain": first.get("predicted_gain"),
         "realised_gain": first.get("realised_gain"),
         "applied": [ack for item in trials for ack in item["applied"]],
+        "nodes": _nodes(snapshot.plan, plan),
         "trials": trials,
         "t_s": entry.t_s,
         "wall_s": entry.wall_s,
     }
+
+
+def _nodes(old: Plan, new: Plan) -> list[dict[str, Any]]:
+    """What the decision wants of the cluster."""
+    before = numbers(old.nodes)
+    return [
+        {
+            "node_type": wish.node_type,
+            "before": before.get(wish.node_type),
+            "num_nodes": wish.num_nodes,
+            "cost_per_hour": wish.cost_per_hour,
+            "reason": wish.reason,
+        }
+        for wish in new.nodes
+    ]
 
 
 def _trial(
@@ -156,6 +173,12 @@ def _trial(
     }
 
 
+def _node_words(nodes: list[dict[str, Any]]) -> str:
+    """The wishes that changed, to go behind the reason of a plan."""
+    changed = [wish for wish in nodes if wish["before"] != wish["num_nodes"]]
+    return "".join(f"; {wish['num_nodes']} nodes {wish['node_type']}" for wish in changed)
+
+
 def _changed(old: Plan, new: Plan, before: Mapping[TrialId, Settings | None]) -> tuple[Allocation, ...]:
     """Allocations that differ from what was in force, overrides included; of a plan that changes none, all of them."""
     moved = {allocation.trial_id for allocation in diff(old, new)}
@@ -186,7 +209,7 @@ def _summary(run_dir: Path, history: History) -> dict[str, Any]:
             {
                 "generation": one["generation"],
                 "after_s": entry.wall_s - origin_s,
-                "reason": one["reason"],
+                "reason": one["reason"] + _node_words(one["nodes"]),
                 "num_changed": len(one["chosen"]),
                 "num_applied": len(one["applied"]),
                 "predicted_gain": one["predicted_gain"],
@@ -257,6 +280,10 @@ def _render_summary(answer: Mapping[str, Any]) -> list[str]:
 
 def _render_one(answer: Mapping[str, Any]) -> list[str]:
     lines = wrap(f"decision {show_count(answer['generation'])}: {clean(answer['reason'])}", _WIDTH)
+    for wish in dicts(answer["nodes"]):
+        was = "" if wish["before"] in {None, wish["num_nodes"]} else f" instead of {show_count(wish['before'])}"
+        what = f"nodes {clean(wish['node_type'])}: {show_count(wish['num_nodes'])}{was}"
+        lines += wrap(f"{what}, {show_number(wish['cost_per_hour'], 3)} an hour: {clean(wish['reason'])}", _WIDTH)
     for item in dicts(answer["trials"]):
         lines += ["", *_render_trial(item)]
     return lines

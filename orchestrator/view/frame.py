@@ -123,6 +123,7 @@ def build_frame(status: Mapping[str, object], *, width: int, max_rows: int, now_
         counts = _counts(trials[len(shown) :])
         lines.append(_line(f"... and {len(trials) - len(shown)} more: {counts}", Role.NOTE, width))
     lines.extend(_line(_device(device), Role.DEVICE, width) for device in dicts(status.get("devices")))
+    lines.extend(_line(text, Role.DEVICE, width) for text in node_texts(status))
     lines.append(_line("dials: " + "; ".join(dial_texts(status)), Role.NOTE, width))
     for trial in trials:
         if trial.get("state") == "failed":
@@ -150,6 +151,7 @@ def plain_line(status: Mapping[str, object], now_s: float) -> str:
             f"{clean(device.get('device_id'))} granted {_percent(device.get('granted_share'))}"
             f" used {_percent(device.get('utilisation_ratio'))}"
         )
+    parts.extend(node_texts(status))
     parts.append("dials " + ", ".join(dial_texts(status)))
     return " | ".join(parts)
 
@@ -163,6 +165,25 @@ def failure_text(trial: Mapping[str, object]) -> str:
 def shown_dials(dials: Mapping[str, object]) -> tuple[str, ...]:
     """The dials that every run has, and that of the ranks where it is on."""
     return (*DIALS, *(["workers"] if "workers" in dials else []))
+
+
+def node_texts(status: Mapping[str, object]) -> list[str]:
+    """What nodes are there, wanted and paid for, one text per type that can be asked for."""
+    texts = []
+    for nodes in dicts(status.get("nodes")):
+        spot = " (spot)" if nodes.get("is_spot") else ""
+        leaving = whole(nodes.get("num_leaving")) or 0
+        texts.append(
+            f"nodes {clean(nodes.get('node_type') or MISSING)}{spot}: {show_count(nodes.get('num_nodes'))} there"
+            + (f", {leaving} of them leaving" if leaving else "")
+            + f", {show_count(nodes.get('num_wished'))} wanted,"
+            f" {show_number(nodes.get('cost_per_hour'), 3)} an hour{_because(nodes.get('reason'))}"
+        )
+    return texts
+
+
+def _because(reason: object) -> str:
+    return f": {clean(reason)}" if reason else ""
 
 
 def dial_texts(status: Mapping[str, object]) -> list[str]:

@@ -30,6 +30,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/control/actor.py",
         "orchestrator/cluster.py",
         "orchestrator/control_plane.py",
+        "orchestrator/node_requests.py",
         "orchestrator/node_watcher.py",
         "orchestrator/run.py",
         "orchestrator/tune/*.py",

@@ -25,7 +25,7 @@ from orchestrator.share import SHARES
 from orchestrator.telemetry.load import RunTables
 from policies import POLICIES
 from policies.plan import TrialId
-from tests.unit.orchestrator.control.worlds import World
+from tests.unit.orchestrator.control.worlds import SPOT, World
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -316,6 +316,7 @@ def keys_by_part(status: dict[str, Any]) -> dict[str, list[str]]:
         "run": list(status),
         "`dials.NAME`": list(status["dials"]["share"]),
         "`devices[]`": list(status["devices"][0]),
+        **({"`nodes[]`": list(status["nodes"][0])} if status["nodes"] else {}),
         "`slots[]`": list(status["slots"][0]),
         "`trials[]`": list(trial),
         "`trials[].decision`": list(trial["decision"]),
@@ -325,7 +326,7 @@ def keys_by_part(status: dict[str, Any]) -> dict[str, list[str]]:
 @pytest.fixture
 def status(tmp_path: Path) -> dict[str, Any]:
     """The status of a run in which one trial runs under a plan."""
-    world = World(tmp_path)
+    world = World(tmp_path, node_types=(SPOT,))
     world.controller.submit(TrialId("trial-00000"), {})
     world.attach("slot-0")
     world.decide()

@@ -67,4 +67,4 @@ def test_the_table_of_files_names_every_file_of_the_package() -> None:
 
 def test_the_invariants_are_numbered_without_a_gap() -> None:
     text = README.read_text(encoding="ascii").split("## Invariants")[1].split("## ")[0]
-    assert [int(number) for number in re.findall(r"^(\d+)\. ", text, re.MULTILINE)] == list(range(1, 17))
+    assert [int(number) for number in re.findall(r"^(\d+)\. ", text, re.MULTILINE)] == list(range(1, 18))

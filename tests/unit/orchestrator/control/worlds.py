@@ -25,10 +25,13 @@ from orchestrator.telemetry.record import STEP_DTYPE, TIERS, pack
 from policies import build_policy
 from policies.plan import DeviceId, Settings, TrialId
 from policies.policy import Policy
-from policies.snapshot import DeviceKind, DeviceView, DialLimits
+from policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType
 from policies.tier import Tier
 
 DEVICE = DeviceView(device_id=DeviceId("cpu:0"), node_id="n0", kind=DeviceKind.CPU, units=2)
+SPOT = NodeType(
+    name="spot", kind=DeviceKind.CPU, num_devices=1, units=2, num_ranks=2, price_per_hour=0.5, max_nodes=3, is_spot=True
+)
 
 
 def resizing_spec(run_dir: Path, policy: str, max_running: int) -> RunSpec:
@@ -39,7 +42,7 @@ def resizing_spec(run_dir: Path, policy: str, max_running: int) -> RunSpec:
     return replace(plain, limits=limits, max_running=max_running, dials=dials, max_reports=1000)
 
 
-def spec(run_dir: Path, policy: str = "fair_share") -> RunSpec:
+def spec(run_dir: Path, policy: str = "fair_share", node_types: tuple[NodeType, ...] = ()) -> RunSpec:
     run_dir.mkdir(parents=True, exist_ok=True)
     return RunSpec(
         run_id="r",
@@ -70,6 +73,8 @@ def spec(run_dir: Path, policy: str = "fair_share") -> RunSpec:
         max_units=None,
         metric="val_loss",
         mode="min",
+        node_types=node_types,
+        max_running=4 if node_types else 0,
     )
 
 
@@ -176,6 +181,7 @@ class World:
     run_dir: Path
     policy_name: str = "fair_share"
     start_id: str = "s1"
+    node_types: tuple[NodeType, ...] = ()
     clock: ManualClock = field(default_factory=lambda: ManualClock(100.0))
     policy_params: dict[str, float] = field(default_factory=dict)
     max_running: int = 0
@@ -188,7 +194,7 @@ class World:
     @property
     def spec(self) -> RunSpec:
         if not self.max_running:
-            return spec(self.run_dir, self.policy_name)
+            return spec(self.run_dir, self.policy_name, self.node_types)
         resizing = resizing_spec(self.run_dir, self.policy_name, self.max_running)
         return replace(resizing, policy_params=dict(self.policy_params))
 

@@ -11,8 +11,8 @@ import pytest
 
 from orchestrator.devices.agent import DeviceAgent
 from orchestrator.devices.choice import GpuFacts, GpuShare
-from orchestrator.devices.ray_agents import gpu_part
 from orchestrator.errors import ShareError, UnfitEnvironmentError
+from orchestrator.run_spec import gpu_part
 from orchestrator.share.mps import MpsFound
 from orchestrator.telemetry.sampler import DeviceSample, Samplers
 from policies.plan import DeviceId
