@@ -8,10 +8,12 @@ Called by `policies.goodput_policy`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from policies.batch import neighbours
+from policies.fit import noise_bounds
 from policies.invariants import MAX_ALTERNATIVES
 from policies.plan import Alternative, Settings, TrialId
 from policies.tier import Tier, is_cheaper, tier_facts
@@ -65,9 +67,9 @@ def choose(
     prediction = standing.predict(now)
     assert goodput is not None
     assert prediction is not None
-    # A difference smaller than the doubt about the present speed is no difference.
-    weighed = _options(standing, now, goodput, max(min_gain, prediction.rel_uncertainty))
+    weighed = _options(standing, now, goodput, min_gain)
     options = [option for option in weighed if standing.has_room(option.settings)]
+    unsure = [option for option in options if not _is_sure(standing, now, option.settings)]
     if explored is not None:
         reason = (
             f"explores tier {explored.value}, not yet measured; "
@@ -77,10 +79,16 @@ def choose(
         return DialChoice(
             settings=settings, reason=reason, binding="exploring", alternatives=_rest(options, settings, now, goodput)
         )
-    best = max((o for o in options if o.gain >= o.needed_gain), key=_rank, default=None)
+    best = max((o for o in options if o.gain >= o.needed_gain and o not in unsure), key=_rank, default=None)
     if best is None:
         refused = [o for o in weighed if o.gain >= o.needed_gain and o not in options]
-        reason, binding = _why_no_room(standing, now, refused) if refused else _why_best(now, goodput, options)
+        doubted = [o for o in unsure if o.gain >= o.needed_gain]
+        if refused:
+            reason, binding = _why_no_room(standing, now, refused)
+        elif doubted:
+            reason, binding = _why_unsure(standing, now, max(doubted, key=_rank)), "noise"
+        else:
+            reason, binding = _why_best(now, goodput, options)
         return DialChoice(settings=now, reason=reason, binding=binding, alternatives=_rest(options, now, now, goodput))
     return DialChoice(
         settings=best.settings,
@@ -120,21 +128,19 @@ def _why_kept(standing: Standing, now: Settings, cooldown_s: float) -> tuple[str
         return "new", f"begins with {dials}"
     if standing.trial.is_stale:
         return "stale", f"{dials} kept while its telemetry is stale"
-    if standing.age_s < cooldown_s:
+    is_moved = standing.in_force.share not in (now.share, 0)
+    if is_moved or standing.age_s < cooldown_s:
         what = "override" if standing.trial.override is not None else "cooldown"
-        return what, f"{dials} kept, changed {standing.age_s:.1f} s ago, cooldown {cooldown_s:.1f} s"
+        why = f"changed {standing.age_s:.1f} s ago, cooldown {cooldown_s:.1f} s"
+        return ("share", f"{dials} kept while its share changes") if is_moved else (what, f"{dials} kept, {why}")
     prediction = standing.predict(now)
     if prediction is None or not prediction.is_measured:
         return "unmeasured", f"{dials} kept until measured at micro-batch {now.micro_batch}"
     return None
 
 
-def _options(standing: Standing, now: Settings, goodput: float, needed_gain: float) -> list[_Option]:
-    """Every change of batch or of tier whose goodput can be predicted.
-
-    A cheaper tier and another batch must gain `needed_gain`; a dearer tier must only be no slower, because a cheap one
-    has to earn its place.
-    """
+def _options(standing: Standing, now: Settings, goodput: float, min_gain: float) -> list[_Option]:
+    """Every change of batch or of tier whose goodput can be predicted, with what it must gain."""
     options = []
     trial = standing.trial
     # Without a noise scale nobody can say what another batch is worth.
@@ -146,9 +152,36 @@ def _options(standing: Standing, now: Settings, goodput: float, needed_gain: flo
     for settings in (*batches, *tiers):
         predicted = standing.goodput(settings)
         if predicted is not None:
-            needed = 0.0 if is_cheaper(now.tier, settings.tier) else needed_gain
+            needed = _needed_gain(standing, now, settings, min_gain)
             options.append(_Option(settings, predicted, predicted / goodput - 1, needed))
     return options
+
+
+def _needed_gain(standing: Standing, now: Settings, other: Settings, min_gain: float) -> float:
+    """What a change must gain: `min_gain`, and more than the doubt about the present speed and the scatter of both.
+
+    A dearer tier must only be no slower beyond that scatter: a cheap one has to earn its place. Another batch must only
+    promise more than the scatter as long as nobody of the shape has measured a second one: trying it tells what all are
+    worth.
+    """
+    here, there = standing.predict(now), standing.predict(other)
+    assert here is not None
+    assert there is not None
+    if other.tier is now.tier and not standing.model.lines[now.tier].is_solved:
+        return here.rel_scatter
+    if is_cheaper(now.tier, other.tier):
+        return math.hypot(here.rel_scatter, there.rel_scatter)
+    return max(min_gain, math.hypot(here.rel_uncertainty, there.rel_scatter))
+
+
+def _is_sure(standing: Standing, now: Settings, other: Settings) -> bool:
+    """Whether a change of batch still gains if the noise scale is off by its doubt, to the unfavourable side."""
+    bounds = noise_bounds(standing.trial.fit)
+    if bounds is None or other.global_batch == now.global_batch:
+        return True
+    doubted = dataclasses.replace(standing, noise=bounds[0] if other.global_batch > now.global_batch else bounds[1])
+    before, after = doubted.goodput(now), doubted.goodput(other)
+    return before is not None and after is not None and after > before
 
 
 def _rank(option: _Option) -> tuple[float, int, str]:
@@ -183,6 +216,14 @@ def _why_no_room(standing: Standing, now: Settings, refused: list[_Option]) -> t
         f"batch {now.global_batch} and {now.tier.value} kept: {other} would gain {best.gain:.1%} but needs"
         f" {needed / 2**30:.2f} GiB per rank of {limit / 2**30:.2f}",
         "memory",
+    )
+
+
+def _why_unsure(standing: Standing, now: Settings, best: _Option) -> str:
+    low, high = noise_bounds(standing.trial.fit) or (0.0, 0.0)
+    return (
+        f"batch {now.global_batch} and {now.tier.value} kept: batch {best.settings.global_batch} would gain"
+        f" {best.gain:.1%}, or nothing: the noise scale lies between {low:.0f} and {high:.0f}"
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from policies.ladder import TierFit
 from policies.memory import MemoryPoint, merge, remember
+from policies.noise import NoiseTerms
 from policies.plan import SPARSE, Settings
 from policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
 from policies.tier import Tier, is_cheaper
@@ -20,8 +21,6 @@ from policies.tier import Tier, is_cheaper
 MAX_CELLS = 48
 MIN_NOISE_ESTIMATES = 10
 """Estimates before the noise scale is trusted: one alone has a relative error near one."""
-MAX_NOISE_SCALE = float(2**20)
-_NOISE_HORIZON = 100
 CAP_OBSERVATIONS = 60
 """Observations after which a micro-batch that did not fit may be tried again, twice as many after each failure: other
 trials may have left, and the preflight of the ranks stands before the next attempt."""
@@ -74,6 +73,9 @@ class TrialFit:
         num_observations: observations taken in so far; the clock by which the oldest cell is dropped.
         noise_trace, grad_sq: running means of numerator and denominator of the noise scale, kept apart.
         num_noise: estimates behind the two, capped at the horizon of the running mean.
+        grad_sq_scatter: running mean of the squared deviations of windows from `grad_sq`, each times its estimates:
+            what is seen of the variance of one estimate.
+        num_noise_windows: windows behind that, capped.
         banned_tiers: tiers the trial had to flee from by an override; never chosen again for it.
         micro_batch_cap: largest micro-batch still trusted after an override that shrank it, None without one.
         cap_until: value of `num_observations` at which that cap is lifted for another try.
@@ -87,6 +89,8 @@ class TrialFit:
     noise_trace: float = 0.0
     grad_sq: float = 0.0
     num_noise: int = 0
+    grad_sq_scatter: float = field(default=0.0, metadata=SPARSE)
+    num_noise_windows: int = field(default=0, metadata=SPARSE)
     banned_tiers: tuple[Tier, ...] = ()
     micro_batch_cap: int | None = None
     cap_until: int = field(default=0, metadata=SPARSE)
@@ -102,7 +106,7 @@ def update(fit: TrialFit, observations: Sequence[Observation]) -> TrialFit:
     """Take in observations, oldest first, and return the advanced fit. Pure; impossible ones are passed over."""
     cells = {cell.key: cell for cell in fit.cells}
     count = fit.num_observations
-    noise_trace, grad_sq, num_noise = fit.noise_trace, fit.grad_sq, fit.num_noise
+    noise = _noise_of(fit)
     memory = fit.memory
     for seen in observations:
         if not _is_possible(seen):
@@ -115,19 +119,18 @@ def update(fit: TrialFit, observations: Sequence[Observation]) -> TrialFit:
         if _has_noise(seen):
             assert seen.noise_trace is not None
             assert seen.grad_sq is not None
-            gain = seen.num_noise / (num_noise + seen.num_noise)
-            noise_trace += gain * (seen.noise_trace - noise_trace)
-            grad_sq += gain * (seen.grad_sq - grad_sq)
-            num_noise = min(num_noise + seen.num_noise, _NOISE_HORIZON)
+            noise = noise.add(seen.noise_trace, seen.grad_sq, seen.num_noise)
     kept = sorted(cells.values(), key=lambda c: -c.seen)[:MAX_CELLS]
     is_capped = fit.micro_batch_cap is not None and count < fit.cap_until
     return dataclasses.replace(
         fit,
         cells=tuple(sorted(kept, key=lambda c: c.key)),
         num_observations=count,
-        noise_trace=noise_trace,
-        grad_sq=grad_sq,
-        num_noise=num_noise,
+        noise_trace=noise.noise_trace,
+        grad_sq=noise.grad_sq,
+        num_noise=noise.num_estimates,
+        grad_sq_scatter=noise.scatter,
+        num_noise_windows=noise.num_windows,
         micro_batch_cap=fit.micro_batch_cap if is_capped else None,
         cap_until=fit.cap_until if is_capped else 0,
         memory=memory,
@@ -145,28 +148,15 @@ def predict_step_s(
 def noise_scale(fit: TrialFit) -> float | None:
     """The simple noise scale tr(Sigma) / |G|^2 in samples, within [1, 2**20]; None before enough estimates.
 
-    Both terms are unbiased estimates and may come out negative: a gradient that cannot be told from zero means a
-    scale beyond the clamp, a variance that cannot means one below it.
-
     Source: McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.9 and appendix A.1; numerator and
     denominator are averaged apart as there and in Pollux (OSDI 2021).
     """
-    if fit.num_noise < MIN_NOISE_ESTIMATES:
-        return None
-    return noise_ratio(fit.noise_trace, fit.grad_sq)
+    return None if fit.num_noise < MIN_NOISE_ESTIMATES else _noise_of(fit).scale
 
 
-def noise_ratio(noise_trace: float, grad_sq: float) -> float:
-    """The noise scale from the means of its two terms, clamped to [1, 2**20].
-
-    >>> noise_ratio(50.0, 2.0), noise_ratio(-1.0, 2.0), noise_ratio(50.0, -1.0) == 2.0**20
-    (25.0, 1.0, True)
-    """
-    if noise_trace <= 0:
-        return 1.0
-    if grad_sq * MAX_NOISE_SCALE <= noise_trace:
-        return MAX_NOISE_SCALE
-    return max(1.0, noise_trace / grad_sq)
+def noise_bounds(fit: TrialFit) -> tuple[float, float] | None:
+    """The noise scale if |G|^2 were one standard deviation larger, and smaller; None before enough estimates."""
+    return None if fit.num_noise < MIN_NOISE_ESTIMATES else _noise_of(fit).bounds
 
 
 def note_tiers(fit: TrialFit, tiers: tuple[TierFit, ...]) -> TrialFit:
@@ -212,6 +202,16 @@ def pool(fits: Sequence[TrialFit]) -> TrialFit:
         cells=cells,
         num_observations=max((fit.num_observations for fit in fits), default=0),
         memory=merge(fit.memory for fit in fits),
+    )
+
+
+def _noise_of(fit: TrialFit) -> NoiseTerms:
+    return NoiseTerms(
+        noise_trace=fit.noise_trace,
+        grad_sq=fit.grad_sq,
+        num_estimates=fit.num_noise,
+        scatter=fit.grad_sq_scatter,
+        num_windows=fit.num_noise_windows,
     )
 
 

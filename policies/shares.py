@@ -93,6 +93,8 @@ def climb(
 ) -> dict[TrialId, float]:
     """Raise shares from `floor` step by step, always where weight times utility grows most per device fraction.
 
+    What would do harm is given to nobody.
+
     Best possible on the grid of `quantum` where utilities are concave and ranks lie on one device. Ties go to the
     trial with the smallest share for its weight, then by id, so that equals end as equals.
     """
@@ -108,6 +110,8 @@ def climb(
         if target <= share + _EPSILON:
             return
         gained = claim.weight * (utility(claim.trial_id, target) - utility(claim.trial_id, share))
+        if gained < 0:
+            return  # more of it does harm
         worth = gained / ((target - share) * len(claim.placement))
         heapq.heappush(heap, (-float(f"{worth:.9g}"), share / claim.weight, claim.trial_id, target))
 

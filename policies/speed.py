@@ -27,8 +27,14 @@ MIN_STEPS = 5
 PRIOR_EXPONENT = 0.8
 MIN_EXPONENT = 0.3
 MAX_EXPONENT = 1.0
+LEAST_EXPONENT = -1.0
+"""Of cores, where small models may well be slower on two than on one."""
 PRIOR_FLOOR_RATIO = 0.4
 """Part of a micro-batch's time that is assumed not to grow with it, until two sizes of one tier were measured."""
+_FLOOR_RATIO_SPREAD = 0.15
+"""How far from that it usually lies: two sizes measured while somebody else used the machine may say anything."""
+_DRIFT = 0.03
+"""Speeds measured at different times differ by so much, however little each of them scatters."""
 _PRIOR_EXPONENT_WEIGHT = 0.3
 _BUCKETS_PER_OCTAVE = 4
 
@@ -97,11 +103,13 @@ class Prediction:
         is_measured: whether this tier was measured at this micro-batch (at whatever compute); otherwise the
             number is read off the tier's line.
         rel_uncertainty: about one standard deviation of `step_s`, as a ratio of it.
+        rel_scatter: the part of it that comes from the scatter of what was measured, not from reading off a line.
     """
 
     step_s: float
     is_measured: bool
     rel_uncertainty: float
+    rel_scatter: float
 
 
 def bucket_of(cores: float) -> int:
@@ -171,18 +179,20 @@ class SpeedModel:
         sizes_off = abs(math.log2(micro_batch / nearest.micro_batch))
         log_cores = math.log(max(cores, 1.0))
         cores_off = min(abs(log_cores - x) for x in nearest.log_cores)
-        uncertainty = math.hypot(nearest.rel_spread / math.sqrt(nearest.weight), doubt * sizes_off, 0.1 * cores_off)
+        scatter = nearest.rel_spread / math.sqrt(nearest.weight)
         return Prediction(
             step_s=grad_accum * work_s / response(cores, self.exponent),
             is_measured=point is not None,
-            rel_uncertainty=uncertainty,
+            rel_uncertainty=math.hypot(scatter, doubt * sizes_off, 0.1 * cores_off),
+            rel_scatter=scatter,
         )
 
 
-def solve(cells: Iterable[SpeedCell], num_workers: int) -> SpeedModel:
+def solve(cells: Iterable[SpeedCell], num_workers: int, prior_floor_ratio: float = PRIOR_FLOOR_RATIO) -> SpeedModel:
     """Fit exponent, floors and slopes to the cells of that number of workers.
 
-    A (tier, micro-batch) counts from `MIN_WINDOWS` windows and `MIN_STEPS` steps on.
+    A (tier, micro-batch) counts from `MIN_WINDOWS` windows and `MIN_STEPS` steps on. `prior_floor_ratio` is assumed
+    where only one size was measured.
     """
     groups: dict[tuple[Tier, int], list[SpeedCell]] = defaultdict(list)
     for cell in sorted(cells, key=lambda c: c.key):
@@ -194,11 +204,11 @@ def solve(cells: Iterable[SpeedCell], num_workers: int) -> SpeedModel:
         if sum(len(c.recent) for c in group) >= MIN_WINDOWS and sum(c.num_steps for c in group) >= MIN_STEPS
     }
     trusted = {key: _beside_now(group) for key, group in trusted.items()}
-    exponent = fit_exponent(trusted.values())
+    exponent = fit_exponent(trusted.values(), LEAST_EXPONENT)
     points: dict[Tier, dict[int, Point]] = defaultdict(dict)
     for (tier, micro_batch), group in trusted.items():
         points[tier][micro_batch] = _point(micro_batch, group, exponent)
-    return SpeedModel(exponent=exponent, points=dict(points), lines=_solve_lines(points))
+    return SpeedModel(exponent=exponent, points=dict(points), lines=_solve_lines(points, prior_floor_ratio))
 
 
 def _beside_now(cells: Sequence[SpeedCell]) -> list[SpeedCell]:
@@ -219,8 +229,11 @@ def _beside_now(cells: Sequence[SpeedCell]) -> list[SpeedCell]:
     return sorted(kept, key=lambda c: c.key)
 
 
-def fit_exponent(groups: Iterable[Sequence[SpeedCell]]) -> float:
-    """Weighted regression of log work on log cores inside each group, drawn to the prior where there is little."""
+def fit_exponent(groups: Iterable[Sequence[SpeedCell]], least: float = MIN_EXPONENT) -> float:
+    """Weighted regression of log work on log cores inside each group, drawn to the prior where there is little.
+
+    It lies between `least` and `MAX_EXPONENT`.
+    """
     numerator = _PRIOR_EXPONENT_WEIGHT * PRIOR_EXPONENT
     denominator = _PRIOR_EXPONENT_WEIGHT
     for group in groups:
@@ -231,7 +244,7 @@ def fit_exponent(groups: Iterable[Sequence[SpeedCell]]) -> float:
             deviation = cell.log_cores - mean_x
             numerator -= len(cell.recent) * deviation * (cell.log_work - mean_y)
             denominator += len(cell.recent) * deviation**2
-    return min(MAX_EXPONENT, max(MIN_EXPONENT, numerator / denominator))
+    return min(MAX_EXPONENT, max(least, numerator / denominator))
 
 
 def _point(micro_batch: int, group: Sequence[SpeedCell], exponent: float) -> Point:
@@ -249,15 +262,17 @@ def _point(micro_batch: int, group: Sequence[SpeedCell], exponent: float) -> Poi
     )
 
 
-def _solve_lines(points: dict[Tier, dict[int, Point]]) -> dict[Tier, Line]:
+def _solve_lines(points: dict[Tier, dict[int, Point]], prior_floor_ratio: float) -> dict[Tier, Line]:
     """One line per tier; a tier measured at one size borrows the form of the best-known other tier."""
-    lines = {tier: fit_line(list(sizes.values())) for tier, sizes in points.items() if len(sizes) > 1}
+    lines = {
+        tier: fit_line(list(sizes.values()), prior_floor_ratio) for tier, sizes in points.items() if len(sizes) > 1
+    }
     forms = sorted(lines, key=lambda t: (-sum(p.weight for p in points[t].values()), t))
     for tier, sizes in points.items():
         if tier in lines:
             continue
         (point,) = sizes.values()
-        floor_ratio = PRIOR_FLOOR_RATIO
+        floor_ratio = prior_floor_ratio
         if forms:
             form = lines[forms[0]]
             floor_ratio = form.floor_s / form.work_s(point.micro_batch)
@@ -267,14 +282,24 @@ def _solve_lines(points: dict[Tier, dict[int, Point]]) -> dict[Tier, Line]:
     return lines
 
 
-def fit_line(points: Sequence[Point]) -> Line:
-    """Least squares of relative errors with floor >= 0 and slope >= 0."""
+def fit_line(points: Sequence[Point], floor_ratio: float | None = None) -> Line:
+    """Least squares of relative errors with floor >= 0 and slope >= 0.
+
+    With a `floor_ratio` the floor is drawn to that part of the best-known size, the more the less the points agree.
+    """
     rows = [(p.weight / p.work_s**2, p.micro_batch, p.work_s) for p in points]
     s0 = sum(w for w, _, _ in rows)
     s1 = sum(w * m for w, m, _ in rows)
     s2 = sum(w * m * m for w, m, _ in rows)
     t0 = sum(w * y for w, _, y in rows)
     t1 = sum(w * m * y for w, m, y in rows)
+    if floor_ratio is not None:
+        known = max(points, key=lambda p: (p.weight, -p.micro_batch))
+        spread = max(_DRIFT, sum(p.weight * p.rel_spread for p in points) / sum(p.weight for p in points))
+        # One row more: floor - floor_ratio * (floor + slope * size) = 0.
+        weight = (spread / _FLOOR_RATIO_SPREAD / known.work_s) ** 2
+        a, b = 1 - floor_ratio, -floor_ratio * known.micro_batch
+        s0, s1, s2 = s0 + weight * a * a, s1 + weight * a * b, s2 + weight * b * b
     slope = (s0 * t1 - s1 * t0) / (s0 * s2 - s1 * s1)
     floor = (t0 - slope * s1) / s0
     if slope < 0:

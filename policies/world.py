@@ -18,12 +18,15 @@ from policies.ladder import numerical_efficiency, step_ratio, usable
 from policies.memory import MemoryLine, MemoryPoint, largest_micro_batch, largest_split, solve_line
 from policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
 from policies.shares import Claim, components, fill, fits
-from policies.snapshot import Snapshot, TrialView
+from policies.snapshot import DeviceKind, Snapshot, TrialView
 from policies.speed import Prediction, SpeedModel, response, solve
 from policies.tier import Tier
 
 _EPSILON = 1e-9
 _CALIBRATION_DOUBT = 0.05
+_FLOOR_RATIO = {DeviceKind.CPU: 0.15, DeviceKind.CUDA: 0.5}
+"""Part of a micro-batch's time that is assumed not to grow with it until two sizes were measured: a core is always busy
+(small language models on one: 0.05 to 0.2), a GPU with a small batch waits for its launches."""
 _SAME_SHARE = 1e-4
 """Shares closer than this are the same: no mechanism can tell them apart, and rounding must not move a plan."""
 
@@ -84,7 +87,7 @@ class Standing:
         if known is None:
             return None
         doubt = math.hypot(known.rel_uncertainty, _CALIBRATION_DOUBT)
-        return Prediction(step_s=known.step_s * ratio, is_measured=False, rel_uncertainty=doubt)
+        return dataclasses.replace(known, step_s=known.step_s * ratio, is_measured=False, rel_uncertainty=doubt)
 
     def _predict(self, settings: Settings, tier: Tier) -> Prediction | None:
         return self.model.predict(
@@ -156,12 +159,13 @@ class Room:
 def read(snapshot: Snapshot) -> tuple[Standing, ...]:
     """Where every trial stands, sorted by trial id."""
     units = {device.device_id: device.units for device in snapshot.devices}
+    kinds = {device.device_id: device.kind for device in snapshot.devices}
     in_force = {allocation.trial_id: allocation.settings for allocation in snapshot.plan.allocations}
     trials = sorted(snapshot.trials, key=lambda trial: trial.trial_id)
     pooled = {shape: pool([t.fit for t in trials if t.shape == shape]) for shape in sorted({t.shape for t in trials})}
     models = {
-        (shape, workers): solve(pooled[shape].cells, workers)
-        for shape, workers in {(trial.shape, len(trial.placement)) for trial in trials}
+        (shape, workers, kind): solve(pooled[shape].cells, workers, _FLOOR_RATIO[kind])
+        for shape, workers, kind in {(trial.shape, len(trial.placement), _kind_of(trial, kinds)) for trial in trials}
     }
     standings = []
     for trial in trials:
@@ -173,12 +177,17 @@ def read(snapshot: Snapshot) -> tuple[Standing, ...]:
             settings=_on_workers(old or trial.resume or trial.start, workers, trial),
             age_s=snapshot.now_s - trial.changed_at_s,
             units=min((units[device_id] for device_id in trial.placement if device_id in units), default=1),
-            model=models[trial.shape, workers],
+            model=models[trial.shape, workers, _kind_of(trial, kinds)],
             noise=noise_scale(trial.fit),
             memory=pooled[trial.shape].memory,
         )
         standings.append(standing if old is not None else _admitted(standing))
     return tuple(standings)
+
+
+def _kind_of(trial: TrialView, kinds: Mapping[DeviceId, DeviceKind]) -> DeviceKind:
+    """What the trial computes on; devices of one trial are of one kind."""
+    return next((kinds[device_id] for device_id in trial.placement if device_id in kinds), DeviceKind.CPU)
 
 
 def _admitted(standing: Standing) -> Standing:

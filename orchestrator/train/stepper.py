@@ -165,7 +165,8 @@ class Stepper:
         indices, cursor = take(self.job, self.cursor, settings, self._ranks)
         mine = rank_slice(indices, self._ranks.rank, world_size)
         is_measured = self._noise.begin(self.step_index)
-        loss, data_s = self._accumulate(mine, self.job.num_elements(len(indices)))
+        is_halved = is_measured and self._noise.wants_half
+        loss, data_s = self._accumulate(mine, self.job.num_elements(len(indices)), is_halved=is_halved)
         noise = None
         if is_measured:
             counts = [len(rank_slice(indices, rank, world_size)) for rank in range(world_size)]
@@ -205,10 +206,14 @@ class Stepper:
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _accumulate(self, mine: Indices, total_elements: int) -> tuple[float, float]:
-        """Gradients of this rank's samples, micro-batch by micro-batch; returns their mean loss and seconds of data."""
-        loss_sum, num_elements, data_s = 0.0, 0, 0.0
-        parts = micro_batches(mine, self.settings.micro_batch)
+    def _accumulate(self, mine: Indices, total_elements: int, *, is_halved: bool) -> tuple[float, float]:
+        """Gradients of this rank's samples, micro-batch by micro-batch; returns their mean loss and seconds of data.
+
+        Where the noise scale is measured there are two micro-batches at least.
+        """
+        loss_sum, num_elements, data_s, num_done = 0.0, 0, 0.0, 0
+        most = (len(mine) + 1) // 2 if is_halved else len(mine)
+        parts = micro_batches(mine, max(1, min(self.settings.micro_batch, most)))
         for number, part in enumerate(parts, start=1):
             fsdp.set_gradient_sync(self.model, number == len(parts))
             began_s = time.monotonic()
@@ -218,6 +223,9 @@ class Stepper:
             terms = self.backward(batch, self.settings.tier, self._ranks.world_size / total_elements)
             loss_sum += float(terms.loss_sum.detach())
             num_elements += terms.num_elements
+            num_done += len(part)
+            if is_halved and number == len(parts) // 2:
+                self._noise.half(num_done, loss_scale=self.loss_scale.factor(self.settings.tier))
         if self.settings.tier is Tier.FP16:
             self.loss_scale.unscale(self.settings.tier, fsdp.local_grads(self.model))
         return loss_sum / max(1, num_elements), data_s

@@ -1,7 +1,8 @@
 """The noise scale of a trial while it trains: the estimator that suits its ranks, and the mean of what it finds.
 
-The stepper asks `begin` before a step and `end` after the backward pass. The mean is the same on every rank, is kept in
-checkpoints, and drives the learning rate; policies form their own from the telemetry of single draws.
+The stepper asks `begin` before a step, says `half` in the middle where it can, and `end` after the backward pass. The
+mean is the same on every rank, is kept in checkpoints, and drives the learning rate; policies form their own from the
+telemetry of single draws.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.train import fsdp
-from orchestrator.train.batch.noise import NoiseEstimate, NoiseEstimator, weights_of
+from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, NoiseEstimator, weights_of
 from orchestrator.train.batch.rank_noise import RankNoise
-from policies.fit import MIN_NOISE_ESTIMATES, noise_ratio
+from policies.fit import MIN_NOISE_ESTIMATES
+from policies.noise import noise_ratio
 
-FIRST_DRAWS = 16
-PERIOD_STEPS = 8
-"""One of so many steps (two on one rank) is measured for the noise scale, until there are `FIRST_DRAWS` of it."""
-QUIET_PERIOD_STEPS = 32
-"""The same from then on: what is measured costs a small model about a tenth of a step."""
+EARLY_PERIOD_STEPS = 4
+"""Two of so many steps (one on several ranks) are measured at first, so that the noise scale is known early; never two
+in a row, because the memory of a step shows only in one that is not cut."""
+EARLY_DRAWS = 2 * MIN_NOISE_ESTIMATES
+PERIOD_STEPS = 32
+"""The same after that, until there are `ENOUGH_DRAWS`."""
+ENOUGH_DRAWS = 60
+QUIET_PERIOD_STEPS = 64
+"""The same from then on: what is measured costs a small model about a tenth of a step, and cutting it another."""
 REPLAYED_PERIOD_STEPS = 64
 """The same for steps that are replayed: those are short, and the probe is launched kernel by kernel."""
 HORIZON = 100
@@ -58,7 +64,9 @@ class NoiseMeter:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int) -> None:
         self._model, self._optimizer, self._world_size = model, optimizer, world_size
+        self._halves = HalfNoise() if world_size == 1 else None
         self._pairs = NoiseEstimator(every=PERIOD_STEPS) if world_size == 1 else None
+        self._is_replayed = False
         self._ranks = RankNoise(model, every=PERIOD_STEPS) if world_size > 1 else None
         self.mean = NoiseMean()
 
@@ -69,10 +77,9 @@ class NoiseMeter:
 
     def reset(self) -> None:
         """Forget a half-done measurement: after a change of batch or tier, or a resume."""
-        if self._pairs is not None:
-            self._pairs.reset()
-        if self._ranks is not None:
-            self._ranks.reset()
+        for estimator in (self._halves, self._pairs, self._ranks):
+            if estimator is not None:
+                estimator.reset()
 
     def exchange_in(self, dtype: torch.dtype | None) -> None:
         """In which dtype ranks exchange gradients, which is done where they are measured; one rank exchanges none."""
@@ -81,7 +88,10 @@ class NoiseMeter:
 
     def begin(self, step: int, *, is_replayed: bool = False) -> bool:
         """Called before a step; whether `end` is to be called after its backward pass."""
-        period = max(self._period, REPLAYED_PERIOD_STEPS if is_replayed else 0)
+        period, self._is_replayed = max(self._period, REPLAYED_PERIOD_STEPS if is_replayed else 0), is_replayed
+        if self._halves is not None and not is_replayed:
+            self._halves.reset()
+            return step % (period // 2) == 0
         is_due = step % period < (2 if self._ranks is None else 1)
         if self._pairs is not None:
             return self._pairs.wants(step % period if is_due else PERIOD_STEPS - 1)
@@ -89,6 +99,16 @@ class NoiseMeter:
         if is_due:
             self._ranks.arm(is_elementwise="betas" in self._optimizer.param_groups[0])
         return is_due
+
+    @property
+    def wants_half(self) -> bool:
+        """Whether a step that is measured shall be cut in two, and `half` be called in between."""
+        return self._halves is not None and not self._is_replayed
+
+    def half(self, count: int, *, loss_scale: float = 1.0) -> None:
+        """The gradients hold what the first `count` samples of the step have added, still multiplied by the scale."""
+        if self._halves is not None:
+            self._halves.hold(fsdp.local_grads(self._model), count, grad_scale=loss_scale)
 
     def end(
         self, counts: Sequence[int], group: dist.ProcessGroup | None, *, loss_scale: float = 1.0
@@ -106,7 +126,9 @@ class NoiseMeter:
             self.reset()
             return None
         draw: NoiseEstimate | None
-        if self._pairs is not None:
+        if self._halves is not None and not self._is_replayed:
+            draw = self._halves.observe(grads, sum(counts), weights=weights)
+        elif self._pairs is not None:
             draw = self._pairs.observe(grads, sum(counts), group, weights=weights)
         else:
             assert self._ranks is not None
@@ -131,4 +153,6 @@ class NoiseMeter:
 
     @property
     def _period(self) -> int:
-        return PERIOD_STEPS if self.mean.count < FIRST_DRAWS else QUIET_PERIOD_STEPS
+        if self.mean.count < EARLY_DRAWS:
+            return EARLY_PERIOD_STEPS
+        return PERIOD_STEPS if self.mean.count < ENOUGH_DRAWS else QUIET_PERIOD_STEPS

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from policies.fair_share import FairShare
-from policies.fit import TrialFit, protect
+from policies.fit import TrialFit, protect, update
 from policies.goodput_policy import Goodput
 from policies.invariants import check
 from policies.plan import Allocation, Plan, TrialId
@@ -156,14 +156,52 @@ def test_a_tier_measured_faster_by_another_trial_of_the_shape_is_taken() -> None
 )
 def test_a_cheaper_tier_must_earn_its_place(now: Tier, bf16_step_s: float, expected: Tier) -> None:
     row = trial("a", start=settings(tier=now), fit=with_bf16(bf16_step_s), dials=limits(tiers=BOTH))
-    assert only(running(row)).settings.tier is expected
+    assert only(running(row, share=1.0)).settings.tier is expected
 
 
 def test_a_tier_and_the_batch_never_change_together() -> None:
     fit = measured(observation(0.10, noise=NOISY), observation(0.12, micro_batch=16), observation(0.05, tier=Tier.BF16))
     row = trial("a", fit=fit, dials=limits(batches=(8, 64), tiers=BOTH))
-    after = only(running(row)).settings
+    after = only(running(row, share=1.0)).settings
     assert (after.tier, after.micro_batch) in {(Tier.BF16, 8), (Tier.FP32, 16)}
+
+
+def test_batch_and_tier_wait_while_the_share_changes() -> None:
+    row = trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64)))
+    allocation = only(running(row))
+    assert (allocation.settings.share, allocation.settings.micro_batch) == (1.0, 8)
+    assert "kept while its share changes" in allocation.reason
+
+
+def test_a_batch_that_gains_only_if_the_noise_scale_is_right_is_left_alone() -> None:
+    """Twice the samples cost 1.8 times the step, so that 8 -> 16 gains from a noise scale of 64 on."""
+    speeds = [observation(0.10, cores=2.0), observation(0.18, cores=2.0, micro_batch=16)]
+    settled = [observation(0.10, cores=2.0, noise=(200.0, 1.0))] * 6
+    scattered = [observation(0.10, cores=2.0, noise=(200.0, square)) for square in (6.0, -4.0) * 3]
+    for noise, batch in ((settled, 16), (scattered, 8)):
+        row = trial("a", fit=measured(*speeds, *noise, windows=1), dials=limits(batches=(8, 16)))
+        row = dataclasses.replace(row, fit=update(row.fit, speeds * 3))
+        allocation = only(running(row, share=1.0), Goodput(min_gain=0.0))
+        assert allocation.settings.micro_batch == batch, allocation.reason
+    assert allocation.binding == "noise"
+    assert "the noise scale lies between" in allocation.reason
+
+
+def test_the_first_other_batch_of_a_shape_needs_no_min_gain() -> None:
+    """On a CPU a second size promises 8 % where noise prevails; that is enough once, however large `min_gain` is."""
+    row = trial("a", fit=measured(observation(0.10, noise=(1e5, 1.0))), dials=limits(batches=(8, 64)))
+    allocation = only(running(row, share=1.0), Goodput(min_gain=0.5))
+    assert allocation.settings.micro_batch == 16
+    assert allocation.predicted_gain == pytest.approx(2 / 1.85 - 1, rel=0.01)
+
+
+def test_a_device_is_not_filled_with_cores_that_slow_a_trial_down() -> None:
+    fit = measured(observation(0.1, cores=1.0), observation(0.15, cores=2.0), windows=5)
+    row = trial("a", fit=fit)
+    allocation = only(running(row, share=1.0))
+    assert allocation.settings.share == 0.5
+    assert allocation.predicted_gain is not None
+    assert allocation.predicted_gain > 0.2
 
 
 def test_an_override_stands_until_the_cooldown_is_over() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from orchestrator.train.batch.noise import NoiseEstimate, NoiseEstimator
+from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, NoiseEstimator
 
 POOL = 256
 
@@ -128,3 +128,39 @@ def test_other_parameters_in_the_second_step_are_refused() -> None:
 def test_a_period_without_room_for_a_pair_is_refused() -> None:
     with pytest.raises(ValueError, match="every=1"):
         NoiseEstimator(every=1)
+
+
+def halves(rows: Tensor, first: int, weights: list[Tensor] | None = None) -> NoiseEstimate:
+    """The estimate from samples whose gradients are `rows`, as a step adds them up."""
+    estimator = HalfNoise()
+    whole = rows.mean(0)
+    estimator.hold([8.0 * rows[:first].sum(0) / len(rows)], first, grad_scale=8.0)
+    estimate = estimator.observe([whole], len(rows), weights=weights)
+    assert estimate is not None
+    return estimate
+
+
+def test_two_halves_of_a_step_say_what_their_samples_are() -> None:
+    generator = torch.Generator().manual_seed(3)
+    true_gradient = torch.tensor([1.0, -2.0, 0.5])
+    scale = torch.tensor([2.0, 1.0, 3.0])
+    draws = [halves(true_gradient + scale * torch.randn(12, 3, generator=generator), first) for first in (6, 5) * 2_000]
+    assert statistics.fmean(d.grad_sq for d in draws) == pytest.approx(5.25, rel=0.05)
+    assert statistics.fmean(d.noise_trace for d in draws) == pytest.approx(14.0, rel=0.05)
+
+
+def test_halves_are_weighed_as_adam_does() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
+    plain, weighed = halves(rows, 1), halves(rows, 1, [torch.tensor([10.0, 1.0])])
+    assert (plain.grad_sq, plain.noise_trace) == pytest.approx((1 * 3 + 2 * 2, 4 / 2))
+    assert (weighed.grad_sq, weighed.noise_trace) == pytest.approx((100 * 3 + 4, 400 / 2))
+
+
+def test_without_a_first_half_there_is_no_estimate() -> None:
+    estimator = HalfNoise()
+    assert estimator.observe([torch.ones(2)], 8) is None
+    estimator.hold([torch.ones(2)], 4)
+    estimator.reset()
+    assert estimator.observe([torch.ones(2)], 8) is None
+    estimator.hold([torch.tensor([1.0, float("inf")])], 4)
+    assert estimator.observe([torch.ones(2)], 8) is None
