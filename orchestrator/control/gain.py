@@ -1,6 +1,7 @@
 """What a change of dials really brought: goodput after it over goodput before it, minus one.
 
-Pure bookkeeping on numbers the controller hands in; it decides nothing.
+Both sides are steps of the trial's own records, each under one setting of its dials. Pure bookkeeping on numbers the
+controller hands in; it decides nothing.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from orchestrator.telemetry.stretch import Stretch
 from policies.plan import TrialId
 
 SETTLE_S = 1.5
 """Seconds of training over which a gain is taken, so that one slow step weighs little."""
+LEAST_S = 0.5
+"""Seconds that are enough where the next change ends the measurement."""
+MIN_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,19 +45,17 @@ class RealisedGain:
     after: Pace
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Measurement:
     generation: int
     dials: tuple[str, ...]
     predicted: float | None
     before: Pace
     efficiency_after: float
-    since_s: float | None = None
-    samples_at_start: int = 0
 
 
 class GainMeter:
-    """Measures at most one change per trial at a time; a newer change of the same trial replaces the older one."""
+    """Measures at most one change per trial at a time."""
 
     def __init__(self) -> None:
         self._open: dict[TrialId, _Measurement] = {}
@@ -66,34 +69,33 @@ class GainMeter:
         before: Pace,
         efficiency_after: float,
     ) -> None:
-        """A change was committed; nothing of it is applied yet. `efficiency_after` belongs to the new batch."""
+        """A change was committed; nothing of it is applied yet. `efficiency_after` belongs to the new batch.
+
+        It takes the place of an older one; `settle` that before, with what there is.
+        """
         self._open[trial_id] = _Measurement(generation, dials, predicted, before, efficiency_after)
 
     def forget(self, trial_id: TrialId) -> None:
-        """The trial left its slot."""
+        """The trial left its slot, or its settings: what is measured now would not be the change."""
         self._open.pop(trial_id, None)
 
-    def settle(self, trial_id: TrialId, generation: int, num_samples: int, updated_s: float) -> RealisedGain | None:
+    def settle(self, trial_id: TrialId, now: Stretch | None, *, is_last: bool = False) -> RealisedGain | None:
         """The gain of the trial's open change, once it has trained with it for a while; each is answered once.
 
         Args:
             trial_id: the trial.
-            generation: of the allocation its newest step ran under.
-            num_samples: samples consumed up to that step.
-            updated_s: when that step ended, by the trial's own records: what is under way does not count.
+            now: how fast it went since its dials last turned.
+            is_last: whether it is about to change again, so that less has to be enough.
         """
         measurement = self._open.get(trial_id)
-        if measurement is None or generation != measurement.generation:
+        if measurement is None or now is None or now.generation != measurement.generation:
             return None
-        if measurement.since_s is None:
-            measurement.since_s, measurement.samples_at_start = updated_s, num_samples
-        if updated_s - measurement.since_s < SETTLE_S:
+        if now.num_steps < MIN_STEPS or now.seconds < (LEAST_S if is_last else SETTLE_S):
             return None
         del self._open[trial_id]
-        throughput = (num_samples - measurement.samples_at_start) / (updated_s - measurement.since_s)
-        if throughput <= 0 or measurement.before.goodput <= 0:
+        if measurement.before.goodput <= 0:
             return None
-        after = Pace(throughput=throughput, efficiency=measurement.efficiency_after)
+        after = Pace(throughput=now.samples_per_s, efficiency=measurement.efficiency_after)
         return RealisedGain(
             trial_id=trial_id,
             generation=measurement.generation,

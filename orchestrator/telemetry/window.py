@@ -15,7 +15,6 @@ import numpy as np
 
 from orchestrator.telemetry import validation
 from orchestrator.telemetry.record import (
-    FLAG_APPLIED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
     FLAG_SKIPPED,
@@ -23,6 +22,7 @@ from orchestrator.telemetry.record import (
     StepArray,
     tier_of,
 )
+from orchestrator.telemetry.stretch import SETTINGS, Stretch, newest_stretch, ordinary
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
 from policies.fit import Observation
 
@@ -221,12 +221,13 @@ class TrialWindow:
 
         Left out: skipped steps, the first step after an applied allocation and the smaller batch at an end.
         """
-        rows = self._pending.joined()
+        rows = ordinary(self._pending.joined())
         self._pending.clear()
-        unusual = (rows["flags"] & (FLAG_SKIPPED | FLAG_APPLIED)) != 0
-        full = rows["micro_batch"].astype(np.int64) * rows["grad_accum"] * rows["num_workers"]
-        rows = rows[~unusual & (rows["num_samples"] == full)]
         return tuple(_summarise(group, self._sync_s(group)) for group in _same_settings(rows))
+
+    def stretch(self) -> Stretch | None:
+        """Its speed since its dials last turned, over the last seconds at most; None before a step counts."""
+        return newest_stretch(self._recent.joined())
 
     def view(self, now_s: float) -> WindowView:
         """The trial as it stands at `now_s`."""
@@ -392,13 +393,12 @@ def _same_settings(rows: StepArray) -> Iterator[StepArray]:
     if not len(rows):
         return
     changes = np.zeros(len(rows) - 1, dtype=np.bool_)
-    names = ("generation", "cores", "tier", "micro_batch", "grad_accum", "num_workers")
-    for name in names:
+    for name in SETTINGS:
         changes |= rows[name][1:] != rows[name][:-1]
     groups: dict[tuple[float, ...], list[StepArray]] = {}
     # Settings change rarely: cutting at changes leaves a handful of runs to group, not thousands of rows.
     for run in np.split(rows, np.flatnonzero(changes) + 1):
-        groups.setdefault(tuple(run[name][0].item() for name in names), []).append(run)
+        groups.setdefault(tuple(run[name][0].item() for name in SETTINGS), []).append(run)
     for runs in groups.values():
         yield np.concatenate(runs)
 

@@ -163,11 +163,9 @@ class Stepper:
         """One optimizer step, eagerly, of `settings.global_batch` samples; on a non-finite gradient nothing changes."""
         settings, world_size = self.settings, self._ranks.world_size
         indices, cursor = take(self.job, self.cursor, settings, self._ranks)
-        mine = rank_slice(indices, self._ranks.rank, world_size)
+        mine, noise = rank_slice(indices, self._ranks.rank, world_size), None
         is_measured = self._noise.begin(self.step_index)
-        is_halved = is_measured and self._noise.wants_half
-        loss, data_s = self._accumulate(mine, self.job.num_elements(len(indices)), is_halved=is_halved)
-        noise = None
+        loss, data_s = self._accumulate(mine, self.job.num_elements(len(indices)))
         if is_measured:
             counts = [len(rank_slice(indices, rank, world_size)) for rank in range(world_size)]
             noise = self._noise.end(counts, self._ranks.group, loss_scale=self.loss_scale.factor(settings.tier))
@@ -206,14 +204,10 @@ class Stepper:
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _accumulate(self, mine: Indices, total_elements: int, *, is_halved: bool) -> tuple[float, float]:
-        """Gradients of this rank's samples, micro-batch by micro-batch; returns their mean loss and seconds of data.
-
-        Where the noise scale is measured there are two micro-batches at least.
-        """
-        loss_sum, num_elements, data_s, num_done = 0.0, 0, 0.0, 0
-        most = (len(mine) + 1) // 2 if is_halved else len(mine)
-        parts = micro_batches(mine, max(1, min(self.settings.micro_batch, most)))
+    def _accumulate(self, mine: Indices, total_elements: int) -> tuple[float, float]:
+        """Gradients of this rank's samples, micro-batch by micro-batch; returns their mean loss and seconds of data."""
+        loss_sum, num_elements, data_s = 0.0, 0, 0.0
+        parts = self._noise.parts(mine, self.settings.micro_batch)
         for number, part in enumerate(parts, start=1):
             fsdp.set_gradient_sync(self.model, number == len(parts))
             began_s = time.monotonic()
@@ -223,9 +217,7 @@ class Stepper:
             terms = self.backward(batch, self.settings.tier, self._ranks.world_size / total_elements)
             loss_sum += float(terms.loss_sum.detach())
             num_elements += terms.num_elements
-            num_done += len(part)
-            if is_halved and number == len(parts) // 2:
-                self._noise.half(num_done, loss_scale=self.loss_scale.factor(self.settings.tier))
+            self._noise.after_part(number, self.loss_scale.factor(self.settings.tier))
         if self.settings.tier is Tier.FP16:
             self.loss_scale.unscale(self.settings.tier, fsdp.local_grads(self.model))
         return loss_sum / max(1, num_elements), data_s

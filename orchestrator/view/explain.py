@@ -35,8 +35,10 @@ from orchestrator.view.text import (
     wrap,
 )
 from policies.codec import plan_from, snapshot_from, to_jsonable
+from policies.movable import split
 from policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
 from policies.snapshot import Snapshot
+from policies.world import Standing, read
 
 _WIDTH = 100
 
@@ -51,8 +53,9 @@ def explain(run_dir: Path, decision: int | None) -> dict[str, Any]:
     Returns:
         For one decision `generation`, `reason`, `chosen` (what changed, one item per trial), `alternatives`, `binding`,
         `predicted_gain`, `realised_gain`, `applied`, `nodes` (the wish for each type of node, with the one before) and
-        `trials`, which holds the same keys for each changed trial; of
-        several trials the top-level values are those of the one with the largest predicted gain.
+        `trials`, which holds the same keys for each changed trial, and throughput, efficiency and goodput before and
+        after: `predicted` (of trials that stay where they are) and `measured`; of several trials the top-level values
+        are those of the one with the largest predicted gain.
         For all of them `run_id`, `decisions`, `overrides`, `resizes` and `refusals`.
 
     Raises:
@@ -106,8 +109,12 @@ class _Outcomes:
 def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
     snapshot, plan = _decoded(entry)
     before = {trial.trial_id: snapshot.settings_in_force(trial) for trial in snapshot.trials}
+    standings = {standing.trial_id: standing for standing in read(split(snapshot)[0])}
     trials = [
-        _trial(plan.generation, allocation, before.get(allocation.trial_id), outcomes)
+        {
+            **_trial(plan.generation, allocation, before.get(allocation.trial_id), outcomes),
+            "predicted": _predicted(standings.get(allocation.trial_id), allocation.settings),
+        }
         for allocation in _changed(snapshot.plan, plan, before)
     ]
     trials.sort(key=lambda item: (item["predicted_gain"] is None, -(item["predicted_gain"] or 0.0), item["trial"]))
@@ -177,6 +184,22 @@ def _node_words(nodes: list[dict[str, Any]]) -> str:
     """The wishes that changed, to go behind the reason of a plan."""
     changed = [wish for wish in nodes if wish["before"] != wish["num_nodes"]]
     return "".join(f"; {wish['num_nodes']} nodes {wish['node_type']}" for wish in changed)
+
+
+def _predicted(standing: Standing | None, after: Settings) -> dict[str, dict[str, float]] | None:
+    """What was expected of the settings in force and of the new ones; None where nothing could be."""
+    if standing is None or standing.in_force is None:
+        return None
+    sides = {"before": _expected(standing, standing.in_force), "after": _expected(standing, after)}
+    return {side: pace for side, pace in sides.items() if pace is not None} or None
+
+
+def _expected(standing: Standing, settings: Settings) -> dict[str, float] | None:
+    prediction, goodput = standing.predict(settings), standing.goodput(settings)
+    if prediction is None or goodput is None:
+        return None
+    throughput = settings.global_batch / prediction.step_s
+    return {"throughput": throughput, "efficiency": goodput / throughput, "goodput": goodput}
 
 
 def _changed(old: Plan, new: Plan, before: Mapping[TrialId, Settings | None]) -> tuple[Allocation, ...]:
@@ -312,19 +335,21 @@ def _render_trial(item: Mapping[str, object]) -> list[str]:
         *(f"  {line}" for line in table(["", "settings", "goodput/s"], rows, numeric=["goodput/s"])),
         f"  bound by {clean(item['binding'])}; applied {'; '.join(applied) or 'not yet'} ({effect} effect)",
         f"  gain predicted {show_gain(item['predicted_gain'])}, realised {show_gain(item['realised_gain'])}",
-        *_render_measured(mapping(item.get("measured") or {})),
+        *_render_paces(item),
     ]
 
 
-def _render_measured(measured: Mapping[str, object]) -> list[str]:
-    """Throughput, efficiency and goodput on both sides of a change."""
-    if not measured:
+def _render_paces(item: Mapping[str, object]) -> list[str]:
+    """Throughput, efficiency and goodput on both sides of a change, as predicted and as measured."""
+    rows = []
+    for kind in ("predicted", "measured"):
+        sides = mapping(item.get(kind) or {})
+        for side, pace in sides.items():
+            values = (show_number(mapping(pace).get(key)) for key in ("throughput", "efficiency", "goodput"))
+            rows.append([f"{kind} {side}", *values])
+    if not rows:
         return []
-    rows = [
-        [name, *(show_number(mapping(measured[name]).get(key)) for key in ("throughput", "efficiency", "goodput"))]
-        for name in ("before", "after")
-    ]
-    columns = ["measured", "samples/s", "efficiency", "goodput/s"]
+    columns = ["", "samples/s", "efficiency", "goodput/s"]
     return [f"  {line}" for line in table(columns, rows, numeric=columns[1:])]
 
 

@@ -374,7 +374,7 @@ def constant(path: str, name: str) -> object:
     [
         ("orchestrator/train/README.md", "until it holds 4 MiB", "train/fsdp.py", "DEFAULT_MIN_UNIT_BYTES", 4 << 20),
         ("orchestrator/train/README.md", "over 50 steps", "train/stepper.py", "RAMP_STEPS", 50),
-        ("orchestrator/train/README.md", "Two of eight steps", "train/batch/meter.py", "PERIOD_STEPS", 8),
+        ("orchestrator/train/README.md", "two of 32 steps", "train/batch/meter.py", "PERIOD_STEPS", 32),
         ("orchestrator/share/README.md", "at most 0.1 s", "share/duty_cycle.py", "BURST_S", 0.1),
         ("orchestrator/README.md", "within 10 s", "control/rendezvous.py", "LEAVE_TIMEOUT_S", 10.0),
         ("orchestrator/README.md", "up to a million rows", "telemetry/store.py", "MAX_BUFFERED_ROWS", 1_000_000),

@@ -1,8 +1,8 @@
 """The noise scale of a trial while it trains: the estimator that suits its ranks, and the mean of what it finds.
 
-The stepper asks `begin` before a step, says `half` in the middle where it can, and `end` after the backward pass. The
-mean is the same on every rank, is kept in checkpoints, and drives the learning rate; policies form their own from the
-telemetry of single draws.
+The stepper asks `begin` before a step, takes its micro-batches from `parts` and says `after_part` behind each of them,
+and `end` after the backward pass. The mean is the same on every rank, is kept in checkpoints, and drives the learning
+rate; policies form their own from the telemetry of single draws.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from jobs.data import Indices, micro_batches
 from orchestrator.train import fsdp
 from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, NoiseEstimator, weights_of
 from orchestrator.train.batch.rank_noise import RankNoise
@@ -66,7 +67,8 @@ class NoiseMeter:
         self._model, self._optimizer, self._world_size = model, optimizer, world_size
         self._halves = HalfNoise() if world_size == 1 else None
         self._pairs = NoiseEstimator(every=PERIOD_STEPS) if world_size == 1 else None
-        self._is_replayed = False
+        self._is_replayed = self._is_due = False
+        self._half = self._num_first = 0
         self._ranks = RankNoise(model, every=PERIOD_STEPS) if world_size > 1 else None
         self.mean = NoiseMean()
 
@@ -91,7 +93,8 @@ class NoiseMeter:
         period, self._is_replayed = max(self._period, REPLAYED_PERIOD_STEPS if is_replayed else 0), is_replayed
         if self._halves is not None and not is_replayed:
             self._halves.reset()
-            return step % (period // 2) == 0
+            self._is_due = step % (period // 2) == 0
+            return self._is_due
         is_due = step % period < (2 if self._ranks is None else 1)
         if self._pairs is not None:
             return self._pairs.wants(step % period if is_due else PERIOD_STEPS - 1)
@@ -100,15 +103,18 @@ class NoiseMeter:
             self._ranks.arm(is_elementwise="betas" in self._optimizer.param_groups[0])
         return is_due
 
-    @property
-    def wants_half(self) -> bool:
-        """Whether a step that is measured shall be cut in two, and `half` be called in between."""
-        return self._halves is not None and not self._is_replayed
+    def parts(self, mine: Indices, micro_batch: int) -> list[Indices]:
+        """The micro-batches of a step on this rank; two at least where its halves are to be compared."""
+        is_halved = self._is_due and self._halves is not None and not self._is_replayed
+        found = micro_batches(mine, min(micro_batch, max(1, (len(mine) + 1) // 2)) if is_halved else micro_batch)
+        self._half = len(found) // 2 if is_halved else 0
+        self._num_first = sum(len(part) for part in found[: self._half])
+        return found
 
-    def half(self, count: int, *, loss_scale: float = 1.0) -> None:
-        """The gradients hold what the first `count` samples of the step have added, still multiplied by the scale."""
-        if self._halves is not None:
-            self._halves.hold(fsdp.local_grads(self._model), count, grad_scale=loss_scale)
+    def after_part(self, number: int, loss_scale: float) -> None:
+        """The gradients hold what the first `number` micro-batches have added, still multiplied by the scale."""
+        if number == self._half and self._halves is not None:
+            self._halves.hold(fsdp.local_grads(self._model), self._num_first, grad_scale=loss_scale)
 
     def end(
         self, counts: Sequence[int], group: dist.ProcessGroup | None, *, loss_scale: float = 1.0

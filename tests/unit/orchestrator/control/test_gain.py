@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.control.gain import GainMean, GainMeter, Pace
+from orchestrator.control.gain import LEAST_S, SETTLE_S, GainMean, GainMeter, Pace
+from orchestrator.telemetry.stretch import Stretch
 from policies.plan import TrialId
 
 T = TrialId("t")
@@ -20,34 +21,47 @@ def committed(goodput_before: float = 100.0, efficiency_after: float = 1.0) -> G
     return meter
 
 
+def stretch(samples_per_s: float, seconds: float, generation: int = 2, num_steps: int = 50) -> Stretch:
+    return Stretch(generation=generation, num_steps=num_steps, seconds=seconds, samples_per_s=samples_per_s)
+
+
 def test_the_gain_is_goodput_after_over_before() -> None:
     meter = committed(efficiency_after=0.5)
-    assert meter.settle(T, 2, 1000, 10.0) is None, "the first look only starts the clock"
-    gain = meter.settle(T, 2, 1900, 13.0)
+    assert meter.settle(T, None) is None, "no step yet"
+    assert meter.settle(T, stretch(300.0, SETTLE_S / 2)) is None, "too few seconds"
+    gain = meter.settle(T, stretch(300.0, SETTLE_S))
     assert gain is not None
     assert gain.realised == pytest.approx(300.0 * 0.5 / 100.0 - 1.0)
     assert (gain.generation, gain.dials, gain.predicted) == (2, ("share",), 0.4)
     assert (gain.before, gain.after) == (pace(100.0), Pace(throughput=300.0, efficiency=0.5))
-    assert meter.settle(T, 2, 3000, 20.0) is None, "each change is answered once"
+    assert meter.settle(T, stretch(300.0, SETTLE_S)) is None, "each change is answered once"
 
 
 def test_steps_of_an_earlier_generation_do_not_count() -> None:
     meter = committed()
-    assert meter.settle(T, 1, 1000, 10.0) is None
-    assert meter.settle(T, 1, 2000, 20.0) is None
-    assert meter.settle(T, 2, 2000, 21.0) is None
-    gain = meter.settle(T, 2, 2300, 24.0)
+    assert meter.settle(T, stretch(50.0, 60.0, generation=1)) is None
+    gain = meter.settle(T, stretch(100.0, SETTLE_S))
     assert gain is not None
     assert gain.realised == pytest.approx(0.0)
 
 
+def test_a_few_long_steps_are_no_measurement() -> None:
+    assert committed().settle(T, stretch(100.0, 60.0, num_steps=2)) is None
+
+
+def test_where_the_next_change_comes_less_is_enough() -> None:
+    meter = committed()
+    assert meter.settle(T, stretch(100.0, LEAST_S)) is None
+    assert meter.settle(T, stretch(100.0, LEAST_S / 2), is_last=True) is None
+    assert meter.settle(T, stretch(100.0, LEAST_S), is_last=True) is not None
+
+
 def test_a_newer_change_replaces_an_older_one_and_an_ended_trial_is_forgotten() -> None:
     meter = committed()
-    meter.settle(T, 2, 0, 0.0)
     meter.committed(T, 3, ("batch",), None, pace(50.0), 1.0)
-    assert meter.settle(T, 2, 1000, 10.0) is None
+    assert meter.settle(T, stretch(100.0, 60.0, generation=2)) is None
     meter.forget(T)
-    assert meter.settle(T, 3, 1000, 10.0) is None
+    assert meter.settle(T, stretch(100.0, 60.0, generation=3)) is None
 
 
 def test_the_typical_gain_is_a_geometric_mean() -> None:

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.errors import ConfigError, JournalError
 from orchestrator.view.explain import explain, render
 from policies.codec import to_jsonable
+from policies.fit import NOTHING_FITTED, Observation, update
 from tests.run_directory import CHEAPER, ONE_RANK, RunDirectory, healthy_run
 
 KEYS = ("generation", "reason", "chosen", "alternatives", "binding", "predicted_gain", "realised_gain", "applied")
@@ -132,3 +133,32 @@ def test_hostile_texts_are_shown_harmless(tmp_path: Path) -> None:
     run.write()
     for decision in (None, 2):
         assert all(line.isprintable() for line in render(explain(tmp_path, decision)).split("\n"))
+
+
+def test_throughput_efficiency_and_goodput_are_told_before_and_after_predicted_and_measured(tmp_path: Path) -> None:
+    run = healthy_run(tmp_path)
+    entry = next(entry for entry in run.entries if entry["kind"] == "plan" and entry["generation"] == 2)
+    seen = [
+        Observation(
+            cores=1.0,
+            tier=dials.tier,
+            micro_batch=dials.micro_batch,
+            grad_accum=dials.grad_accum,
+            num_workers=dials.num_workers,
+            num_steps=20,
+            step_s=step_s,
+        )
+        for dials, step_s in ((ONE_RANK, 0.08), (CHEAPER, 0.02))
+    ]
+    fit = update(NOTHING_FITTED, [one for one in seen for _ in range(3)])
+    entry["snapshot"]["trials"][0]["fit"] = to_jsonable(fit)
+    gain = next(entry for entry in run.entries if entry["kind"] == "gain" and entry["trial_id"] == "a")
+    gain |= {side: {"throughput": 50.0, "efficiency": 0.5, "goodput": 25.0} for side in ("before", "after")}
+    answer = explain(run.write(), 2)
+    told = next(item for item in answer["trials"] if item["trial"] == "a")
+    assert list(told["predicted"]) == list(told["measured"]) == ["before", "after"]
+    for pace in (*told["predicted"].values(), *told["measured"].values()):
+        assert pace["goodput"] == pytest.approx(pace["throughput"] * pace["efficiency"])
+    assert told["predicted"]["after"]["throughput"] > told["predicted"]["before"]["throughput"]
+    text = render(answer)
+    assert all(f"{kind} {side}" in text for kind in ("predicted", "measured") for side in ("before", "after"))

@@ -1,0 +1,65 @@
+"""How fast a trial trained since its dials last turned: what a change brought is told from two such stretches.
+
+Only steps count: not the evaluations, commits and probes between them, which come whatever the dials are, and not the
+few steps during which somebody else had the machine. Knows no plan and no clock. Called by `telemetry.window`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, StepArray
+
+SETTINGS = ("generation", "cores", "tier", "micro_batch", "grad_accum", "num_workers")
+"""Fields of a record that say under which dials a step ran."""
+_LONG = 5.0
+"""A step of more than so many times the median was interrupted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Steps that ran under the same dials, the newest of a trial.
+
+    Attributes:
+        generation: of the allocation they ran under.
+        num_steps: how many count.
+        seconds: what they took.
+        samples_per_s: samples in them over that.
+    """
+
+    generation: int
+    num_steps: int
+    seconds: float
+    samples_per_s: float
+
+
+def ordinary(rows: StepArray) -> StepArray:
+    """Rows without skipped steps, the first step after a change, and the smaller batch at an end."""
+    unusual = (rows["flags"] & (FLAG_SKIPPED | FLAG_APPLIED)) != 0
+    full = rows["micro_batch"].astype(np.int64) * rows["grad_accum"] * rows["num_workers"]
+    found: StepArray = rows[~unusual & (rows["num_samples"] == full)]
+    return found
+
+
+def newest_stretch(rows: StepArray) -> Stretch | None:
+    """What the rows of rank 0, oldest first, say since the last change; None where no step counts."""
+    if not len(rows):
+        return None
+    changes = np.zeros(len(rows) - 1, dtype=np.bool_)
+    for name in SETTINGS:
+        changes |= rows[name][1:] != rows[name][:-1]
+    at = np.flatnonzero(changes)
+    mine = ordinary(rows[at[-1] + 1 :] if len(at) else rows)
+    step_s = mine["step_s"].astype(np.float64)
+    kept = step_s <= _LONG * np.median(step_s) if len(step_s) else np.zeros(0, dtype=np.bool_)
+    seconds = float(step_s[kept].sum())
+    if seconds <= 0:
+        return None
+    return Stretch(
+        generation=int(rows["generation"][-1]),
+        num_steps=int(kept.sum()),
+        seconds=seconds,
+        samples_per_s=float(mine["num_samples"][kept].sum(dtype=np.int64)) / seconds,
+    )
