@@ -388,6 +388,7 @@ class Controller:
             number=report.number, generation=report.generation, settings=report.settings, reason=report.reason
         )
         state.changed_at_s[trial.trial_id] = state.clock.now_s()
+        state.meter.forget(trial.trial_id)
         if before is not None and report.is_lasting:
             state.fits[trial.trial_id] = protect(state.fits[trial.trial_id], before, report.settings)
         trial.story.append(f"override {report.number} at step {report.step}: {report.reason}")

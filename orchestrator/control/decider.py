@@ -18,12 +18,13 @@ from orchestrator.control.orders import Grant
 from orchestrator.control.resizing import limits_now
 from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
+from orchestrator.telemetry.stretch import Stretch
 from policies.codec import to_jsonable
 from policies.fair_share import FairShare
 from policies.fit import noise_scale, update
 from policies.goodput import efficiency
 from policies.invariants import check
-from policies.plan import Allocation, Plan, TrialId, changed_dials, diff, is_same
+from policies.plan import Allocation, Plan, Settings, TrialId, changed_dials, diff, is_same
 from policies.snapshot import Snapshot, TrialView
 
 logger = logging.getLogger(__name__)
@@ -114,27 +115,26 @@ class Decider:
 
     def settle_gains(self) -> None:
         """Journal the realised gain of changes that have settled."""
+        for trial in self._state.lifecycle.running():
+            self._settle(trial.trial_id, self._state.windows[trial.trial_id].stretch())
+
+    def _settle(self, trial_id: TrialId, now: Stretch | None, *, is_last: bool = False) -> None:
         state = self._state
-        now_s = state.clock.now_s()
-        for trial in state.lifecycle.running():
-            view = state.windows[trial.trial_id].view(now_s)
-            if view.updated_s is None:
-                continue
-            gain = state.meter.settle(trial.trial_id, view.generation, view.num_samples, view.updated_s)
-            if gain is None:
-                continue
-            for dial in gain.dials:
-                state.gains[dial].add(gain.realised)
-            state.log(
-                "gain",
-                generation=gain.generation,
-                trial_id=gain.trial_id,
-                dial="+".join(gain.dials),
-                predicted=gain.predicted,
-                realised=gain.realised,
-                before=_words(gain.before),
-                after=_words(gain.after),
-            )
+        gain = state.meter.settle(trial_id, now, is_last=is_last)
+        if gain is None:
+            return
+        for dial in gain.dials:
+            state.gains[dial].add(gain.realised)
+        state.log(
+            "gain",
+            generation=gain.generation,
+            trial_id=gain.trial_id,
+            dial="+".join(gain.dials),
+            predicted=gain.predicted,
+            realised=gain.realised,
+            before=_words(gain.before),
+            after=_words(gain.after),
+        )
 
     def _advance_fit(self, trial: Trial, now_s: float) -> None:
         state = self._state
@@ -172,20 +172,23 @@ class Decider:
         for allocation in diff(snapshot.plan, plan):
             # From here and not from the acknowledgement: a policy must not turn again what is on its way.
             self._state.changed_at_s[allocation.trial_id] = snapshot.now_s
-            before = snapshot.plan.allocation(allocation.trial_id)
             trial = next(t for t in snapshot.trials if t.trial_id == allocation.trial_id)
+            now = self._state.windows[trial.trial_id].stretch()
+            self._settle(trial.trial_id, now, is_last=True)
+            self._state.meter.forget(trial.trial_id)
+            before = snapshot.settings_in_force(trial)
             if before is None:
                 self._begin_gain_of_resize(trial, plan, allocation)
-            dials = () if before is None else changed_dials(before.settings, allocation.settings)
-            if before is None or trial.throughput_per_s is None or not dials:
+            dials = () if before is None else changed_dials(before, allocation.settings)
+            if before is None or now is None or not dials or not self._runs_with(trial.trial_id, now.generation):
                 continue
             self._state.meter.committed(
                 allocation.trial_id,
                 plan.generation,
                 dials,
                 allocation.predicted_gain,
-                Pace(throughput=trial.throughput_per_s, efficiency=_efficiency(trial, before)),
-                _efficiency(trial, allocation),
+                Pace(throughput=now.samples_per_s, efficiency=_efficiency(trial, before)),
+                _efficiency(trial, allocation.settings),
             )
 
     def _begin_gain_of_resize(self, trial: TrialView, plan: Plan, allocation: Allocation) -> None:
@@ -193,17 +196,24 @@ class Decider:
         known = self._state.paces.pop(trial.trial_id, None)
         if known is not None and self._state.lifecycle.trials[trial.trial_id].is_resized:
             pace, predicted = known
-            after = _efficiency(trial, allocation)
+            after = _efficiency(trial, allocation.settings)
             self._state.meter.committed(trial.trial_id, plan.generation, ("workers",), predicted, pace, after)
+
+    def _runs_with(self, trial_id: TrialId, generation: int) -> bool:
+        """Whether a trial runs with what that generation gave it, and nothing newer is on its way."""
+        line = self._state.ledger.lines.get(trial_id)
+        if line is None or line.offers or line.applied is None:
+            return False
+        return line.applied.generation == generation
 
 
 def _words(pace: Pace) -> dict[str, float]:
     return {"throughput": pace.throughput, "efficiency": pace.efficiency, "goodput": pace.goodput}
 
 
-def _efficiency(trial: TrialView, allocation: Allocation) -> float:
-    """Statistical efficiency of an allocation as far as the noise scale is known, else 1."""
+def _efficiency(trial: TrialView, settings: Settings) -> float:
+    """Statistical efficiency of settings as far as the noise scale is known, else 1."""
     noise = noise_scale(trial.fit)
     if noise is None:
         return 1.0
-    return efficiency(noise, trial.start.global_batch, allocation.settings.global_batch)
+    return efficiency(noise, trial.start.global_batch, settings.global_batch)

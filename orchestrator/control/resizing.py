@@ -100,9 +100,9 @@ class Resizes:
     def _let_go(self, trial: Trial, num_workers: int) -> None:
         state = self._state
         row = state.plan.allocation(trial.trial_id)
-        throughput_per_s = state.windows[trial.trial_id].view(state.clock.now_s()).throughput_per_s
-        if throughput_per_s is not None and row is not None:
-            pace = Pace(throughput=throughput_per_s, efficiency=self._efficiency(trial, row.settings))
+        stretch = state.windows[trial.trial_id].stretch()
+        if stretch is not None and row is not None:
+            pace = Pace(throughput=stretch.samples_per_s, efficiency=self._efficiency(trial, row.settings))
             state.paces[trial.trial_id] = pace, row.predicted_gain
         self._left_at_s[trial.trial_id] = state.clock.now_s()
         trial.moves_to = num_workers

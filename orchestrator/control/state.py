@@ -123,6 +123,14 @@ class RunState:
         fit = self.kept_fits.pop(trial.trial_id, None) or inherit(self.shape_fits.get(shape, NOTHING_FITTED))
         # A micro-batch that overflowed is not the first to be tried again.
         self.fits[trial.trial_id] = fit if trial.resume is None else capped(fit, trial.resume.micro_batch)
+        if trial.resume is not None and self.plan.allocation(trial.trial_id) is not None:
+            # The plan in force still has what did not fit.
+            self.overrides[trial.trial_id] = Override(
+                number=0,
+                generation=self.plan.generation,
+                settings=trial.resume,
+                reason="ran out of memory in the attempt before",
+            )
         self.changed_at_s[trial.trial_id] = now_s
         self.changed_trials.add(trial.trial_id)
         self.wants_decision = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,48 @@ def test_a_dead_slot_gives_its_trial_back_at_the_front(world: World) -> None:
     assert (order.trial.trial_id, order.trial.attempt, order.trial.resume_from) == (T0, 1, "/c/0")
     assert order.trial.num_reports_done == 1
     assert worker.order() is None, "the earlier processes are fenced"
+
+
+@pytest.mark.parametrize("policy", ["static", "fair_share", "goodput"])
+def test_a_trial_that_comes_back_alone_is_granted_what_the_unchanged_plan_says(tmp_path: Path, policy: str) -> None:
+    world = World(tmp_path / "run", policy_name=policy)
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    worker.obey()
+    again = world.attach("slot-0")
+    world.decide()
+    again.obey()
+    assert again.grant is not None
+    world.decide()
+    assert again.grant.generation == 2, "committed once, although nothing changed"
+
+
+@pytest.mark.parametrize("policy", ["static", "fair_share", "goodput"])
+def test_after_running_out_of_memory_a_trial_begins_again_with_the_dials_it_asked_for(
+    tmp_path: Path, policy: str
+) -> None:
+    world = World(tmp_path / "run", policy_name=policy)
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    worker.obey()
+    assert worker.grant is not None
+    smaller = dataclasses.replace(worker.grant.settings, micro_batch=4, grad_accum=2)
+    assert worker.attempt is not None
+    outcome = Outcome(status=Status.MEMORY, step=5, num_samples=40, reason="full", settings=smaller)
+    world.controller.finish(worker.slot_id, worker.epoch, worker.attempt, outcome)
+    world.decide()
+    worker.obey()
+    assert worker.attempt == (T0, 1)
+    assert worker.grant is not None, "it must not wait for a plan that changes"
+    assert (worker.grant.settings.micro_batch, worker.grant.settings.grad_accum) == (4, 2)
+    world.restart()  # from the journal
+    world.decide()
+    order = worker.order()
+    assert order is not None
+    assert order.grant is not None
+    assert order.grant.settings.micro_batch == 4
 
 
 def test_what_a_dead_attempt_says_is_refused(world: World) -> None:
