@@ -5,6 +5,7 @@ Used by the benchmarks of batches: the time that counts is that of training, eva
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from dataclasses import dataclass, field, replace
@@ -95,6 +96,35 @@ def stepper_of(order: TrialOrder, device: torch.device, step_mode: str = "eager"
     return Stepper(order, job, Ranks(rank=0, world_size=1, device=device, step_mode=StepMode(step_mode)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredClock:
+    """Time as it was measured, for trials that share their machine: a window takes what one of that batch took.
+
+    Attributes:
+        windows: seconds per step of windows of each micro-batch.
+        decision_s: seconds that one decision of the policy takes.
+    """
+
+    windows: dict[int, list[float]]
+    decision_s: float
+
+    def of(self, seed: int) -> WindowClock:
+        """The clock of one trial."""
+        return WindowClock(self, random.Random(seed))
+
+
+@dataclass(slots=True)
+class WindowClock:
+    """Hands out measured windows at random, the same ones for the same seed."""
+
+    measured: MeasuredClock
+    rng: random.Random
+
+    def step_s(self, settings: Settings) -> float:
+        """Seconds per step of the next window."""
+        return settings.grad_accum * self.rng.choice(self.measured.windows[settings.micro_batch])
+
+
 def train(
     order: TrialOrder,
     device: torch.device,
@@ -104,30 +134,28 @@ def train(
     eval_samples: int,
     until: float | None = None,
     step_mode: str = "eager",
+    clock: WindowClock | None = None,
 ) -> Course:
-    """Train for that long, or until the validation loss is reached; adaptive under the goodput policy, or fixed."""
+    """Train for that long, or until the validation loss is reached; adaptive under the goodput policy, or fixed.
+
+    The seconds are those of the wall, or of a `clock`.
+    """
     stepper = stepper_of(order, device, step_mode)
     steering = _Steering(order, stepper.settings) if adapts else None
     course = Course()
     spent_s, next_eval, noise = 0.0, eval_samples, []
     while spent_s < seconds:
-        began_s, num_steps, draws = time.perf_counter(), 0, []
-        while time.perf_counter() - began_s < WINDOW_S and stepper.cursor.position < next_eval:
-            results = stepper.advance()
-            num_steps += len(results)
-            draws += [result.noise for result in results if result.noise is not None]
-        settled = stepper.settle()
-        num_steps += len(settled)
-        draws += [result.noise for result in settled if result.noise is not None]
-        window_s = time.perf_counter() - began_s
-        spent_s += window_s
-        if steering is not None and num_steps:
+        window = _window(stepper, next_eval, clock)
+        spent_s += window.seconds
+        if steering is not None and window.num_steps:
             decide_s = time.perf_counter()
-            new = steering.decide(stepper.settings, window_s / num_steps, num_steps, draws, spent_s)
+            new = steering.decide(
+                stepper.settings, window.seconds / window.num_steps, window.num_steps, window.draws, spent_s
+            )
             if new != stepper.settings:
                 course.decisions.append({"seconds": spent_s, "batch": new.global_batch, "reason": steering.reason})
                 stepper.turn(new)
-            spent_s += time.perf_counter() - decide_s
+            spent_s += time.perf_counter() - decide_s if clock is None else clock.measured.decision_s
         if stepper.cursor.position >= next_eval:
             next_eval += eval_samples
             loss = float(stepper.evaluate()["val_loss"])
@@ -137,6 +165,47 @@ def train(
                 break
     course.noise.extend(noise)
     return course
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    seconds: float
+    num_steps: int
+    draws: list[Any]
+
+
+def _window(stepper: Stepper, next_eval: int, clock: WindowClock | None) -> _Window:
+    """Steps of half a second, or up to the next evaluation."""
+    began_s, num_steps, results = time.perf_counter(), 0, []
+    step_s = 0.0 if clock is None else clock.step_s(stepper.settings)
+    passed_s = 0.0
+    while passed_s < WINDOW_S and stepper.cursor.position < next_eval:
+        stepped = stepper.advance()
+        num_steps += len(stepped)
+        results += stepped
+        passed_s = time.perf_counter() - began_s if clock is None else step_s * num_steps
+    settled = stepper.settle()
+    passed_s = time.perf_counter() - began_s if clock is None else passed_s
+    draws = [result.noise for result in (*results, *settled) if result.noise is not None]
+    return _Window(passed_s, num_steps + len(settled), draws)
+
+
+def decision_times(count: int = 40) -> list[float]:
+    """Seconds of decisions as `train` takes them, once a trial has been measured."""
+    order = order_of("language", {}, 16, limits_of(8, 128), 0)
+    steering, times = _Steering(order, order.start), []
+    for number in range(count):
+        draws = [_Draw(100.0, 1.0)] * 3
+        began_s = time.perf_counter()
+        steering.decide(order.start, 0.01, 50, draws, 0.5 * number)
+        times.append(time.perf_counter() - began_s)
+    return times[count // 2 :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    noise_trace: float
+    grad_sq: float
 
 
 class _Steering:

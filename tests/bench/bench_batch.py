@@ -1,26 +1,29 @@
-"""Batches on a CPU: the noise scale against the truth, adaptive against fixed batches, and what measuring costs.
+"""Batches on a CPU: the noise scale against the truth, what measuring it costs, adaptive against fixed batches.
 
-Run with `python -m tests.bench.bench_batch` on an idle machine; each trial runs in a process on a core of its own.
+Run with `python -m tests.bench.bench_batch PART`. `noise` counts steps and needs no idle machine. `speed` does: it
+leaves the seconds per step at every batch. `adaptive` trains by the clock of that file: a window of steps takes what a
+measured one of that batch took, so that its result does not depend on what else runs meanwhile; trials that are done
+are kept under build/bench, and a part that was broken off goes on behind them.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.bench import batch_run
-from tests.bench.results_file import ROOT, Figure, Report, median_figure, options, say
+from tests.bench.results_file import RESULTS, ROOT, Figure, Report, default_path, median_figure, options, say
 
 PARAMS: dict[str, Any] = {"width": 64, "layers": 2, "heads": 4, "context": 64, "eval_windows": 256, "lr": 1e-3}
 START = 16
@@ -30,16 +33,41 @@ BOUNDS = {"early": 0.25, "middle": 0.25, "late": 0.40}
 POOL = 768
 SECONDS = 32.0
 EVAL_SAMPLES = 4096
+CPU = torch.device("cpu")
 
 
-def noise_child() -> dict[str, Any]:
+def noise(report: Report) -> None:
     """Estimates of one trial at three stages, and the covariance of all per-sample gradients there."""
-    import torch
+    errors: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for seed in range(report.options.repeats):
+        found = _noise_of(seed)
+        report.raw[f"seed {seed}"] = found
+        for stage, numbers in found.items():
+            truth, estimates = numbers["truth"], numbers["estimates"]
+            say(f"  seed {seed}, {stage}: truth {truth:.1f}, estimates {[round(value, 1) for value in estimates]}")
+            errors[stage] += [100 * (value / truth - 1) for value in estimates]
+    for stage, percents in errors.items():
+        bound = 100 * BOUNDS[stage]
+        report.add(
+            median_figure(
+                f"noise scale against truth, {stage} (weighed as Adam does)",
+                percents,
+                "%",
+                target=f"within {bound:g} %",
+                is_met=partial(_is_within, bound),
+            )
+        )
 
+
+def _is_within(bound: float, value: float, _low: float, _high: float) -> bool:
+    return abs(value) <= bound
+
+
+def _noise_of(seed: int) -> dict[str, Any]:
     from orchestrator.train.batch.noise import weights_of
 
-    order = batch_run.order_of("language", PARAMS, START, batch_run.limits_of(START, START), 0)
-    stepper = batch_run.stepper_of(order, torch.device("cpu"))
+    order = batch_run.order_of("language", PARAMS, START, batch_run.limits_of(START, START), seed)
+    stepper = batch_run.stepper_of(order, CPU)
     job, model = stepper.job, stepper.model
     draws: list[tuple[int, float, float]] = []
     found = {}
@@ -57,7 +85,7 @@ def noise_child() -> dict[str, Any]:
         rows = []
         for index in chosen:
             model.zero_grad()
-            loss = job.loss(model, job.batch([index], torch.device("cpu"))).loss_sum / job.num_elements(1)
+            loss = job.loss(model, job.batch([index], CPU)).loss_sum / job.num_elements(1)
             loss.backward()  # type: ignore[no-untyped-call]
             grads = [param.grad for param in params if param.grad is not None]
             rows.append(torch.cat([(g * w).flatten() for g, w in zip(grads, weights, strict=True)]))
@@ -73,35 +101,53 @@ def noise_child() -> dict[str, Any]:
     return found
 
 
-def trial_child(batch: int, seed: int) -> dict[str, Any]:
-    """One trial, fixed at a batch, or adaptive with batch 0."""
-    import torch
+def speed(report: Report) -> None:
+    """What the noise scale and the memory meter add to a step, and the seconds per step at every batch."""
+    _overhead(report)
+    windows: dict[str, list[float]] = {str(batch): [] for batch in FIXED}
+    steppers = {
+        batch: batch_run.stepper_of(
+            batch_run.order_of("language", PARAMS, batch, batch_run.limits_of(batch, batch), 0), CPU
+        )
+        for batch in FIXED
+    }
+    for stepper in steppers.values():
+        for _ in range(10):
+            stepper.step()
+    for _ in range(2 if report.options.is_quick else 20):
+        for batch, stepper in steppers.items():
+            windows[str(batch)].append(_window_of(stepper))
+    report.raw["windows, s per step"] = windows
+    report.raw["decision, s"] = statistics.median(batch_run.decision_times())
+    for batch, seconds in windows.items():
+        report.add(median_figure(f"step of {batch} samples", [1e3 * value for value in seconds], "ms"))
 
-    order = batch_run.order_of("language", PARAMS, START, batch_run.limits_of(8, 128), seed)
-    if batch:
-        order = batch_run.fixed_at(order, batch)
-    course = batch_run.train(order, torch.device("cpu"), adapts=batch == 0, seconds=SECONDS, eval_samples=EVAL_SAMPLES)
-    return {"curve": course.curve, "decisions": course.decisions, "noise": course.noise}
+
+def _window_of(stepper: Any) -> float:
+    """Mean seconds per step over half a second; the steps that are measured for the noise scale are among them."""
+    began_s, num_steps = time.perf_counter(), 0
+    while time.perf_counter() - began_s < batch_run.WINDOW_S:
+        stepper.step()
+        num_steps += 1
+    return (time.perf_counter() - began_s) / num_steps
 
 
-def overhead_child() -> dict[str, Any]:
-    """Seconds per step with and without the noise scale and the memory meter, interleaved."""
-    import torch
-
+def _overhead(report: Report) -> None:
+    """Seconds of 64 steps with and without them, in turn."""
     from orchestrator.train.batch import meter as meter_module
     from orchestrator.train.batch.memory import MemoryMeter
 
     params = {**PARAMS, "width": 128}
     order = batch_run.order_of("language", params, 32, batch_run.limits_of(32, 32), 0)
-    stepper = batch_run.stepper_of(order, torch.device("cpu"))
-    memory = MemoryMeter(torch.device("cpu"))
+    stepper = batch_run.stepper_of(order, CPU)
+    memory = MemoryMeter(CPU)
     for _ in range(20):
         stepper.step()
     # The steady state: as many draws as there are after some minutes.
     stepper._noise.mean = meter_module.NoiseMean(noise_trace=1.0, grad_sq=1.0, count=2 * meter_module.HORIZON)
     real = stepper._noise.begin
     times: dict[str, list[float]] = {"with": [], "without": []}
-    for _ in range(6):
+    for _ in range(2 if report.options.is_quick else 6 * report.options.repeats):
         for name, seconds in times.items():
             stepper._noise.begin = real if name == "with" else _measures_nothing  # type: ignore[method-assign]
             began_s = time.perf_counter()
@@ -110,47 +156,7 @@ def overhead_child() -> dict[str, Any]:
                 if name == "with":
                     memory.observe(stepper.settings)
             seconds.append(time.perf_counter() - began_s)
-    return {"times": times}
-
-
-def _measures_nothing(step: int, *, is_replayed: bool = False) -> bool:
-    return False
-
-
-def child(core: int, *arguments: str) -> dict[str, Any]:
-    """Run one part in a process of its own on one core."""
-    command = [sys.executable, "-m", "tests.bench.bench_batch", "--child", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["taskset", "-c", str(core), *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
-def main() -> None:
-    """All parts, side by side as far as there are cores."""
-    if "--child" in sys.argv:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--child", nargs="+")
-        name, *rest = parser.parse_args().child
-        import torch
-
-        torch.set_num_threads(1)
-        parts: dict[str, Any] = {"noise": noise_child, "trial": trial_child, "overhead": overhead_child}
-        sys.stdout.write("\n" + json.dumps(parts[name](*(int(value) for value in rest))) + "\n")
-        return
-    report = Report(options("batch", repeats=2))
-    cores = sorted(os.sched_getaffinity(0))[1:] or [0]
-    tasks: list[tuple[str, ...]] = [("overhead",), ("noise",)]
-    tasks += [("trial", str(batch), str(seed)) for seed in range(report.options.repeats) for batch in (0, *FIXED)]
-    with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
-        futures = {task: pool.submit(child, cores[number % len(cores)], *task) for number, task in enumerate(tasks)}
-        answers = {" ".join(task): future.result() for task, future in futures.items()}
-    report.raw.update(answers)
-    _noise(report, answers["noise"])
-    _adaptive(report, answers)
-    times = answers["overhead"]["times"]
+    report.raw["64 steps, s"] = times
     ratios = [100 * (a / b - 1) for a, b in zip(times["with"], times["without"], strict=True)]
     report.add(
         median_figure(
@@ -161,37 +167,25 @@ def main() -> None:
             is_met=lambda v, _l, _h: v <= 1,
         )
     )
-    report.write()
 
 
-def _noise(report: Report, found: dict[str, Any]) -> None:
-    for stage, numbers in found.items():
-        errors = [100 * (value / numbers["truth"] - 1) for value in numbers["estimates"]]
-        bound = 100 * BOUNDS[stage]
-        say(f"  {stage}: truth {numbers['truth']:.1f}, estimates {[round(v, 1) for v in numbers['estimates']]}")
-        report.add(
-            median_figure(
-                f"noise scale against truth, {stage} (weighed as Adam does)",
-                errors,
-                "%",
-                target=f"within {bound:g} %",
-                is_met=partial(_is_within, bound),
-            )
-        )
+def _measures_nothing(step: int, *, is_replayed: bool = False) -> bool:
+    return False
 
 
-def _is_within(bound: float, value: float, _low: float, _high: float) -> bool:
-    return abs(value) <= bound
-
-
-def _adaptive(report: Report, answers: dict[str, Any]) -> None:
-    """Time to the loss that the best fixed batch has at nine tenths of its time."""
-    best, start, finals = [], [], []
+def adaptive(report: Report) -> None:
+    """Time to the loss that the best fixed batch has at nine tenths of its time; adaptive, and each of them fixed."""
+    source = _speeds_file()
+    measured = json.loads(source.read_text())["raw"]
+    clock = batch_run.MeasuredClock(
+        windows={int(batch): seconds for batch, seconds in measured["windows, s per step"].items()},
+        decision_s=measured["decision, s"],
+    )
+    report.raw["clock"] = source.name
+    report.notes.append(f"seconds are those of the clock in {source.name}")
+    best, start, finals, fixed_finals = [], [], [], []
     for seed in range(report.options.repeats):
-        courses = {
-            batch: batch_run.Course(curve=[tuple(row) for row in answers[f"trial {batch} {seed}"]["curve"]])
-            for batch in (0, *FIXED)
-        }
+        courses = {batch: _course(report, batch, seed, clock) for batch in (0, *FIXED)}
         lowest = min(row[2] for batch in FIXED for row in courses[batch].curve if row[0] <= 0.9 * SECONDS)
         times = {batch: course.seconds_to(lowest) for batch, course in courses.items()}
         say(f"  seed {seed}: loss {lowest:.4f} after {times}")
@@ -199,37 +193,79 @@ def _adaptive(report: Report, answers: dict[str, Any]) -> None:
         own = times[0] or math.inf
         best.append(min(value for batch, value in times.items() if batch and value is not None) / own)
         start.append((times[START] or SECONDS) / own)
-        finals.append(courses[0].curve[-1][2] / min(courses[batch].curve[-1][2] for batch in FIXED) - 1)
-    report.add(
-        median_figure(
-            "time to loss: best of 5 fixed batches over adaptive",
-            best,
-            "ratio",
-            target=">= 0.95",
-            is_met=lambda value, _low, _high: value >= 0.95,
-        )
+        fixed_finals.append({batch: courses[batch].curve[-1][2] for batch in FIXED})
+        finals.append(courses[0].curve[-1][2])
+    report.add(_at_least("time to loss: best of 5 fixed batches over adaptive", best, 0.95))
+    report.add(_at_least(f"time to loss: start batch {START} over adaptive", start, 0.97))
+    report.add(_final(finals, fixed_finals))
+
+
+def _at_least(name: str, values: list[float], bound: float) -> Figure:
+    return median_figure(
+        name, values, "ratio", target=f">= {bound:g}", is_met=lambda value, _low, _high: value >= bound
     )
-    report.add(
-        median_figure(
-            f"time to loss: start batch {START} over adaptive",
-            start,
-            "ratio",
-            target=">= 0.97",
-            is_met=lambda value, _low, _high: value >= 0.97,
-        )
+
+
+def _final(ours: list[float], fixed: list[dict[int, float]]) -> Figure:
+    """The loss at the end against that of the batch that is best over all seeds, each with its own seed."""
+    best = min(FIXED, key=lambda batch: statistics.fmean(row[batch] for row in fixed))
+    theirs = [row[best] for row in fixed]
+    differences = [100 * (own / other - 1) for own, other in zip(ours, theirs, strict=True)]
+    middle = statistics.median(theirs)
+    spread = 100 * (max(theirs) - min(theirs)) / middle
+    return median_figure(
+        f"final validation loss over that of batch {best}, the best fixed one, same seed",
+        differences,
+        "%",
+        target=f"<= {spread:.2f} %, the range of that batch over seeds",
+        is_met=lambda value, _low, _high: value <= spread,
     )
-    report.add(
-        Figure(
-            name="final validation loss over that of the best fixed batch, minus one",
-            value=statistics.median(finals),
-            statistic="median",
-            unit="relative",
-            low=min(finals),
-            high=max(finals),
-            spread="min to max",
-            values=finals,
+
+
+def _course(report: Report, batch: int, seed: int, clock: batch_run.MeasuredClock) -> batch_run.Course:
+    """One trial, fixed at a batch, or adaptive with batch 0; taken from its file where it is done already."""
+    kept = ROOT / "build" / "bench" / "batch_adaptive" / f"{batch}-{seed}.json"
+    if not kept.exists() or report.options.is_quick:
+        order = batch_run.order_of("language", PARAMS, START, batch_run.limits_of(min(FIXED), max(FIXED)), seed)
+        order = batch_run.fixed_at(order, batch) if batch else order
+        seconds = SECONDS / 16 if report.options.is_quick else SECONDS
+        course = batch_run.train(
+            order, CPU, adapts=batch == 0, seconds=seconds, eval_samples=EVAL_SAMPLES, clock=clock.of(seed)
         )
-    )
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        found = {"curve": course.curve, "decisions": course.decisions, "noise": course.noise}
+        kept.write_text(json.dumps(found))
+    found = json.loads(kept.read_text())
+    report.raw[f"trial {batch} {seed}"] = found
+    return batch_run.Course(curve=[tuple(row) for row in found["curve"]])
+
+
+def _speeds_file() -> Path:
+    """The newest file of the part `speed` that was taken on this machine."""
+    pattern = default_path("batch_speed", is_quick=False).name.rsplit("_", 1)[0]
+    found = sorted(RESULTS.glob(f"{pattern}_*.json"))
+    if not found:
+        sys.exit(f"there is no {pattern}_*.json in {RESULTS}: run `python -m tests.bench.bench_batch speed` first")
+    return found[-1]
+
+
+PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
+    "noise": (noise, 3),
+    "speed": (speed, 3),
+    "adaptive": (adaptive, 3),
+}
+
+
+def main() -> None:
+    """Run the part that the command line names."""
+    if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
+        sys.exit(f"usage: python -m tests.bench.bench_batch PART ...; PART one of {', '.join(PARTS)}")
+    part = sys.argv.pop(1)
+    measure, repeats = PARTS[part]
+    torch.set_num_threads(1)
+    report = Report(options(f"batch_{part}", repeats=repeats))
+    measure(report)
+    report.write()
 
 
 if __name__ == "__main__":
