@@ -31,7 +31,7 @@ FIXED = (8, 16, 32, 64, 128)
 STAGES = {"early": 120, "middle": 800, "late": 2400}
 BOUNDS = {"early": 0.25, "middle": 0.25, "late": 0.40}
 POOL = 768
-SECONDS = 32.0
+SECONDS = 20.0
 EVAL_SAMPLES = 4096
 CPU = torch.device("cpu")
 
@@ -94,7 +94,7 @@ def _noise_of(seed: int) -> dict[str, Any]:
         mean = gradients.mean(0)
         trace = float((gradients - mean).square().sum(1).sum()) / (POOL - 1)
         grad_sq = float(mean.square().sum()) - trace / POOL
-        recent = draws[-40:]
+        recent = [draw for draw in draws if draw[0] >= at * 2 // 3]  # what was true long before is no estimate of now
         groups = [recent[i : i + 10] for i in range(0, len(recent) - 9, 10)]
         scales = [sum(t for _, t, _ in g) / max(1e-30, sum(s for _, _, s in g)) for g in groups]
         found[stage] = {"truth": trace / grad_sq, "estimates": scales, "trace": trace, "grad_sq": grad_sq}
@@ -250,7 +250,7 @@ def _speeds_file() -> Path:
 
 
 PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
-    "noise": (noise, 3),
+    "noise": (noise, 5),
     "speed": (speed, 3),
     "adaptive": (adaptive, 3),
 }
