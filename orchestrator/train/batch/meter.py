@@ -126,7 +126,7 @@ class NoiseMeter:
         params = list(self._model.parameters())
         grads = fsdp.local_grads(self._model)
         # The first step of a pair only keeps its gradients: they are weighed with those of the second.
-        is_first = self._pairs is not None and not self._pairs.is_half_done
+        is_first = self._is_replayed and self._pairs is not None and not self._pairs.is_half_done
         weights = [] if is_first else weights_of(self._optimizer, params)
         if weights is None:
             self.reset()
