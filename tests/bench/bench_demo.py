@@ -38,18 +38,26 @@ def main() -> None:
             for dial in DIALS:
                 changes[dial].append(sum(dial in entry["dials"] for entry in entries if entry["kind"] == "ack"))
     report.raw["gains"] = gains
-    report.add(median_figure("the demo, whole command", seconds, "s", target="<= 90 s", is_met=lambda v, _l, _h: v <= 90))
+    report.add(
+        median_figure("the demo, whole command", seconds, "s", target="<= 90 s", is_met=lambda v, _l, _h: v <= 90)
+    )
     for dial in DIALS:
         counts = [float(count) for count in changes[dial]]
         report.add(
             median_figure(
-                f"changes of {dial} applied", counts, "changes", target=">= 2 each time", is_met=lambda _v, low, _h: low >= 2
+                f"changes of {dial} applied",
+                counts,
+                "changes",
+                target=">= 2 each time",
+                is_met=lambda _v, low, _h: low >= 2,
             )
         )
         own = [entry["realised"] for entry in gains if dial in entry["dial"].split("+")]
         if own:
             name = f"realised gain of a change of {dial}"
-            report.add(median_figure(name, own, "ratio - 1", target=">= 0", is_met=lambda value, _low, _high: value >= 0))
+            report.add(
+                median_figure(name, own, "ratio - 1", target=">= 0", is_met=lambda value, _low, _high: value >= 0)
+            )
     report.add(_correlation([entry for entry in gains if entry["predicted"] is not None]))
     report.write()
 
