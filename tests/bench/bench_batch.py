@@ -64,6 +64,7 @@ def _is_within(bound: float, value: float, _low: float, _high: float) -> bool:
 
 
 def _noise_of(seed: int) -> dict[str, Any]:
+    from orchestrator.train.batch.meter import NoiseMean
     from orchestrator.train.batch.noise import weights_of
 
     order = batch_run.order_of("language", PARAMS, START, batch_run.limits_of(START, START), seed)
@@ -74,6 +75,7 @@ def _noise_of(seed: int) -> dict[str, Any]:
     chosen = torch.randperm(job.num_train_samples, generator=torch.Generator().manual_seed(1))[:POOL].tolist()
     for stage, at in STAGES.items():
         while stepper.step_index < at:
+            stepper._noise.mean = NoiseMean()  # measured as often as in the beginning
             result = stepper.step()
             if result.noise is not None:
                 draws.append((result.step, result.noise.noise_trace, result.noise.grad_sq))
@@ -94,7 +96,8 @@ def _noise_of(seed: int) -> dict[str, Any]:
         mean = gradients.mean(0)
         trace = float((gradients - mean).square().sum(1).sum()) / (POOL - 1)
         grad_sq = float(mean.square().sum()) - trace / POOL
-        recent = [draw for draw in draws if draw[0] >= at * 2 // 3]  # what was true long before is no estimate of now
+        # What was true long before is no estimate of now.
+        recent = [draw for draw in draws if draw[0] >= at - min(100, at // 3)]
         groups = [recent[i : i + 10] for i in range(0, len(recent) - 9, 10)]
         scales = [sum(t for _, t, _ in g) / max(1e-30, sum(s for _, _, s in g)) for g in groups]
         found[stage] = {"truth": trace / grad_sq, "estimates": scales, "trace": trace, "grad_sq": grad_sq}

@@ -22,6 +22,8 @@ from orchestrator.train.batch.rank_noise import RankNoise
 from policies.fit import MIN_NOISE_ESTIMATES
 from policies.noise import noise_ratio
 
+FIRST_STEP = 20
+"""Nothing is measured before: the gradients of an untrained model all point the same way, which says nothing of later."""
 EARLY_PERIOD_STEPS = 4
 """Two of so many steps (one on several ranks) are measured at first, so that the noise scale is known early; never two
 in a row, because the memory of a step shows only in one that is not cut."""
@@ -90,6 +92,9 @@ class NoiseMeter:
 
     def begin(self, step: int, *, is_replayed: bool = False) -> bool:
         """Called before a step; whether `end` is to be called after its backward pass."""
+        self._is_due = False
+        if step < FIRST_STEP:
+            return False
         period, self._is_replayed = max(self._period, REPLAYED_PERIOD_STEPS if is_replayed else 0), is_replayed
         if self._halves is not None and not is_replayed:
             self._halves.reset()

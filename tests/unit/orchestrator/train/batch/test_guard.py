@@ -20,8 +20,6 @@ from tests.unit.orchestrator.train.batch.overflows import OverflowingJob
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order, settings
 
 NEVER = 10**9
-STEP_7 = {"forward": 12, "backward": 12, "optimizer": 8, "torn": 8}
-"""The pass, or update, of step 7: every other step before it was cut in two for the noise scale."""
 
 
 def job_of(place: str = "forward", at: int = NEVER, **changes: int) -> OverflowingJob:
@@ -42,7 +40,7 @@ def run(directory: Path, job: OverflowingJob) -> Script:
 @pytest.mark.parametrize("place", ["forward", "backward", "optimizer"])
 def test_the_step_is_done_again_with_the_same_samples_and_the_same_loss(tmp_path: Path, place: str) -> None:
     undisturbed = run(tmp_path / "a", job_of()).records
-    job = job_of(place, at=STEP_7[place])
+    job = job_of(place, at=8)
     script = run(tmp_path / "b", job)
     records = script.records
     assert job.num_fired == 1
@@ -59,14 +57,14 @@ def test_the_step_is_done_again_with_the_same_samples_and_the_same_loss(tmp_path
 
 
 def test_a_second_overflow_of_the_step_goes_down_once_more(tmp_path: Path) -> None:
-    job = job_of("forward", at=STEP_7["forward"], fits=2, times=2)
+    job = job_of("forward", at=8, fits=2, times=2)
     script = run(tmp_path, job)
     assert job.num_fired == 2
     assert [o.settings.micro_batch for o in script.overrides] == [2]
 
 
 def test_after_three_attempts_the_trial_fails_by_name(tmp_path: Path) -> None:
-    job = job_of("forward", at=STEP_7["forward"], fits=0, times=NEVER)
+    job = job_of("forward", at=8, fits=0, times=NEVER)
     with pytest.raises(OutOfMemoryError, match="t ran out of memory 3 times at step 7, the last time with") as failure:
         loop(Script(order(tmp_path)), job).run()
     assert failure.value.is_final
@@ -74,7 +72,7 @@ def test_after_three_attempts_the_trial_fails_by_name(tmp_path: Path) -> None:
 
 
 def test_a_half_done_update_is_not_repeated_but_begun_again_from_the_commit(tmp_path: Path) -> None:
-    job = job_of("torn", at=STEP_7["torn"])
+    job = job_of("torn", at=8)
     with pytest.raises(OutOfMemoryError) as failure:
         loop(Script(order(tmp_path)), job).run()
     assert not failure.value.is_final
