@@ -23,7 +23,7 @@ from policies.fit import MIN_NOISE_ESTIMATES
 from policies.noise import noise_ratio
 
 FIRST_STEP = 20
-"""Nothing is measured before: the gradients of an untrained model all point the same way, which says nothing of later."""
+"""Nothing is measured before: the gradients of an untrained model point the same way, which says nothing of later."""
 EARLY_PERIOD_STEPS = 4
 """Two of so many steps (one on several ranks) are measured at first, so that the noise scale is known early; never two
 in a row, because the memory of a step shows only in one that is not cut."""
