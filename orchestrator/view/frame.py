@@ -30,6 +30,9 @@ from orchestrator.view.text import (
 )
 
 WIDE = 160
+WITH_METRIC = 100
+"""Columns from which a running trial's metric has room beside the decision, which matters more."""
+
 MIN_WIDTH = 40
 STALE_AFTER_S = 15.0
 _BAR_CELLS = 10
@@ -134,15 +137,17 @@ def build_frame(status: Mapping[str, object], *, width: int, max_rows: int, now_
 def plain_line(status: Mapping[str, object], now_s: float) -> str:
     """The same facts on one line, for a log or a terminal that cannot redraw."""
     trials = sorted(dicts(status.get("trials")), key=_rank)
+    name = clean(status.get("metric") or "metric")
     parts = [
         f"{_elapsed(status, now_s)} {_state(status)} plan {show_count(status.get('generation'))}: {_counts(trials)}"
     ]
     for trial in trials:
         if trial.get("state") == "running":
             rate = f"{show_number(trial.get('throughput_per_s'), 3)} samples/s"
+            metric = _prefixed(_metric(trial, name))
             parts.append(
                 f"{clean(trial.get('trial_id'))} step {show_count(trial.get('step'))}"
-                f" loss {show_number(trial.get('loss'))} {rate} share {show_number(trial.get('share'), 2)}"
+                f" loss {show_number(trial.get('loss'))}{metric} {rate} share {show_number(trial.get('share'), 2)}"
                 f" ({_enforced(trial)}) batch {_batch(trial)} {_tier(trial)}{_tier_layers(trial)}"
                 f" left {show_seconds(trial.get('time_left_s'))}{_prefixed(_decision(trial))}"
             )
@@ -231,9 +236,7 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     ]
     if state != "running":
         role = {"queued": Role.WAITING, "paused": Role.WAITING, "failed": Role.FAILED}.get(state, Role.ENDED)
-        value = number(trial.get("metric_value"))
-        metric = "" if value is None else f"{shown.metric} {show_number(value)}"
-        return [_line(f"{_row(cells, columns)}  {metric}", role, width)]
+        return [_line(f"{_row(cells, columns)}  {_metric(trial, shown.metric)}", role, width)]
     cells += [
         show_number(trial.get("loss")),
         show_number(trial.get("throughput_per_s")),
@@ -243,7 +246,9 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
         show_seconds(trial.get("time_left_s")),
     ]
     row = _row(cells, columns)
-    details = "; ".join(text for text in (_held(trial, shown.unit), _resize(trial), _decision(trial)) if text)
+    metric = _metric(trial, shown.metric) if width >= WITH_METRIC else ""
+    texts = (metric, _held(trial, shown.unit), _resize(trial), _decision(trial))
+    details = "; ".join(text for text in texts if text)
     if width >= WIDE:
         return [_line(f"{row}  {details}", Role.RUNNING, width)]
     return [_line(row, Role.RUNNING, width), _line(f"  {details}", Role.DETAIL, width)]
@@ -258,7 +263,7 @@ def _row(cells: Sequence[str], columns: Sequence[_Column]) -> str:
 
 def _cells_of_head(width: int) -> str:
     head = "  ".join(pad(column.name, column.width, right=column.is_number) for column in _fitted(_COLUMNS, width))
-    return f"{head}  share enforced by; last decision" if width >= WIDE else head
+    return f"{head}  metric; share enforced by; last decision" if width >= WIDE else head
 
 
 def _fitted(columns: Sequence[_Column], width: int) -> list[_Column]:
@@ -328,6 +333,12 @@ def _tier_layers(trial: Mapping[str, object]) -> str:
 
 def _enforced(trial: Mapping[str, object]) -> str:
     return clean(trial.get("enforced_by") or "nothing")
+
+
+def _metric(trial: Mapping[str, object], name: str) -> str:
+    """The metric of a trial's last report; nothing before the first one."""
+    value = number(trial.get("metric_value"))
+    return "" if value is None else f"{name} {show_number(value)}"
 
 
 def _held(trial: Mapping[str, object], unit: str) -> str:

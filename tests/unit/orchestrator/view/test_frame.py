@@ -37,11 +37,11 @@ dials: share 5 changes, gain +31 %; batch 2 changes; precision off
 trial-0002 failed: ValueError: width must divide heads; log:
 runs/demo/trials/trial-0002/log.txt"""
 
-WIDE_180 = [
+WIDE_200 = [
     "trial                 state     step     loss  samples/s  share     batch  tier     left"
-    "  share enforced by; last decision",
+    "  metric; share enforced by; last decision",
     "trial-0001            running   1234    2.346      812.4   0.50      16x2  bf16     1:14"
-    "  1.00 cores by cpu_cores; plan 12: share 0.25 -> 0.50: predicted goodput +31 %",
+    "  val_loss 2.500; 1.00 cores by cpu_cores; plan 12: share 0.25 -> 0.50: predicted goodput +31 %",
     "trial-0002            failed    1234",
 ]
 
@@ -55,7 +55,7 @@ def test_a_narrow_frame_shows_every_fact_in_80_columns() -> None:
 
 
 def test_a_wide_frame_shows_the_decision_beside_its_trial() -> None:
-    assert frame_text(status(RUN_DIR), width=180).splitlines()[2:5] == WIDE_180
+    assert frame_text(status(RUN_DIR), width=200).splitlines()[2:5] == WIDE_200
 
 
 @pytest.mark.parametrize("width", [40, 60, 79, 80, 100, WIDE - 1, WIDE, 200])
@@ -76,6 +76,14 @@ def test_an_ended_trial_is_shown_with_its_metric() -> None:
     content = status(RUN_DIR)
     content["trials"][0]["state"] = "stopped"
     assert "trial-0001    stopped   1234  val_loss 2.500" in frame_text(content).splitlines()
+
+
+def test_a_running_trial_shows_the_metric_of_its_last_report_where_there_is_room() -> None:
+    content = status(RUN_DIR)
+    assert "\n  val_loss 2.500; 1.00 cores by cpu_cores; plan 12" in frame_text(content, width=100)
+    assert " loss 2.346 val_loss 2.500 812 samples/s" in plain_line(content, 1083.0)
+    content["trials"][0]["metric_value"] = None
+    assert "\n  1.00 cores by cpu_cores; plan 12" in frame_text(content, width=100)
 
 
 def test_running_trials_come_first_and_the_rest_is_counted() -> None:
@@ -130,7 +138,8 @@ def test_hostile_texts_cannot_steer_the_terminal(text: str) -> None:
 def test_the_plain_line_has_the_same_facts() -> None:
     assert plain_line(status(RUN_DIR), 1083.0) == (
         "1:23 running plan 12: 2 trials: 1 running, 1 failed"
-        " | trial-0001 step 1234 loss 2.346 812 samples/s share 0.5 (cpu_cores) batch 16x2 bf16 left 1:14"
+        " | trial-0001 step 1234 loss 2.346 val_loss 2.500 812 samples/s share 0.5 (cpu_cores)"
+        " batch 16x2 bf16 left 1:14"
         " plan 12: share 0.25 -> 0.50: predicted goodput +31 %"
         " | node0/cpu granted 50 % used 47 %"
         " | dials share 5 changes, gain +31 %, batch 2 changes, precision off"
