@@ -157,7 +157,9 @@ def test_a_slot_whose_controller_dies_is_opened_again(undisturbed: tuple[Started
     assert results(run.run_dir) == results(undisturbed[0].run_dir), "bit-equal to the undisturbed run"
 
 
-def test_two_ranks_with_every_dial_turning(undisturbed: tuple[Started, int, str], tmp_path: Path) -> None:
+def test_two_ranks_with_every_dial_turning_and_the_guard_acting(
+    undisturbed: tuple[Started, int, str], tmp_path: Path
+) -> None:
     changes = {
         "trial": {"samples_per_report": 24000, "max_reports": 2, "micro_batch": 8, "num_workers": 2},
         "search": {
@@ -166,8 +168,9 @@ def test_two_ranks_with_every_dial_turning(undisturbed: tuple[Started, int, str]
             "max_concurrent": 1,
             "scheduler": {"name": "asha"},
         },
-        "dials": {},
-        "policy": {"name": "goodput", "params": {"cooldown_s": 0.5}},
+        # In the last tier every weight becomes zero.
+        "dials": {"precision": {"tiers": ["fp32", "bf16", "fixed(2,6)"], "exchange": "tier"}},
+        "policy": {"name": "tests.integration.reckless:Reckless", "params": {"cooldown_s": 0.5}},
     }
     run = start("run", str(run_file(tmp_path / "run.yaml", **changes)), run_dir=tmp_path / "runs" / "r")
     code, output = run.end()
@@ -177,6 +180,13 @@ def test_two_ranks_with_every_dial_turning(undisturbed: tuple[Started, int, str]
     assert all(trial["num_workers"] == 2 for trial in run.status["trials"])
     steps = orchestrator.load_run(run.run_dir).steps.to_pandas()
     assert set(steps["rank"]) == {0, 1}
+    moves = [entry for entry in run.of("override") if "vanishes" in entry["reason"]]
+    assert {move["trial_id"] for move in moves} == {trial["trial_id"] for trial in run.status["trials"]}
+    assert all(move["settings"]["tier"] in {"fp32", "bf16"} for move in moves)
+    tiers = steps[steps["rank"] == 0].groupby("trial_id", observed=True)["tier"]
+    assert ((tiers.apply(lambda tier: (tier == "fixed(k=2,bits=6)").mean())) < 0.25).all()
+    assert set(tiers.last()) <= {"fp32", "bf16"}
+    assert steps["loss"].notna().all()
 
 
 def test_a_trial_grows_to_two_ranks_and_back_while_it_runs(tmp_path: Path) -> None:
