@@ -197,6 +197,7 @@ def _noise_fault(at: int, tier: Tier, times: float) -> Callable[[Stepper, int], 
     def before(stepper: Stepper, number: int) -> None:
         if number != at:
             return
+        stepper.turn(replace(stepper.settings, tier=tier))  # wherever the ladder rule has it by now
         usual = products.function_of(tier)
 
         def noisy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -216,13 +217,15 @@ def _overflow_fault(at: int) -> Callable[[Stepper, int], None]:
     """For fifty steps gradients overflow in fp16 however small the scale gets."""
 
     def before(stepper: Stepper, number: int) -> None:
+        if number == at:
+            stepper.turn(replace(stepper.settings, tier=Tier.FP16))
         if at <= number < at + 50 and stepper.settings.tier is Tier.FP16:
             stepper.loss_scale.scale = 2.0**40
 
     return before
 
 
-FAULT_AT = 600
+FAULT_STEPS, FAULT_AT = 600, 300
 FAULT_LADDERS = {
     "bf16": dict(zip((Tier.FP32, Tier.BF16), (1.0, 0.5), strict=True)),
     "fp16": dict(zip((Tier.FP32, Tier.BF16, Tier.FP16), (1.0, 0.6, 0.4), strict=True)),
@@ -255,7 +258,7 @@ def faults(report: Report) -> None:
         gaps, delays = [], []
         for seed in range(report.options.repeats):
             recipe = recipe_of("mlp", seed, is_quick=report.options.is_quick, ladder=tuple(costs), costs=costs)
-            recipe = replace(recipe, budget=0.1)
+            recipe = replace(recipe, budget=0.3, num_steps=FAULT_STEPS)
             calm, struck = (_strike(recipe, name, is_struck=is_struck) for is_struck in (False, True))
             report.raw[f"{name}, seed {seed}"] = {"calm": told(calm), "struck": told(struck)}
             gaps.append(gap(struck.train_loss, calm.train_loss))
