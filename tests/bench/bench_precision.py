@@ -2,7 +2,7 @@
 
 `python -m tests.bench.bench_precision_twins` and so on do not exist: one module, one part at a time, because each has
 its own results file: `python -m tests.bench.bench_precision PART [--quick] [--repeats N] [--out FILE]` with PART one of
-`twins-JOB` (fp32 against guarded auto, paired seeds), `ladder` (guard on and off above a harmful end), `faults`
+`twins-JOB` (fp32 against guarded auto, paired seeds), `ladder` (guard on and off above a harmful end), `faults-TIER`
 (planted), `speed` (auto against fp32, language), `switch` (extra time of the step after a switch) and `overhead`.
 """
 
@@ -251,28 +251,26 @@ def _strike(recipe: Recipe, name: str, *, is_struck: bool) -> Course:
         products.function_of.cache_clear()
 
 
-def faults(report: Report) -> None:
-    """Planted faults: how long until a good tier, and what the end is worth."""
-    for name, (ladder_name, _, limit) in FAULTS.items():
-        costs = FAULT_LADDERS[ladder_name]
-        gaps, delays = [], []
-        for seed in range(report.options.repeats):
-            recipe = recipe_of("mlp", seed, is_quick=report.options.is_quick, ladder=tuple(costs), costs=costs)
-            recipe = replace(recipe, budget=0.3, num_steps=FAULT_STEPS)
-            calm, struck = (_strike(recipe, name, is_struck=is_struck) for is_struck in (False, True))
-            report.raw[f"{name}, seed {seed}"] = {"calm": told(calm), "struck": told(struck)}
-            gaps.append(gap(struck.train_loss, calm.train_loss))
-            left = [move for move in struck.moves if move["why"] != "cheaper and safe" and move["step"] >= FAULT_AT]
-            unit = "probe" if "probe" in limit else "step"
-            began = struck.probes_before(FAULT_AT) if unit == "probe" else FAULT_AT
-            delays.append(float(left[0][unit] - began) if left else 1e6)
-            say(f"  {name}, seed {seed}: {gaps[-1]:+.2f} %, {delays[-1]:g} {unit}s, {left[:1]}")
-        report.add(
-            mean_figure(f"{name}: final train loss over undisturbed", gaps, "within 1 %", lambda v: abs(v) <= 1.0)
-        )
-        figure = median_figure(f"{name}: until a dearer tier, worst", delays, f"{unit}s", target=limit)
-        most = float(limit.split()[1])
-        report.add(replace(figure, statistic="maximum", value=max(delays), is_met=max(delays) <= most))
+def faults(report: Report, name: str) -> None:
+    """A planted fault: how long until a good tier, and what the end is worth."""
+    ladder_name, _, limit = FAULTS[name]
+    costs = FAULT_LADDERS[ladder_name]
+    unit = "probe" if "probe" in limit else "step"
+    gaps, delays = [], []
+    for seed in range(report.options.repeats):
+        recipe = recipe_of("mlp", seed, is_quick=report.options.is_quick, ladder=tuple(costs), costs=costs)
+        recipe = replace(recipe, budget=0.3, num_steps=FAULT_STEPS)
+        calm, struck = (_strike(recipe, name, is_struck=is_struck) for is_struck in (False, True))
+        report.raw[f"seed {seed}"] = {"calm": told(calm), "struck": told(struck)}
+        gaps.append(gap(struck.train_loss, calm.train_loss))
+        left = [move for move in struck.moves if move["why"] != "cheaper and safe" and move["step"] >= FAULT_AT]
+        began = struck.probes_before(FAULT_AT) if unit == "probe" else FAULT_AT
+        delays.append(float(left[0][unit] - began) if left else 1e6)
+        say(f"  seed {seed}: {gaps[-1]:+.2f} %, {delays[-1]:g} {unit}s, {left[:1]}")
+    report.add(mean_figure(f"{name}: final train loss over undisturbed", gaps, "within 1 %", lambda v: abs(v) <= 1.0))
+    figure = median_figure(f"{name}: until a dearer tier, worst", delays, f"{unit}s", target=limit)
+    is_met = max(delays) <= float(limit.split()[1])
+    report.add(replace(figure, statistic="maximum", value=max(delays), is_met=is_met))
 
 
 def speed(report: Report) -> None:
@@ -359,7 +357,7 @@ def _timed(stepper: Stepper) -> float:
 PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
     **{f"twins-{job}": (partial(twins, job=job), 5) for job in TWINS},
     "ladder": (ladder, 3),
-    "faults": (faults, 3),
+    **{f"faults-{FAULTS[name][0]}": (partial(faults, name=name), 3) for name in FAULTS},
     "speed": (speed, 3),
     "small": (small, 3),
     "overhead": (overhead, 1),
