@@ -2,8 +2,9 @@
 
 `python -m tests.bench.bench_jobs JOB [--quick] [--repeats SEEDS] [--out FILE]`: for each seed two trials of the job's
 search file are trained side by side, each on a core of its own, one with every dial turning and one with none.
-`python -m tests.bench.bench_jobs searches ...`: every search file as a user runs it, and verified. Each has its own
-results file. Seconds are of an idle machine, unless the file's load average says otherwise: then they are upper bounds.
+`python -m tests.bench.bench_jobs searches ...`: every search file as a user runs it, and verified. `... simple`: only
+what little thought reaches, for all jobs. Each has its own results file. Seconds are of an idle machine, unless the
+file's load average says otherwise: then they are upper bounds.
 `jobs/README.md` says why the targets are what they are.
 """
 
@@ -160,9 +161,13 @@ def measure_job(report: Report, job: str, overrides: tuple[str, ...]) -> None:
     found = twins(job, report.options.repeats, overrides)
     report.raw["twins"] = found
     add_figures(report, job, found)
-    report.raw["simple answers"] = _simple_answers(job, overrides)
-    for name, value in report.raw["simple answers"]:
-        report.add(median_figure(f"  {TARGETS[job][0]}: {name}", [value], ""))
+    add_simple_answers(report, job, overrides)
+
+
+def add_simple_answers(report: Report, job: str, overrides: tuple[str, ...]) -> None:
+    """What little thought reaches on the data of a job."""
+    for name, value in _simple_answers(job, overrides):
+        report.add(median_figure(f"  {job}, {TARGETS[job][0]}: {name}", [value], ""))
 
 
 def measure_searches(report: Report, overrides: tuple[str, ...]) -> None:
@@ -180,14 +185,17 @@ def measure_searches(report: Report, overrides: tuple[str, ...]) -> None:
 
 def main() -> None:
     """What the command line says."""
-    parts = (*TARGETS, "searches")
+    parts = (*TARGETS, "searches", "simple")
     if len(sys.argv) < 2 or sys.argv[1] not in parts:
         sys.exit(f"usage: python -m tests.bench.bench_jobs PART ...; PART one of {', '.join(parts)}")
     part = sys.argv.pop(1)
-    report = Report(options(f"jobs_{part}", repeats=1 if part == "searches" else 5))
+    report = Report(options(f"jobs_{part}", repeats=5 if part in TARGETS else 1))
     overrides = QUICK if report.options.is_quick else ()
     if part == "searches":
         measure_searches(report, overrides)
+    elif part == "simple":
+        for job in TARGETS:
+            add_simple_answers(report, job, overrides)
     else:
         measure_job(report, part, overrides)
     report.write()
