@@ -22,6 +22,7 @@ from orchestrator.errors import ConfigError
 
 MAX_FILE_BYTES = 1_000_000
 MAX_DEPTH = 16
+_TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels; a run file needs 5"
 MAX_ALIASES = 64
 MAX_VALUES = 20_000
 
@@ -138,6 +139,8 @@ def parse(text: str, place: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
+        if "nesting depth" in str(error):  # newer versions of libyaml have a limit of their own, far above ours
+            raise ConfigError(_TOO_DEEP, place, line) from None
         raise ConfigError(f"is not valid YAML: {_yaml_problem(error)}", place, line) from None
     if not builder.has_root:
         raise ConfigError("is empty; allowed: a run file (`orchestrator init` writes one)", place)
@@ -221,7 +224,7 @@ class _Builder:
 
     def _open(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent, line: int) -> None:
         if len(self.frames) >= MAX_DEPTH:
-            raise ConfigError(f"is nested deeper than {MAX_DEPTH} levels; a run file needs 5", self.place, line)
+            raise ConfigError(_TOO_DEEP, self.place, line)
         is_mapping = isinstance(event, yaml.MappingStartEvent)
         path = self._path_of_next(line) if self.frames else ()
         value: dict[str, object] | list[object] = {} if is_mapping else []
