@@ -11,13 +11,18 @@ from policies.plan import Settings
 from policies.snapshot import DialLimits
 
 
+def most_micro_batch(limits: DialLimits, micro_batch_cap: int | None) -> int:
+    """The largest micro-batch that is allowed and, as far as that was seen, does not overflow."""
+    return min(limits.max_micro_batch, micro_batch_cap or limits.max_micro_batch)
+
+
 def neighbours(settings: Settings, limits: DialLimits, micro_batch_cap: int | None = None) -> tuple[Settings, ...]:
     """Other batches that differ by at most a factor two in micro-batch, accumulation and global batch.
 
     All lie inside the limits; of two splits of one global batch only the one with less accumulation is kept.
     Sorted by global batch.
     """
-    max_micro = min(limits.max_micro_batch, micro_batch_cap or limits.max_micro_batch)
+    max_micro = most_micro_batch(limits, micro_batch_cap)
     best: dict[int, Settings] = {}
     for micro_batch in _one_change(settings.micro_batch, max_micro):
         for grad_accum in _one_change(settings.grad_accum, settings.grad_accum * 2):

@@ -112,8 +112,7 @@ class GoodputJoint:
             snapshot, devices=catalogue(snapshot), trials=tuple(sorted(trials, key=lambda t: t.trial_id))
         )
         _, movers, fleet = split(whole)
-        outlooks = prospects(movers, fleet, Ask(fractions=_FRACTIONS if self.uses_fractions else ()))
-        scene = _Scene(whole, movers, outlooks, fleet)
+        scene = self._scene(whole, movers, fleet)
         return FleetWorth(snapshot, fleet, self._menus(scene), scene.unit)
 
     @property
@@ -128,9 +127,13 @@ class GoodputJoint:
             return max(0.02, trial.survival)
         return 1.0
 
+    def _scene(self, snapshot: Snapshot, movers: tuple[Mover, ...], fleet: Fleet) -> _Scene:
+        """The movable trials of a snapshot with what each would make of each size of the fleet."""
+        fractions = _FRACTIONS if self.uses_fractions else ()
+        return _Scene(snapshot, movers, prospects(movers, fleet, Ask(fractions=fractions)), fleet)
+
     def _place(self, snapshot: Snapshot, movers: tuple[Mover, ...], fleet: Fleet) -> Iterator[Allocation]:
-        outlooks = prospects(movers, fleet, Ask(fractions=_FRACTIONS if self.uses_fractions else ()))
-        scene = _Scene(snapshot, movers, outlooks, fleet)
+        scene = self._scene(snapshot, movers, fleet)
         if self._rests(scene):
             for mover in movers:
                 if mover.seats:
@@ -141,11 +144,11 @@ class GoodputJoint:
         chosen, why = self._choose(scene)
         wanted: dict[TrialId, Size] = {
             mover.trial_id: outlook.sizes[choice]
-            for mover, outlook, choice in zip(movers, outlooks, chosen, strict=True)
+            for (mover, outlook), choice in zip(scene.pairs(), chosen, strict=True)
             if choice != NONE
         }
         given = realise(movers, wanted, fleet, Budget(snapshot))
-        for mover, outlook in zip(movers, outlooks, strict=True):
+        for mover, outlook in scene.pairs():
             yield self._row(mover, outlook, fleet, given, why)
 
     def _rests(self, scene: _Scene) -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from policies.batch import most_micro_batch
 from policies.fleet import Fleet, Seats
 from policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, effect_of
 from policies.snapshot import Snapshot, TrialView
@@ -57,7 +58,12 @@ class Mover:
     @property
     def restart_s(self) -> float:
         """What a restart costs it, in seconds."""
-        return RESTART_S if self.trial.restart_s is None else self.trial.restart_s
+        return restart_cost_s(self.trial)
+
+
+def restart_cost_s(trial: TrialView) -> float:
+    """What a restart costs a trial, in seconds: as measured, or as assumed until then."""
+    return RESTART_S if trial.restart_s is None else trial.restart_s
 
 
 def worker_range(trial: TrialView) -> tuple[int, int]:
@@ -128,7 +134,7 @@ class Budget:
 def split_batch(trial: TrialView, global_batch: int, workers: int) -> tuple[int, int]:
     """(micro-batch, accumulation) of that many ranks, the global batch kept in its limits and as it divides."""
     global_batch = min(trial.limits.max_global_batch, max(trial.limits.min_global_batch, global_batch))
-    largest = min(trial.limits.max_micro_batch, trial.fit.micro_batch_cap or trial.limits.max_micro_batch)
+    largest = most_micro_batch(trial.limits, trial.fit.micro_batch_cap)
     per_rank = max(1, math.ceil(global_batch / workers - 1e-9))
     grad_accum = math.ceil(per_rank / largest)
     micro_batch = math.ceil(per_rank / grad_accum)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from policies.batch import most_micro_batch
 from policies.fit import pool
-from policies.movable import RESTART_S
+from policies.movable import restart_cost_s, worker_range
 from policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, can_split, on_ranks
 from policies.snapshot import DeviceKind, DeviceView, Snapshot, TrialView
 from policies.throughput import Throughput, solve_throughput
@@ -51,10 +52,14 @@ def with_resizes(snapshot: Snapshot, rows: Sequence[Allocation], terms: Terms) -
     if moving:
         return [_again(row, asked[row.trial_id]) if row in moving else row for row in rows]
     options: dict[TrialId, _Option] = {}
+    models: dict[str, Throughput] = {}
     for row in rows:
         trial = trials[row.trial_id]
         if _may_be_resized(snapshot, trial, row, terms):
-            option = _best(snapshot, trial, rows, terms)
+            if trial.shape not in models:
+                fits = [other.fit for other in snapshot.trials if other.shape == trial.shape]
+                models[trial.shape] = solve_throughput(pool(fits).cells)
+            option = _best(snapshot, (trial, row, models[trial.shape]), rows, terms)
             if option is not None:
                 options[trial.trial_id] = option
     if not options:
@@ -80,7 +85,7 @@ def _sizes(trial: TrialView, settings: Settings) -> list[int]:
     """The other numbers of ranks that are allowed and keep the global batch."""
     if not trial.limits.can_resize or trial.is_protected:
         return []
-    low, high = trial.limits.min_workers or trial.start.num_workers, trial.limits.max_workers or trial.start.num_workers
+    low, high = worker_range(trial)
     return [
         n
         for n in range(low, high + 1)
@@ -88,15 +93,15 @@ def _sizes(trial: TrialView, settings: Settings) -> list[int]:
     ]
 
 
-def _best(snapshot: Snapshot, trial: TrialView, rows: Sequence[Allocation], terms: Terms) -> _Option | None:
-    """The number of ranks with the largest gain, None where no other one is worth it."""
-    fits = [other.fit for other in snapshot.trials if other.shape == trial.shape]
-    model = solve_throughput(pool(fits).cells)
-    row = next(row for row in rows if row.trial_id == trial.trial_id)
+def _best(
+    snapshot: Snapshot, candidate: tuple[TrialView, Allocation, Throughput], rows: Sequence[Allocation], terms: Terms
+) -> _Option | None:
+    """The number of ranks with the largest gain for a trial with its row and model; None where no other is worth it."""
+    trial, row, model = candidate
     now = _step_s(model, row.settings, row.settings.share, _devices(snapshot, trial.placement))
     if now is None or trial.throughput_per_s is None:
         return None
-    restart_s = RESTART_S if trial.restart_s is None else trial.restart_s
+    restart_s = restart_cost_s(trial)
     left_s = trial.remaining / trial.throughput_per_s if trial.throughput_per_s > 0 else math.inf
     paid = 1 - restart_s / max(restart_s, min(terms.horizon_s, left_s))
     free = _free(snapshot, trial, rows)
@@ -108,17 +113,12 @@ def _best(snapshot: Snapshot, trial: TrialView, rows: Sequence[Allocation], term
         share = min(share, trial.limits.max_share)
         if share < trial.limits.min_share:
             continue
-        other = on_ranks(row.settings, num_workers, _largest(trial))
+        other = on_ranks(row.settings, num_workers, most_micro_batch(trial.limits, trial.fit.micro_batch_cap))
         then = _step_s(model, other, share, _devices(snapshot, seats))
         if then is not None:
             options.append(_Option(num_workers, now / then * paid - 1, now / then))
     best = max(options, key=lambda option: (option.gain, -option.num_workers), default=None)
     return best if best is not None and best.gain >= terms.min_gain else None
-
-
-def _largest(trial: TrialView) -> int:
-    most = trial.limits.max_micro_batch
-    return min(most, trial.fit.micro_batch_cap or most)
 
 
 def _step_s(model: Throughput, settings: Settings, share: float, devices: Sequence[DeviceView]) -> float | None:
@@ -173,26 +173,26 @@ def _seats(snapshot: Snapshot, free: dict[DeviceId, float], num_workers: int) ->
 
 
 def _asks(row: Allocation, option: _Option, trial: TrialView) -> Allocation:
-    restart_s = RESTART_S if trial.restart_s is None else trial.restart_s
+    restart_s = restart_cost_s(trial)
     text = f"{option.num_workers} ranks instead of {len(trial.placement)}: {option.speedup:.2f} times as fast"
-    return dataclasses.replace(
-        row,
-        resize_to=option.num_workers,
-        effect=Effect.RESTART,
-        reason=f"{text}, for {restart_s:.1f} s of restart; {row.reason}",
-        binding="workers",
-        predicted_gain=option.gain,
-        cost_s=restart_s,
-    )
+    text += f", for {restart_s:.1f} s of restart"
+    return _resized(row, option.num_workers, text, gain=option.gain, cost_s=restart_s)
 
 
 def _again(row: Allocation, old: Allocation) -> Allocation:
+    assert old.resize_to is not None, "only what was asked for is asked for again"
+    text = f"waits for {old.resize_to} ranks"
+    return _resized(row, old.resize_to, text, gain=old.predicted_gain, cost_s=old.cost_s)
+
+
+def _resized(row: Allocation, num_workers: int, why: str, *, gain: float | None, cost_s: float) -> Allocation:
+    """The row, asking for that many ranks to go on with."""
     return dataclasses.replace(
         row,
-        resize_to=old.resize_to,
+        resize_to=num_workers,
         effect=Effect.RESTART,
-        reason=f"waits for {old.resize_to} ranks; {row.reason}",
+        reason=f"{why}; {row.reason}",
         binding="workers",
-        predicted_gain=old.predicted_gain,
-        cost_s=old.cost_s,
+        predicted_gain=gain,
+        cost_s=cost_s,
     )
