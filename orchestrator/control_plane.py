@@ -53,7 +53,6 @@ class ControlPlane:
         self.spec = run_spec(resolved)
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
         self.policy: Any = None
-        self._supervisor: Supervisor | None = None
         self._slots: tuple[Supervisor, SlotSpec, int] | None = None
         self._watcher: NodeWatcher | None = None
         self._agents: Agents | None = None
@@ -96,11 +95,16 @@ class ControlPlane:
 
     def _open_slots(self, slot_spec: SlotSpec) -> None:
         """Begin to open the slots; they take longest of all."""
-        self._supervisor = Supervisor(slot_spec, self.policy)
+        supervisor = Supervisor(slot_spec, self.policy)
         num_slots = self._config.search.num_slots
         num_allowed = min(num_slots, num_slots_with_room(slot_spec, alive_resources()))
-        self._supervisor.open(num_slots, num_allowed)
-        self._slots = (self._supervisor, slot_spec, num_slots)
+        supervisor.open(num_slots, num_allowed)
+        self._slots = (supervisor, slot_spec, num_slots)
+
+    @property
+    def _supervisor(self) -> Supervisor | None:
+        """Who opens the slots, once anybody does."""
+        return None if self._slots is None else self._slots[0]
 
     def _unfit_nodes(self, nodes: list[dict[str, Any]]) -> frozenset[str]:
         """Look after the agents of the GPU nodes; returns those whose agent is not ready, or offers something else."""

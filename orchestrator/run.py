@@ -148,14 +148,11 @@ class _Driver:
         trials = ray.get(plane.policy.status.remote())["trials"]
         return "done" if any(trial["state"] in {"done", "stopped", "paused"} for trial in trials) else "failed"
 
-    def _wish_to_stop(self) -> str | None:
-        """Whether a signal or another process asked for the end: 'graceful', 'now' or None."""
-        if self._num_signals >= 2:
-            return "now"
-        if self._num_signals == 1:
-            return "graceful"
-        asked = stop_request(self._run_dir)
-        return None if asked is None else "now" if asked is StopKind.NOW else "graceful"
+    def _wish_to_stop(self) -> StopKind | None:
+        """Whether a signal or another process asked for the end."""
+        if self._num_signals:
+            return StopKind.NOW if self._num_signals >= 2 else StopKind.GRACEFUL
+        return stop_request(self._run_dir)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

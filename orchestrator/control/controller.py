@@ -265,8 +265,9 @@ class Controller:
         open_slots = state.open_slots()
         if state.lifecycle.queue and not len(open_slots) > state.spec.max_running > 0:
             return  # one that is idle is about to be taken; where more are open than may run, it may be of no use
+        free_slots = state.lifecycle.free_slots()
         for slot in open_slots:
-            is_idle = slot in state.lifecycle.free_slots() and slot.hello is not None
+            is_idle = slot in free_slots and slot.hello is not None
             if is_idle and state.clock.now_s() - slot.idle_since_s > state.spec.idle_close_s:
                 self.close_slot(slot.slot_id)
 

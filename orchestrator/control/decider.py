@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from orchestrator.control.gain import Pace
+from orchestrator.control.gain import Pace, efficiency_of
 from orchestrator.control.journal import SPARE_REASON
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import memory_fields
@@ -21,8 +21,7 @@ from orchestrator.control.surroundings import completed
 from orchestrator.telemetry.stretch import Stretch
 from policies.codec import to_jsonable
 from policies.fair_share import FairShare
-from policies.fit import noise_scale, update
-from policies.goodput import efficiency
+from policies.fit import update
 from policies.invariants import check
 from policies.plan import Allocation, Plan, Settings, TrialId, changed_dials, diff, is_same
 from policies.snapshot import Snapshot, TrialView
@@ -212,8 +211,4 @@ def _words(pace: Pace) -> dict[str, float]:
 
 
 def _efficiency(trial: TrialView, settings: Settings) -> float:
-    """Statistical efficiency of settings as far as the noise scale is known, else 1."""
-    noise = noise_scale(trial.fit)
-    if noise is None:
-        return 1.0
-    return efficiency(noise, trial.start.global_batch, settings.global_batch)
+    return efficiency_of(trial.fit, trial.start.global_batch, settings.global_batch)

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 
 from orchestrator.telemetry.stretch import Stretch
+from policies.fit import TrialFit, noise_scale
+from policies.goodput import efficiency
 from policies.plan import TrialId
 
 SETTLE_S = 1.5
@@ -52,6 +54,12 @@ class _Measurement:
     predicted: float | None
     before: Pace
     efficiency_after: float
+
+
+def efficiency_of(fit: TrialFit, base_batch: int, global_batch: int) -> float:
+    """Statistical efficiency of a batch as far as the noise scale is known, else 1: only throughput is compared."""
+    noise = noise_scale(fit)
+    return 1.0 if noise is None else efficiency(noise, base_batch, global_batch)
 
 
 class GainMeter:

@@ -12,13 +12,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from orchestrator.control.gain import Pace
+from orchestrator.control.gain import Pace, efficiency_of
 from orchestrator.control.lifecycle import SlotState, Trial
 from orchestrator.control.orders import Outcome, Status, StopMode
 from orchestrator.control.state import RunState
-from policies.fit import noise_scale
-from policies.goodput import efficiency
-from policies.plan import Settings, TrialId, can_split, on_ranks
+from policies.plan import TrialId, can_split, on_ranks
 from policies.snapshot import DialLimits
 
 logger = logging.getLogger(__name__)
@@ -102,15 +100,13 @@ class Resizes:
         row = state.plan.allocation(trial.trial_id)
         stretch = state.windows[trial.trial_id].stretch()
         if stretch is not None and row is not None:
-            pace = Pace(throughput=stretch.samples_per_s, efficiency=self._efficiency(trial, row.settings))
+            base_batch = state.spec.start.global_batch
+            efficiency = efficiency_of(state.fits[trial.trial_id], base_batch, row.settings.global_batch)
+            pace = Pace(throughput=stretch.samples_per_s, efficiency=efficiency)
             state.paces[trial.trial_id] = pace, row.predicted_gain
         self._left_at_s[trial.trial_id] = state.clock.now_s()
         trial.moves_to = num_workers
         self._stop(trial.trial_id, StopMode.RESIZE)
-
-    def _efficiency(self, trial: Trial, settings: Settings) -> float:
-        noise = noise_scale(self._state.fits[trial.trial_id])
-        return 1.0 if noise is None else efficiency(noise, self._state.spec.start.global_batch, settings.global_batch)
 
     def _advance_waiting(self, trial: Trial) -> None:
         """A trial that has left its group and whose new one died before it came waits for another, but not for long."""
