@@ -250,8 +250,7 @@ class CpuCores:
 
         Left to the scheduler, a thread that is new, or was not needed for a while, starts on the core of the thread
         that woke it, and stays there for a step or more: both wait for each other on one core, and the step after a
-        share grew takes twice its old time (measured: 110 ms instead of 40 ms, in processes of low priority as Ray's
-        workers are).
+        share grew takes longer than before. Seen in processes of low priority, as Ray's workers are.
         """
         for thread_id, unit in zip(self._threads.compute_ids(), units, strict=False):
             with contextlib.suppress(OSError):  # it has ended

@@ -88,9 +88,9 @@ def set_gradient_sync(model: nn.Module, is_last: bool) -> None:
         model.set_is_last_backward(is_last)
 
 
-def local_grads(model: nn.Module) -> list[Tensor]:
-    """The part of every gradient that this rank holds, in parameter order; a rank's part may be empty."""
-    return [_local(param.grad) for param in model.parameters() if param.grad is not None]
+def local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The part of every gradient that this rank holds, in that order; a rank's part may be empty."""
+    return [_local(param.grad) for param in parameters if param.grad is not None]
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def clip_and_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) ->
         if max_norm is None:
             return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         return torch.nn.utils.clip_grad_norm_(params, max_norm)
-    grads = [_local(param.grad) for param in params if param.grad is not None]
+    grads = local_grads(params)
     norm = sum_sq(grads, mesh.get_group()).sqrt()
     if max_norm is not None:
         # The rule of torch.nn.utils.clip_grad_norm_; no branch, so that nobody has to wait for the number.

@@ -83,7 +83,7 @@ class Stepper:
         install(self.model)
         fsdp.shard(self.model, job.blocks(self.model), ranks.mesh)
         self.optimizer = job.build_optimizer(self.model)
-        self._params = list(self.model.parameters())  # a walk through the modules in every step would cost 0.1 ms
+        self._params = list(self.model.parameters())  # the modules need not be walked in every step
         self.cursor = first_cursor(job, order.seed)
         self.step_index = 0
         self.settings = order.start
@@ -218,8 +218,7 @@ class Stepper:
             loss_sum += float(terms.loss_sum.detach())
             num_elements += terms.num_elements
             self._noise.after_part(number, self.loss_scale.factor(self.settings.tier))
-        if self.settings.tier is Tier.FP16:
-            self.loss_scale.unscale(self.settings.tier, fsdp.local_grads(self.model))
+        self.loss_scale.unscale(self.settings.tier, fsdp.local_grads(self._params))
         return loss_sum / max(1, num_elements), data_s
 
     def _update(self, rate: float) -> None:
@@ -261,7 +260,7 @@ class Stepper:
         fsdp.set_gradient_sync(self.model, True)
         try:
             terms = self.backward(batch, tier, 1 / self.job.num_elements(len(batch[0])))
-            self.loss_scale.unscale(tier, fsdp.local_grads(self.model))
+            self.loss_scale.unscale(tier, fsdp.local_grads(self._params))
         finally:
             set_tier(self.model, self.settings.tier)
         return float(terms.loss_sum.detach()) / terms.num_elements

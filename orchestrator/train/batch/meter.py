@@ -32,7 +32,7 @@ PERIOD_STEPS = 32
 """The same after that, until there are `ENOUGH_DRAWS`."""
 ENOUGH_DRAWS = 60
 QUIET_PERIOD_STEPS = 64
-"""The same from then on: what is measured costs a small model about a tenth of a step, and cutting it another."""
+"""The same from then on: a small model's step takes clearly longer where it is cut and measured."""
 REPLAYED_PERIOD_STEPS = 64
 """The same for steps that are replayed: those are short, and the probe is launched kernel by kernel."""
 HORIZON = 100
@@ -66,7 +66,7 @@ class NoiseMeter:
     """Measures the noise scale of one trial on one rank."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int) -> None:
-        self._model, self._optimizer, self._world_size = model, optimizer, world_size
+        self._params, self._optimizer = list(model.parameters()), optimizer
         self._halves = HalfNoise() if world_size == 1 else None
         self._pairs = NoiseEstimator(every=PERIOD_STEPS) if world_size == 1 else None
         self._is_replayed = self._is_due = False
@@ -119,7 +119,7 @@ class NoiseMeter:
     def after_part(self, number: int, loss_scale: float) -> None:
         """The gradients hold what the first `number` micro-batches have added, still multiplied by the scale."""
         if number == self._half and self._halves is not None:
-            self._halves.hold(fsdp.local_grads(self._model), self._num_first, grad_scale=loss_scale)
+            self._halves.hold(fsdp.local_grads(self._params), self._num_first, grad_scale=loss_scale)
 
     def end(
         self, counts: Sequence[int], group: dist.ProcessGroup | None, *, loss_scale: float = 1.0
@@ -128,11 +128,10 @@ class NoiseMeter:
 
         `loss_scale` is what the loss was multiplied with: what the ranks brought to the reduction was still scaled.
         """
-        params = list(self._model.parameters())
-        grads = fsdp.local_grads(self._model)
+        grads = fsdp.local_grads(self._params)
         # The first step of a pair only keeps its gradients: they are weighed with those of the second.
         is_first = self._is_replayed and self._pairs is not None and not self._pairs.is_half_done
-        weights = [] if is_first else weights_of(self._optimizer, params)
+        weights = [] if is_first else weights_of(self._optimizer, self._params)
         if weights is None:
             self.reset()
             return None

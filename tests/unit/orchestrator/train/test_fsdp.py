@@ -36,7 +36,7 @@ def test_parameters_without_a_gradient_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     model[0].requires_grad_(False)
     model(torch.ones(1, 2)).sum().backward()
-    assert [grad.shape for grad in fsdp.local_grads(model)] == [(1, 2), (1,)]
+    assert [grad.shape for grad in fsdp.local_grads(model.parameters())] == [(1, 2), (1,)]
     assert float(fsdp.sum_sq([], None)) == 0.0
 
 

@@ -131,8 +131,8 @@ def case_norm_without_clipping(rank: int, mesh: DeviceMesh, directory: Path) -> 
     return {
         "alone": float(fsdp.clip_and_norm(alone.parameters(), None)),
         "shared": float(fsdp.clip_and_norm(shared.parameters(), None)),
-        "sum_sq_alone": float(fsdp.sum_sq(fsdp.local_grads(alone), None)),
-        "sum_sq_shared": float(fsdp.sum_sq(fsdp.local_grads(shared), dist.group.WORLD)),
+        "sum_sq_alone": float(fsdp.sum_sq(fsdp.local_grads(alone.parameters()), None)),
+        "sum_sq_shared": float(fsdp.sum_sq(fsdp.local_grads(shared.parameters()), dist.group.WORLD)),
     }
 
 
@@ -269,7 +269,7 @@ def case_noise(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
             model.zero_grad()
             (model(x) - y).square().sum(1).mean().backward()
             assert estimator.wants(step)
-            estimate = estimator.observe(fsdp.local_grads(model), NUM_SAMPLES, group)
+            estimate = estimator.observe(fsdp.local_grads(model.parameters()), NUM_SAMPLES, group)
         assert estimate is not None
         estimates.append((estimate.noise_trace, estimate.grad_sq))
     return {"alone": estimates[0], "shared": estimates[1]}
@@ -288,7 +288,7 @@ def case_exchange(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any
         noise.arm(is_elementwise=True)
         x, y = (part.chunk(WORLD_SIZE)[rank] for part in batch_of(start))
         (turned(x) - y).square().mean().backward()
-        grads = fsdp.local_grads(turned)
+        grads = fsdp.local_grads(turned.parameters())
         rounded.append(all(torch.equal(grad, grad.bfloat16().float()) for grad in grads))
         found = noise.observe(grads, [6, 6], dist.group.WORLD, weights=[torch.ones_like(grad) for grad in grads])
         assert found is not None, "noise is measured whatever gradients are exchanged in"
@@ -374,7 +374,7 @@ def case_overflow_in_one_rank(rank: int, mesh: DeviceMesh, directory: Path) -> d
         loss = (model(x) - y).square().sum() * WORLD_SIZE / NUM_SAMPLES
         factor = scale.factor(Tier.FP16) * (float("inf") if step == 1 and rank == 1 else 1.0)
         (loss * factor).backward()
-        scale.unscale(Tier.FP16, fsdp.local_grads(model))
+        scale.unscale(Tier.FP16, fsdp.local_grads(model.parameters()))
         norm = float(fsdp.clip_and_norm(model.parameters(), 0.5))
         is_skipped = not math.isfinite(norm)
         if not is_skipped:

@@ -172,7 +172,9 @@ def rank_noise(ranks: Ranks, optimizer_name: str, grad_scale: float, num_draws: 
                 optimizer.step()
             continue
         weights = weights_of(optimizers[1], shared.parameters())
-        draw = noise.observe(fsdp.local_grads(shared), counts, ranks.group, grad_scale=grad_scale, weights=weights)
+        draw = noise.observe(
+            fsdp.local_grads(shared.parameters()), counts, ranks.group, grad_scale=grad_scale, weights=weights
+        )
         assert draw is not None
         draws.append((draw.noise_trace, draw.grad_sq))
     alone.zero_grad()
