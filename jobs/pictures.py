@@ -5,10 +5,11 @@ Without torch, so that loader processes are small. Knows nothing of models. Call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -112,12 +113,9 @@ def read_image(path: Path, size: int) -> Bytes:
     """
     pillow = load_extra("PIL.Image", "reading pictures")
     operations = load_extra("PIL.ImageOps", "reading pictures")
-    try:
-        with pillow.open(path) as opened:
-            fitted = operations.fit(opened.convert("RGB"), (size, size), method=pillow.Resampling.BILINEAR)
-            return np.asarray(fitted, dtype=np.uint8).transpose(2, 0, 1)
-    except pillow.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
+    with _opened(path) as picture:
+        fitted = operations.fit(picture.convert("RGB"), (size, size), method=pillow.Resampling.BILINEAR)
+        return np.asarray(fitted, dtype=np.uint8).transpose(2, 0, 1)
 
 
 def check_header(path: Path) -> None:
@@ -126,10 +124,17 @@ def check_header(path: Path) -> None:
     Raises:
         ValueError: it is no picture, or one so large that it must be a mistake; or Pillow is missing.
     """
+    with _opened(path):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A picture whose header was read; one that is too large is a ValueError, here and while it is decoded."""
     pillow = load_extra("PIL.Image", "reading pictures")
     try:
-        with pillow.open(path):
-            pass
+        with pillow.open(path) as picture:
+            yield picture
     except pillow.DecompressionBombError as error:
         raise ValueError(str(error)) from error
 

@@ -6,6 +6,7 @@ Pure like every policy. All else is as `static` leaves it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from policies import Allocation, Effect, Plan, Snapshot, Static, TrialView
@@ -20,13 +21,7 @@ class BySamples:
 
     def decide(self, snapshot: Snapshot) -> Plan:
         """Static shares, and the number of ranks that is due."""
-        plan = Static().decide(snapshot)
-        rows = []
-        for row in plan.allocations:
-            trial = next(trial for trial in snapshot.trials if trial.trial_id == row.trial_id)
-            due = 2 if self.grow_at <= trial.num_samples < self.shrink_at else 1
-            rows.append(_with_ranks(row, trial, due))
-        return dataclasses.replace(plan, allocations=tuple(rows))
+        return _static(snapshot, lambda trial: 2 if self.grow_at <= trial.num_samples < self.shrink_at else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +32,17 @@ class ThereAndBack:
 
     def decide(self, snapshot: Snapshot) -> Plan:
         """Static shares, and the number of ranks that is due."""
-        plan = Static().decide(snapshot)
-        rows = []
-        for row in plan.allocations:
-            trial = next(trial for trial in snapshot.trials if trial.trial_id == row.trial_id)
-            is_known = any(cell.num_workers == 2 and cell.num_steps >= self.num_steps for cell in trial.fit.cells)
-            rows.append(_with_ranks(row, trial, 1 if is_known else 2))
-        return dataclasses.replace(plan, allocations=tuple(rows))
+        return _static(snapshot, lambda trial: 1 if self._is_known(trial) else 2)
+
+    def _is_known(self, trial: TrialView) -> bool:
+        return any(cell.num_workers == 2 and cell.num_steps >= self.num_steps for cell in trial.fit.cells)
+
+
+def _static(snapshot: Snapshot, due: Callable[[TrialView], int]) -> Plan:
+    """Static shares, and the number of ranks that is due for each trial."""
+    plan, trials = Static().decide(snapshot), {trial.trial_id: trial for trial in snapshot.trials}
+    rows = (_with_ranks(row, trials[row.trial_id], due(trials[row.trial_id])) for row in plan.allocations)
+    return dataclasses.replace(plan, allocations=tuple(rows))
 
 
 def _with_ranks(row: Allocation, trial: TrialView, due: int) -> Allocation:

@@ -23,7 +23,17 @@ from typing import Any
 import torch
 
 from tests.bench import batch_run
-from tests.bench.results_file import RESULTS, ROOT, Figure, Report, default_path, median_figure, options, say
+from tests.bench.results_file import (
+    RESULTS,
+    ROOT,
+    Figure,
+    Report,
+    chosen_part,
+    default_path,
+    median_figure,
+    options,
+    say,
+)
 
 PARAMS: dict[str, Any] = {"width": 64, "layers": 2, "heads": 4, "context": 64, "eval_windows": 256, "lr": 1e-3}
 START = 16
@@ -261,9 +271,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
 
 def main() -> None:
     """Run the part that the command line names."""
-    if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
-        sys.exit(f"usage: python -m tests.bench.bench_batch PART ...; PART one of {', '.join(PARTS)}")
-    part = sys.argv.pop(1)
+    part = chosen_part(PARTS)
     measure, repeats = PARTS[part]
     torch.set_num_threads(1)
     report = Report(options(f"batch_{part}", repeats=repeats))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.job_twin import search_file
-from tests.bench.results_file import ROOT, Figure, Report, median_figure, options, say
+from tests.bench.results_file import ROOT, Figure, Report, chosen_part, median_figure, options, say
 
 LIMIT_S = 180.0
 QUICK = ("trial.samples_per_report=512", "trial.max_reports=2")
@@ -186,9 +186,7 @@ def measure_searches(report: Report, overrides: tuple[str, ...]) -> None:
 def main() -> None:
     """What the command line says."""
     parts = (*TARGETS, "searches", "simple")
-    if len(sys.argv) < 2 or sys.argv[1] not in parts:
-        sys.exit(f"usage: python -m tests.bench.bench_jobs PART ...; PART one of {', '.join(parts)}")
-    part = sys.argv.pop(1)
+    part = chosen_part(parts)
     report = Report(options(f"jobs_{part}", repeats=5 if part in TARGETS else 1))
     overrides = QUICK if report.options.is_quick else ()
     if part == "searches":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +27,16 @@ from orchestrator.train.stepper import Stepper
 from policies.tier import Tier, auto_tiers
 from tests.bench.guarded_ranks import run_ranks
 from tests.bench.guarded_trial import Course, Recipe, run
-from tests.bench.results_file import Figure, Report, bootstrap_interval, median_figure, options, p95_figure, say
+from tests.bench.results_file import (
+    Figure,
+    Report,
+    bootstrap_interval,
+    chosen_part,
+    median_figure,
+    options,
+    p95_figure,
+    say,
+)
 
 AUTO = auto_tiers(cpu_facts())
 LANGUAGE = {"width": 64, "layers": 2, "heads": 4, "context": 32, "lr": 2e-3, "eval_windows": 512}
@@ -367,9 +375,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
 
 def main() -> None:
     """Run the part that the command line names."""
-    if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
-        sys.exit(f"usage: python -m tests.bench.bench_precision PART ...; PART one of {', '.join(PARTS)}")
-    part = sys.argv.pop(1)
+    part = chosen_part(PARTS)
     measure, repeats = PARTS[part]
     torch.set_num_threads(1)
     report = Report(options(f"precision_{part.replace('-', '_')}", repeats=repeats))

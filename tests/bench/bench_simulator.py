@@ -42,7 +42,7 @@ from policies.simulator import (
 from policies.simulator.search import AshaSearch, SearchSpec
 from policies.simulator.tables import read_sharing, read_tiers
 from policies.tier import Tier
-from tests.bench.results_file import ROOT, Figure, Options, Report, median_figure, options, say
+from tests.bench.results_file import ROOT, Figure, Options, Report, chosen_part, median_figure, options, say
 
 OURS = "goodput_joint"
 RIVALS = ("pollux", "tiresias", "optimus")
@@ -401,9 +401,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
 
 def main() -> None:
     """Run the part that the command line names."""
-    if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
-        sys.exit(f"usage: python -m tests.bench.bench_simulator PART ...; PART one of {', '.join(PARTS)}")
-    part = sys.argv.pop(1)
+    part = chosen_part(PARTS)
     measure, repeats = PARTS[part]
     report = Report(options(f"simulator_{part}", repeats=repeats))
     try:

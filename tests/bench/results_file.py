@@ -17,7 +17,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -102,6 +102,14 @@ class Report:
         self.options.out.write_text(json.dumps(content, indent=1, allow_nan=False, default=float) + "\n")
         say(f"  -> {self.options.out}")
         return self.options.out
+
+
+def chosen_part(parts: Collection[str]) -> str:
+    """The part of a benchmark that the first word of the command line names; the rest is left for `options`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in parts:
+        name = Path(sys.argv[0]).stem
+        sys.exit(f"usage: python -m tests.bench.{name} PART ...; PART one of {', '.join(parts)}")
+    return sys.argv.pop(1)
 
 
 def options(theme: str, *, repeats: int, quick_repeats: int = 1) -> Options:
