@@ -41,7 +41,7 @@ class HalfNoise:
 
     With a, b the mean gradients of n and m samples: |G|^2 = <a, b> and tr(Sigma) = |a - b|^2 / (1 / n + 1 / m). Two
     steps would do as well if weights did not move in between: a step turns the next gradient away from its own, so that
-    |G|^2 comes out too small (measured: the noise scale half as large again, or twice).
+    |G|^2 comes out too small and the noise scale too large.
 
     It holds one copy of the local gradients from the middle of a step to its end.
     """
