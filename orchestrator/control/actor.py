@@ -159,6 +159,7 @@ class PolicyActor:
     async def take_device_samples(self, samples: list[dict[str, Any]]) -> None:
         """What the agent of a GPU node saw."""
         if not self._is_over:
+            self._controller.checks.take_samples(samples)
             self._controller.telemetry.append_devices(self._status.take_samples(samples))
 
     async def lose_slot(self, slot_id: str, reason: str) -> None:
@@ -276,6 +277,7 @@ class PolicyActor:
                 if loop.time() >= next_slow_s:
                     next_slow_s = loop.time() + _SLOW_PERIOD_S
                     self._controller.decider.settle_gains()
+                    self._controller.checks.observe()
                     self._controller.close_idle_slots()
                     self._controller.admit()
                     self._controller.telemetry.append_devices(self._status.sample_devices())

@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.clock import Clock
 from orchestrator.control.admission import Admission
+from orchestrator.control.checks import ShareChecks
 from orchestrator.control.continuation import Continuations
 from orchestrator.control.decider import Decider
 from orchestrator.control.journal import FILE_NAME, SCHEMA_VERSION, Journal, read
@@ -70,6 +71,7 @@ class Controller:
             self.close_slot,
         )
         self.resizes = Resizes(self.state, self.stop_trial)
+        self.checks = ShareChecks(self.state)
         self.telemetry = TelemetryWriter(run_dir / "telemetry")
         self._is_interrupted = False
 

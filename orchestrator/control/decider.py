@@ -18,6 +18,7 @@ from orchestrator.control.orders import Grant
 from orchestrator.control.resizing import limits_now
 from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
+from orchestrator.share.verification import judge_speed
 from orchestrator.telemetry.stretch import Stretch
 from policies.codec import to_jsonable
 from policies.fair_share import FairShare
@@ -122,6 +123,9 @@ class Decider:
         gain = state.meter.settle(trial_id, now, is_last=is_last)
         if gain is None:
             return
+        check = judge_speed(gain.predicted, gain.realised)
+        if check is not None:
+            state.checks.setdefault(trial_id, {})[check.what] = check
         for dial in gain.dials:
             state.gains[dial].add(gain.realised)
         state.log(

@@ -127,7 +127,18 @@ class SlotOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotHello:
-    """What a worker group says of itself when it attaches."""
+    """What a worker group says of itself when it attaches.
+
+    Attributes:
+        slot_id: the slot.
+        placement: device of each rank.
+        devices: those of the placement.
+        enforced_by: the mechanism that holds its ranks to their share.
+        enforcement: what that enforces, in words.
+        pids: process of each rank.
+        enforces: the same as a claim that can be checked: some of compute, memory.
+        memory_cap_bytes: what each rank's allocator may take of its GPU, None without a cap.
+    """
 
     slot_id: str
     placement: tuple[DeviceId, ...]
@@ -135,6 +146,8 @@ class SlotHello:
     enforced_by: str
     enforcement: str
     pids: tuple[int, ...] = ()
+    enforces: tuple[str, ...] = ()
+    memory_cap_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

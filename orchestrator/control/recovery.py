@@ -217,7 +217,15 @@ def _gain(state: RunState, entry: Entry) -> None:
 def _hello_from(values: dict[str, Any]) -> SlotHello:
     devices = tuple(DeviceView(**{**view, "kind": DeviceKind(view["kind"])}) for view in values["devices"])
     placement = tuple(DeviceId(device_id) for device_id in values["placement"])
-    return SlotHello(**{**values, "devices": devices, "placement": placement, "pids": tuple(values["pids"])})
+    return SlotHello(
+        **{
+            **values,
+            "devices": devices,
+            "placement": placement,
+            "pids": tuple(values["pids"]),
+            "enforces": tuple(values.get("enforces", ())),
+        }
+    )
 
 
 _ACTIONS: dict[str, Callable[[RunState, Entry], None]] = {

@@ -16,6 +16,7 @@ from orchestrator.control.ledger import Ledger
 from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
 from orchestrator.control.orders import SlotOp, SlotOrder
 from orchestrator.control.spec import RunSpec
+from orchestrator.share.verification import Check, Subject
 from orchestrator.telemetry.window import TrialWindow
 from policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
 from policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, TrialId
@@ -41,6 +42,7 @@ class RunState:
         gains: typical realised gain per dial.
         restart_s: seconds that the last move of a trial to a group of another size cost it, None before the first.
         kept_fits: what is learned of trials that are between two groups.
+        checks: the newest check of each kind of every running trial's share.
         paces: of trials that leave for another group: their pace, and the gain that the move was predicted to bring.
     """
 
@@ -69,6 +71,7 @@ class RunState:
         self.restart_s: float | None = None
         self.kept_fits: dict[TrialId, TrialFit] = {}
         self.paces: dict[TrialId, tuple[Pace, float | None]] = {}
+        self.checks: dict[TrialId, dict[Subject, Check]] = {}
         self.committed_at_s: dict[int, float] = {}
         self.changed_slots: set[str] = set()
         self.changed_trials: set[TrialId] = set()
@@ -146,7 +149,7 @@ class RunState:
         """Close the accounts of a trial whose processes use nothing any more."""
         self.ledger.close_line(trial_id)
         self.meter.forget(trial_id)
-        for table in (self.windows, self.fits, self.overrides, self.changed_at_s):
+        for table in (self.windows, self.fits, self.overrides, self.changed_at_s, self.checks):
             table.pop(trial_id, None)
         self.changed_trials.add(trial_id)
         self.wants_decision = True

@@ -42,7 +42,8 @@ class StatusWriter:
         now_s, wall_s = self._state.clock.now_s(), self._state.clock.wall_s()
         for sample in samples:
             self._samples[sample["device_id"]] = DeviceSample(**sample)
-        return [{**sample, "t_s": now_s, "wall_s": wall_s} for sample in samples]
+        told = ({key: value for key, value in sample.items() if key != "processes"} for sample in samples)
+        return [{**sample, "t_s": now_s, "wall_s": wall_s} for sample in told]
 
     def now(self) -> dict[str, Any]:
         """The status of this instant."""
@@ -156,6 +157,7 @@ class StatusWriter:
             if view is None or view.is_replayed is None
             else ("graph" if view.is_replayed else "eager"),
             "enforced_by": None if slot is None or slot.hello is None else slot.hello.enforced_by,
+            "checks": [asdict(check) for _, check in sorted(state.checks.get(trial.trial_id, {}).items())],
             **_dials(settings, state.spec.start_on(trial.size) if trial.size else state.spec.start),
             "resize_to": trial.moves_to or (None if trial.wish is None else trial.wish[0]),
             "tier_layers": self._tier_layers(trial, settings),

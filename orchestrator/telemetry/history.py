@@ -205,6 +205,17 @@ class GainRealised(Entry):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShareChecked(Entry):
+    """What was seen of a trial's share under an allocation; `verdict` is held or not held."""
+
+    generation: Generation
+    trial_id: TrialId
+    what: str
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded(Entry):
     """The end of a run and what it left behind."""
 
@@ -420,6 +431,14 @@ _PARSERS: dict[str, Callable[[dict[str, Any], Mapping[str, Any]], Entry]] = {
     ),
     "trial_ended": _ended,
     "gain": _gain,
+    "check": lambda head, f: ShareChecked(
+        **head,
+        generation=_generation(f),
+        trial_id=_trial(f),
+        what=str(f["what"]),
+        verdict=str(f["verdict"]),
+        reason=str(f["reason"]),
+    ),
     "run_ended": lambda head, f: RunEnded(
         **head, state=str(f["state"]), leaks={str(name): int(count) for name, count in f["leaks"].items()}
     ),

@@ -18,6 +18,7 @@ import psutil
 
 from orchestrator.errors import UnfitEnvironmentError
 from orchestrator.telemetry.gpm import SILENT, open_gpm
+from orchestrator.telemetry.gpu_processes import read_processes
 from orchestrator.telemetry.patience import Patience
 from policies.plan import DeviceId
 
@@ -43,6 +44,7 @@ class DeviceSample:
         sm_active_ratio, tensor_active_ratio, dram_active_ratio: how busy these parts of a GPU were since the last
             sample, in [0, 1]; Hopper and newer.
         problem: why nothing could be read at all, None if something could.
+        processes: ids and bytes of the processes that hold memory of a GPU, as the host counts them.
     """
 
     device_id: DeviceId
@@ -55,6 +57,7 @@ class DeviceSample:
     tensor_active_ratio: float | None = None
     dram_active_ratio: float | None = None
     problem: str | None = None
+    processes: tuple[tuple[int, int], ...] | None = None
 
 
 class MemoryInfo(Protocol):
@@ -338,6 +341,7 @@ class NvmlSampler:
             tensor_active_ratio=activity.tensor_ratio,
             dram_active_ratio=activity.dram_ratio,
             problem=errors[-1] if is_silent else None,
+            processes=read_processes(nvml, handle),
         )
 
     def _field(self, errors: list[str], read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, StepArray
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, StepArray
 
 SETTINGS = ("generation", "cores", "tier", "micro_batch", "grad_accum", "num_workers")
 """Fields of a record that say under which dials a step ran."""
@@ -27,12 +27,14 @@ class Stretch:
         num_steps: how many count.
         seconds: what they took.
         samples_per_s: samples in them over that.
+        is_replayed: whether they were replayed from a graph.
     """
 
     generation: int
     num_steps: int
     seconds: float
     samples_per_s: float
+    is_replayed: bool = False
 
 
 def ordinary(rows: StepArray) -> StepArray:
@@ -62,4 +64,5 @@ def newest_stretch(rows: StepArray) -> Stretch | None:
         num_steps=int(kept.sum()),
         seconds=seconds,
         samples_per_s=float(mine["num_samples"][kept].sum(dtype=np.int64)) / seconds,
+        is_replayed=bool(int(mine["flags"][-1]) & FLAG_GRAPH),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from orchestrator.share.verification import Usage
 from orchestrator.telemetry import validation
 from orchestrator.telemetry.record import (
     FLAG_GRAPH,
@@ -23,6 +24,7 @@ from orchestrator.telemetry.record import (
     tier_of,
 )
 from orchestrator.telemetry.stretch import SETTINGS, Stretch, newest_stretch, ordinary
+from orchestrator.telemetry.usage import UsageMeter
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
 from policies.fit import Observation
 
@@ -114,6 +116,7 @@ class _Rank:
     clock_lag_s: float | None = None
     memory_bytes: int = 0
     busy_s: Floats = field(default_factory=lambda: np.empty(0))
+    usage: UsageMeter = field(default_factory=UsageMeter)
 
 
 class _Rows:
@@ -225,9 +228,19 @@ class TrialWindow:
         self._pending.clear()
         return tuple(_summarise(group, self._sync_s(group)) for group in _same_settings(rows))
 
-    def stretch(self) -> Stretch | None:
-        """Its speed since its dials last turned, over the last seconds at most; None before a step counts."""
-        return newest_stretch(self._recent.joined())
+    def stretch(self, began_after_s: float | None = None) -> Stretch | None:
+        """Its speed since its dials last turned, over the last seconds at most; None before a step counts.
+
+        Args:
+            began_after_s: leave out steps that began before that time.
+        """
+        rows = self._recent.joined()
+        return newest_stretch(rows if began_after_s is None else rows[rows["start_s"] >= began_after_s])
+
+    def usage(self) -> Usage | None:
+        """CPU time of the rank that used the most of its share since that last changed; None before a step counts."""
+        known = [usage for state in self._ranks.values() if (usage := state.usage.now) is not None]
+        return max(known, key=lambda usage: usage.cpu_s / max(usage.wall_s * usage.cores, 1e-9), default=None)
 
     def view(self, now_s: float) -> WindowView:
         """The trial as it stands at `now_s`."""
@@ -384,6 +397,7 @@ def _advance_rank(state: _Rank, rows: StepArray) -> None:
         end_s = max(end_s, state.anchor.end_s)
     state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=end_s)
     state.memory_bytes = int(last["memory_bytes"]) or state.memory_bytes  # 0 while it is not known
+    state.usage.add(rows)
     busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64)
     state.busy_s = np.concatenate((state.busy_s, busy_s))[-_MAX_TAIL_ROWS:]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -141,7 +142,14 @@ def _hello(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, words: s
         enforced_by=share.name,
         enforcement=share.enforcement.note + (f" ({words})" if words else ""),
         pids=tuple(pid for _, pid in all_ranks),
+        enforces=tuple(what for what in ("compute", "memory") if getattr(share.enforcement, what)),
+        memory_cap_bytes=_cap_bytes(config["memory_fraction"], devices.values()) if share.enforcement.memory else None,
     )
+
+
+def _cap_bytes(fraction: float, devices: Iterable[DeviceView]) -> int:
+    """What each rank's allocator may take: of the smallest GPU, where they differ."""
+    return int(fraction * min(device.memory_bytes for device in devices))
 
 
 def _device(device: torch.device, share: ShareMechanism, max_units: int | None) -> DeviceView:

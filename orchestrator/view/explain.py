@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, JournalError
+from orchestrator.share.verification import Verdict, judge_speed
 from orchestrator.telemetry.history import (
     Acknowledged,
     GainRealised,
@@ -18,6 +19,7 @@ from orchestrator.telemetry.history import (
     Overridden,
     PlanCommitted,
     Refused,
+    ShareChecked,
     TrialResized,
     read_history,
 )
@@ -56,7 +58,9 @@ def explain(run_dir: Path, decision: int | None) -> dict[str, Any]:
         `trials`, which holds the same keys for each changed trial, and throughput, efficiency and goodput before and
         after: `predicted` (of trials that stay where they are) and `measured`; of several trials the top-level values
         are those of the one with the largest predicted gain.
-        For all of them `run_id`, `decisions`, `overrides`, `resizes` and `refusals`.
+        Each of `trials` also has `checks`: what was seen of its share and speed, in words.
+        For all of them `run_id`, `decisions`, `overrides`,
+        `deviations` (shares that were not real), `resizes` and `refusals`.
 
     Raises:
         ConfigError: there is no such run or decision.
@@ -86,11 +90,14 @@ class _Outcomes:
     def __init__(self, history: History) -> None:
         self._acks: dict[tuple[Generation, TrialId], list[Acknowledged]] = {}
         self._gains: dict[tuple[Generation, TrialId], GainRealised] = {}
+        self._checks: dict[tuple[Generation, TrialId], list[str]] = {}
         for entry in history.entries:
             if isinstance(entry, Acknowledged):
                 self._acks.setdefault((entry.generation, entry.trial_id), []).append(entry)
             elif isinstance(entry, GainRealised):
                 self._gains[entry.generation, entry.trial_id] = entry
+            elif isinstance(entry, ShareChecked):
+                self._checks.setdefault((entry.generation, entry.trial_id), []).append(entry.reason)
 
     def realised_gain(self, generation: Generation, trial_id: TrialId) -> float | None:
         gain = self._gains.get((generation, trial_id))
@@ -100,6 +107,12 @@ class _Outcomes:
         """Throughput, efficiency and goodput before and after, where they were measured."""
         gain = self._gains.get((generation, trial_id))
         return {"before": dict(gain.before), "after": dict(gain.after)} if gain is not None and gain.after else None
+
+    def checks(self, generation: Generation, trial_id: TrialId) -> list[str]:
+        """What was seen of the share, and of the speed against what was predicted, in words."""
+        gain = self._gains.get((generation, trial_id))
+        speed = None if gain is None else judge_speed(gain.predicted, gain.realised)
+        return [*self._checks.get((generation, trial_id), []), *([] if speed is None else [speed.reason])]
 
     def applied(self, generation: Generation, trial_id: TrialId) -> list[dict[str, Any]]:
         acks = self._acks.get((generation, trial_id), [])
@@ -177,6 +190,7 @@ def _trial(
         "realised_gain": outcomes.realised_gain(generation, trial_id),
         "measured": outcomes.measured(generation, trial_id),
         "applied": outcomes.applied(generation, trial_id),
+        "checks": outcomes.checks(generation, trial_id),
     }
 
 
@@ -257,6 +271,11 @@ def _summary(run_dir: Path, history: History) -> dict[str, Any]:
             }
             for r in history.of(TrialResized)
         ],
+        "deviations": [
+            {"trial": c.trial_id, "generation": int(c.generation), "reason": c.reason, "after_s": c.wall_s - origin_s}
+            for c in history.of(ShareChecked)
+            if c.verdict == Verdict.NOT_HELD
+        ],
         "refusals": [
             {"reason": r.reason, "violations": list(r.violations), "after_s": r.wall_s - origin_s}
             for r in history.of(Refused)
@@ -287,6 +306,9 @@ def _render_summary(answer: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"override after {show_seconds(item['after_s'])} by {clean(item['trial'])}: {clean(item['reason'])}"
         )
+    for item in dicts(answer["deviations"]):
+        what = f"{clean(item['trial'])} under plan {show_count(item['generation'])}: {clean(item['reason'])}"
+        lines.append(f"share not real after {show_seconds(item['after_s'])}: {what}")
     for item in dicts(answer["resizes"]):
         cost_s = item.get("restart_s")
         cost = "" if cost_s is None else f", {show_seconds(cost_s)} without a step"
@@ -335,6 +357,7 @@ def _render_trial(item: Mapping[str, object]) -> list[str]:
         *(f"  {line}" for line in table(["", "settings", "goodput/s"], rows, numeric=["goodput/s"])),
         f"  bound by {clean(item['binding'])}; applied {'; '.join(applied) or 'not yet'} ({effect} effect)",
         f"  gain predicted {show_gain(item['predicted_gain'])}, realised {show_gain(item['realised_gain'])}",
+        *(f"  {clean(text)}" for text in _texts(item.get("checks"))),
         *_render_paces(item),
     ]
 

@@ -148,7 +148,7 @@ def plain_line(status: Mapping[str, object], now_s: float) -> str:
             parts.append(
                 f"{clean(trial.get('trial_id'))} step {show_count(trial.get('step'))}"
                 f" loss {show_number(trial.get('loss'))}{metric} {rate} share {show_number(trial.get('share'), 2)}"
-                f" ({_enforced(trial)}) batch {_batch(trial)} {_tier(trial)}{_tier_layers(trial)}"
+                f" ({_enforced(trial)}){_checked(trial)} batch {_batch(trial)} {_tier(trial)}{_tier_layers(trial)}"
                 f" left {show_seconds(trial.get('time_left_s'))}{_prefixed(_decision(trial))}"
             )
     for device in dicts(status.get("devices")):
@@ -342,8 +342,17 @@ def _metric(trial: Mapping[str, object], name: str) -> str:
 
 
 def _held(trial: Mapping[str, object], unit: str) -> str:
-    """What the share amounts to and what enforces it."""
-    return f"{show_number(trial.get('amount'), 3)} {unit} by {_enforced(trial)}"
+    """What the share amounts to, what enforces it, and whether it was seen to."""
+    return f"{show_number(trial.get('amount'), 3)} {unit} by {_enforced(trial)}{_checked(trial)}"
+
+
+def _checked(trial: Mapping[str, object]) -> str:
+    """What was seen of the share: that it is held, or what is not; nothing before anything was seen."""
+    shares = [check for check in dicts(trial.get("checks")) if check.get("what") != "speed"]
+    deviations = [clean(check.get("reason")) for check in shares if check.get("verdict") == "not held"]
+    if deviations:
+        return f" ({', '.join(deviations)})"
+    return " (held)" if any(check.get("verdict") == "held" for check in shares) else ""
 
 
 def _resize(trial: Mapping[str, object]) -> str:

@@ -13,13 +13,16 @@ from typing import Any
 
 from orchestrator.control.journal import SPARE_REASON
 from orchestrator.run_dirs import read_status
+from orchestrator.share.verification import SPEED_TOLERANCE, Verdict, judge_speed
 from orchestrator.telemetry.history import (
     Acknowledged,
+    GainRealised,
     History,
     Offered,
     PlanCommitted,
     Reported,
     RunBegun,
+    ShareChecked,
     TrialQueued,
     read_history,
 )
@@ -57,6 +60,7 @@ def verify(run_dir: Path) -> dict[str, Any]:
     findings += verify_steps.samples(attempts, history, notes)
     findings += verify_steps.gaps(attempts)
     findings += verify_grants.endings(history)
+    notes += _deviations(history)
     checked = {
         "entries": len(history.entries),
         "plans": len(plans),
@@ -69,6 +73,20 @@ def verify(run_dir: Path) -> dict[str, Any]:
         "steps": steps.table.num_rows,
     }
     return {"violations": [asdict(finding) for finding in findings], "checked": checked, "notes": notes}
+
+
+def _deviations(history: History) -> Iterator[str]:
+    """Shares that were not what was granted, and changes that did not bring what was predicted: seen, not broken."""
+    for entry in history.of(ShareChecked):
+        if entry.verdict == Verdict.NOT_HELD:
+            yield f"share of {entry.trial_id} under plan {entry.generation} not real: {entry.reason}"
+    judged = [check for gain in history.of(GainRealised) if (check := judge_speed(gain.predicted, gain.realised))]
+    num_off = sum(check.verdict is Verdict.NOT_HELD for check in judged)
+    if num_off:
+        yield (
+            f"{num_off} of {len(judged)} changes with a prediction brought more than {100 * SPEED_TOLERANCE:.0f} %"
+            " more or less goodput than predicted"
+        )
 
 
 def _journal(run_dir: Path, history: History, notes: list[str]) -> Iterator[Finding]:

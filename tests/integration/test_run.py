@@ -39,6 +39,7 @@ def test_a_run_ends_well_and_says_where_everything_is(undisturbed: tuple[Started
     assert violations(run.run_dir) == []
     assert run.status["state"] == "done"
     assert [trial["state"] for trial in run.status["trials"]] == ["done"] * 3
+    assert all(entry["verdict"] == "held" for entry in run.of("check") if entry["what"] == "compute"), run.of("check")
 
 
 def test_nothing_is_left_of_a_run(undisturbed: tuple[Started, int, str]) -> None:

@@ -185,6 +185,8 @@ class World:
     clock: ManualClock = field(default_factory=lambda: ManualClock(100.0))
     policy_params: dict[str, float] = field(default_factory=dict)
     max_running: int = 0
+    enforces: tuple[str, ...] = ("compute",)
+    memory_cap_bytes: int | None = None
     commits: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -212,6 +214,8 @@ class World:
             enforced_by="cpu_cores",
             enforcement="",
             pids=(1,),
+            enforces=self.enforces,
+            memory_cap_bytes=self.memory_cap_bytes,
         )
         return Worker(self, slot_id, self.controller.attach(hello), num_workers)
 

@@ -343,3 +343,33 @@ def test_this_machine_has_cores_and_memory() -> None:
     assert sample.memory_total_bytes is not None
     assert 0 < sample.memory_used_bytes < sample.memory_total_bytes
     assert sample.utilisation_ratio is None or 0 <= sample.utilisation_ratio <= 1
+
+
+@dataclass
+class Process:
+    pid: int
+    usedGpuMemory: int | None  # noqa: N815
+
+
+class NvmlWithProcesses(FakeNvml):
+    """As on the H200 under MPS: clients are listed apart from plain processes."""
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[Process]:  # noqa: N802
+        self._answer("nvmlDeviceGetComputeRunningProcesses", needs_init=True)
+        return [Process(7, 100), Process(8, None)]
+
+    def nvmlDeviceGetMPSComputeRunningProcesses(self, handle: object) -> list[Process]:  # noqa: N802
+        self._answer("nvmlDeviceGetMPSComputeRunningProcesses", needs_init=True)
+        return [Process(5, 300), Process(7, 200), Process(9, (1 << 64) - 1)]
+
+
+def test_memory_is_told_by_process_where_nvml_does() -> None:
+    nvml = NvmlWithProcesses()
+    sampler = NvmlSampler(nvml, {"GPU-b": GPU})
+    assert sampler.sample()[0].processes == ((5, 300), (7, 200)), "what the driver does not say is left out"
+    nvml.fails["nvmlDeviceGetMPSComputeRunningProcesses"] = NVMLError_NotSupported()
+    assert sampler.sample()[0].processes == ((7, 100),)
+    nvml.fails["nvmlDeviceGetComputeRunningProcesses"] = NVMLError_NotSupported()
+    assert sampler.sample()[0].processes is None
+    real = importlib.import_module("pynvml")
+    assert all(hasattr(real, name) for name in dir(NvmlWithProcesses) if name.startswith("nvml"))

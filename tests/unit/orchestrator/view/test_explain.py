@@ -162,3 +162,19 @@ def test_throughput_efficiency_and_goodput_are_told_before_and_after_predicted_a
     assert told["predicted"]["after"]["throughput"] > told["predicted"]["before"]["throughput"]
     text = render(answer)
     assert all(f"{kind} {side}" in text for kind in ("predicted", "measured") for side in ("before", "after"))
+
+
+def test_what_was_seen_of_a_share_is_told_with_its_decision_and_deviations_with_all(tmp_path: Path) -> None:
+    run = healthy_run(tmp_path)
+    head = {"generation": 2, "trial_id": "a", "what": "compute", "expected": 1.0, "unit": "cores"}
+    run.log(
+        "check", **head, observed=1.9, verdict="not held", reason="compute not held: 1.90 cores, granted 1.00 cores"
+    )
+    directory = run.write()
+    one = explain(directory, 2)
+    seen = next(item["checks"] for item in one["trials"] if item["trial"] == "a")
+    assert seen[0] == "compute not held: 1.90 cores, granted 1.00 cores"
+    assert seen[1].startswith("speed held: 1.20 times, predicted 1.25 times")
+    assert "  compute not held: 1.90 cores, granted 1.00 cores" in render(one).splitlines()
+    text = render(explain(directory, None))
+    assert "a under plan 2: compute not held: 1.90 cores, granted 1.00 cores" in text

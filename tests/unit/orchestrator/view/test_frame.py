@@ -162,3 +162,13 @@ def test_a_status_of_any_content_can_be_shown(data: st.DataObject) -> None:
     target[data.draw(st.sampled_from(sorted(target)))] = data.draw(JSON)
     assert all(line.isprintable() for line in frame_text(content).split("\n"))
     assert plain_line(content, 1083.0).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "shown"), [("held", " by cpu_cores (held)"), ("not held", " by cpu_cores (compute: 1.90 cores)")]
+)
+def test_what_was_seen_of_a_share_stands_beside_what_enforces_it(verdict: str, shown: str) -> None:
+    content = status(Path("/runs/demo"))
+    content["trials"][0]["checks"] = [{"what": "compute", "verdict": verdict, "reason": "compute: 1.90 cores"}]
+    assert shown in frame_text(content, width=200)
+    assert "(held)" not in frame_text(status(Path("/runs/demo")), width=200), "nothing was seen"

@@ -514,3 +514,17 @@ def test_a_torn_telemetry_segment_is_noted(tmp_path: Path) -> None:
     answer = verify(run.write())
     assert answer["violations"] == []
     assert "torn after 5 rows" in answer["notes"][0]
+
+
+def test_shares_that_were_not_real_and_wrong_predictions_are_mentioned_and_break_nothing(tmp_path: Path) -> None:
+    run = healthy_run(tmp_path)
+    seen = {"expected": 1.0, "observed": 1.9, "unit": "cores", "reason": "compute not held: 1.90 cores"}
+    run.log("check", generation=2, trial_id="a", what="compute", verdict="not held", **seen)
+    run.log("check", generation=1, trial_id="a", what="compute", verdict="held", **seen)
+    run.log("gain", generation=2, trial_id="a", dial="share", predicted=1.0, realised=0.0)
+    answer = verify(run.write())
+    assert answer["violations"] == []
+    assert answer["notes"] == [
+        "share of a under plan 2 not real: compute not held: 1.90 cores",
+        "1 of 3 changes with a prediction brought more than 30 % more or less goodput than predicted",
+    ]

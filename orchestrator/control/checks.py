@@ -1,0 +1,144 @@
+"""Whether the shares in force are real: looks at every running trial once a second, and says what deviates.
+
+Compares what the ledger granted and the mechanism claims with what telemetry shows (`share.verification` judges). Takes
+only what is there already, so nothing here waits and training notices nothing. A verdict goes into the journal once per
+allocation; the status shows the newest of each kind. Changes no decision.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from orchestrator.control.ledger import Line
+from orchestrator.control.lifecycle import Trial
+from orchestrator.control.memory import CONTEXT_BYTES
+from orchestrator.control.orders import Grant, SlotHello
+from orchestrator.control.state import RunState
+from orchestrator.share.contention import Contention
+from orchestrator.share.verification import (
+    MIN_STEPS,
+    Check,
+    Subject,
+    Verdict,
+    judge_cpu,
+    judge_memory,
+    unobservable,
+)
+from policies.plan import DeviceId, TrialId
+from policies.snapshot import DeviceKind
+
+logger = logging.getLogger(__name__)
+
+SETTLE_S = 1.0
+"""Seconds after a neighbour came or went that are left out, and that a step time is then taken over at least."""
+
+
+class ShareChecks:
+    """The checks of one run."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._processes: dict[DeviceId, dict[int, int] | None] = {}
+        self._contention: dict[TrialId, Contention] = {}
+        self._beside: dict[TrialId, tuple[frozenset[str], float]] = {}
+        self._said: set[tuple[TrialId, int, Subject, Verdict]] = set()
+
+    def take_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Remember what each process holds of the GPUs that an agent looked at."""
+        for sample in samples:
+            found = sample.get("processes")
+            self._processes[sample["device_id"]] = None if found is None else {int(pid): used for pid, used in found}
+
+    def observe(self) -> None:
+        """Check the share of every trial that runs with its newest grant."""
+        state = self._state
+        running = {trial.trial_id: trial for trial in state.lifecycle.running()}
+        for gone in self._beside.keys() - running.keys():
+            del self._beside[gone]
+            self._contention.pop(gone, None)
+        self._said = {said for said in self._said if said[0] in running}
+        for trial in running.values():
+            slot, line = state.slot_of(trial), state.ledger.lines.get(trial.trial_id)
+            if slot is None or slot.hello is None or line is None or line.applied is None or line.offers:
+                continue
+            if line.applied.settings.share <= 0:
+                continue
+            for check in self._checks(trial, slot.hello, line, line.applied):
+                self._note(trial.trial_id, line.applied.generation, check)
+
+    def _checks(self, trial: Trial, hello: SlotHello, line: Line, grant: Grant) -> list[Check]:
+        devices = [self._state.devices[each] for each in line.placement if each in self._state.devices]
+        if devices and all(device.kind is DeviceKind.CPU for device in devices):
+            usage = self._state.windows[trial.trial_id].usage()
+            is_current = usage is not None and abs(usage.cores - grant.amount) < 1e-3
+            return [judge_cpu(grant.amount, usage if is_current else None)]
+        found = []
+        if "compute" in hello.enforces:
+            found.append(self._neighbours(trial, line, grant))
+        if "memory" in hello.enforces and hello.memory_cap_bytes:
+            found.append(self._memory(trial, hello, hello.memory_cap_bytes))
+        return found
+
+    def _memory(self, trial: Trial, hello: SlotHello, cap_bytes: int) -> Check:
+        """NVML's count of whole processes where it shows them, else what the ranks' own allocators say."""
+        used = [
+            (self._processes.get(device_id) or {}).get(pid)
+            for device_id, pid in zip(hello.placement, hello.pids, strict=False)
+        ]
+        seen = [each for each in used if each is not None]
+        if seen:
+            return judge_memory(cap_bytes + CONTEXT_BYTES, max(seen), "the fullest rank with its context, by NVML")
+        own = self._state.windows[trial.trial_id].view(self._state.clock.now_s()).memory_bytes
+        if own is not None:
+            return judge_memory(cap_bytes, own, "the ranks' own peak: NVML shows none of their processes")
+        return judge_memory(cap_bytes, None, "NVML shows none of its processes, and no step has told its peak")
+
+    def _neighbours(self, trial: Trial, line: Line, grant: Grant) -> Check:
+        now_s, trial_id = self._state.clock.now_s(), trial.trial_id
+        neighbours = self._neighbours_of(trial_id, line, now_s)
+        crowd, since_s = self._beside.get(trial_id, (None, 0.0))
+        if crowd != neighbours:
+            since_s = now_s
+            self._beside[trial_id] = neighbours, since_s
+        stretch = self._state.windows[trial_id].stretch(since_s + SETTLE_S)
+        is_enough = stretch is not None and stretch.num_steps >= MIN_STEPS and stretch.seconds >= SETTLE_S
+        if stretch is None or not is_enough or stretch.generation != grant.generation:
+            return unobservable(Subject.NEIGHBOURS, "times", "too few steps since its share or its neighbours changed")
+        settings = self._state.ledger.running_settings(trial_id) or grant.settings
+        key = (grant.amount, settings.micro_batch, settings.grad_accum, settings.tier, stretch.is_replayed)
+        step_s = stretch.seconds / stretch.num_steps
+        return self._contention.setdefault(trial_id, Contention()).note(key, neighbours, step_s)
+
+    def _neighbours_of(self, trial_id: TrialId, line: Line, now_s: float) -> frozenset[str]:
+        """Trials that compute on a device of this one now."""
+        return frozenset(
+            key
+            for key, other in self._state.ledger.lines.items()
+            if key != trial_id
+            and set(other.placement) & set(line.placement)
+            and other.held_share() > 0
+            and (window := self._state.windows.get(key)) is not None
+            and window.stretch(now_s - 2 * SETTLE_S) is not None
+        )
+
+    def _note(self, trial_id: TrialId, generation: int, check: Check) -> None:
+        self._state.checks.setdefault(trial_id, {})[check.what] = check
+        said = (trial_id, generation, check.what, check.verdict)
+        if check.verdict is Verdict.NOT_OBSERVABLE or said in self._said:
+            return
+        self._said.add(said)
+        if check.verdict is Verdict.NOT_HELD:
+            logger.warning("share.not_held trial=%s plan=%d %s", trial_id, generation, check.reason)
+        self._state.log(
+            "check",
+            generation=generation,
+            trial_id=trial_id,
+            what=check.what.value,
+            expected=check.expected,
+            observed=check.observed,
+            unit=check.unit,
+            verdict=check.verdict.value,
+            reason=check.reason,
+        )
