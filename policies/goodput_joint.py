@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from policies.exploring import with_trials_of_tiers
 from policies.fleet import Fleet
 from policies.goodput_policy import Goodput
 from policies.invariants import MAX_ALTERNATIVES
@@ -25,7 +26,7 @@ from policies.node_wish import NodeTerms, Worth, wishes
 from policies.node_worth import FleetWorth, SlotWorth, catalogue
 from policies.placing import Given, realise, size_now
 from policies.plan import Allocation, Alternative, Plan, Settings, TrialId
-from policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference
+from policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference, usable_tiers
 from policies.resizing import Terms, with_resizes
 from policies.sizing import NONE, Menu, Pool, best_counts, climb_sizes, total
 from policies.snapshot import Snapshot, TrialView
@@ -40,6 +41,12 @@ _MAX_EXACT = 300_000_000
 _MIN_DIAL_GAIN = 0.05
 """For trials that stay where they are: a dial that is turned costs no restart, so nothing but this keeps it still."""
 _FAIR_FLOOR = 0.02
+_EVEN_CHANCE = 0.25
+"""Chance to survive its next rung at which a trial counts half. The weight saturates: all trials have to be judged
+before a search ends, and a leader alone on a device leaves most of what several would make of it."""
+_HOPELESS = 0.3
+"""Least weight in a search: whoever has no chance waits as long as others make nearly as much of the device, not
+longer, since it too has to reach its rung before the search can end."""
 _NEAR_BATCH = 1.25
 """A batch within this factor of the best one is not worth a change."""
 
@@ -124,7 +131,7 @@ class GoodputJoint:
     def _urgency(self, trial: TrialView) -> float:
         """What the objective makes of a trial apart from its speed."""
         if self.objective == "search" and trial.survival is not None:
-            return max(0.02, trial.survival)
+            return max(_HOPELESS, trial.survival / (trial.survival + _EVEN_CHANCE))
         return 1.0
 
     def _scene(self, snapshot: Snapshot, movers: tuple[Mover, ...], fleet: Fleet) -> _Scene:
@@ -148,8 +155,8 @@ class GoodputJoint:
             if choice != NONE
         }
         given = realise(movers, wanted, fleet, Budget(snapshot))
-        for mover, outlook in scene.pairs():
-            yield self._row(mover, outlook, fleet, given, why)
+        rows = [self._row(mover, outlook, fleet, given, why) for mover, outlook in scene.pairs()]
+        yield from with_trials_of_tiers(tuple(scene.pairs()), rows, fleet, self.cooldown_s)
 
     def _rests(self, scene: _Scene) -> bool:
         """Whether devices stay as they are: somebody changed a moment ago, and nobody came, left or lost a device."""
@@ -166,7 +173,7 @@ class GoodputJoint:
         menus = []
         for (mover, outlook), own_s in zip(scene.pairs(), alone_s, strict=True):
             weight = mover.trial.weight * self._urgency(mover.trial) * 1000.0 ** min(2, max(0, mover.trial.priority))
-            if self.objective in {"throughput", "search"}:
+            if self.objective == "throughput":
                 weight *= _not_shorter(own_s, lengths) ** self.short_first
             menus.append(self._menu(mover, outlook, scene, (weight, fair)))
         return menus
@@ -232,7 +239,7 @@ class GoodputJoint:
             return keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
         index, spans = outlook.sizes.index(size), fleet.num_nodes(seats) > 1
         rate, before = outlook.goodput(index, spans_nodes=spans), goodput_now(mover, outlook, fleet)
-        dials = _calm(mover, outlook.dials(index, spans_nodes=spans))
+        dials = _calm(mover, outlook, outlook.dials(index, spans_nodes=spans))
         reason = f"{share * len(seats):g} devices, speed-up {rate / reference(outlook):.2f} over one; {why}"
         binding = "growth" if index == len(outlook.sizes) - 1 else "devices"
         row = run(mover, fleet, seats, dials, reason, binding=binding, predicted=None if outlook.is_prior else rate)
@@ -318,9 +325,16 @@ def _only(menu: Menu, sizes: Sequence[Size], now: Size) -> Menu:
     return dataclasses.replace(menu, values=values)
 
 
-def _calm(mover: Mover, best: Settings) -> Settings:
-    """The best dials, or those in force where the batch is near enough and nothing else differs."""
+def _calm(mover: Mover, outlook: Prospect, best: Settings) -> Settings:
+    """The best dials, or those in force where the batch is near enough and nothing else differs.
+
+    A tier is left for another only where that computes faster by `_MIN_DIAL_GAIN`.
+    """
     old = mover.in_force
+    if old is not None and old.tier is not best.tier and old.tier in usable_tiers(mover):
+        gain = outlook.tier_gain(best, old.tier)
+        if gain is not None and gain < _MIN_DIAL_GAIN:
+            best = dataclasses.replace(best, tier=old.tier)
     if old is None or (old.num_workers, old.tier, old.share) != (best.num_workers, best.tier, best.share):
         return best
     limits = mover.trial.limits

@@ -69,6 +69,20 @@ class Prospect:
         """Goodput at a size."""
         return (self.across if spans_nodes else self.inside)[index]
 
+    @property
+    def measured_tiers(self) -> tuple[Tier, ...]:
+        """The tiers in which its shape was measured."""
+        return self.grid.model.tiers()
+
+    def tier_gain(self, settings: Settings, tier: Tier) -> float | None:
+        """How much faster a micro-batch computes in the tier of `settings` than in `tier`; None if not measured."""
+        model, size = self.grid.model, settings.micro_batch
+        kinds = sorted(name for of_tier, name in model.lines if of_tier == tier)
+        both = [name for name in kinds if (settings.tier, name) in model.lines]
+        if not both:
+            return None
+        return model.lines[tier, both[0]].work_s(size) / model.lines[settings.tier, both[0]].work_s(size) - 1
+
     def dials(self, index: int, *, spans_nodes: bool) -> Settings:
         """The share, ranks, batch, split and tier that reach it."""
         return self.grid.settings(self.row, index, self.sizes[index], spans_nodes=spans_nodes)
@@ -119,7 +133,7 @@ def prospects(movers: Sequence[Mover], fleet: Fleet, ask: Ask) -> tuple[Prospect
     for key, positions in alike.items():
         first = movers[positions[0]]
         model, is_prior = _model(first, solved.get(first.trial.shape))
-        group = _Alike(tuple(positions), _usable(first), _sizes(first, fleet, ask, model, counts), model, is_prior)
+        group = _Alike(tuple(positions), usable_tiers(first), _sizes(first, fleet, ask, model, counts), model, is_prior)
         shapes[key if is_prior else first.trial.shape].append(group)
     found: list[Prospect | None] = [None] * len(movers)
     for groups in shapes.values():
@@ -142,7 +156,7 @@ class _Alike:
 
 def _model(mover: Mover, model: Throughput | None) -> tuple[Throughput, bool]:
     """The model of a trial, and whether it is only a guess: nobody ran its shape, or none of the tiers it may use."""
-    tiers = _usable(mover)
+    tiers = usable_tiers(mover)
     if model is None:
         return prior(mover.trial.start.micro_batch, tiers), True
     if not set(tiers).isdisjoint(model.tiers()):
@@ -152,8 +166,8 @@ def _model(mover: Mover, model: Throughput | None) -> tuple[Throughput, bool]:
     return dataclasses.replace(model, lines=lines), True
 
 
-def _usable(mover: Mover) -> tuple[Tier, ...]:
-    """The tiers it may use, without those it fled from or that its guard forbids if others are left."""
+def usable_tiers(mover: Mover) -> tuple[Tier, ...]:
+    """The tiers a trial may use, without those it fled from or that its guard forbids if others are left."""
     trial = mover.trial
     found = usable(trial.limits.tiers, trial.fit.tiers, trial.fit.banned_tiers, mover.wish.tier)
     return found or trial.limits.tiers[:1]
@@ -164,7 +178,7 @@ def _group_key(mover: Mover, ask: Ask) -> tuple[object, ...]:
     trial = mover.trial
     batch = None if ask.tunes_batch else mover.wish.global_batch
     own = None if ask.pools else _most_workers(trial.fit)
-    return (trial.shape, trial.start, trial.limits, _usable(mover), trial.fit.micro_batch_cap, batch, own)
+    return (trial.shape, trial.start, trial.limits, usable_tiers(mover), trial.fit.micro_batch_cap, batch, own)
 
 
 def _most_workers(fit: TrialFit) -> int:
@@ -232,6 +246,11 @@ class _Grid:
             reached = np.take_along_axis(goodput, best[:, :, None], axis=2)[:, :, 0]
             self._best.append(best)
             self._goodput.append(reached.tolist())
+
+    @property
+    def model(self) -> Throughput:
+        """What its speeds come from."""
+        return self._groups[0].model
 
     def prospects(self) -> Iterator[tuple[int, Prospect]]:
         """Every trial's position and prospect."""

@@ -166,7 +166,7 @@ def _lines(seen: Sequence[_Seen]) -> dict[Pace, Line]:
     groups: dict[Pace, list[_Seen]] = defaultdict(list)
     for one in seen:
         groups[one.cell.tier, one.cell.device_type].append(one)
-    lines: dict[Pace, Line] = {}
+    sizes: dict[Pace, list[Point]] = {}
     for pace in sorted(groups):
         known = [one for one in groups[pace] if one.micro_s is not None]
         if not known:
@@ -177,17 +177,23 @@ def _lines(seen: Sequence[_Seen]) -> dict[Pace, Line]:
             by_size[one.cell.micro_batch].append(
                 one.step_s / one.cell.grad_accum if one.micro_s is None else one.micro_s
             )
-        points = [
+        sizes[pace] = [
             Point(size, math.exp(math.fsum(map(math.log, times)) / len(times)), len(times), 0.0, ())
             for size, times in sorted(by_size.items())
         ]
-        if len(points) > 1:
-            lines[pace] = fit_line(points)
-        else:
-            (point,) = points
-            floor_s = PRIOR_FLOOR_RATIO * point.work_s
-            lines[pace] = Line(floor_s, (point.work_s - floor_s) / point.micro_batch, is_solved=False)
-    return lines
+    lines = {pace: fit_line(points) for pace, points in sizes.items() if len(points) > 1}
+    solved = dict(lines)
+    for pace, points in sizes.items():
+        if pace not in solved:
+            floor_s = _floor_ratio(pace, points[0].micro_batch, solved) * points[0].work_s
+            lines[pace] = Line(floor_s, (points[0].work_s - floor_s) / points[0].micro_batch, is_solved=False)
+    return {pace: lines[pace] for pace in sizes}
+
+
+def _floor_ratio(pace: Pace, micro_batch: int, solved: Mapping[Pace, Line]) -> float:
+    """Part of a micro-batch's time that does not grow with it: as in another tier on that type of device, if known."""
+    form = next((line for (_, name), line in solved.items() if name == pace[1]), None)
+    return PRIOR_FLOOR_RATIO if form is None else form.floor_s / form.work_s(micro_batch)
 
 
 def _sync(seen: Sequence[_Seen], lines: Mapping[Pace, Line]) -> tuple[float, Sync, Sync]:

@@ -136,3 +136,19 @@ def test_a_priority_comes_before_any_number_of_short_trials() -> None:
     urgent = mover("urgent", remaining=900_000, priority=1)
     plan = held(decide(GoodputJoint(), world(urgent, *(mover(f"t{i}", remaining=1000) for i in range(8)))))
     assert plan[TrialId("urgent")] > 0
+
+
+def test_a_search_holds_back_the_hopeless_only_where_a_leader_makes_as_much_of_the_device() -> None:
+    """Weights saturate: newcomers run beside a leader, and a leader has more than one that has little chance."""
+    policy, response = GoodputJoint(objective="search"), fit(exponent=0.55)
+
+    def shares(*chances: float | None) -> list[float]:
+        trials = [mover(f"t{i}", min_share=0.125, fit=response, survival=c) for i, c in enumerate(chances)]
+        return [held(decide(policy, world(*trials, num_devices=1)))[f"t{i}"] for i in range(len(chances))]
+
+    leader, *newcomers = shares(0.95, 0.25, 0.25, 0.25, 0.25)
+    assert leader >= max(newcomers) > 0
+    assert min(newcomers) > 0
+    *leaders, hopeless = shares(0.95, 0.95, 0.95, 0.95, 0.01)
+    assert hopeless < min(leaders)
+    assert shares(0.01) == [1.0]
