@@ -24,7 +24,7 @@ from policies.invariants import MAX_ALTERNATIVES
 from policies.movable import Budget, Mover, keep, run, split, wait
 from policies.node_wish import NodeTerms, Worth, wishes
 from policies.node_worth import FleetWorth, SlotWorth, catalogue
-from policies.placing import Given, realise, size_now
+from policies.placing import Given, realise, size_now, trimmed
 from policies.plan import Allocation, Alternative, Plan, Settings, TrialId
 from policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference, usable_tiers
 from policies.resizing import Terms, with_resizes
@@ -130,7 +130,7 @@ class GoodputJoint:
 
     def _urgency(self, trial: TrialView) -> float:
         """What the objective makes of a trial apart from its speed."""
-        if self.objective == "search" and trial.survival is not None:
+        if self.objective == "search" and trial.survival is not None and trial.loss is not None:
             return max(_HOPELESS, trial.survival / (trial.survival + _EVEN_CHANCE))
         return 1.0
 
@@ -233,10 +233,14 @@ class GoodputJoint:
     ) -> Allocation:
         if mover.trial_id not in given:
             return wait(mover, f"waits: {len(given)} trials are worth more on {len(fleet.devices)} devices; {why}")
-        seats, share = given[mover.trial_id]
-        size = Size(fleet.type_of[seats[0]], len(seats), share)
-        if mover.is_pinned or size not in outlook.sizes:
+        if mover.is_pinned:
             return keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
+        kind = fleet.type_of[given[mover.trial_id][0][0]]
+        fitting = trimmed(given[mover.trial_id], kind, outlook.sizes)
+        if fitting is None:
+            return wait(mover, f"waits: none of its sizes fits into {len(given[mover.trial_id][0])} devices; {why}")
+        seats, share = fitting
+        size = Size(kind, len(seats), share)
         index, spans = outlook.sizes.index(size), fleet.num_nodes(seats) > 1
         rate, before = outlook.goodput(index, spans_nodes=spans), goodput_now(mover, outlook, fleet)
         dials = _calm(mover, outlook, outlook.dials(index, spans_nodes=spans))

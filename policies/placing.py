@@ -71,6 +71,16 @@ def realise(
     return given
 
 
+def trimmed(given: Given, kind: int, sizes: Sequence[Size]) -> Given | None:
+    """The most of what was given that is one of the sizes; None where nothing is.
+
+    `realise` shrinks one rank at a time and so may end between two sizes.
+    """
+    seats, share = given
+    fitting = [s.workers for s in sizes if (s.kind, s.share) == (kind, share) and s.workers <= len(seats)]
+    return (seats[: max(fitting)], share) if fitting else None
+
+
 def _find(mover: Mover, size: Size, fleet: Fleet, budget: Budget, terms: tuple[int, frozenset[int]]) -> Seats | None:
     fewest, avoid = terms
     for workers in range(size.workers, fewest - 1, -1):

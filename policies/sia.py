@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from policies.fixed import with_fixed
 from policies.fleet import Fleet
 from policies.movable import Budget, Mover, keep, run, wait
-from policies.placing import realise, size_now
+from policies.placing import realise, size_now, trimmed
 from policies.plan import Allocation, Plan, TrialId
 from policies.prospects import Ask, Prospect, Size, prospects
 from policies.sizing import NONE, Menu, climb_sizes
@@ -62,11 +62,16 @@ class Sia:
             if mover.trial_id not in given:
                 yield wait(mover, f"waits: {len(given)} trials have all {len(fleet.devices)} devices")
                 continue
-            seats, share = given[mover.trial_id]
-            size = Size(fleet.type_of[seats[0]], len(seats), share)
-            if mover.is_pinned or size not in outlook.sizes:
+            if mover.is_pinned:
                 yield keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
                 continue
+            kind = fleet.type_of[given[mover.trial_id][0][0]]
+            fitting = trimmed(given[mover.trial_id], kind, outlook.sizes)
+            if fitting is None:
+                yield wait(mover, f"waits: no configuration of it fits into {len(given[mover.trial_id][0])} devices")
+                continue
+            seats, share = fitting
+            size = Size(kind, len(seats), share)
             index, spans = outlook.sizes.index(size), fleet.num_nodes(seats) > 1
             dials = outlook.dials(index, spans_nodes=spans)
             rate = outlook.goodput(index, spans_nodes=spans)

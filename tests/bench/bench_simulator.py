@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,21 +27,18 @@ import policies.simulator
 from policies import build_policy
 from policies.simulator import (
     POLLUX_APPLICATIONS,
-    Application,
     Applications,
-    NoiseCurve,
     Parametric,
     Rules,
-    Summary,
     Workload,
     parse_cluster,
     philly_like,
     simulate,
 )
-from policies.simulator.search import AshaSearch, SearchSpec
 from policies.simulator.tables import read_sharing, read_tiers
 from policies.tier import Tier
-from tests.bench.results_file import ROOT, Figure, Options, Report, chosen_part, median_figure, options, say
+from tests.bench.results_file import ROOT, Options, Report, chosen_part, median_figure, options, ratio_figure, say
+from tests.bench.simulated_search import MEASURED, searches
 
 OURS = "goodput_joint"
 RIVALS = ("pollux", "tiresias", "optimus")
@@ -58,10 +54,7 @@ LIKE = {
     "imagenet": "gpt-168m",
 }
 """Which measured model each application is taken to share a device and to gain by tiers like: by size."""
-MEASURED = Path(policies.simulator.__file__).parent / "measured"
 MIN_SHARE = 1 / 8
-PARTS_OF_A_DEVICE = (2, 4, 8)
-SEARCH_PARAMS = {"objective": "search", "cooldown_s": 10.0}
 MAX_S = 480.0
 LARGE_MAX_S = 840.0
 KEPT = ROOT / "build" / "bench" / "simulations"
@@ -186,23 +179,6 @@ def add_ratio(
     report.add(ratio_figure(f"mean JCT, {ours} / {theirs}", value, [m / o for m, o in both], target, allowed))
 
 
-def ratio_figure(
-    name: str, value: float, values: list[float], target: str | None, allowed: tuple[float, float]
-) -> Figure:
-    return Figure(
-        name=name,
-        value=value,
-        statistic="ratio of means",
-        unit="x",
-        low=min(values),
-        high=max(values),
-        spread="min to max over seeds",
-        values=values,
-        target=target,
-        is_met=None if target is None else allowed[0] <= value <= allowed[1],
-    )
-
-
 # Ablation.
 
 
@@ -242,113 +218,6 @@ def ablation(report: Report) -> None:
         add_ratio(report, name, OURS, found, target=None, allowed=(0.0, 0.0))
     report.raw["completion_times"] = found
     report.notes += (*ASSUMED, *SHARED)
-
-
-# A search.
-
-
-def search_application() -> Application:
-    """The 34 M model on one H200: 413 k tokens/s alone at 16 x 256, sharing as measured, its batch fixed."""
-    sharing = read_sharing((MEASURED / "h200_sharing.csv").read_text().splitlines(), "h200_sharing.csv")["gpt-34m"]
-    step_s = 16 * 256 / 413_000
-    return Application(
-        name="gpt-34m",
-        base_batch=16,
-        max_batch=16,
-        min_micro_batch=16,
-        max_micro_batch=16,
-        max_workers=1,
-        num_samples=16 * 60_000.0,
-        noise=NoiseCurve(ends=(1.0,), scales=(256.0,)),
-        response=Parametric(alpha_c=step_s, beta_c=0.0, sharing=sharing),
-        requests=((1, 16),),
-        min_share=1 / 15,
-    )
-
-
-def search(seed: int, policy: Any, max_concurrent: int, share: float | None) -> tuple[Summary, AshaSearch]:
-    """One 64-trial ASHA search on one device; with `share`, every trial is held to exactly that."""
-    application = search_application()
-    if share is not None:
-        application = dataclasses.replace(application, min_share=share)
-    spec = SearchSpec(
-        application="gpt-34m", num_trials=64, max_concurrent=max_concurrent, seed=seed, batch_size=16, pause_s=1.0
-    )
-    overseer = AshaSearch(spec)
-    summary = simulate(
-        policy,
-        overseer.first_submissions(),
-        parse_cluster("1x1"),
-        applications={"gpt-34m": application},
-        rules=Rules(interval_s=10.0, restart_s=1.0, seed=seed, units=15, decides_on_events=True, keeps_timeline=False),
-        overseer=overseer,
-    )
-    return summary, overseer
-
-
-class StaticFraction:
-    """ASHA on static fractions: every trial gets the same part of the device and keeps it."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-
-    def decide(self, snapshot: Any) -> Any:
-        from policies import Allocation, Plan, effect_of
-        from policies.plan import Generation
-
-        device = snapshot.devices[0].device_id
-        room = round(1 / self._share)
-        running = sorted(t.trial_id for t in snapshot.trials if t.placement)
-        waiting = sorted(t.trial_id for t in snapshot.trials if not t.placement)
-        chosen = {*running, *waiting[: max(0, room - len(running))]}
-        rows = []
-        for trial in snapshot.trials:
-            has = trial.trial_id in chosen
-            settings = dataclasses.replace(trial.start, share=self._share if has else 0.0)
-            placement = (device,) if has else ()
-            effect = effect_of(snapshot.settings_in_force(trial), settings, moves=placement != trial.placement)
-            rows.append(
-                Allocation(
-                    trial_id=trial.trial_id,
-                    settings=settings,
-                    placement=placement,
-                    effect=effect,
-                    reason=f"share {settings.share:.3f}, static",
-                )
-            )
-        generation = Generation(snapshot.plan.generation + 1)
-        return Plan(generation=generation, allocations=tuple(rows), reason="static fractions")
-
-
-def searches(report: Report) -> None:
-    """Wall time of the search objective against static fractions, and whether both choose the same trial."""
-    rows: list[dict[str, Any]] = []
-    for seed in range(report.options.repeats):
-        row: dict[str, Any] = {"seed": seed}
-        for parts in PARTS_OF_A_DEVICE:
-            summary, found = search(seed, StaticFraction(1 / parts), parts, 1 / parts)
-            row[f"static 1/{parts}"] = {"wall_s": summary.makespan_s, "best": found.best, "done": len(found.done)}
-        summary, found = search(seed, build_policy(OURS, SEARCH_PARAMS), 8, None)
-        row["ours"] = {"wall_s": summary.makespan_s, "best": found.best, "done": len(found.done)}
-        rows.append(row)
-        say(
-            f"  search seed {seed}: "
-            + ", ".join(f"{k} {v['wall_s']:.0f} s {v['best']}" for k, v in row.items() if k != "seed")
-        )
-    for parts in PARTS_OF_A_DEVICE:
-        ratios = [row["ours"]["wall_s"] / row[f"static 1/{parts}"]["wall_s"] for row in rows]
-        target = "<= 0.6" if parts == max(PARTS_OF_A_DEVICE) else None
-        name = f"64-trial ASHA, objective search / static 1/{parts}"
-        report.add(ratio_figure(name, statistics.mean(ratios), ratios, target, (0.0, 0.6)))
-    same = [float(row["ours"]["best"] == row["static 1/8"]["best"]) for row in rows]
-    report.add(ratio_figure("same final choice as static 1/8", statistics.mean(same), same, "1", (1.0, 1.0)))
-    report.raw["searches"] = rows
-    report.notes += [
-        "simulated: 64 trials of the 34 M model on one H200, at most 8 at a time",
-        "rungs at 1 and 4 of 16 reports, one in four goes on",
-        "sharing as measured on one H200; one second for each report and start; loss curves drawn by seed",
-        "static 1/8: every trial keeps an eighth of the device, whatever the others do",
-    ]
 
 
 # The simulator's own speed.

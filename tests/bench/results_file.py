@@ -134,6 +134,24 @@ def default_path(theme: str, *, is_quick: bool) -> Path:
     return directory / f"{theme}_{machine()['name']}_{date}.json"
 
 
+def ratio_figure(
+    name: str, value: float, values: list[float], target: str | None, allowed: tuple[float, float]
+) -> Figure:
+    """A ratio with its least and most over seeds; it is met where it lies in `allowed`, ends included."""
+    return Figure(
+        name=name,
+        value=value,
+        statistic="ratio of means",
+        unit="x",
+        low=min(values),
+        high=max(values),
+        spread="min to max over seeds",
+        values=values,
+        target=target,
+        is_met=None if target is None else allowed[0] <= value <= allowed[1],
+    )
+
+
 def median_figure(
     name: str,
     values: Sequence[float],

@@ -139,16 +139,19 @@ def test_a_priority_comes_before_any_number_of_short_trials() -> None:
 
 
 def test_a_search_holds_back_the_hopeless_only_where_a_leader_makes_as_much_of_the_device() -> None:
-    """Weights saturate: newcomers run beside a leader, and a leader has more than one that has little chance."""
+    """Weights saturate: trials yet to report run beside a leader, and a leader has more than one without a chance."""
     policy, response = GoodputJoint(objective="search"), fit(exponent=0.55)
 
-    def shares(*chances: float | None) -> list[float]:
-        trials = [mover(f"t{i}", min_share=0.125, fit=response, survival=c) for i, c in enumerate(chances)]
-        return [held(decide(policy, world(*trials, num_devices=1)))[f"t{i}"] for i in range(len(chances))]
+    def shares(*losses_and_chances: tuple[float | None, float]) -> list[float]:
+        trials = [
+            mover(f"t{i}", min_share=0.125, fit=response, loss=loss, survival=chance)
+            for i, (loss, chance) in enumerate(losses_and_chances)
+        ]
+        found = held(decide(policy, world(*trials, num_devices=1)))
+        return [found[trial.trial_id] for trial in trials]
 
-    leader, *newcomers = shares(0.95, 0.25, 0.25, 0.25, 0.25)
-    assert leader >= max(newcomers) > 0
-    assert min(newcomers) > 0
-    *leaders, hopeless = shares(0.95, 0.95, 0.95, 0.95, 0.01)
-    assert hopeless < min(leaders)
-    assert shares(0.01) == [1.0]
+    newcomer, leader, hopeless = (None, 0.25), (1.0, 0.95), (1.0, 0.01)
+    assert min(shares(leader, newcomer, newcomer, newcomer, newcomer)) > 0
+    *others, last = shares(leader, leader, newcomer, newcomer, hopeless)
+    assert last < min(others)
+    assert shares(hopeless) == [1.0]

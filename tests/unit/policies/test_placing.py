@@ -6,7 +6,7 @@ import dataclasses
 
 from policies.fleet import Fleet
 from policies.movable import Budget, Mover, split
-from policies.placing import as_wished, in_order, realise, size_now
+from policies.placing import as_wished, in_order, realise, size_now, trimmed
 from policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
 from policies.prospects import Size
 from policies.snapshot import DeviceKind, DeviceView, Quota, Snapshot, TrialView
@@ -130,3 +130,10 @@ def test_dials_as_wished_keep_the_global_batch_on_any_number_of_ranks() -> None:
     for workers in (1, 2, 4, 8):
         assert as_wished(movers[0], workers).global_batch == wish.global_batch
     assert size_now(movers[0], fleet) is None
+
+
+def test_what_was_shrunk_between_two_sizes_becomes_the_smaller_one() -> None:
+    sizes = [Size(0, workers, 1.0) for workers in (2, 4, 8)]
+    assert trimmed(((0, 1, 2), 1.0), 0, sizes) == ((0, 1), 1.0)
+    assert trimmed(((0,), 1.0), 0, sizes) is None
+    assert trimmed(((0, 1, 2, 3), 1.0), 1, sizes) is None

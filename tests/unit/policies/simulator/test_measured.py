@@ -5,7 +5,8 @@ import pytest
 from policies.simulator import TableError
 from policies.simulator.tables import read_sharing, read_tiers
 from policies.tier import Tier
-from tests.bench.bench_simulator import LIKE, MEASURED, variant
+from tests.bench.bench_simulator import LIKE, variant
+from tests.bench.simulated_search import MEASURED
 
 
 def test_the_tables_of_this_project_are_read() -> None:
