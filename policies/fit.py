@@ -45,6 +45,8 @@ class Observation:
         crowd_share: shares that other trials held on the fullest of its devices, summed.
         memory_bytes: peak memory of a rank in these steps, None where not measured.
         sync_s: seconds per step spent waiting for other ranks, None where not measured.
+        is_replayed: whether the steps were replayed from a graph and not executed one kernel at a time. Observed are
+            only steps of the mode that these settings have settled on.
     """
 
     cores: float
@@ -62,6 +64,7 @@ class Observation:
     crowd_share: float = field(default=0.0, metadata=SPARSE)
     memory_bytes: int | None = field(default=None, metadata=SPARSE)
     sync_s: float | None = field(default=None, metadata=SPARSE)
+    is_replayed: bool = field(default=False, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +265,9 @@ def _point_of(seen: Observation, peak_bytes: int) -> MemoryPoint:
 
 
 def _advance(cell: SpeedCell | None, seen: Observation, count: int) -> SpeedCell:
-    """The cell with one more window; the oldest falls out."""
+    """The cell with one more window; the oldest falls out. Windows of another step mode say nothing any more."""
+    if cell is not None and cell.is_replayed is not seen.is_replayed:
+        cell = None
     log_cores = math.log(max(seen.cores, 1.0))
     # Below one core the rank is held back for the rest of the time, so its work takes that much less of the step.
     log_work = math.log(seen.step_s / seen.grad_accum) + math.log(min(seen.cores, 1.0))
@@ -283,6 +288,7 @@ def _advance(cell: SpeedCell | None, seen: Observation, count: int) -> SpeedCell
         crowd=_crowd_of(seen),
         grad_accum=_accum_of(seen),
         sync_ratio=_sync_ratio(cell, seen, len(recent)),
+        is_replayed=seen.is_replayed,
     )
 
 
@@ -296,7 +302,9 @@ def _sync_ratio(cell: SpeedCell | None, seen: Observation, num_windows: int) -> 
 
 
 def _merge(cells: Sequence[SpeedCell]) -> SpeedCell:
-    """One cell from those of several trials: the middle of all their windows."""
+    """One cell from those of several trials: the middle of all their windows, in the mode that is the faster."""
+    fastest = min(cells, key=lambda c: (c.log_work, c.is_replayed))
+    cells = [cell for cell in cells if cell.is_replayed is fastest.is_replayed]  # a trial keeps the faster mode
     if len(cells) == 1:
         return cells[0]
     windows = sorted(value for cell in cells for value in cell.recent)

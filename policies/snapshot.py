@@ -92,6 +92,24 @@ class Override:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepModeView:
+    """How the steps of a trial are executed with some dials, as it measured.
+
+    Attributes:
+        tier, micro_batch, grad_accum: the dials.
+        is_replayed: whether they are replayed from a graph; the faster mode is taken, at every share.
+        eager_s, replayed_s: measured seconds per step in either mode.
+    """
+
+    tier: Tier
+    micro_batch: int
+    grad_accum: int
+    is_replayed: bool
+    eager_s: float
+    replayed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialView:
     """One trial that holds a worker group, as the policy sees it.
 
@@ -131,6 +149,8 @@ class TrialView:
             where not known.
         memory_limit_bytes: memory that each of its ranks may take, 0 where not known.
         resume: the dials with which it begins again after a restart; None where it begins with `start`.
+        step_modes: how its steps are executed, where it measured both ways, by tier, micro-batch and accumulation. The
+            speeds in `fit` are those of the mode that was settled on.
     """
 
     trial_id: TrialId
@@ -165,6 +185,7 @@ class TrialView:
     memory_sample_bytes: int = field(default=0, metadata=SPARSE)
     memory_limit_bytes: int = field(default=0, metadata=SPARSE)
     resume: Settings | None = field(default=None, metadata=SPARSE)
+    step_modes: tuple[StepModeView, ...] = field(default=(), metadata=SPARSE)
 
     @property
     def remaining(self) -> float:

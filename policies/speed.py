@@ -58,6 +58,7 @@ class SpeedCell:
         grad_accum: micro-batches per step where several ranks synchronise once per step; 1 for a single rank, whose
             micro-batches are all alike.
         sync_ratio: mean part of a step spent waiting for other ranks, None where nobody measured it.
+        is_replayed: whether its steps were replayed from a graph.
     """
 
     tier: Tier
@@ -73,6 +74,7 @@ class SpeedCell:
     crowd: int = field(default=0, metadata=SPARSE)
     grad_accum: int = field(default=1, metadata=SPARSE)
     sync_ratio: float | None = field(default=None, metadata=SPARSE)
+    is_replayed: bool = field(default=False, metadata=SPARSE)
 
     @property
     def key(self) -> CellKey:
@@ -200,7 +202,7 @@ def solve(cells: Iterable[SpeedCell], num_workers: int, prior_floor_ratio: float
             groups[cell.tier, cell.micro_batch].append(cell)
     trusted = {
         key: group
-        for key, group in groups.items()
+        for key, group in ((key, _in_newest_mode(group)) for key, group in groups.items())
         if sum(len(c.recent) for c in group) >= MIN_WINDOWS and sum(c.num_steps for c in group) >= MIN_STEPS
     }
     trusted = {key: _beside_now(group) for key, group in trusted.items()}
@@ -209,6 +211,12 @@ def solve(cells: Iterable[SpeedCell], num_workers: int, prior_floor_ratio: float
     for (tier, micro_batch), group in trusted.items():
         points[tier][micro_batch] = _point(micro_batch, group, exponent)
     return SpeedModel(exponent=exponent, points=dict(points), lines=_solve_lines(points, prior_floor_ratio))
+
+
+def _in_newest_mode(cells: list[SpeedCell]) -> list[SpeedCell]:
+    """Cells of the step mode that these settings were last seen in: it is theirs at every share."""
+    newest = max(cells, key=lambda c: (c.seen, c.key))
+    return [cell for cell in cells if cell.is_replayed is newest.is_replayed]
 
 
 def _beside_now(cells: Sequence[SpeedCell]) -> list[SpeedCell]:

@@ -189,6 +189,8 @@ class Controller:
             for tiers in events.tiers:
                 fit = state.fits[trial.trial_id]
                 state.fits[trial.trial_id] = note_tiers(fit, tiers.tiers)
+            for mode in events.modes:
+                state.note_mode(trial.trial_id, mode)
             for override in events.overrides:  # before any new grant
                 self._take_override(trial, override)
             for ack in events.acks:

@@ -169,6 +169,7 @@ class Decider:
             changed_at_s=state.changed_at_s[trial.trial_id],
             began_at_s=trial.began_at_s,
             restart_s=state.restart_s,
+            step_modes=state.step_modes.get(trial.trial_id, ()),
         )
 
     def _begin_gains(self, snapshot: Snapshot, plan: Plan) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from policies.ladder import TierFit
 from policies.plan import DeviceId, Settings, TrialId
-from policies.snapshot import DeviceView, DialLimits
+from policies.snapshot import DeviceView, DialLimits, StepModeView
 
 
 class SlotOp(StrEnum):
@@ -245,9 +245,10 @@ class Events:
     overrides: tuple[OverrideReport, ...] = ()
     reports: tuple[Report, ...] = ()
     tiers: tuple[TierReport, ...] = ()
+    modes: tuple[StepModeView, ...] = ()
     records: tuple[bytes, ...] = field(default=())
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (self.acks or self.overrides or self.reports or self.tiers or self.records)
+        return not (self.acks or self.overrides or self.reports or self.tiers or self.modes or self.records)

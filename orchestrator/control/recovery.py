@@ -164,6 +164,7 @@ def _plan(state: RunState, entry: Entry) -> None:
         state.shape_fits[view.shape] = view.fit
         if view.trial_id in state.fits:
             state.fits[view.trial_id] = view.fit
+            state.step_modes[view.trial_id] = view.step_modes
     state.overrides.clear()
     state.ledger.commit(state.plan)
     state.committed_at_s[state.plan.generation] = entry["t_s"]

@@ -20,7 +20,7 @@ from orchestrator.share.verification import Check, Subject
 from orchestrator.telemetry.window import TrialWindow
 from policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
 from policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, TrialId
-from policies.snapshot import DeviceKind, DeviceView, Override
+from policies.snapshot import DeviceKind, DeviceView, Override, StepModeView
 
 
 class RunState:
@@ -42,6 +42,7 @@ class RunState:
         gains: typical realised gain per dial.
         restart_s: seconds that the last move of a trial to a group of another size cost it, None before the first.
         kept_fits: what is learned of trials that are between two groups.
+        step_modes: how the steps of each running trial are executed, where it measured both ways.
         checks: the newest check of each kind of every running trial's share.
         paces: of trials that leave for another group: their pace, and the gain that the move was predicted to bring.
     """
@@ -71,6 +72,7 @@ class RunState:
         self.restart_s: float | None = None
         self.kept_fits: dict[TrialId, TrialFit] = {}
         self.paces: dict[TrialId, tuple[Pace, float | None]] = {}
+        self.step_modes: dict[TrialId, tuple[StepModeView, ...]] = {}
         self.checks: dict[TrialId, dict[Subject, Check]] = {}
         self.committed_at_s: dict[int, float] = {}
         self.changed_slots: set[str] = set()
@@ -149,10 +151,15 @@ class RunState:
         """Close the accounts of a trial whose processes use nothing any more."""
         self.ledger.close_line(trial_id)
         self.meter.forget(trial_id)
-        for table in (self.windows, self.fits, self.overrides, self.changed_at_s, self.checks):
+        for table in (self.windows, self.fits, self.overrides, self.changed_at_s, self.checks, self.step_modes):
             table.pop(trial_id, None)
         self.changed_trials.add(trial_id)
         self.wants_decision = True
+
+    def note_mode(self, trial_id: TrialId, found: StepModeView) -> None:
+        """A trial measured which step mode is the faster with some dials."""
+        modes = {_dials(mode): mode for mode in (*self.step_modes.get(trial_id, ()), found)}
+        self.step_modes[trial_id] = tuple(modes[dials] for dials in sorted(modes))
 
     def publish(self, slot: Slot, order: SlotOrder) -> None:
         """Make `order` the slot's newest, numbered after the last one."""
@@ -177,3 +184,7 @@ class RunState:
         """Slots that are not closed or lost."""
         gone = {SlotState.CLOSED, SlotState.LOST}
         return [slot for slot in self.lifecycle.slots.values() if slot.state not in gone]
+
+
+def _dials(mode: StepModeView) -> tuple[str, int, int]:
+    return mode.tier.value, mode.micro_batch, mode.grad_accum

@@ -61,7 +61,9 @@ FLAG_SKIPPED = 1
 FLAG_APPLIED = 2
 FLAG_GRAPH = 4
 FLAG_ROLLED_BACK = 8
-"""Non-finite and skipped; an allocation was applied before it; replayed from a graph; began at an earlier state."""
+FLAG_UNSETTLED = 16
+"""Non-finite and skipped; an allocation was applied before it; replayed from a graph; began at an earlier state; in
+another step mode than steps with these dials will have, or while that is being found out."""
 
 StepArray = npt.NDArray[np.void]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, StepArray
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, FLAG_UNSETTLED, StepArray
 
 SETTINGS = ("generation", "cores", "tier", "micro_batch", "grad_accum", "num_workers")
 """Fields of a record that say under which dials a step ran."""
@@ -38,21 +39,27 @@ class Stretch:
 
 
 def ordinary(rows: StepArray) -> StepArray:
-    """Rows without skipped steps, the first step after a change, and the smaller batch at an end."""
-    unusual = (rows["flags"] & (FLAG_SKIPPED | FLAG_APPLIED)) != 0
+    """Rows without skipped steps, the first one after a change, passing step modes and the smaller batch at an end."""
+    unusual = (rows["flags"] & (FLAG_SKIPPED | FLAG_APPLIED | FLAG_UNSETTLED)) != 0
     full = rows["micro_batch"].astype(np.int64) * rows["grad_accum"] * rows["num_workers"]
     found: StepArray = rows[~unusual & (rows["num_samples"] == full)]
     return found
+
+
+def changes_of(rows: StepArray) -> npt.NDArray[np.intp]:
+    """Indices of the last row before each change of dials or step mode; `rows` must not be empty."""
+    is_replayed = rows["flags"] & FLAG_GRAPH
+    changes = is_replayed[1:] != is_replayed[:-1]
+    for name in SETTINGS:
+        changes |= rows[name][1:] != rows[name][:-1]
+    return np.flatnonzero(changes)
 
 
 def newest_stretch(rows: StepArray) -> Stretch | None:
     """What the rows of rank 0, oldest first, say since the last change; None where no step counts."""
     if not len(rows):
         return None
-    changes = np.zeros(len(rows) - 1, dtype=np.bool_)
-    for name in SETTINGS:
-        changes |= rows[name][1:] != rows[name][:-1]
-    at = np.flatnonzero(changes)
+    at = changes_of(rows)
     mine = ordinary(rows[at[-1] + 1 :] if len(at) else rows)
     step_s = mine["step_s"].astype(np.float64)
     kept = step_s <= _LONG * np.median(step_s) if len(step_s) else np.zeros(0, dtype=np.bool_)

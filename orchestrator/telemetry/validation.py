@@ -18,6 +18,7 @@ from orchestrator.telemetry.record import (
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
     FLAG_SKIPPED,
+    FLAG_UNSETTLED,
     StepArray,
     tier_of,
 )
@@ -158,7 +159,7 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
     unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
     _mark(codes, "tier", np.isin(rows["tier"], unknown))
-    known = FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH | FLAG_ROLLED_BACK
+    known = FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH | FLAG_ROLLED_BACK | FLAG_UNSETTLED
     _mark(codes, "flags", flags > known)
 
 

@@ -23,7 +23,7 @@ from orchestrator.telemetry.record import (
     StepArray,
     tier_of,
 )
-from orchestrator.telemetry.stretch import SETTINGS, Stretch, newest_stretch, ordinary
+from orchestrator.telemetry.stretch import SETTINGS, Stretch, changes_of, newest_stretch, ordinary
 from orchestrator.telemetry.usage import UsageMeter
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
 from policies.fit import Observation
@@ -222,7 +222,8 @@ class TrialWindow:
     def observations(self, now_s: float) -> tuple[Observation, ...]:  # noqa: ARG002 - every reader is told the time
         """Steps of rank 0 since the last call, summarised by the settings they ran under, oldest settings first.
 
-        Left out: skipped steps, the first step after an applied allocation and the smaller batch at an end.
+        Left out: skipped steps, the first step after an applied allocation, steps while it is being measured which step
+        mode these dials shall have, and the smaller batch at an end.
         """
         rows = ordinary(self._pending.joined())
         self._pending.clear()
@@ -403,16 +404,14 @@ def _advance_rank(state: _Rank, rows: StepArray) -> None:
 
 
 def _same_settings(rows: StepArray) -> Iterator[StepArray]:
-    """Rows grouped by generation and settings, in order of first appearance."""
+    """Rows grouped by generation, settings and step mode, in order of first appearance."""
     if not len(rows):
         return
-    changes = np.zeros(len(rows) - 1, dtype=np.bool_)
-    for name in SETTINGS:
-        changes |= rows[name][1:] != rows[name][:-1]
     groups: dict[tuple[float, ...], list[StepArray]] = {}
     # Settings change rarely: cutting at changes leaves a handful of runs to group, not thousands of rows.
-    for run in np.split(rows, np.flatnonzero(changes) + 1):
-        groups.setdefault(tuple(run[name][0].item() for name in SETTINGS), []).append(run)
+    for run in np.split(rows, changes_of(rows) + 1):
+        key = (*(run[name][0].item() for name in SETTINGS), int(run["flags"][0]) & FLAG_GRAPH)
+        groups.setdefault(key, []).append(run)
     for runs in groups.values():
         yield np.concatenate(runs)
 
@@ -437,4 +436,5 @@ def _summarise(rows: StepArray, sync_s: float | None) -> Observation:
         num_noise=len(estimated),
         memory_bytes=int(rows["memory_bytes"].max()) or None,
         sync_s=sync_s,
+        is_replayed=bool(int(first["flags"]) & FLAG_GRAPH),
     )

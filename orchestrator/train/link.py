@@ -14,6 +14,7 @@ import numpy as np
 
 from orchestrator.control.orders import Ack, Events, Outcome, OverrideReport, Report, SlotOrder, TierReport
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
+from policies.snapshot import StepModeView
 
 _RECORDS_PER_MESSAGE = 2048
 _MAX_RECORDS_KEPT = 65536
@@ -65,6 +66,7 @@ class Outbox:
         self._overrides: list[OverrideReport] = []
         self._reports: list[Report] = []
         self._tiers: list[TierReport] = []
+        self._modes: list[StepModeView] = []
         self._num_taken = 0
         self.num_dropped = 0
 
@@ -102,6 +104,11 @@ class Outbox:
         with self._lock:
             self._tiers = [report]
 
+    def add_mode(self, measured: StepModeView) -> None:
+        """Tell which step mode some dials have; it goes with the next message."""
+        with self._lock:
+            self._modes.append(measured)
+
     def wait_filled(self, timeout_s: float) -> None:
         """Return when something urgent waits, or after the timeout."""
         if self._filled.wait(timeout_s):
@@ -124,9 +131,11 @@ class Outbox:
                 overrides=tuple(self._overrides),
                 reports=tuple(self._reports),
                 tiers=tuple(self._tiers),
+                modes=tuple(self._modes),
                 records=tuple(records),
             )
             self._full, self._num_rows = [], 0
             self._acks, self._overrides, self._reports, self._tiers = [], [], [], []
+            self._modes = []
             self._num_taken += 1
             return events

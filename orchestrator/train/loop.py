@@ -29,7 +29,14 @@ from orchestrator.control.orders import (
 )
 from orchestrator.errors import ApplyError, OutOfMemoryError
 from orchestrator.share.mechanism import ShareMechanism
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_ROLLED_BACK, FLAG_SKIPPED, tier_code
+from orchestrator.telemetry.record import (
+    FLAG_APPLIED,
+    FLAG_GRAPH,
+    FLAG_ROLLED_BACK,
+    FLAG_SKIPPED,
+    FLAG_UNSETTLED,
+    tier_code,
+)
 from orchestrator.train.batch.guard import MemoryGuard, Move, is_out_of_memory
 from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
@@ -39,7 +46,8 @@ from orchestrator.train.precision.calibrate import calibration_key
 from orchestrator.train.precision.guard import Move as TierMove
 from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPlan
 from orchestrator.train.step_mode.choice import StepMode
-from orchestrator.train.stepper import Stepper, StepResult
+from orchestrator.train.step_result import StepResult
+from orchestrator.train.stepper import Stepper
 from policies.tier import is_cheaper
 
 logger = logging.getLogger(__name__)
@@ -157,6 +165,9 @@ class TrialLoop:
         if words and words != self._mode_said:
             self._mode_said = words
             logger.info("step mode at step %d: %s", stepper.step_index, self._mode_said)
+            measured = stepper.measured_mode
+            if measured is not None and self._ranks.rank == 0:
+                self._link.outbox.add_mode(measured)
 
     def _cross(self, stepper: Stepper) -> float:
         """Follow a new order from here on; returns the seconds that took."""
@@ -365,6 +376,7 @@ class TrialLoop:
         assert grant is not None
         flags = (FLAG_SKIPPED if result.is_skipped else 0) | (FLAG_APPLIED if times.switch_s else 0)
         flags |= FLAG_GRAPH if result.mode is StepMode.GRAPH else 0
+        flags |= 0 if stepper.is_settled_on(result.mode) else FLAG_UNSETTLED
         flags |= FLAG_ROLLED_BACK if self._is_rolled_back else 0
         self._is_rolled_back = False
         nan = float("nan")

@@ -9,7 +9,7 @@ import gc
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,6 @@ from orchestrator.control.orders import TrialOrder
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Schedule, Shape, apply
 from orchestrator.train.batch.meter import NoiseMeter
-from orchestrator.train.batch.noise import NoiseEstimate
 from orchestrator.train.flat_state import version_of
 from orchestrator.train.groups import Ranks
 from orchestrator.train.offload import Offload
@@ -33,8 +32,19 @@ from orchestrator.train.precision.tiers import install, lowered, set_tier
 from orchestrator.train.read_ahead import first_cursor, take
 from orchestrator.train.step_mode.choice import ModeChoice, StepMode
 from orchestrator.train.step_mode.recorder import CudaRecorder
-from orchestrator.train.step_mode.replay import CPU, Launched, Replay, Returned, open_replay, refusal
+from orchestrator.train.step_mode.replay import (
+    CPU,
+    Launched,
+    Lowered,
+    Replay,
+    Returned,
+    open_replay,
+    refusal,
+    refusal_of,
+)
+from orchestrator.train.step_result import StepResult
 from policies.plan import Settings
+from policies.snapshot import StepModeView
 from policies.tier import Tier, tier_facts
 
 logger = logging.getLogger(__name__)
@@ -46,27 +56,6 @@ _RULES = {"sqrt": ScalingRule.SQRT, "linear": ScalingRule.ADASCALE}
 
 RAMP_STEPS = 50
 """Steps at the start batch over which a larger batch brings in its larger learning rate (50-100 in practice)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What one step did. `is_skipped` means that a gradient was not finite and nothing was changed.
-
-    `step` is the number of optimizer steps before it, `position` the samples consumed before it. `is_loss_finite` is of
-    this rank's samples; a gradient may overflow in fp16 although the loss does not.
-    """
-
-    step: int
-    position: int
-    mode: StepMode
-    is_skipped: bool
-    num_samples: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    noise: NoiseEstimate | None
-    data_s: float
-    is_loss_finite: bool = True
 
 
 class Stepper:
@@ -89,7 +78,8 @@ class Stepper:
         self.settings = order.start
         self.loss_scale = LossScale()
         is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
-        self._modes = ModeChoice(ranks.step_mode, refusal(ranks.world_size, self.optimizer, is_possible=is_possible))
+        whole = refusal(ranks.world_size, self.optimizer, is_possible=is_possible)
+        self._modes = ModeChoice(ranks.step_mode, whole, refusal_of)
         self._replay: Replay | None = None
         self.offload = Offload(self.model, self.optimizer)
         self._has_stepped = False
@@ -118,9 +108,7 @@ class Stepper:
         In graph mode results come some steps later. When one says that it was skipped, those behind it did nothing and
         the stepper is back where that one began.
         """
-        # The loss scale of fp16 changes with every overflow, and a recording has it burnt in.
-        is_scaled = self.settings.tier is Tier.FP16
-        if self._has_stepped and not is_scaled and self._modes.mode(self._dials) is StepMode.GRAPH:
+        if self._has_stepped and self._modes.mode(self._dials) is StepMode.GRAPH:
             results = self._launch()
             if results is not None:
                 return results
@@ -148,6 +136,15 @@ class Stepper:
     def settle(self) -> list[StepResult]:
         """Wait for every step that was begun; call it before anything that needs to know where the trial stands."""
         return [] if self._replay is None else self._results(self._replay.collect(0))
+
+    def is_settled_on(self, mode: StepMode) -> bool:
+        """Whether steps with these dials are executed that way from now on."""
+        return self._modes.is_settled(self._dials) and self._modes.mode(self._dials) is mode
+
+    @property
+    def measured_mode(self) -> StepModeView | None:
+        """The step mode of these dials where both were measured."""
+        return self._modes.measured(self._dials, self.settings)
 
     @property
     def mode_words(self) -> str:
@@ -383,7 +380,7 @@ class Stepper:
         if self._replay is None:
             make = self._ranks.recorder
             recorder = CudaRecorder() if make is None else make(self.model, self.optimizer)
-            job = cast(Job, _Lowered(self))
+            job = cast(Job, Lowered(self))
             self._replay = open_replay(job, self.model, self.optimizer, recorder, MAX_GRAD_NORM)
         try:
             self._replay.captured.prepare(self.settings.tier, batches[0], len(batches))
@@ -436,14 +433,3 @@ class Stepper:
             warmup_samples=min(WARMUP_STEPS * order.start.global_batch, total // 20),
             ramp_samples=RAMP_STEPS * order.start.global_batch,
         )
-
-
-class _Lowered:
-    """The trial's job as a recorder sees it: its loss in the tier the trial has."""
-
-    def __init__(self, stepper: Stepper) -> None:
-        self._stepper = stepper
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> LossTerms:
-        """The forward pass in the present tier; without a cache of cast weights, which a graph must not hold."""
-        return self._stepper.loss(model, batch, self._stepper.settings.tier)

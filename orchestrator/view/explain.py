@@ -127,6 +127,7 @@ def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
         {
             **_trial(plan.generation, allocation, before.get(allocation.trial_id), outcomes),
             "predicted": _predicted(standings.get(allocation.trial_id), allocation.settings),
+            "step_mode": _step_mode(snapshot, allocation),
         }
         for allocation in _changed(snapshot.plan, plan, before)
     ]
@@ -146,6 +147,17 @@ def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
         "t_s": entry.t_s,
         "wall_s": entry.wall_s,
     }
+
+
+def _step_mode(snapshot: Snapshot, allocation: Allocation) -> str | None:
+    """How steps with the chosen dials are executed, as far as the decision knew; None where there is no choice."""
+    modes = next((trial.step_modes for trial in snapshot.trials if trial.trial_id == allocation.trial_id), ())
+    chosen = allocation.settings
+    for mode in modes:
+        if (mode.tier, mode.micro_batch, mode.grad_accum) == (chosen.tier, chosen.micro_batch, chosen.grad_accum):
+            name = "graph" if mode.is_replayed else "eager"
+            return f"{name}: eager {1e3 * mode.eager_s:.2f} ms, graph {1e3 * mode.replayed_s:.2f} ms per step"
+    return "not measured yet with these dials" if modes else None
 
 
 def _nodes(old: Plan, new: Plan) -> list[dict[str, Any]]:
@@ -357,6 +369,7 @@ def _render_trial(item: Mapping[str, object]) -> list[str]:
         *(f"  {line}" for line in table(["", "settings", "goodput/s"], rows, numeric=["goodput/s"])),
         f"  bound by {clean(item['binding'])}; applied {'; '.join(applied) or 'not yet'} ({effect} effect)",
         f"  gain predicted {show_gain(item['predicted_gain'])}, realised {show_gain(item['realised_gain'])}",
+        *([f"  step mode {clean(item['step_mode'])}"] if item.get("step_mode") else []),
         *(f"  {clean(text)}" for text in _texts(item.get("checks"))),
         *_render_paces(item),
     ]

@@ -8,8 +8,12 @@ the stepper.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from policies.plan import Settings
+from policies.snapshot import StepModeView
 
 NUM_EAGER = 3
 """Eager steps per combination of dials; the first ones also load kernels, so the fastest counts."""
@@ -40,10 +44,13 @@ class ModeChoice:
     Args:
         wish: what the user asks for.
         refusal: why steps cannot be replayed at all, None if they may.
+        refusal_of: why steps with some dials cannot be, None if they may.
     """
 
-    def __init__(self, wish: StepMode, refusal: str | None) -> None:
-        self._wish, self.refusal = wish, refusal
+    def __init__(
+        self, wish: StepMode, refusal: str | None, refusal_of: Callable[[object], str | None] = lambda _: None
+    ) -> None:
+        self._wish, self.refusal, self._refusal_of = wish, refusal, refusal_of
         self._times: dict[object, _Times] = {}
 
     def refuse(self, reason: str) -> None:
@@ -52,7 +59,7 @@ class ModeChoice:
 
     def mode(self, key: object) -> StepMode:
         """How to do the next step with these dials."""
-        if self.refusal is not None or self._wish is StepMode.EAGER:
+        if self.refusal is not None or self._wish is StepMode.EAGER or self._refusal_of(key) is not None:
             return StepMode.EAGER
         if self._wish is StepMode.GRAPH:
             return StepMode.GRAPH
@@ -74,13 +81,31 @@ class ModeChoice:
         """Whether the mode of these dials is known and stays."""
         times = self._times.get(key, _Times())
         is_measured = len(times.eager) >= NUM_EAGER and len(times.graph) >= NUM_GRAPH
-        return self.refusal is not None or self._wish is not StepMode.AUTO or is_measured
+        is_refused = self.refusal is not None or self._refusal_of(key) is not None
+        return is_refused or self._wish is not StepMode.AUTO or is_measured
+
+    def measured(self, key: object, settings: Settings) -> StepModeView | None:
+        """The mode of these dials, `settings` in full, and the times it was chosen by; None where not measured."""
+        times = self._times.get(key, _Times())
+        if self.refusal is not None or self._wish is not StepMode.AUTO:
+            return None
+        if len(times.eager) < NUM_EAGER or len(times.graph) < NUM_GRAPH:
+            return None
+        return StepModeView(
+            tier=settings.tier,
+            micro_batch=settings.micro_batch,
+            grad_accum=settings.grad_accum,
+            is_replayed=self.mode(key) is StepMode.GRAPH,
+            eager_s=min(times.eager),
+            replayed_s=statistics.median(times.graph),
+        )
 
     def words(self, key: object) -> str:
         """The mode and why, for people."""
         mode = self.mode(key)
-        if self.refusal is not None:
-            return f"eager: {self.refusal}"
+        refusal = self.refusal or self._refusal_of(key)
+        if refusal is not None:
+            return f"eager: {refusal}"
         times = self._times.get(key)
         if self._wish is not StepMode.AUTO or times is None:
             return f"{mode}: as asked for"

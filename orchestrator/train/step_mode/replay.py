@@ -10,17 +10,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from jobs.data import SampleCursor
-from jobs.job import Job
+from jobs.job import Job, LossTerms
 from orchestrator.train.batch.noise import NoiseEstimate
 from orchestrator.train.step_mode.captured import MAX_FLYING, Batch, CapturedStep
 from orchestrator.train.step_mode.recorder import Recorder
+from policies.plan import Settings
+from policies.tier import Tier
 
 CPU = torch.device("cpu")
+
+
+class _Trial(Protocol):
+    """What is needed of a stepper."""
+
+    settings: Settings
+
+    def loss(self, model: nn.Module, batch: tuple[torch.Tensor, ...], tier: Tier) -> LossTerms:
+        """The forward pass in a tier."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,6 +116,24 @@ def refusal(world_size: int, optimizer: torch.optim.Optimizer, *, is_possible: b
     if all(group.get("fused") for group in optimizer.param_groups):
         return None
     return f"{type(optimizer).__name__} is not fused, so it cannot leave out a step on the device"
+
+
+def refusal_of(dials: object) -> str | None:
+    """Why steps with these dials (a tuple that holds the tier) are not replayed, None if they may."""
+    # The loss scale changes with every overflow.
+    is_scaled = isinstance(dials, tuple) and Tier.FP16 in dials
+    return "a recording would have the loss scale of fp16 burnt in" if is_scaled else None
+
+
+class Lowered:
+    """A trial's job as a recorder sees it: its loss in the tier the trial has."""
+
+    def __init__(self, trial: _Trial) -> None:
+        self._trial = trial
+
+    def loss(self, model: nn.Module, batch: tuple[torch.Tensor, ...]) -> LossTerms:
+        """The forward pass in the present tier; without a cache of cast weights, which a graph must not hold."""
+        return self._trial.loss(model, batch, self._trial.settings.tier)
 
 
 def open_replay(

@@ -254,3 +254,29 @@ def test_an_override_bans_the_tier_it_fled_from_and_caps_the_micro_batch() -> No
 
 def test_a_pause_by_override_bans_nothing() -> None:
     assert protect(NOTHING_FITTED, settings(share=0.5), settings(share=0.0)) == NOTHING_FITTED
+
+
+def test_eager_windows_do_not_stand_for_the_speed_of_replayed_steps() -> None:
+    eager = observation(0.1)
+    fit = measured(eager)
+    fit = update(fit, [dataclasses.replace(observation(0.02), is_replayed=True)] * 2)
+    assert step_s(fit) == pytest.approx(0.02)
+    assert [cell.is_replayed for cell in fit.cells] == [True]
+    elsewhere = update(
+        measured(observation(0.05, cores=4.0)), [dataclasses.replace(observation(0.02), is_replayed=True)] * 2
+    )
+    assert step_s(elsewhere) == pytest.approx(0.02), "the mode of a batch and tier is that of every share"
+    alone = update(NOTHING_FITTED, [dataclasses.replace(observation(0.02), is_replayed=True)] * 2)
+    assert step_s(elsewhere, cores=4.0) == step_s(alone, cores=4.0)
+
+
+def test_of_trials_in_different_modes_the_faster_one_is_pooled_in_any_order() -> None:
+    fits = [measured(observation(0.1)), measured(dataclasses.replace(observation(0.02), is_replayed=True))]
+    assert step_s(pool(fits)) == pytest.approx(0.02)
+    assert pool(fits) == pool(fits[::-1])
+
+
+def test_a_fit_of_eager_steps_is_written_as_it_always_was() -> None:
+    assert "is_replayed" not in dumps(measured(observation(0.1)))
+    replayed = measured(dataclasses.replace(observation(0.02), is_replayed=True))
+    assert fit_from(to_jsonable(replayed)) == replayed

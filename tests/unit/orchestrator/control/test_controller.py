@@ -11,6 +11,7 @@ from orchestrator.control.journal import read
 from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Events, Outcome, OverrideReport, SlotOp, Status, StopMode
 from policies.plan import Plan, Settings, TrialId
+from policies.snapshot import StepModeView
 from policies.tier import Tier
 from tests.unit.orchestrator.control.worlds import World
 
@@ -342,3 +343,25 @@ def test_a_restart_of_the_actor_after_a_new_start_does_not_forget_workers_again(
     trial = world.controller.state.lifecycle.trials[T0]
     assert trial.state is TrialState.RUNNING
     assert trial.slot_id == "slot-0"
+
+
+def test_what_a_trial_measured_of_its_step_modes_is_part_of_the_decision_and_survives_the_actor(world: World) -> None:
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    worker.obey()
+    slow = StepModeView(tier=Tier.FP32, micro_batch=8, grad_accum=1, is_replayed=False, eager_s=0.01, replayed_s=0.02)
+    fast = dataclasses.replace(slow, is_replayed=True, replayed_s=0.005)
+    small = dataclasses.replace(fast, micro_batch=4)
+    worker.tell(Events(number=1, modes=(slow, fast)))
+    worker.tell(Events(number=2, modes=(small, small)))
+    snapshot = world.controller.decider.snapshot()
+    assert snapshot is not None
+    assert snapshot.trials[0].step_modes == (small, fast), "one per dials, the newest"
+    world.attach("slot-1")
+    world.controller.submit(T1, {})
+    world.decide()  # journalled with what was known
+    world.restart()
+    again = world.controller.decider.snapshot()
+    assert again is not None
+    assert again.trials[0].step_modes == (small, fast)

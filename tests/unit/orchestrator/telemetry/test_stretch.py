@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, STEP_DTYPE, StepArray
+from orchestrator.telemetry.record import (
+    FLAG_APPLIED,
+    FLAG_GRAPH,
+    FLAG_SKIPPED,
+    FLAG_UNSETTLED,
+    STEP_DTYPE,
+    StepArray,
+)
 from orchestrator.telemetry.stretch import newest_stretch
 
 
@@ -52,3 +59,17 @@ def test_where_the_newest_step_is_no_ordinary_one_nothing_is_known_yet() -> None
     last = steps(1, 9.0, generation=2)
     last["flags"] = FLAG_APPLIED
     assert newest_stretch(np.concatenate([steps(20, 0.1), last])) is None
+
+
+def test_steps_while_the_step_mode_is_measured_do_not_count_and_modes_are_not_mixed() -> None:
+    eager, tried, settled = steps(20, 0.1), steps(6, 0.05), steps(30, 0.02)
+    eager["flags"], tried["flags"], settled["flags"] = FLAG_UNSETTLED, FLAG_UNSETTLED | FLAG_GRAPH, FLAG_GRAPH
+    assert newest_stretch(eager) is None
+    found = newest_stretch(np.concatenate([eager, tried, settled]))
+    assert found is not None
+    assert (found.num_steps, found.is_replayed) == (30, True)
+    assert found.samples_per_s == pytest.approx(400.0)
+    plain = steps(10, 0.1)
+    found = newest_stretch(np.concatenate([settled, plain]))
+    assert found is not None
+    assert (found.num_steps, found.is_replayed) == (10, False)

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, STEP_DTYPE, StepArray, pack, unpack
+from orchestrator.telemetry.record import (
+    FLAG_APPLIED,
+    FLAG_GRAPH,
+    FLAG_SKIPPED,
+    FLAG_UNSETTLED,
+    STEP_DTYPE,
+    StepArray,
+    pack,
+    unpack,
+)
 from orchestrator.telemetry.window import MAX_PENDING_ROWS, FoldReport, TrialWindow
 from policies.fit import Observation
 from policies.tier import Tier
@@ -124,7 +133,7 @@ LIES = {
     "samples negative": ("num_samples", -32, "samples"),
     "tier unknown": ("tier", 7, "tier"),
     "tier negative": ("tier", -1, "tier"),
-    "flag unknown": ("flags", 16, "flags"),
+    "flag unknown": ("flags", 32, "flags"),
     "share above one": ("share", 1.5, "share"),
     "share not a number": ("share", np.nan, "share"),
     "cores infinite": ("cores", np.inf, "share"),
@@ -461,3 +470,18 @@ def test_a_few_bad_rows_make_nobody_suspect() -> None:
     rows["loss"][::2] = np.nan
     trial.send(rows)
     assert not trial.window.view(at(19)).is_suspect
+
+
+def test_observations_hold_steps_of_the_settled_mode_only() -> None:
+    trial = Trial()
+    rows = honest_rows(30)
+    rows["flags"][:4] = FLAG_UNSETTLED
+    rows["flags"][4:8] = FLAG_UNSETTLED | FLAG_GRAPH
+    rows["flags"][8:] = FLAG_GRAPH
+    trial.send(rows)
+    (seen,) = trial.window.observations(at(30))
+    assert (seen.num_steps, seen.is_replayed) == (22, True)
+    more = honest_rows(10, 30)  # it could not be recorded again
+    trial.send(more, now_s=at(39))
+    (seen,) = trial.window.observations(at(40))
+    assert (seen.num_steps, seen.is_replayed) == (10, False)

@@ -10,6 +10,7 @@ from orchestrator.errors import ConfigError, JournalError
 from orchestrator.view.explain import explain, render
 from policies.codec import to_jsonable
 from policies.fit import NOTHING_FITTED, Observation, update
+from policies.snapshot import StepModeView
 from tests.run_directory import CHEAPER, ONE_RANK, RunDirectory, healthy_run
 
 KEYS = ("generation", "reason", "chosen", "alternatives", "binding", "predicted_gain", "realised_gain", "applied")
@@ -178,3 +179,27 @@ def test_what_was_seen_of_a_share_is_told_with_its_decision_and_deviations_with_
     assert "  compute not held: 1.90 cores, granted 1.00 cores" in render(one).splitlines()
     text = render(explain(directory, None))
     assert "a under plan 2: compute not held: 1.90 cores, granted 1.00 cores" in text
+
+
+def test_the_step_mode_that_a_decision_knew_is_named_with_its_times(tmp_path: Path) -> None:
+    run = healthy_run(tmp_path)
+    entry = next(entry for entry in run.entries if entry["kind"] == "plan" and entry["generation"] == 2)
+    mode = StepModeView(
+        tier=CHEAPER.tier,
+        micro_batch=CHEAPER.micro_batch,
+        grad_accum=CHEAPER.grad_accum,
+        is_replayed=True,
+        eager_s=0.0054,
+        replayed_s=0.0015,
+    )
+    entry["snapshot"]["trials"][0]["step_modes"] = [to_jsonable(mode)]
+    other = replace(mode, micro_batch=1)
+    entry["snapshot"]["trials"][1]["step_modes"] = [to_jsonable(other)]
+    directory = run.write()
+    told = {item["trial"]: item["step_mode"] for item in explain(directory, 2)["trials"]}
+    assert told == {
+        "a": "graph: eager 5.40 ms, graph 1.50 ms per step",
+        "b": "not measured yet with these dials",
+    }
+    assert "  step mode graph: eager 5.40 ms, graph 1.50 ms per step" in render(explain(directory, 2)).splitlines()
+    assert {item["step_mode"] for item in explain(directory, 1)["trials"]} == {None}

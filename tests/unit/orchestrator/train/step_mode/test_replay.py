@@ -14,11 +14,14 @@ from jobs import build_job
 from jobs.job import Job
 from jobs.optim import adamw
 from orchestrator.control.orders import Status
-from orchestrator.telemetry.record import FLAG_GRAPH, FLAG_SKIPPED
+from orchestrator.telemetry.record import FLAG_GRAPH, FLAG_SKIPPED, FLAG_UNSETTLED
 from orchestrator.train.groups import Ranks
 from orchestrator.train.step_mode.captured import MAX_FLYING, MAX_RECORDINGS
 from orchestrator.train.step_mode.choice import StepMode
-from orchestrator.train.stepper import Stepper, StepResult
+from orchestrator.train.step_result import StepResult
+from orchestrator.train.stepper import Stepper
+from policies.snapshot import StepModeView
+from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order
 from tests.unit.orchestrator.train.step_mode.recorders import CallAgain
 
@@ -174,3 +177,30 @@ def test_what_a_graph_writes_lives_as_long_as_the_graph(tmp_path: Path) -> None:
     run(one, 3)
     assert made[0].borrowed
     assert all(reference() is not None for reference in made[0].borrowed)
+
+
+def test_steps_before_the_mode_is_known_are_marked_and_what_was_measured_is_told(tmp_path: Path) -> None:
+    first = order(tmp_path, samples_per_report=400)
+    assert first.trial is not None
+    script = Script(first)
+    auto = replace(REPLAYED, step_mode=StepMode.AUTO)
+    told: list[StepModeView] = []
+    script.outbox.add_mode = told.append  # type: ignore[method-assign, assignment]
+    assert loop(script, job_of(first.trial.params), ranks=auto).run().status is Status.DONE
+    flags = script.records["flags"]
+    assert (flags[:3] & FLAG_UNSETTLED).all(), "eager steps of the trial of modes"
+    settled = flags[(flags & FLAG_UNSETTLED) == 0]
+    assert len(settled) > 50
+    assert len(set((settled & FLAG_GRAPH).tolist())) == 1, "what counts is of one mode"
+    (mode,) = told
+    assert mode.is_replayed == bool(settled[0] & FLAG_GRAPH)
+    assert mode.is_replayed == (mode.replayed_s <= mode.eager_s)
+    assert (mode.micro_batch, mode.grad_accum) == (8, 1)
+
+
+def test_a_tier_that_is_never_replayed_has_a_settled_mode_all_the_same(tmp_path: Path) -> None:
+    one = stepper(replace(REPLAYED, step_mode=StepMode.AUTO), tmp_path, tier=Tier.FP16)
+    assert {r.mode for r in run(one, 12)} == {StepMode.EAGER}
+    assert one.is_settled_on(StepMode.EAGER)
+    assert "fp16" in one.mode_words
+    assert one.measured_mode is None
