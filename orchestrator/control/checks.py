@@ -32,7 +32,10 @@ from policies.snapshot import DeviceKind
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 1.0
-"""Seconds after a neighbour came or went that are left out, and that a step time is then taken over at least."""
+"""Seconds after a neighbour came or went that are left out."""
+
+MEASURED_S = 2.0
+"""Seconds of steps that a step time is taken over, so that one commit or capture next door is no verdict."""
 
 
 class ShareChecks:
@@ -103,7 +106,7 @@ class ShareChecks:
             since_s = now_s
             self._beside[trial_id] = neighbours, since_s
         stretch = self._state.windows[trial_id].stretch(since_s + SETTLE_S)
-        is_enough = stretch is not None and stretch.num_steps >= MIN_STEPS and stretch.seconds >= SETTLE_S
+        is_enough = stretch is not None and stretch.num_steps >= MIN_STEPS and stretch.seconds >= MEASURED_S
         if stretch is None or not is_enough or stretch.generation != grant.generation:
             return unobservable(Subject.NEIGHBOURS, "times", "too few steps since its share or its neighbours changed")
         settings = self._state.ledger.running_settings(trial_id) or grant.settings

@@ -115,7 +115,7 @@ def test_a_neighbour_that_halves_a_trials_speed_has_its_groups(tmp_path: Path, f
     world.decide()
 
     def train(step_s: float) -> None:
-        for _ in range(4):
+        for _ in range(6):
             first.obey(num_steps=50, step_s=step_s)
             second.obey(num_steps=1, step_s=0.001)
             world.controller.checks.observe()
