@@ -2,8 +2,9 @@
 
 One running trial of a shape at a time, one tier at a time, turned live where it is: size, seats and batch stay, so that
 what it brings can be told and nothing restarts. It keeps the tier until it is measured; then the tier is weighed like
-every other. Never a tier that the trial fled from, and never one of a trial with a guard, which probes its tiers
-itself and knows those that are emulated. Called by `policies.goodput_joint` on the rows it would give.
+every other. Never a tier that the trial fled from or that is predicted not to fit, and never one of a trial with a
+guard, which probes its tiers itself and knows those that are emulated. Called by `policies.goodput_joint` on the rows
+it would give.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from policies.fleet import Fleet
+from policies.memory import fits
 from policies.movable import Mover, run
 from policies.plan import Allocation
 from policies.prospects import Prospect, usable_tiers
@@ -94,7 +96,7 @@ def _is_trying(mover: Mover, outlook: Prospect, row: Allocation) -> bool:
 
 
 def _next_tier(mover: Mover, outlook: Prospect, row: Allocation, cooldown_s: float) -> Tier | None:
-    """The dearest unmeasured tier below the present one, if the trial would change nothing else."""
+    """The dearest unmeasured tier below the present one that fits, if the trial would change nothing else."""
     if not _is_free(mover, outlook) or mover.age_s < cooldown_s or mover.trial.override is not None:
         return None
     if not _stays(mover, row) or row.settings != mover.in_force:
@@ -102,5 +104,12 @@ def _next_tier(mover: Mover, outlook: Prospect, row: Allocation, cooldown_s: flo
     measured = outlook.measured_tiers
     if row.settings.tier not in measured:
         return None
-    cheaper = [t for t in usable_tiers(mover) if is_cheaper(t, row.settings.tier) and t not in measured]
+    trial, now = mover.trial, row.settings
+    cheaper = [
+        tier
+        for tier in usable_tiers(mover)
+        if is_cheaper(tier, now.tier)
+        and tier not in measured
+        and fits(trial.fit.memory, tier, now.num_workers, now.micro_batch, trial.memory_limit_bytes)
+    ]
     return min(cheaper, key=lambda tier: tier_facts(tier).cost_rank, default=None)

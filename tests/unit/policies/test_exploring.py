@@ -10,6 +10,7 @@ from policies.fit import Observation, TrialFit, update
 from policies.goodput_joint import GoodputJoint
 from policies.invariants import check
 from policies.ladder import TierFit
+from policies.memory import MemoryPoint
 from policies.plan import Effect, Plan, Settings
 from policies.sample_fleets import after
 from policies.snapshot import Snapshot, TrialView
@@ -118,11 +119,19 @@ def test_not_within_the_cooldown_of_a_change() -> None:
         {"fit": dataclasses.replace(fit(), banned_tiers=(Tier.BF16, Tier.INT8))},
         {"fit": dataclasses.replace(fit(), tiers=(TierFit(tier=Tier.BF16, is_real=False, is_safe=True),))},
         {"fit": dataclasses.replace(fit(), tiers=(TierFit(tier=Tier.BF16, is_real=True, is_safe=False),))},
+        {
+            "fit": dataclasses.replace(
+                fit(), memory=(MemoryPoint(tier=Tier.FP32, num_workers=1, micro_batch=16, peak_bytes=1000),)
+            ),
+            "memory_limit_bytes": 500,
+        },
         {"is_protected": True},
         {"is_stale": True},
     ],
 )
-def test_never_a_tier_it_fled_from_nor_with_a_guard_nor_a_trial_that_has_to_stay(changes: dict[str, object]) -> None:
+def test_never_a_tier_it_fled_from_or_has_no_room_for_nor_with_a_guard_nor_one_that_has_to_stay(
+    changes: dict[str, object],
+) -> None:
     snapshot = settled(with_tiers("a"))
     trials = tuple(dataclasses.replace(trial, **changes) for trial in snapshot.trials)  # type: ignore[arg-type]
     assert tiers_of(decide(dataclasses.replace(snapshot, trials=trials))) == {"a": Tier.FP32}
