@@ -44,7 +44,8 @@ def explain(run: str, storage: Path, decision: int | None, as_json: bool) -> int
 def verify(run: str, storage: Path, as_json: bool) -> int:
     """Check the journal and telemetry of RUN: over-commitment, torn allocations, lost samples, leaks.
 
-    Exit code 1 if anything is found. With --json: {violations: [...]}.
+    Exit code 1 if anything is found. Notes say what could not be checked, and which shares were not real. With --json:
+    {violations: [...], checked: {...}, notes: [...]}.
     """
     run_dir = opened(run, storage)
     from orchestrator.view.verify import verify as verify_run
@@ -56,6 +57,8 @@ def verify(run: str, storage: Path, as_json: bool) -> int:
     else:
         for violation in violations:
             click.echo(f"violation: {printable(str(violation))}")
+        for note in answer["notes"]:
+            click.echo(f"note: {printable(str(note))}")
         count = len(violations)
         click.echo(f"{run_dir.name}: {count or 'no'} violation{'' if count == 1 else 's'}")
     return 1 if violations else 0

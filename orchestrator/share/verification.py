@@ -129,7 +129,7 @@ def judge_speed(predicted_gain: float | None, realised_gain: float) -> Check | N
         return None
     expected, observed = 1 + predicted_gain, 1 + realised_gain
     is_held = abs(observed / expected - 1) <= SPEED_TOLERANCE
-    return _judged(Subject.SPEED, expected, observed, "times", is_held, "the goodput before the change")
+    return _judged(Subject.SPEED, expected, observed, "times", is_held, "of the goodput before the change")
 
 
 def amount_words(value: float | None, unit: str) -> str:

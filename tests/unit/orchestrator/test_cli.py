@@ -282,14 +282,18 @@ def test_watch_explain_and_verify_call_the_views(run: Run, fake: Callable[..., N
 
 def test_verify_fails_when_it_finds_something(run: Run, fake: Callable[..., None]) -> None:
     found: list[str] = []
-    fake("orchestrator.view.verify", verify=lambda _: {"violations": list(found)})
+    notes: list[str] = []
+    fake("orchestrator.view.verify", verify=lambda _: {"violations": list(found), "notes": list(notes)})
     make_run("demo")
     assert run("verify", "demo")[:2] == (0, "demo: no violations\n")
     found.append("cpu:0 over-committed")
     code, out, _ = run("verify", "demo")
     assert (code, out) == (1, "violation: cpu:0 over-committed\ndemo: 1 violation\n")
     code, out, _ = run("verify", "demo", "--json")
-    assert (code, json.loads(out)) == (1, {"violations": found})
+    assert (code, json.loads(out)) == (1, {"violations": found, "notes": notes})
+    found.clear()
+    notes.append("share of t0 under plan 3 not real")
+    assert run("verify", "demo")[:2] == (0, "note: share of t0 under plan 3 not real\ndemo: no violations\n")
 
 
 def test_doctor_answers_with_name_status_and_remedy(run: Run) -> None:
