@@ -26,7 +26,7 @@ def step_times(size: str, tier_name: str, settings: Options, directory: Path) ->
     from policies.tier import Tier
 
     num_steps = 60 if settings.is_quick else {"7M": 800, "34M": 300, "98M": 160}[size]
-    tier = Tier.BF16 if tier_name == "bf16" else Tier.FP32
+    tier = Tier(tier_name)
     hand, ours, words = [], [], ""
     for number in range(settings.repeats):
         loop = BestLoop(size, tier_name)

@@ -172,7 +172,7 @@ def hindsight(report: Report, device: torch.device) -> None:
             stepper, _ = begin(replace(base, ladder=(tier,)))
             single[tier] = tokens * steps_per_s(stepper, 0.2 if quick else 3.0, device)
             del stepper
-        limit_s = 1.0 if quick else 14.0
+        limit_s = 1.0 if quick else 20.0
         auto, story = settled(replace(base, ladder=tiers, budget=0.5), limit_s, 0.2 if quick else 3.0, device)
         best = max(single, key=lambda tier: single[tier])
         ratio = tokens * auto / single[best]
