@@ -208,15 +208,14 @@ class Supervisor:
         """One life of the slot, restarted at most so often; why it ended unasked, or None when its loop returned."""
         spec = self._spec if num_workers == self._spec.num_workers else self._spec.of(num_workers)
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
         from orchestrator.train.slot import slot_loop
 
         trainer = TorchTrainer(
             slot_loop,
             train_loop_config={**spec.loop_config, "slot_id": slot_id},
-            # One rank has nobody to talk to: NCCL would only take memory of the GPU.
-            torch_config=TorchConfig(backend="gloo" if spec.num_workers == 1 else None),
+            torch_config=_torch_config(spec),
             scaling_config=ScalingConfig(
                 num_workers=spec.num_workers,
                 use_gpu=bool(spec.gpus_per_worker),
@@ -247,6 +246,17 @@ class Supervisor:
         except RayError as error:
             logger.warning("the policy actor did not answer: %s", error)
             return None
+
+
+def _torch_config(spec: SlotSpec) -> Any:
+    """How ranks find each other: over NCCL where there are several and each has a GPU, else over gloo."""
+    from ray.train.torch import TorchConfig
+
+    if spec.num_workers == 1 or not spec.gpus_per_worker:
+        return TorchConfig(backend="gloo")  # one rank has nobody to talk to: NCCL would only take memory of the GPU
+    from orchestrator.devices.ray_cards import OwnCards
+
+    return OwnCards()
 
 
 def away_from(node_ids: frozenset[str]) -> dict[str, str] | None:

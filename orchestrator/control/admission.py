@@ -44,11 +44,12 @@ class Admission:
         running = self._state.lifecycle.running()
         if any(other.is_suspect for other in running) or (trial.is_suspect and running):
             return False
-        shape = self._state.spec.shape(trial.params)
-        limit = self._affordable(gpus, shape, len(running))
+        shape, num_ranks = self._state.spec.shape(trial.params), self._num_ranks(running)
+        limit = self._affordable(gpus, shape, num_ranks)
         if all(self._state.spec.shape(other.params) == shape for other in running):  # only alike ones have a knee
             limit = min(limit, self._knee.limit(_key(gpus[0], shape)) * len(gpus))
-        return len(running) < limit
+        size = trial.num_workers or self._state.spec.start.num_workers
+        return num_ranks < limit and (not running or num_ranks + size <= limit)
 
     def observe(self) -> bool:
         """Look at the trials that run; whether more may start now than before."""
@@ -67,7 +68,9 @@ class Admission:
         if len(shapes) > 1:
             return is_news
         rates = [None if view.is_stale else view.throughput_per_s for view in views]
-        said = self._knee.observe(now_s, _key(gpus[0], shapes.pop()), rates)
+        # A sum says something of so many trials a GPU only where all GPUs have as many.
+        per_gpu, rest = divmod(self._num_ranks(running), len(gpus))
+        said = self._knee.observe(now_s, _key(gpus[0], shapes.pop()), rates, None if rest else per_gpu)
         if said is None:
             return is_news
         logger.info("knee: %s", said)
@@ -77,8 +80,13 @@ class Admission:
     def _gpus(self) -> list[DeviceView]:
         return [device for device in self._state.devices.values() if device.kind is DeviceKind.CUDA]
 
+    def _num_ranks(self, trials: list[Trial]) -> int:
+        """Ranks of trials that run: each takes its part of a GPU."""
+        slots = (self._state.slot_of(trial) for trial in trials)
+        return sum(1 if slot is None or slot.hello is None else len(slot.hello.placement) for slot in slots)
+
     def _affordable(self, gpus: list[DeviceView], shape: str, num_running: int) -> int:
-        """Trials that memory allows, all alike; as many as wanted where a device does not tell its memory."""
+        """Ranks that memory allows, all alike; as many as wanted where a device does not tell its memory."""
         total_bytes = sum(gpu.memory_bytes for gpu in gpus)
         if total_bytes == 0:
             return len(self._state.lifecycle.slots) or 1

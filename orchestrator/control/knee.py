@@ -55,13 +55,14 @@ class Knee:
         """Numbers that were found, by shape."""
         return {shape: search.limit for shape, search in sorted(self._searches.items()) if search.is_found}
 
-    def observe(self, now_s: float, shape: str, rates: list[float | None]) -> str | None:
+    def observe(self, now_s: float, shape: str, rates: list[float | None], count: int | None) -> str | None:
         """Take a reading of all trials that run, all of one shape; says what follows from it, None if nothing does.
 
         Args:
             now_s: monotonic.
             shape: of all of them.
             rates: useful samples per second of each; None for one that has none yet.
+            count: how many of them run on each device; None where that is not the same number everywhere.
         """
         search = self._searches.setdefault(shape, _Search())
         if len(rates) != self._running:
@@ -72,11 +73,13 @@ class Knee:
         self._readings.append(sum(known))
         if len(self._readings) < NUM_READINGS:
             return None
-        search.sums[len(rates)] = statistics.median(self._readings)
-        self._readings = []
-        if search.is_found or len(rates) < search.limit:
+        total, self._readings = statistics.median(self._readings), []
+        if count is None:
             return None
-        return self._step(search, len(rates))
+        search.sums[count] = total
+        if search.is_found or count < search.limit:
+            return None
+        return self._step(search, count)
 
     @staticmethod
     def _step(search: _Search, count: int) -> str:

@@ -17,7 +17,8 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello, Status, StopMode
-from policies.plan import Settings, TrialId
+from policies.plan import DeviceId, Settings, TrialId
+from policies.snapshot import DeviceKind
 
 MAX_OVERFLOWS = 3
 """Times that a trial may run out of memory between two reports before it is failed."""
@@ -211,8 +212,19 @@ class Lifecycle:
         return free
 
     def _slot_for(self, trial: Trial) -> Slot | None:
-        """The slot that a trial takes now, None where there is none of the size that it needs."""
-        return next(iter(self.free_slots(trial.num_workers)), None)
+        """The slot that a trial takes now, None where there is none of the size that it needs.
+
+        Of slots that are alike the one whose GPUs have the fewest trials: Ray opens slots on one GPU after the other.
+        """
+        free = self.free_slots(trial.num_workers)
+        alike = [slot for slot in free if slot.num_workers == free[0].num_workers]
+        return min(alike, key=self._crowding, default=None)
+
+    def _crowding(self, slot: Slot) -> int:
+        """Ranks that compute on the GPUs of a slot now; cores have their own order."""
+        cards = _cards_of(slot)
+        others = (other for other in self.slots.values() if other.state is SlotState.RUNNING)
+        return sum(_cards_of(other).count(card) for other in others for card in set(cards))
 
     def place(self, trial: Trial, slot: Slot) -> None:
         """Put a queued trial into a slot."""
@@ -363,3 +375,10 @@ class Lifecycle:
     def _end(self, trial: Trial, state: TrialState, reason: str) -> None:
         trial.state, trial.reason = state, reason
         trial.story.append(f"{state.value}: {reason}" if reason else state.value)
+
+
+def _cards_of(slot: Slot) -> tuple[DeviceId, ...]:
+    """The GPU of each rank of a slot; empty on cores."""
+    if slot.hello is None or any(device.kind is not DeviceKind.CUDA for device in slot.hello.devices):
+        return ()
+    return slot.hello.placement

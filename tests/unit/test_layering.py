@@ -39,6 +39,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/submit.py",
         "orchestrator/supervisor.py",
         "orchestrator/devices/ray_agents.py",
+        "orchestrator/devices/ray_cards.py",
         "orchestrator/doctor.py",
     ),
     "cuda": ("orchestrator/share/sm_driver.py",),

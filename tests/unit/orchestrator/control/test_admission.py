@@ -61,6 +61,42 @@ def test_a_large_trial_is_not_joined_by_another(tmp_path: Path) -> None:
     assert running(world) == ["t0"]
 
 
+OTHER = replace(GPU, device_id=DeviceId("cuda:y"))
+
+
+def test_trials_spread_over_the_gpus_though_slots_opened_on_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    world = World(tmp_path / "run")
+    for number in range(4):
+        attach(world, f"slot-{number}", GPU if number < 2 else OTHER)
+    for number in range(4):
+        world.controller.submit(TrialId(f"t{number}"), {"width": 8})
+    know_peak(world, 4 << 30)
+    lifecycle = world.controller.state.lifecycle
+    assert [lifecycle.trials[TrialId(f"t{number}")].slot_id for number in range(3)] == ["slot-0", "slot-2", "slot-1"]
+    assert len(running(world)) == 4, "two on each GPU"
+
+
+def test_a_trial_of_two_ranks_takes_a_part_of_two_gpus(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    world = World(tmp_path / "run")
+    placement = (GPU.device_id, OTHER.device_id)
+    for number in range(3):
+        hello = SlotHello(
+            slot_id=f"slot-{number}",
+            placement=placement if number % 2 == 0 else placement[::-1],
+            devices=(GPU, OTHER),
+            enforced_by="sm_groups",
+            enforcement="",
+        )
+        world.controller.attach(hello)
+        world.controller.submit(TrialId(f"t{number}"), {"width": 8})
+    world.controller.state.lifecycle.trials[TrialId("t1")].num_workers = 2
+    assert running(world) == ["t0"]
+    know_peak(world, 4 << 30)
+    assert running(world) == ["t0", "t1"], "two ranks on each GPU, where the search for the knee begins"
+
+
 def test_cores_are_given_as_ever(tmp_path: Path) -> None:
     cpu = replace(GPU, device_id=DeviceId("cpu:x"), kind=DeviceKind.CPU)
     assert running(with_trials(tmp_path, 3, cpu)) == ["t0", "t1", "t2"]

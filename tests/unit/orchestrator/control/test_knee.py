@@ -14,7 +14,7 @@ def search(sums: dict[int, float], most: int = 12) -> tuple[Knee, list[str]]:
         now_s += 1.0
         running = min(knee.limit("s"), most)
         total = sums.get(running, sums[max(sums)])
-        words = knee.observe(now_s, "s", [total / running] * running)
+        words = knee.observe(now_s, "s", [total / running] * running, running)
         if words is not None:
             said.append(words)
     return knee, said
@@ -46,9 +46,20 @@ def test_what_was_found_before_is_where_it_begins() -> None:
 def test_nothing_follows_from_rates_that_are_not_there_or_still_move() -> None:
     knee = Knee()
     for second in range(20):
-        assert knee.observe(float(second), "s", [100.0, None]) is None
+        assert knee.observe(float(second), "s", [100.0, None], 2) is None
     for second in range(20, 40):
-        assert knee.observe(float(second), "s", [100.0] * (2 + second % 2)) is None
+        num_trials = 2 + second % 2
+        assert knee.observe(float(second), "s", [100.0] * num_trials, num_trials) is None
+
+
+def test_on_two_devices_the_number_on_each_is_looked_for() -> None:
+    knee, now_s = Knee(), 0.0
+    while not knee.found and now_s < 400:
+        now_s += 1.0
+        running = min(2 * knee.limit("s"), int(now_s) // 20 + 1)  # they come one by one
+        total = {1: 100.0, 2: 190.0, 3: 290.0, 4: 380.0, 5: 440.0, 6: 500.0}.get(running, 505.0)
+        knee.observe(now_s, "s", [total / running] * running, running // 2 if running % 2 == 0 else None)
+    assert knee.found == {"s": 3}
 
 
 @pytest.mark.parametrize(
