@@ -1,6 +1,6 @@
 """Batches on a GPU: the micro-batch found against the largest that fits, a real overflow, and time to a loss.
 
-Run with `python -m tests.bench.bench_batch_gpu` on an idle GPU; takes about four minutes.
+Run with `python -m tests.bench.bench_batch_gpu all` (or `adaptive`, `ceiling`) on an idle GPU; about three minutes.
 """
 
 # mypy: ignore-errors
@@ -18,12 +18,15 @@ from policies.memory import MemoryPoint, largest_micro_batch, remember, solve_li
 from policies.tier import Tier
 from tests.bench import batch_run
 from tests.bench.gpu_job import SIZES
-from tests.bench.results_file import Figure, Report, options, say
+from tests.bench.results_file import Figure, Report, chosen_part, options, say
 
 GIB = 1 << 30
 LIMIT_BYTES = {"7M": 6 * GIB, "34M": 10 * GIB, "98M": 14 * GIB}
 TIERS = (Tier.FP32, Tier.BF16, Tier("fp16"), Tier("tf32"))
 MOST = 8192
+CEILING_BATCHES = (16, 32, 64, 128, 256, 512)
+CEILING_NOISE = (112, 187, 1000)
+"""The first two are what `adaptive` measured in the middle and at the end of its run."""
 SECONDS = {"eager": 30.0, "graph": 15.0}
 
 
@@ -256,13 +259,48 @@ def adaptive(report: Report, device: Any) -> None:
             )
 
 
+def ceiling(report: Report, device: Any) -> None:
+    """What a larger batch is worth to the graph loop: samples per second of each, and what its efficiency leaves."""
+    import torch
+
+    order = batch_run.order_of("language", SIZES["7M"][0], 16, batch_run.limits_of(16, 1024, (Tier.TF32,)), 0)
+    speeds: dict[int, float] = {}
+    for batch in CEILING_BATCHES:
+        stepper = batch_run.stepper_of(batch_run.fixed_at(order, batch), device, "auto")
+        for seconds in (1.5, 2.0):
+            torch.cuda.synchronize()
+            began_s, began_at = time.perf_counter(), stepper.cursor.position
+            while time.perf_counter() - began_s < seconds:
+                stepper.advance()
+            stepper.settle()
+            torch.cuda.synchronize()
+            speeds[batch] = (stepper.cursor.position - began_at) / (time.perf_counter() - began_s)
+    report.raw["ceiling"] = {"samples_per_s": speeds}
+    say(f"  {speeds}")
+    for noise in CEILING_NOISE:
+        gains = [speeds[batch] / speeds[16] * (noise + 16) / (noise + batch) for batch in CEILING_BATCHES]
+        report.add(
+            Figure(
+                name=f"best goodput of a batch over that of 16 (graph loop, 7 M) at noise scale {noise}",
+                value=max(gains),
+                statistic="maximum over batches 16 to 512",
+                unit="ratio",
+                low=min(gains),
+                high=max(gains),
+                spread="min to max over batches",
+                values=gains,
+            )
+        )
+
+
 def main() -> None:
     """Everything, each part on its own: what fails in one is no reason to lose the others."""
     import torch
 
-    report = Report(options("batch_gpu", repeats=1))
+    name = chosen_part(PARTS)
+    report = Report(options("batch_gpu" if name == "all" else f"batch_gpu_{name}", repeats=1))
     device = torch.device("cuda", 0)
-    for part in (overflow, adaptive, memory):
+    for part in PARTS[name]:
         say(part.__doc__ or "")
         try:
             part(report, device)
@@ -271,6 +309,8 @@ def main() -> None:
             say(report.notes[-1])
         report.write()
 
+
+PARTS = {"all": (overflow, adaptive, memory, ceiling), "adaptive": (adaptive, ceiling), "ceiling": (ceiling,)}
 
 if __name__ == "__main__":
     main()

@@ -180,6 +180,7 @@ def hindsight(report: Report, device: torch.device) -> None:
         shown = ", ".join(f"{tier} {speed / 1e3:.0f}" for tier, speed in single.items())
         say(f"  {name}: {shown} k tokens/s; auto {tokens * auto / 1e3:.0f}")
         report.add(one(f"{name}: auto over the best tier ({best})", ratio, "x", ">= 0.95", ratio >= 0.95))
+        report.write()
 
 
 def steps_per_s(stepper: Stepper, seconds: float, device: torch.device) -> float:

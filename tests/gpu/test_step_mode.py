@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from jobs import build_job
 from orchestrator.telemetry.record import FLAG_GRAPH
 from orchestrator.train.groups import Ranks
+from orchestrator.train.precision.calibrate import time_replay
 from orchestrator.train.step_mode.choice import StepMode
+from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.stepper import Stepper
 from policies.tier import Tier
 from tests.bench.gpu_job import run_ours
@@ -65,6 +68,26 @@ def test_a_model_that_cannot_be_captured_goes_on_eagerly(tmp_path: Path) -> None
     assert [result.mode for result in results] == [StepMode.EAGER] * 6
     assert one.mode_words.startswith("eager: its step cannot be captured")
     assert all(np.isfinite(result.loss) for result in results)
+
+
+def test_a_recorder_goes_on_after_its_last_recording_was_dropped() -> None:
+    recorder, x = CudaRecorder(), torch.zeros(8, device="cuda")
+    for number in range(3):
+        replay = recorder.record(lambda: x.add_(torch.ones_like(x) * 2))
+        replay()
+        torch.cuda.synchronize()
+        del replay
+        assert float(x[0]) == 2.0 * (number + 1)
+
+
+def test_tiers_are_calibrated_on_replays(tmp_path: Path) -> None:
+    one = stepper(tmp_path, StepMode.AUTO)
+    tiers = (Tier.FP32, Tier.TF32, Tier.BF16)
+    batch = one.probe_batch(4)
+    recorder = CudaRecorder()
+    for tier in tiers:  # raises where a tier cannot be recorded
+        assert time_replay(recorder, partial(one.add_gradient, batch, tier)) > 0
+        one.optimizer.zero_grad(set_to_none=True)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_in_a_graph(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -48,10 +49,12 @@ class CudaRecorder:
     """CUDA graphs of this process's device.
 
     All graphs share one pool: a step is over before the next begins, so what one needs in between the other may reuse.
+    A pool dies with its last graph, and torch takes no capture into a dead one; then a new pool begins.
     """
 
     def __init__(self) -> None:
         self._pool: Any = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._memory_bytes = 0
 
@@ -73,6 +76,8 @@ class CudaRecorder:
         stream.wait_stream(current)
         # Not `torch.cuda.graph`: it also empties the allocator's cache, which costs more than the capture.
         graph = torch.cuda.CUDAGraph()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream), _without_collection():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -85,6 +90,7 @@ class CudaRecorder:
                 raise
             graph.capture_end()
         current.wait_stream(stream)
+        self._graphs.add(graph)
         self._memory_bytes += max(0, torch.cuda.memory_reserved() - before_bytes)
         replay: Callable[[], None] = graph.replay
         return replay
