@@ -149,9 +149,7 @@ def train(
         spent_s += window.seconds
         if steering is not None and window.num_steps:
             decide_s = time.perf_counter()
-            new = steering.decide(
-                stepper.settings, window.seconds / window.num_steps, window.num_steps, window.draws, spent_s
-            )
+            new = steering.decide(stepper.settings, window.step_s, window.num_steps, window.draws, spent_s)
             if new != stepper.settings:
                 course.decisions.append({"seconds": spent_s, "batch": new.global_batch, "reason": steering.reason})
                 stepper.turn(new)
@@ -169,25 +167,30 @@ def train(
 
 @dataclass(frozen=True, slots=True)
 class _Window:
+    """All its seconds, and how long its steps took that ran in the settled step mode; the fit takes no others."""
+
     seconds: float
+    step_s: float
     num_steps: int
     draws: list[Any]
 
 
 def _window(stepper: Stepper, next_eval: int, clock: WindowClock | None) -> _Window:
     """Steps of half a second, or up to the next evaluation."""
-    began_s, num_steps, results = time.perf_counter(), 0, []
+    began_s, results = time.perf_counter(), []
     step_s = 0.0 if clock is None else clock.step_s(stepper.settings)
-    passed_s = 0.0
+    passed_s, settled_s, num_before = 0.0, 0.0, 0
     while passed_s < WINDOW_S and stepper.cursor.position < next_eval:
         stepped = stepper.advance()
-        num_steps += len(stepped)
         results += stepped
-        passed_s = time.perf_counter() - began_s if clock is None else step_s * num_steps
-    settled = stepper.settle()
+        passed_s = time.perf_counter() - began_s if clock is None else step_s * len(results)
+        if not all(stepper.is_settled_on(result.mode) for result in stepped):
+            settled_s, num_before = passed_s, len(results)
+    results += stepper.settle()
     passed_s = time.perf_counter() - began_s if clock is None else passed_s
-    draws = [result.noise for result in (*results, *settled) if result.noise is not None]
-    return _Window(passed_s, num_steps + len(settled), draws)
+    draws = [result.noise for result in results if result.noise is not None]
+    num_steps = len(results) - num_before
+    return _Window(passed_s, (passed_s - settled_s) / max(1, num_steps), num_steps, draws)
 
 
 def decision_times(count: int = 40) -> list[float]:

@@ -72,8 +72,12 @@ def test_a_model_that_cannot_be_captured_goes_on_eagerly(tmp_path: Path) -> None
 
 def test_a_recorder_goes_on_after_its_last_recording_was_dropped() -> None:
     recorder, x = CudaRecorder(), torch.zeros(8, device="cuda")
+
+    def add_two() -> None:
+        x.add_(torch.ones_like(x) * 2)
+
     for number in range(3):
-        replay = recorder.record(lambda: x.add_(torch.ones_like(x) * 2))
+        replay = recorder.record(add_two)
         replay()
         torch.cuda.synchronize()
         del replay

@@ -184,7 +184,8 @@ class PrecisionWatch:
         before, self._turned_from = self._turned_from, self._trained.settings
         self.guard.forget_losses(is_same_batch=before.global_batch == self._turned_from.global_batch)
         self._busy.clear()
-        self._next_count = self._num_steps  # the first step in a new tier is counted
+        if before.tier is not self._turned_from.tier:
+            self._next_count = self._num_steps  # the first step in a new tier is counted; that costs, so no other is
         self.close()  # what is still on its way was seen in the tier before
 
     def go_back(self) -> bool:
