@@ -1,9 +1,9 @@
-"""A search of twelve 7 M language models on one GPU: ours against stock Ray Tune and Ray Train, one arm a process.
+"""A search of twelve 7 M language models on GPUs: ours against stock Ray Tune and Ray Train, one arm a process.
 
 Same space, seeds, data, samples per trial and scheduler. Stock is written as a competent user would: bf16 autocast,
-fused AdamW, pinned batches; its trials take a whole GPU or a quarter. Seconds of stock are those of `fit()`; ours are
-those of the whole command, start of Ray and slots included, and beside them those from the first trial's arrival to the
-last end. Appends one line of JSON per arm to --out.
+fused AdamW, pinned batches; its trials take a whole GPU or a quarter, as many at a time as that makes on --cards.
+Seconds of stock are those of `fit()`; ours are those of the whole command, start of Ray and slots included, and beside
+them those from the first trial's arrival to the last end. Appends one line of JSON per arm to --out.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ ARMS = ("ours_fixed", "ours_all", "ours_eager", "stock_1", "stock_1/4")
 
 def run_file(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     """Ours: the run file of an arm."""
-    all_dials = arm == "ours_all"
+    all_dials, dearest = arm == "ours_all", "fp32" if given.rehearse else "tf32"
     return {
         "name": arm,
         "storage": str(given.directory),
         "seed": SEED,
-        "job": {"name": "language", "params": {**SIZES[given.size][0], "eval_windows": 256}},
+        "job": {"name": "language", "params": {**size_of(given), "eval_windows": 256}},
         "search": {
             "space": {"lr": {"loguniform": list(LEARNING_RATES)}},
             "num_trials": given.trials,
-            "max_concurrent": given.concurrent,
+            "max_concurrent": given.concurrent * given.cards,
             "scheduler": {"name": "asha", "grace_reports": 1, "reduction_factor": 2},
         },
         "trial": {
@@ -48,10 +48,10 @@ def run_file(arm: str, given: argparse.Namespace) -> dict[str, Any]:
         "dials": {
             "share": {"enabled": False},
             "batch": {"enabled": all_dials, "min_global": 16, "max_global": 256, "max_micro": 256},
-            "precision": {"enabled": all_dials, "tiers": ["tf32", "bf16"] if all_dials else ["bf16"]},
+            "precision": {"enabled": all_dials, "tiers": [dearest, "bf16"] if all_dials else ["bf16"]},
         },
         "policy": {"name": "goodput" if all_dials else "static"},
-        "devices": {"use": "gpu", "step_mode": "eager" if arm == "ours_eager" else "auto"},
+        "devices": {"use": "cpu" if given.rehearse else "gpu", "step_mode": "eager" if arm == "ours_eager" else "auto"},
     }
 
 
@@ -85,6 +85,11 @@ def run_ours(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def size_of(given: argparse.Namespace) -> dict[str, Any]:
+    """Parameters of the job: of the size, or tiny on cores."""
+    return {"width": 32, "layers": 2, "heads": 2, "context": 32} if given.rehearse else SIZES[given.size][0]
+
+
 def train_by_hand(config: dict[str, Any]) -> None:
     """The training loop of a stock trial."""
     import numpy as np
@@ -95,7 +100,7 @@ def train_by_hand(config: dict[str, Any]) -> None:
     torch.manual_seed(SEED)
     job = build_job("language", {**config["params"], "eval_windows": 256, "lr": config["lr"]})
     job.prepare()
-    device = torch.device("cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         model = job.build_model()
     optimizer = job.build_optimizer(model)
@@ -104,10 +109,10 @@ def train_by_hand(config: dict[str, Any]) -> None:
         for _ in range(config["steps"]):
             indices = np.take(order, range(count, count + MICRO_BATCH), mode="wrap")
             count += MICRO_BATCH
-            batch = tuple(
-                part.pin_memory().to(device, non_blocking=True) for part in job.batch(indices, torch.device("cpu"))
-            )
-            with torch.autocast("cuda", torch.bfloat16):
+            batch = job.batch(indices, torch.device("cpu"))
+            if device.type == "cuda":
+                batch = tuple(part.pin_memory().to(device, non_blocking=True) for part in batch)
+            with torch.autocast(device.type, torch.bfloat16):
                 terms = job.loss(model, batch)
             (terms.loss_sum / terms.num_elements).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -125,12 +130,13 @@ def stock_trial(config: dict[str, Any]) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    resources = {"CPU": 1, "GPU": config["gpus"]}
+    gpus = {"GPU": config["gpus"]} if config["gpus"] else {}
+    resources = {"CPU": 1 if gpus else 0.25, **gpus}
     TorchTrainer(
         train_by_hand,
         train_loop_config=config,
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=True, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=1, use_gpu=bool(gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name=f"stock-{tune.get_context().get_trial_id()}",
             storage_path=config["storage"],
@@ -147,15 +153,16 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.cluster import ray_cluster
     from orchestrator.config.model import ClusterSection
 
-    gpus = 1.0 if arm == "stock_1" else 0.25
-    fixed = {"params": SIZES[given.size][0], "steps": given.steps, "gpus": gpus, "storage": str(given.directory)}
+    part = 1.0 if arm == "stock_1" else 0.25
+    fixed = {"params": size_of(given), "steps": given.steps, "storage": str(given.directory)}
+    fixed["gpus"] = 0.0 if given.rehearse else part
     with ray_cluster(ClusterSection(), "stock"):
         tuner = tune.Tuner(
             tune.with_resources(stock_trial, {"node:__internal_head__": 0.001}),
             param_space={**fixed, "lr": tune.loguniform(*LEARNING_RATES)},
             tune_config=tune.TuneConfig(
                 num_samples=given.trials,
-                max_concurrent_trials=round(1 / gpus),
+                max_concurrent_trials=round(given.cards / part),
                 scheduler=ASHAScheduler(
                     metric="val_loss", mode="min", max_t=NUM_REPORTS, grace_period=1, reduction_factor=2
                 ),
@@ -180,7 +187,9 @@ def main() -> None:
     parser.add_argument("--arm", choices=ARMS, required=True)
     parser.add_argument("--size", choices=list(SIZES), default="7M")
     parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--concurrent", type=int, default=4)
+    parser.add_argument("--concurrent", type=int, default=4, help="trials of ours at a time on each card, at most")
+    parser.add_argument("--cards", type=int, default=1)
+    parser.add_argument("--rehearse", action="store_true", help="on cores, with a tiny model")
     parser.add_argument("--steps", type=int, default=500, help="steps between two reports at the start batch")
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--directory", type=Path, default=Path("/tmp/bench-search"))
@@ -194,6 +203,7 @@ def main() -> None:
         "trials": given.trials,
         "steps": given.steps,
         "concurrent": given.concurrent,
+        "cards": given.cards,
         **found,
         "command": sys.orig_argv,
         "commit": commit(),

@@ -62,3 +62,49 @@ class TurnInOrder:
             micro = old.micro_batch // 2 if halves else old.micro_batch * 2
             return replace(old, micro_batch=micro, grad_accum=2 if halves else 1)
         return replace(old, tier=Tier.BF16 if old.tier is Tier.FP32 else Tier.FP32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnBySamples:
+    """Turns the three dials of all trials in turn, by how far the slowest of them is: twice the same run turns alike.
+
+    The global batch stays: the micro-batch is cut in half and doubled. Trials with an even and an odd number swap
+    their shares.
+
+    Attributes:
+        every: samples of the slowest trial between two turns.
+        low_share, high_share: the two shares.
+    """
+
+    every: int = 1000
+    low_share: float = 0.4
+    high_share: float = 0.6
+
+    def decide(self, snapshot: Snapshot) -> Plan:
+        """The settings that are due."""
+        generation = Generation(snapshot.plan.generation + 1)
+        trials = sorted(snapshot.trials, key=lambda trial: trial.trial_id)
+        num_turns = min((trial.num_samples for trial in trials), default=0) // self.every
+        # How often each dial was turned after so many turns of one after the other.
+        shares, batches, tiers = ((num_turns + 2 - number) // 3 % 2 for number in range(3))
+        rows = []
+        for number, trial in enumerate(trials):
+            old, start = snapshot.settings_in_force(trial), trial.start
+            is_low, cut = (number + shares) % 2 == 0, 2 if batches and start.micro_batch % 2 == 0 else 1
+            new = replace(
+                start,
+                share=self.low_share if is_low else self.high_share,
+                micro_batch=start.micro_batch // cut,
+                grad_accum=start.grad_accum * cut,
+                tier=Tier.BF16 if tiers else start.tier,
+            )
+            rows.append(
+                Allocation(
+                    trial_id=trial.trial_id,
+                    settings=new,
+                    placement=trial.placement,
+                    effect=effect_of(old, new),
+                    reason=f"turn {num_turns}: share {new.share:g}, micro-batch {new.micro_batch}, {new.tier}",
+                )
+            )
+        return Plan(generation=generation, allocations=tuple(rows), reason=f"turn {num_turns}")

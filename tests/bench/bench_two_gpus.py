@@ -1,0 +1,379 @@
+"""Several GPUs of one host: ranks over NCCL, trials that share the cards, growth, a killed rank, scaling, a search.
+
+Each part is a process of its own with a time limit, and its result is appended to --out at once, so that one that hangs
+loses nothing. `probe` first finds out whether ranks find each other under MPS and on SM groups, and with which settings
+of NCCL; what works is used by the parts behind it. `alone` leaves the losses that `pair`, `turned`, `kill` and `grow`
+are compared with. --rehearse runs all of it on cores, over gloo, with a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.bench import two_gpu_parts as parts
+from tests.bench.card_ranks import RankPlan, train
+from tests.bench.results_file import ROOT, commit, machine, say
+
+LIMITS_S = {
+    "probe": 100.0,
+    "alone": 100.0,
+    "pair": 110.0,
+    "scaling": 110.0,
+    "grow": 120.0,
+    "kill": 110.0,
+    "turned": 90.0,
+    "ours_fixed": 150.0,
+    "ours_all": 150.0,
+    "stock_1": 300.0,
+    "stock_1/4": 250.0,
+}
+REHEARSAL_FACTOR = 4.0
+LARGE = {"width": 1024, "layers": 13, "heads": 16, "context": 512}
+LARGE_MICRO_BATCH = 64
+ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "NCCL_DEBUG": "WARN",
+    "PYTHONUNBUFFERED": "1",
+}
+WAYS: dict[str, tuple[str, dict[str, str]]] = {
+    "sm_groups": ("sm_groups", {}),
+    "sm_groups, no cuMem": ("sm_groups", {"NCCL_CUMEM_ENABLE": "0"}),
+    "sm_groups, no cuMem, no P2P": ("sm_groups", {"NCCL_CUMEM_ENABLE": "0", "NCCL_P2P_DISABLE": "1"}),
+    "time_slice": ("time_slice", {}),
+}
+"""What is tried in turn: how the cards are shared, and what NCCL is told."""
+
+
+def probe(given: argparse.Namespace) -> parts.Row:
+    """The first way in which two ranks train: under MPS, while SM groups change; then without."""
+    tried: dict[str, parts.Row] = {}
+    for name, (gpu_share, environment) in WAYS.items():
+        began_s = time.monotonic()
+        command = [sys.executable, "-m", "tests.bench.bench_two_gpus", "--way", gpu_share, *_passed_on(given)]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+                timeout=40 * (REHEARSAL_FACTOR if given.rehearse else 1),
+                check=False,
+            )
+            code, text = done.returncode, done.stdout[-300:] + done.stderr[-1500:]
+        except subprocess.TimeoutExpired as late:
+            code, text = 124, str(late.stdout)[-300:] + str(late.stderr)[-1500:]
+        tried[name] = {"seconds": time.monotonic() - began_s, "exit_code": code}
+        if code == 0:
+            way = json.loads((given.directory / "way.json").read_text())
+            (given.directory / "chosen.json").write_text(json.dumps([gpu_share, environment]))
+            return {"chosen": name, "tried": tried, **way}
+        tried[name]["tail"] = text
+    return {"chosen": None, "tried": tried}
+
+
+def try_way(given: argparse.Namespace) -> None:
+    """Two ranks, some steps undisturbed and the same while SM groups change, under an own MPS where asked."""
+    from orchestrator.share.mps import OwnMps
+
+    plan = _plan(given, parts.ON_GPUS.params, 16, "fp32", 2, 25)
+    lanes = ((0, 1, 2, 3, 4), (5, 6, 7), (2, 3, 4, 5, 6, 7, 8, 9), (0, 1))
+    mps = OwnMps() if given.way != "time_slice" and not given.rehearse else None
+    try:
+        if mps is not None:
+            os.environ.update(mps.start().environment)
+        still = train(plan)
+        moved = still if given.rehearse else train(_with(plan, lanes=lanes))
+    finally:
+        if mps is not None:
+            mps.stop()
+    losses = [dict(enumerate(_mean(ranks))) for ranks in (still, moved)]
+    found = {
+        "lanes": lanes,
+        "cards": [rank["card"] for rank in moved],
+        "num_units": moved[0]["num_units"],
+        "environment": moved[0]["environment"],
+        "median_step_ms": [1e3 * ranks[0]["median_step_s"] for ranks in (still, moved)],
+        "losses_on_lanes": parts.compare(losses[1], losses[0], 1e-3),
+    }
+    (given.directory / "way.json").write_text(json.dumps(found))
+
+
+def alone(given: argparse.Namespace) -> parts.Row:
+    """One trial of two ranks, undisturbed: the losses of all others."""
+    done = _run("alone", given)
+    losses = done.losses("trial-00000")
+    (given.directory / "alone.json").write_text(json.dumps(losses))
+    return {**parts.facts(done), "losses": [round(loss, 5) for _, loss in sorted(losses.items())]}
+
+
+def pair(given: argparse.Namespace) -> parts.Row:
+    """Two trials of two ranks on both cards, whose share, batch and tier turn while they run."""
+    done = _run("pair", given)
+    reference, (_, tolerance) = _reference(given), _scale(given).tolerance
+    return {
+        **parts.facts(done),
+        **parts.turns(done),
+        "overlap_s": parts.overlap_s(done),
+        "against_alone": {
+            trial: parts.compare(done.losses(trial), reference, tolerance) for trial in ("trial-00000", "trial-00001")
+        },
+    }
+
+
+def turned(given: argparse.Namespace) -> parts.Row:
+    """The same turns of a trial that has both cards to itself; and `pair` against it."""
+    done = _run("turned", given)
+    losses, (_, tolerance) = done.losses("trial-00000"), _scale(given).tolerance
+    found = {**parts.facts(done), **parts.turns(done)}
+    found["against_alone"] = parts.compare(losses, _reference(given), tolerance)
+    before = parts.Run(given.directory / "pair" / "pair", 0, 0.0, "", {})
+    if before.directory.exists():
+        trials = ("trial-00000", "trial-00001")
+        found["pair_against_turned"] = {name: parts.compare(before.losses(name), losses, tolerance) for name in trials}
+    return found
+
+
+def kill(given: argparse.Namespace) -> parts.Row:
+    """Two trials beside each other; one rank of the first is killed."""
+    done = _run("kill", given, parts.kill_a_rank)
+    reference, (tolerance, _) = _reference(given), _scale(given).tolerance
+    return {
+        **parts.facts(done),
+        **parts.kill_facts(done),
+        "against_alone": {
+            trial: parts.compare(done.losses(trial), reference, tolerance) for trial in ("trial-00000", "trial-00001")
+        },
+    }
+
+
+def grow(given: argparse.Namespace) -> parts.Row:
+    """A trial of one rank that grows to two, and back."""
+    done = _run("grow", given)
+    losses, (tolerance, _) = done.losses("trial-00000"), _scale(given).tolerance
+    return {
+        **parts.facts(done),
+        **parts.grow_facts(done),
+        "against_alone": parts.compare(losses, _reference(given), tolerance),
+    }
+
+
+def scaling(given: argparse.Namespace) -> parts.Row:
+    """Tokens/s of a large model on one card and on two in the same step mode, and of the best loops for one card."""
+    params, micro_batch, steps = (LARGE, LARGE_MICRO_BATCH, 25)
+    if given.rehearse:
+        params, micro_batch, steps = {**parts.REHEARSAL.params, "width": 64}, 8, 5
+    tokens = micro_batch * params["context"]
+    forms = {"one wrapped": (1, True), "two": (2, False), "one plain": (1, False)}
+    found: parts.Row = {"params": params, "micro_batch_per_rank": micro_batch, "tier": "bf16"}
+    for name, (world_size, is_wrapped) in forms.items():
+        plan = _plan(given, params, micro_batch, "bf16", world_size, steps)
+        ranks = train(_with(plan, is_wrapped=is_wrapped))
+        median_s, mean_s = (max(rank[f"{kind}_step_s"] for rank in ranks) for kind in ("median", "mean"))
+        found[name] = {
+            "tokens_per_s": tokens * world_size / median_s,
+            "tokens_per_s_of_mean": tokens * world_size / mean_s,
+            "step_ms": [[round(1e3 * each, 3) for each in rank["step_s"]] for rank in ranks],
+            "losses": ranks[0]["losses"][:10],
+            "cards": [rank["card"] for rank in ranks],
+            "peak_bytes": [rank["peak_bytes"] for rank in ranks],
+            "num_parameters": ranks[0]["num_parameters"],
+        }
+        say(f"{name}: {found[name]['tokens_per_s']:.0f} tokens/s")
+        _keep(given, "scaling, so far", found)  # each form is a finding of its own
+    found["ratio"] = found["two"]["tokens_per_s"] / found["one wrapped"]["tokens_per_s"]
+    found["ratio_of_means"] = found["two"]["tokens_per_s_of_mean"] / found["one wrapped"]["tokens_per_s_of_mean"]
+    if not given.rehearse:
+        found["best loop, one card, tokens/s"] = _best_loop(params, micro_batch)
+        found["two to the best loop of one card"] = (
+            found["two"]["tokens_per_s"] / found["best loop, one card, tokens/s"]
+        )
+    return found
+
+
+def _best_loop(params: parts.Row, micro_batch: int) -> float:
+    """The hand-written loop on the first card: bf16, the whole step one graph."""
+    from tests.bench import gpu_job
+
+    gpu_job.SIZES["168M"] = params, micro_batch
+    loop = gpu_job.BestLoop("168M", "bf16")
+    loop.run(5)
+    return float(micro_batch * params["context"] / min(loop.run(10) for _ in range(3)))
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], parts.Row]] = {
+    "probe": probe,
+    "alone": alone,
+    "pair": pair,
+    "scaling": scaling,
+    "grow": grow,
+    "kill": kill,
+    "turned": turned,
+}
+DEFAULT = ("probe", "alone", "pair", "scaling", "kill", "grow", "turned")
+
+
+def _scale(given: argparse.Namespace) -> parts.Scale:
+    return parts.REHEARSAL if given.rehearse else parts.ON_GPUS
+
+
+def _run(part: str, given: argparse.Namespace, watch: Callable[[Path], parts.Row | None] | None = None) -> parts.Run:
+    return parts.run(part, _scale(given), given.directory / part, _chosen(given)[0], watch)
+
+
+def _reference(given: argparse.Namespace) -> dict[int, float]:
+    """The losses that `alone` left; none where it did not end."""
+    with contextlib.suppress(OSError):
+        losses = json.loads((given.directory / "alone.json").read_text())
+        return {int(step): float(loss) for step, loss in losses.items()}
+    return {}
+
+
+def _chosen(given: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """How cards are shared and what NCCL is told, as `probe` found it."""
+    with contextlib.suppress(OSError):
+        gpu_share, environment = json.loads((given.directory / "chosen.json").read_text())
+        return gpu_share, environment
+    return "sm_groups", {}
+
+
+def _plan(
+    given: argparse.Namespace, params: parts.Row, micro_batch: int, tier: str, world_size: int, num_steps: int
+) -> RankPlan:
+    return RankPlan(
+        directory=given.directory,
+        params=parts.REHEARSAL.params if given.rehearse else params,
+        micro_batch=micro_batch,
+        tier=tier,
+        world_size=world_size,
+        num_steps=num_steps,
+        device="cpu" if given.rehearse else "cuda",
+    )
+
+
+def _with(plan: RankPlan, **changes: Any) -> RankPlan:
+    from dataclasses import replace
+
+    return replace(plan, **changes)
+
+
+def _mean(ranks: list[parts.Row]) -> list[float]:
+    """Losses of all samples, step by step."""
+    return [sum(losses) / len(losses) for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
+
+
+def _passed_on(given: argparse.Namespace) -> list[str]:
+    """The arguments of a process that does one part."""
+    arguments = ["--out", str(given.out), "--directory", str(given.directory)]
+    return [*arguments, "--rehearse"] if given.rehearse else arguments
+
+
+def _keep(given: argparse.Namespace, part: str, row: parts.Row) -> None:
+    """Append a result, synced."""
+    whole = {"part": part, **row, "commit": commit(), "machine": machine(), "command": sys.orig_argv}
+    with given.out.open("a") as out:
+        out.write(json.dumps(whole, default=float) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def do(part: str, given: argparse.Namespace) -> None:
+    """One part in a process of its own; what came of it, or how it was ended, is in the results."""
+    limit_s = LIMITS_S[part] * (REHEARSAL_FACTOR if given.rehearse else 1.0)
+    environment = {**os.environ, **ENVIRONMENT, **_chosen(given)[1]}
+    log, began_s = given.directory / f"{part.replace('/', '-')}.log", time.monotonic()
+    command = [sys.executable, "-m", "tests.bench.bench_two_gpus", "--only", part, *_passed_on(given)]
+    if part not in PARTS:
+        command = _search_command(part, given)
+    with log.open("w") as out:
+        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(limit_s)
+        except psutil.TimeoutExpired:
+            code = None
+            logs = _worker_logs()
+            _end(process)
+    seconds = time.monotonic() - began_s
+    say(f"{part}: exit code {code} after {seconds:.0f} s")
+    if code != 0:
+        words = "not ended within its limit" if code is None else f"exit code {code}"
+        row = {"failed": words, "seconds": seconds, "log": log.read_text()[-3000:]}
+        _keep(given, part, row | ({"worker_logs": logs} if code is None else {}))
+
+
+def _search_command(part: str, given: argparse.Namespace) -> list[str]:
+    """An arm of the search of `bench_gpu_search`, on both cards."""
+    arguments = ["--arm", part, "--cards", "2", "--steps", str(given.search_steps), "--out", str(given.out)]
+    arguments += ["--directory", str(given.directory / "search"), "--timeout", str(LIMITS_S[part] - 10)]
+    return [sys.executable, "-m", "tests.bench.bench_gpu_search", *arguments, *(["--rehearse"] * given.rehearse)]
+
+
+def _end(process: psutil.Popen) -> None:
+    """End a part and all that it has started: asked first, so that MPS and Ray are put away."""
+    family = [process, *process.children(recursive=True)]
+    for signal_all in ("terminate", "kill"):
+        for each in family:
+            with contextlib.suppress(psutil.Error):
+                getattr(each, signal_all)()
+        psutil.wait_procs(family, timeout=8)
+
+
+def _worker_logs() -> dict[str, str]:
+    """The last words of Ray's processes on this machine, before their directory goes."""
+    found = sorted(Path("/tmp").glob("orch-*/session_2*/logs/worker*.err"), key=lambda path: path.stat().st_mtime)
+    return {path.name: path.read_text(errors="replace")[-1500:] for path in _with_words(found)}
+
+
+def _with_words(paths: list[Path]) -> Iterator[Path]:
+    yield from [path for path in paths if path.stat().st_size][-6:]
+
+
+def main() -> None:
+    """Run the parts that are asked for, or one of them in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--directory", type=Path, default=Path("/tmp/two-gpus"), help="for runs and their logs")
+    parser.add_argument("--parts", nargs="+", choices=list(LIMITS_S), default=list(DEFAULT))
+    parser.add_argument("--budget", type=float, default=1e6, help="seconds after which no further part begins")
+    parser.add_argument("--search-steps", type=int, default=300)
+    parser.add_argument("--rehearse", action="store_true", help="on cores, over gloo, with a tiny model")
+    parser.add_argument("--only", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.directory.mkdir(parents=True, exist_ok=True)
+    if given.way:
+        try_way(given)
+        return
+    if given.only:
+        try:
+            _keep(given, given.only, PARTS[given.only](given))
+        except Exception:
+            say(traceback.format_exc())
+            raise
+        return
+    began_s = time.monotonic()
+    for part in given.parts:
+        if time.monotonic() - began_s > given.budget:
+            say(f"{part}: not begun, the time is used up")
+            continue
+        shutil.rmtree(given.directory / part, ignore_errors=True)
+        do(part, given)
+
+
+if __name__ == "__main__":
+    main()

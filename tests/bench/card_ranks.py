@@ -1,0 +1,177 @@
+"""Plain processes that train one model as the ranks of a trial do, without Ray: for what several GPUs themselves give.
+
+Each rank is a `Stepper` on a GPU of its own, over NCCL (on cores over gloo). `is_wrapped` shards a single rank too,
+over a mesh of size 1, so that one and two GPUs can be compared in the same step mode.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import nn
+
+    from orchestrator.control.orders import TrialOrder
+    from orchestrator.train.groups import Ranks
+
+WARM_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """What every rank does.
+
+    Attributes:
+        directory: where they meet, and leave what they measured.
+        params: of the job `language`.
+        micro_batch: samples per rank and step.
+        tier: word of the precision tier.
+        world_size: ranks.
+        num_steps: measured steps, after the first few.
+        is_wrapped: shard even over one rank.
+        device: cuda or cpu.
+        lanes: SM groups to change to, one after the other, in equal parts of the steps; empty for none.
+    """
+
+    directory: Path
+    params: dict[str, Any]
+    micro_batch: int
+    tier: str
+    world_size: int
+    num_steps: int
+    is_wrapped: bool = False
+    device: str = "cuda"
+    lanes: tuple[tuple[int, ...], ...] = ()
+
+
+def train(plan: RankPlan) -> list[dict[str, Any]]:
+    """Run the ranks; what each of them measured.
+
+    Raises:
+        Exception: a rank raised; the others were ended.
+    """
+    from torch.multiprocessing.spawn import spawn
+
+    with tempfile.TemporaryDirectory(dir=plan.directory) as directory:
+        here = replace(plan, directory=Path(directory))
+        spawn(_rank, args=(here,), nprocs=plan.world_size)  # type: ignore[no-untyped-call]
+        return [json.loads((Path(directory) / f"{rank}.json").read_text()) for rank in range(plan.world_size)]
+
+
+def _rank(rank: int, plan: RankPlan) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+    from jobs import build_job
+    from orchestrator.train.stepper import Stepper
+
+    device = torch.device(plan.device, rank) if plan.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=FileStore(str(plan.directory / "store"), plan.world_size),
+        rank=rank,
+        world_size=plan.world_size,
+        timeout=timedelta(seconds=60),
+    )
+    ranks = _ranks_of(rank, plan, device)
+    job = build_job("language", {**plan.params, "eval_windows": 16})
+    job.prepare()
+    torch.manual_seed(1)
+    stepper = Stepper(_order(plan), job, ranks)
+    found = _measure(stepper, plan, device)
+    found["card"] = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+    found["num_parameters"] = sum(param.numel() for param in stepper.model.parameters())
+    found["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    (plan.directory / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _ranks_of(rank: int, plan: RankPlan, device: torch.device) -> Ranks:
+    """Where this process stands; the groups are those of a slot."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from orchestrator.train import fsdp
+    from orchestrator.train.groups import Groups, Ranks
+    from orchestrator.train.step_mode.choice import StepMode
+
+    if plan.world_size > 1:
+        return Groups(rank, plan.world_size, device, StepMode.EAGER).ranks
+    if plan.is_wrapped:
+        mesh = DeviceMesh.from_group(dist.new_group(), device.type)
+
+        def wrapped(model: nn.Module, blocks: Sequence[nn.Module], _mesh: DeviceMesh | None) -> int:
+            return _shard_over_one(model, blocks, mesh)
+
+        fsdp.shard = wrapped  # type: ignore[assignment]  # a trial of one rank is never sharded
+    return Ranks(rank=0, world_size=1, device=device, step_mode=StepMode.EAGER)
+
+
+def _shard_over_one(model: nn.Module, blocks: Sequence[nn.Module], mesh: Any) -> int:
+    """What `fsdp.shard` does over several ranks, over one."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from orchestrator.train import fsdp
+
+    sizes = [sum(param.numel() * param.element_size() for param in block.parameters()) for block in blocks]
+    units = fsdp.group_blocks(sizes, fsdp.DEFAULT_MIN_UNIT_BYTES)
+    for start, stop in units:
+        fully_shard(list(blocks[start:stop]), mesh=mesh, mp_policy=MixedPrecisionPolicy())
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+    return len(units) + 1
+
+
+def _order(plan: RankPlan) -> TrialOrder:
+    from policies.tier import Tier
+    from tests.unit.orchestrator.train.links import order
+
+    trial = order(plan.directory, num_ranks=plan.world_size, samples_per_report=10**9).trial
+    assert trial is not None
+    start = replace(trial.start, micro_batch=plan.micro_batch, tier=Tier(plan.tier))
+    return replace(trial, job="language", params=plan.params, start=start, max_reports=1)
+
+
+def _measure(stepper: Any, plan: RankPlan, device: torch.device) -> dict[str, Any]:
+    """Train; losses and seconds of all steps."""
+    import torch
+
+    from orchestrator.share.sm_groups import SmGroups
+
+    share = SmGroups() if plan.lanes else None
+    total, losses, seconds = WARM_STEPS + plan.num_steps, [], []
+    for step in range(total):
+        if share is not None:
+            lane = plan.lanes[step * len(plan.lanes) // total]
+            share.apply(lane, float(len(lane)))
+        began_s = time.perf_counter()
+        losses += [result.loss for result in stepper.advance()]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began_s)
+    if share is not None:
+        share.release()
+    measured = seconds[WARM_STEPS:]
+    return {
+        "losses": losses,
+        "step_s": measured,
+        "median_step_s": statistics.median(measured),
+        "mean_step_s": statistics.fmean(measured),
+        "num_units": None if share is None else share.num_units,
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("NCCL", "CUDA_MPS"))},
+    }
