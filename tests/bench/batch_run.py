@@ -141,7 +141,8 @@ def train(
     The seconds are those of the wall, or of a `clock`.
     """
     stepper = stepper_of(order, device, step_mode)
-    steering = _Steering(order, stepper.settings) if adapts else None
+    kind = DeviceKind.CUDA if device.type == "cuda" else DeviceKind.CPU
+    steering = _Steering(order, stepper.settings, kind) if adapts else None
     course = Course()
     spent_s, next_eval, noise = 0.0, eval_samples, []
     while spent_s < seconds:
@@ -196,7 +197,7 @@ def _window(stepper: Stepper, next_eval: int, clock: WindowClock | None) -> _Win
 def decision_times(count: int = 40) -> list[float]:
     """Seconds of decisions as `train` takes them, once a trial has been measured."""
     order = order_of("language", {}, 16, limits_of(8, 128), 0)
-    steering, times = _Steering(order, order.start), []
+    steering, times = _Steering(order, order.start, DeviceKind.CPU), []
     for number in range(count):
         draws = [_Draw(100.0, 1.0)] * 3
         began_s = time.perf_counter()
@@ -214,8 +215,8 @@ class _Draw:
 class _Steering:
     """What the controller does for one trial: fold, fit, decide."""
 
-    def __init__(self, order: TrialOrder, settings: Settings) -> None:
-        self._order, self._plan, self._changed_at_s = order, EMPTY_PLAN, 0.0
+    def __init__(self, order: TrialOrder, settings: Settings, kind: DeviceKind) -> None:
+        self._order, self._plan, self._changed_at_s, self._kind = order, EMPTY_PLAN, 0.0, kind
         self.fit: TrialFit = NOTHING_FITTED
         self.reason = ""
         self._policy = Goodput(cooldown_s=2.0, explores=False)
@@ -263,7 +264,7 @@ class _Steering:
             changed_at_s=self._changed_at_s,
             began_at_s=0.0,
         )
-        device = DeviceView(device_id=DEVICE, node_id="node", kind=DeviceKind.CPU, units=1)
+        device = DeviceView(device_id=DEVICE, node_id="node", kind=self._kind, units=1)
         return self._policy.decide(Snapshot(now_s=now_s, seed=0, plan=self._plan, devices=(device,), trials=(trial,)))
 
 
