@@ -28,7 +28,7 @@ from tests.bench.card_ranks import RankPlan, train
 from tests.bench.results_file import ROOT, commit, machine, say
 
 LIMITS_S = {
-    "probe": 100.0,
+    "probe": 190.0,
     "alone": 100.0,
     "pair": 110.0,
     "scaling": 110.0,
@@ -40,9 +40,12 @@ LIMITS_S = {
     "stock_1": 300.0,
     "stock_1/4": 250.0,
 }
+WAY_LIMIT_S = 45.0
 REHEARSAL_FACTOR = 4.0
 LARGE = {"width": 1024, "layers": 13, "heads": 16, "context": 512}
 LARGE_MICRO_BATCH = 64
+SIMPLER = {"sm_groups": "mps", "mps": "time_slice"}
+"""How the cards are shared by the parts behind one that failed."""
 ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
@@ -63,27 +66,15 @@ def probe(given: argparse.Namespace) -> parts.Row:
     """The first way in which two ranks train: under MPS, while SM groups change; then without."""
     tried: dict[str, parts.Row] = {}
     for name, (gpu_share, environment) in WAYS.items():
-        began_s = time.monotonic()
+        began_s, log = time.monotonic(), given.directory / "way.log"
         command = [sys.executable, "-m", "tests.bench.bench_two_gpus", "--way", gpu_share, *_passed_on(given)]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                capture_output=True,
-                text=True,
-                timeout=40 * (REHEARSAL_FACTOR if given.rehearse else 1),
-                check=False,
-            )
-            code, text = done.returncode, done.stdout[-300:] + done.stderr[-1500:]
-        except subprocess.TimeoutExpired as late:
-            code, text = 124, str(late.stdout)[-300:] + str(late.stderr)[-1500:]
+        code = _run_for(command, WAY_LIMIT_S * (REHEARSAL_FACTOR if given.rehearse else 1.0), log, environment)
         tried[name] = {"seconds": time.monotonic() - began_s, "exit_code": code}
         if code == 0:
             way = json.loads((given.directory / "way.json").read_text())
             (given.directory / "chosen.json").write_text(json.dumps([gpu_share, environment]))
             return {"chosen": name, "tried": tried, **way}
-        tried[name]["tail"] = text
+        tried[name]["tail"] = log.read_text()[-2500:]
     return {"chosen": None, "tried": tried}
 
 
@@ -295,25 +286,40 @@ def _keep(given: argparse.Namespace, part: str, row: parts.Row) -> None:
 def do(part: str, given: argparse.Namespace) -> None:
     """One part in a process of its own; what came of it, or how it was ended, is in the results."""
     limit_s = LIMITS_S[part] * (REHEARSAL_FACTOR if given.rehearse else 1.0)
-    environment = {**os.environ, **ENVIRONMENT, **_chosen(given)[1]}
     log, began_s = given.directory / f"{part.replace('/', '-')}.log", time.monotonic()
     command = [sys.executable, "-m", "tests.bench.bench_two_gpus", "--only", part, *_passed_on(given)]
     if part not in PARTS:
         command = _search_command(part, given)
-    with log.open("w") as out:
-        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait(limit_s)
-        except psutil.TimeoutExpired:
-            code = None
-            logs = _worker_logs()
-            _end(process)
+    gpu_share, environment = _chosen(given)
+    code = _run_for(command, limit_s, log, ENVIRONMENT | environment)
     seconds = time.monotonic() - began_s
     say(f"{part}: exit code {code} after {seconds:.0f} s")
     if code != 0:
         words = "not ended within its limit" if code is None else f"exit code {code}"
-        row = {"failed": words, "seconds": seconds, "log": log.read_text()[-3000:]}
-        _keep(given, part, row | ({"worker_logs": logs} if code is None else {}))
+        _keep(
+            given, part, {"failed": words, "gpu_share": gpu_share, "seconds": seconds, "log": log.read_text()[-4000:]}
+        )
+        if part in {"alone", "pair", "kill"} and gpu_share in SIMPLER:
+            (given.directory / "chosen.json").write_text(json.dumps([SIMPLER[gpu_share], environment]))
+
+
+def _logs(directory: Path, own: Path) -> list[Path]:
+    """What was said in a part that failed: by itself, by its run, and by its trials."""
+    return [own, *directory.glob("*.out"), *directory.glob("*/policy.log"), *directory.glob("*/trials/*/log*.txt")][:8]
+
+
+def _run_for(command: list[str], limit_s: float, log: Path, environment: dict[str, str]) -> int | None:
+    """Run a command with its output in a file; its exit code, None where it was ended at its limit."""
+    with log.open("w") as out:
+        process = psutil.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            return int(process.wait(limit_s))
+        except psutil.TimeoutExpired:
+            out.write("\n".join(f"{name}: {text}" for name, text in _worker_logs().items()))
+            _end(process)
+            return None
 
 
 def _search_command(part: str, given: argparse.Namespace) -> list[str]:
@@ -361,7 +367,9 @@ def main() -> None:
         return
     if given.only:
         try:
-            _keep(given, given.only, PARTS[given.only](given))
+            row = PARTS[given.only](given)
+            _keep(given, given.only, row)
+            sys.exit(1 if row.get("exit_code") else 0)
         except Exception:
             say(traceback.format_exc())
             raise

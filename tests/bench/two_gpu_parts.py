@@ -33,7 +33,7 @@ class Scale:
         params: of the job.
         global_batch: samples per step of a trial.
         steps: steps of a trial, and `grow_steps` of one that grows; `report_steps` between two commits.
-        shares: of a rank at the start, and the two that swap.
+        shares: of a rank at the start, the two that swap, and of a rank whose trial has no neighbour.
         tolerance: relative difference of losses at any step where nothing but shares and workers changed, and with
             changes of batch and tier.
     """
@@ -43,7 +43,7 @@ class Scale:
     steps: int
     grow_steps: int
     report_steps: int
-    shares: tuple[float, float, float]
+    shares: tuple[float, float, float, float]
     device: str
     tolerance: tuple[float, float] = (0.01, 0.03)
 
@@ -52,9 +52,9 @@ ON_GPUS = Scale(
     params={"width": 640, "layers": 7, "heads": 10, "context": 256},
     global_batch=32,
     steps=400,
-    grow_steps=1000,
+    grow_steps=1300,
     report_steps=50,
-    shares=(0.5, 0.4, 0.6),
+    shares=(0.5, 0.4, 0.6, 1.0),
     device="gpu",
 )
 REHEARSAL = Scale(
@@ -63,7 +63,7 @@ REHEARSAL = Scale(
     steps=400,
     grow_steps=2000,
     report_steps=50,
-    shares=(0.25, 0.2, 0.3),
+    shares=(0.25, 0.2, 0.3, 0.5),
     device="cpu",
 )
 
@@ -74,7 +74,7 @@ def run_file(part: str, scale: Scale, storage: Path, gpu_share: str) -> Row:
     num_trials = 2 if part in {"pair", "kill"} else 1
     num_workers, steps = (1, scale.grow_steps) if is_growing else (2, scale.steps)
     steps = scale.grow_steps if part == "alone" else steps
-    batch, (share, low, high) = scale.global_batch, scale.shares
+    batch, (share, low, high, whole) = scale.global_batch, scale.shares
     policy: Row = {"name": "static", "period_s": 0.1}
     if is_turned:
         params = {"every": batch * scale.steps // 12, "low_share": low, "high_share": high}
@@ -92,7 +92,7 @@ def run_file(part: str, scale: Scale, storage: Path, gpu_share: str) -> Row:
             "max_reports": steps // scale.report_steps,
             "num_workers": num_workers,
             "micro_batch": batch // num_workers,
-            "share": share,
+            "share": whole if part in {"alone", "grow"} else share,
         },
         "dials": {
             "share": {"enabled": is_turned},
