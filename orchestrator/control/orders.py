@@ -46,6 +46,7 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"
     MEMORY = "memory"  # it ran out of memory and begins again from its last commit
     FAILED = "failed"
+    LOST = "lost"  # another rank was gone when this one raised: the group begins again, and the trial with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from orchestrator.control.orders import Outcome, Status
 
 LEAVE_TIMEOUT_S = 10.0
 # A rank that ran out of memory breaks off, and then the others fail for want of it: its own word is the cause.
-_WORST_FIRST = (Status.MEMORY, Status.FAILED, Status.STOPPED, Status.INTERRUPTED, Status.DONE)
+_WORST_FIRST = (Status.MEMORY, Status.FAILED, Status.LOST, Status.STOPPED, Status.INTERRUPTED, Status.DONE)
 
 
 def agree(outcomes: dict[int, Outcome]) -> Outcome:

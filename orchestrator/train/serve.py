@@ -79,7 +79,7 @@ class Server:
         """Run the trials this slot is given until it is told to close.
 
         Raises:
-            WorkerGroupError: the ranks could not agree on the end of a trial.
+            WorkerGroupError: the ranks could not agree on the end of a trial, or lost each other.
         """
         finished: tuple[str, int] | None = None
         while True:
@@ -126,10 +126,16 @@ class Server:
                     # This process can compute no more; the trial goes on from its last commit in a new one.
                     raise WorkerGroupError(f"the GPU failed under {trial.trial_id}: {reason}") from error
                 outcome = replace(_status_after(error), step=step, num_samples=num_samples, reason=reason)
+                if outcome.status is Status.FAILED and self._is_alone():
+                    outcome = replace(outcome, status=Status.LOST)
                 if outcome.status is Status.MEMORY and self.groups.ranks.world_size > 1:
                     self.groups.break_off()  # the others wait for this rank in a collective that it will never enter
             logger.info("trial %s attempt %d ends: %s", trial.trial_id, trial.attempt, outcome.status)
             return outcome
+
+    def _is_alone(self) -> bool:
+        """Whether another rank has gone: what this one raised then is no mistake of the trial."""
+        return self.groups.ranks.world_size > 1 and self.groups.is_broken(0)
 
     def _finish(self, outcome: Outcome) -> None:
         """All ranks leave the trial together, or the group is given up."""
@@ -137,6 +143,8 @@ class Server:
         if self.groups.ranks.world_size > 1:
             # Out of band: a rank that raised alone has left the others in a collective that will never end.
             outcome = self.link.leave(outcome)
+            if outcome.status is Status.LOST:
+                raise WorkerGroupError(f"a rank lost the others, and the worker group is restarted: {outcome.reason}")
             if outcome.status is Status.MEMORY:
                 self._regroup()
             else:

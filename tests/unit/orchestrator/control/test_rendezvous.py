@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from orchestrator.control.orders import Outcome, Status
 from orchestrator.control.rendezvous import Rendezvous
 
@@ -29,6 +31,12 @@ def test_the_worst_outcome_counts_for_all() -> None:
     failed = outcome(Status.FAILED, "rank 1 ran out of memory")
     answers = meet(Rendezvous(), {0: outcome(Status.DONE), 1: failed}, 2)
     assert answers == [failed, failed]
+
+
+@pytest.mark.parametrize("cause", [Status.MEMORY, Status.FAILED])
+def test_what_a_rank_raised_for_want_of_another_is_not_the_cause(cause: Status) -> None:
+    own = outcome(cause, "its own")
+    assert meet(Rendezvous(), {0: outcome(Status.LOST, "connection reset"), 1: own}, 2) == [own, own]
 
 
 def test_a_rank_that_never_comes_is_told_to_those_that_did() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jobs.job import Job, LossTerms
 from jobs.mlp import MlpJob
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
+from orchestrator.errors import WorkerGroupError
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.groups import Groups
@@ -142,3 +143,45 @@ def test_a_thread_left_behind_is_named(tmp_path: Path, caplog: pytest.LogCapture
         assert any("left-behind" in record.getMessage() for record in caplog.records)
     finally:
         leaky.is_over.set()
+
+
+class TwoRanks(Groups):
+    """Two ranks as far as the server asks, and whether the other one has gone."""
+
+    def __init__(self, *, is_other_gone: bool) -> None:
+        super().__init__(0, 1, torch.device("cpu"))
+        self.ranks = replace(self.ranks, world_size=2)
+        self._is_other_gone = is_other_gone
+
+    def is_broken(self, timeout_ms: int) -> bool:
+        return self._is_other_gone
+
+
+class BrokenJob(MlpJob):
+    """Raises what gloo raises when a process has gone, before anything is trained."""
+
+    def prepare(self) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("is_other_gone", [True, False])
+def test_what_a_rank_raises_when_another_was_killed_does_not_fail_the_trial(
+    tmp_path: Path, is_other_gone: bool
+) -> None:
+    first = order(tmp_path / "t0")
+    script = SlotScript([first, SlotOrder(incarnation="i", seq=9, op=SlotOp.CLOSE)])
+    server = Server(
+        groups=TwoRanks(is_other_gone=is_other_gone),
+        boundary=Boundary(script, 0, 1, None),
+        link=script,
+        share=FakeShare(),
+        clean=ProcessState.capture(),
+        build=lambda _trial: job(BrokenJob),
+    )
+    if is_other_gone:
+        with pytest.raises(WorkerGroupError, match="Connection reset by peer"):
+            server.serve()
+        assert script.outcomes == [], "its slot is lost, and it goes on from its last commit"
+    else:
+        server.serve()
+        assert [outcome.status for outcome in script.outcomes] == [Status.FAILED]
