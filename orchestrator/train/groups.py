@@ -72,8 +72,8 @@ class Groups:
     def break_off(self) -> None:
         """Wake every rank that waits for this one in a collective; nothing can be sent over these groups any more."""
         for number, addresses in self._connections.items():
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
-                if (connection.getsockname()[:2], connection.getpeername()[:2]) == addresses:
+            if _addresses_of(number) == addresses:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
                     connection.shutdown(socket.SHUT_RDWR)
         self.abort()
 
@@ -97,7 +97,9 @@ class Groups:
             self._train.abort()
 
     def is_broken(self, timeout_ms: int) -> bool:
-        """Whether another rank has shut down a connection; returns after the timeout if none has."""
+        """Whether another rank has shut down a connection or is gone; returns after the timeout if none is."""
+        if any(_addresses_of(number) != addresses for number, addresses in tuple(self._connections.items())):
+            return True  # gloo has noticed first, and closed its own end
         waiter = select.poll()
         for number in tuple(self._connections):
             waiter.register(number, select.POLLRDHUP)
@@ -147,7 +149,15 @@ def _open_sockets() -> dict[int, tuple[Address, Address]]:
         with contextlib.suppress(OSError, ValueError):
             if not entry.readlink().name.startswith("socket:"):
                 continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
-                if connection.family in {socket.AF_INET, socket.AF_INET6}:
-                    found[int(entry.name)] = (connection.getsockname()[:2], connection.getpeername()[:2])
+            addresses = _addresses_of(int(entry.name))
+            if addresses is not None:
+                found[int(entry.name)] = addresses
     return found
+
+
+def _addresses_of(number: int) -> tuple[Address, Address] | None:
+    """(own address, other end) of a connected TCP socket by its file descriptor; None where it is none."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+        if connection.family in {socket.AF_INET, socket.AF_INET6}:
+            return connection.getsockname()[:2], connection.getpeername()[:2]
+    return None
