@@ -19,6 +19,10 @@ from policies.plan import Alternative, Settings, TrialId
 from policies.tier import Tier, is_cheaper, tier_facts
 from policies.world import Standing
 
+NOISE_GROWTH = 2.0
+"""By how much the noise scale may grow before a smaller batch has paid: it rises as the loss falls, several times over
+a training (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training")."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DialChoice:
@@ -175,11 +179,15 @@ def _needed_gain(standing: Standing, now: Settings, other: Settings, min_gain: f
 
 
 def _is_sure(standing: Standing, now: Settings, other: Settings) -> bool:
-    """Whether a change of batch still gains if the noise scale is off by its doubt, to the unfavourable side."""
+    """Whether a change of batch still gains if the noise scale is off by its doubt, to the unfavourable side.
+
+    For a smaller batch that side is also the one to which it moves by itself.
+    """
     bounds = noise_bounds(standing.trial.fit)
     if bounds is None or other.global_batch == now.global_batch:
         return True
-    doubted = dataclasses.replace(standing, noise=bounds[0] if other.global_batch > now.global_batch else bounds[1])
+    is_larger = other.global_batch > now.global_batch
+    doubted = dataclasses.replace(standing, noise=bounds[0] if is_larger else NOISE_GROWTH * bounds[1])
     before, after = doubted.goodput(now), doubted.goodput(other)
     return before is not None and after is not None and after > before
 

@@ -42,7 +42,7 @@ STAGES = {"early": 120, "middle": 800, "late": 2400}
 BOUNDS = {"early": 0.25, "middle": 0.25, "late": 0.40}
 POOL = 768
 SECONDS = 20.0
-EVAL_SAMPLES = 4096
+EVAL_SAMPLES = 2048
 CPU = torch.device("cpu")
 
 

@@ -187,6 +187,16 @@ def test_a_batch_that_gains_only_if_the_noise_scale_is_right_is_left_alone() -> 
     assert "the noise scale lies between" in allocation.reason
 
 
+def test_a_batch_shrinks_only_if_that_pays_when_the_noise_scale_has_doubled() -> None:
+    """Half the samples cost 0.56 of the step, so that 16 -> 8 gains up to a noise scale of 64."""
+    for noise, batch in ((20.0, 8), (33.0, 16)):
+        seen = [observation(0.18, micro_batch=16, noise=(noise, 1.0)), observation(0.10)]
+        row = trial("a", start=settings(micro_batch=16), fit=measured(*seen, windows=6), dials=limits(batches=(8, 16)))
+        allocation = only(running(row, share=1.0), Goodput(min_gain=0.0))
+        assert allocation.settings.micro_batch == batch, allocation.reason
+    assert allocation.binding == "noise"
+
+
 def test_the_first_other_batch_of_a_shape_needs_no_min_gain() -> None:
     """On a CPU a second size promises 8 % where noise prevails; that is enough once, however large `min_gain` is."""
     row = trial("a", fit=measured(observation(0.10, noise=(1e5, 1.0))), dials=limits(batches=(8, 64)))
