@@ -6,6 +6,7 @@ Opened by the driver of `orchestrator run`, and by `orchestrator.tune.trainable`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import time
@@ -42,15 +43,19 @@ _BOOT_S = 600.0
 class ControlPlane:
     """Policy actor and slots of one start of a run, in the cluster this process is connected to.
 
+    `is_foreign` says that the search is the user's own: what the run file says of a scheduler is nothing to it.
+
     Attributes:
         spec: the controller's view of the run.
         namespace: of the policy actor, different for every start.
         policy: handle of the actor, once open.
     """
 
-    def __init__(self, resolved: ResolvedRun, run_dir: Path) -> None:
+    def __init__(self, resolved: ResolvedRun, run_dir: Path, *, is_foreign: bool = False) -> None:
         self._config, self._run_dir = resolved.config, run_dir
         self.spec = run_spec(resolved)
+        if is_foreign:
+            self.spec = dataclasses.replace(self.spec, stop_rule=None)
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
         self.policy: Any = None
         self._slots: tuple[Supervisor, SlotSpec, int] | None = None

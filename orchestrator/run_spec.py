@@ -7,8 +7,15 @@ import math
 from jobs.table import complete_params, job_info
 from orchestrator.config import ResolvedRun
 from orchestrator.config.machine import this_machine
-from orchestrator.config.model import RunConfig
-from orchestrator.control.spec import RunSpec
+from orchestrator.config.model import (
+    AshaScheduler,
+    HyperbandScheduler,
+    MedianScheduler,
+    PbtScheduler,
+    RunConfig,
+    Scheduler,
+)
+from orchestrator.control.spec import RunSpec, StopRule
 from policies.plan import Settings
 from policies.snapshot import DeviceKind, DialLimits, NodeType
 from policies.tier import Tier, auto_tiers
@@ -50,7 +57,25 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         resize_patience_s=config.slots.open_timeout_s,
         node_types=node_types(config),
         max_cost_per_hour=config.cluster.max_cost_per_hour,
+        stop_rule=stop_rule(config.search.scheduler),
     )
+
+
+def stop_rule(scheduler: Scheduler) -> StopRule | None:
+    """How a scheduler of the run file stops trials; None where it stops none."""
+    match scheduler:
+        case AshaScheduler():
+            return StopRule(
+                name="asha", grace_reports=scheduler.grace_reports, reduction_factor=scheduler.reduction_factor
+            )
+        case MedianScheduler():
+            return StopRule(name="median", grace_reports=scheduler.grace_reports, min_trials=scheduler.min_trials)
+        case HyperbandScheduler():
+            return StopRule(name="hyperband", reduction_factor=scheduler.reduction_factor)
+        case PbtScheduler():
+            return StopRule(name="pbt", grace_reports=scheduler.interval_reports, quantile=scheduler.quantile)
+        case _:
+            return None
 
 
 def node_types(config: RunConfig) -> tuple[NodeType, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from policies.plan import DeviceId, TrialId
 from policies.shares import Claim, climb, components, fill, fits
@@ -20,12 +20,17 @@ _EPSILON = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Parameters of a division; `Goodput` documents them."""
+    """Parameters of a division; `Goodput` documents them.
+
+    `urgency` is what an objective makes of some trials: it multiplies what a speed-up is worth, 1 for others.
+    Unlike a weight it leaves the fair shares, which speed-ups and the guarantee are measured by, as they are.
+    """
 
     guarantee: float
     min_gain: float
     cooldown_s: float
     quantum: float
+    urgency: Mapping[TrialId, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +92,7 @@ def _anew(
         else:
             floor[trial_id] = fair[trial_id]
             open_claims.append(dataclasses.replace(claim, max_share=fair[trial_id]))
-    target = climb(open_claims, floor, _utility(by_id, fair), rules.quantum)
+    target = climb(open_claims, floor, _utility(by_id, fair, rules), rules.quantum)
     return {claim.trial_id: _explain(claim, by_id[claim.trial_id], target, fair) for claim in group}
 
 
@@ -107,7 +112,7 @@ def _rebalanced(
     if not num_free:
         why = f"none of the {len(group)} trials on its devices is free to change"
         return {c.trial_id: _kept(c, by_id[c.trial_id], now, why) for c in group}
-    utility = _utility(by_id, fair)
+    utility = _utility(by_id, fair, rules)
     target = climb(open_claims, floor, utility, rules.quantum)
     before = sum(c.weight * utility(c.trial_id, now[c.trial_id]) for c in group)
     gain = sum(c.weight * utility(c.trial_id, target[c.trial_id]) for c in group) / before - 1
@@ -117,8 +122,11 @@ def _rebalanced(
     return {c.trial_id: _explain(c, by_id[c.trial_id], target, fair) for c in group}
 
 
-def _utility(by_id: Mapping[TrialId, Standing], fair: Mapping[TrialId, float]) -> Callable[[TrialId, float], float]:
-    return lambda trial_id, share: by_id[trial_id].speedup(share, fair[trial_id])
+def _utility(
+    by_id: Mapping[TrialId, Standing], fair: Mapping[TrialId, float], rules: Rules
+) -> Callable[[TrialId, float], float]:
+    urgency = rules.urgency
+    return lambda trial_id, share: urgency.get(trial_id, 1.0) * by_id[trial_id].speedup(share, fair[trial_id])
 
 
 def _explain(

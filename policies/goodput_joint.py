@@ -3,8 +3,8 @@
 For each trial every size is weighed with its best batch, split and tier (`policies.prospects`); sizes are chosen for
 all trials at once (`policies.sizing`), what a restart would cost taken off; placed by `policies.placing`. A new
 division is only taken if it gains `min_gain` over keeping who runs where it is, and not within `cooldown_s` of the
-last change unless trials came or went. Trials that cannot move are served as by `goodput`, weighted by the same
-objective; those of them whose number of ranks may be chosen are resized where that pays (`policies.resizing`).
+last change unless trials came or went. Trials that cannot move are served as by `goodput`, their speed-ups worth what
+the objective says; those of them whose number of ranks may be chosen are resized where that pays (`policies.resizing`).
 Where nodes can be asked for, it also says how many of each type are worth their price (`policies.node_wish`).
 """
 
@@ -96,11 +96,11 @@ class GoodputJoint:
     def decide(self, snapshot: Snapshot) -> Plan:
         """Return the plan with the best objective that is worth its changes."""
         rest, movers, fleet = split(snapshot)
-        weighed = tuple(dataclasses.replace(trial, weight=trial.weight * self._urgency(trial)) for trial in rest.trials)
+        urgency = {trial.trial_id: self._urgency(trial) for trial in rest.trials}
         guarantee = 1.0 if self.objective == "fair" else 0.5
         terms = self._terms
         turned = Goodput(guarantee=guarantee, min_gain=terms.min_gain, cooldown_s=min(10.0, self.cooldown_s))
-        rows = list(turned.decide(dataclasses.replace(rest, trials=weighed)).allocations)
+        rows = list(turned.decide_by(rest, urgency).allocations)
         rows = with_resizes(snapshot, rows, terms)
         if movers:
             rows += self._place(snapshot, movers, fleet)

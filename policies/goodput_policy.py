@@ -5,13 +5,14 @@ Shares: `policies.division`. Batch and tier: `policies.dials`. Nothing is assume
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from policies.dials import choose, explorers
 from policies.division import Granted, Rules, divide
 from policies.first_come import first_come
 from policies.movable import Budget, split
-from policies.plan import Allocation, Plan
+from policies.plan import Allocation, Plan, TrialId
 from policies.snapshot import Snapshot
 from policies.tier import Tier
 from policies.world import Standing, allocate, make_plan, read
@@ -47,10 +48,18 @@ class Goodput:
 
     def decide(self, snapshot: Snapshot) -> Plan:
         """Return the next small step towards the largest goodput; movable trials are served as by `fifo`."""
+        return self.decide_by(snapshot, {})
+
+    def decide_by(self, snapshot: Snapshot, urgency: Mapping[TrialId, float]) -> Plan:
+        """The same where an objective makes some trials count for more or less when shares are divided."""
         rest, movers, fleet = split(snapshot)
         standings = read(rest)
         rules = Rules(
-            guarantee=self.guarantee, min_gain=self.min_gain, cooldown_s=self.cooldown_s, quantum=self.quantum
+            guarantee=self.guarantee,
+            min_gain=self.min_gain,
+            cooldown_s=self.cooldown_s,
+            quantum=self.quantum,
+            urgency=urgency,
         )
         granted = divide(rest, standings, rules)
         exploring = explorers(standings, self.cooldown_s) if self.explores else {}

@@ -402,7 +402,7 @@ class Controller:
         state.wants_decision = True
 
     def _take_report(self, trial: Trial, report: Report) -> None:
-        if not self.state.lifecycle.add_report(trial, report):
+        if not self.state.take_report(trial, report):
             return
         fields = asdict(report)
         fields["metrics"] = {key: _finite(value) for key, value in report.metrics.items()}

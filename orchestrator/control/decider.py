@@ -15,6 +15,7 @@ from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import memory_fields
 from orchestrator.control.node_views import node_type_views, waiting_views
 from orchestrator.control.orders import Grant
+from orchestrator.control.ranking import Outlook
 from orchestrator.control.resizing import limits_now
 from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
@@ -48,6 +49,7 @@ class Decider:
         for trial in trials:
             self._advance_fit(trial, now_s)
         waiting = waiting_views(state)
+        outlooks = state.ranking.outlooks(trials, state.lifecycle.trials.values())
         if not trials and not waiting:
             return None
         return Snapshot(
@@ -55,7 +57,7 @@ class Decider:
             seed=state.spec.seed,
             plan=state.plan,
             devices=tuple(sorted(state.devices.values(), key=lambda device: device.device_id)),
-            trials=tuple(self._view(trial, now_s) for trial in trials),
+            trials=tuple(self._view(trial, now_s, outlooks[trial.trial_id]) for trial in trials),
             node_types=node_type_views(state),
             waiting=waiting,
             max_cost_per_hour=state.spec.max_cost_per_hour,
@@ -147,9 +149,10 @@ class Decider:
             state.fits[trial.trial_id] = fit
             state.shape_fits[state.spec.shape(trial.params)] = fit
 
-    def _view(self, trial: Trial, now_s: float) -> TrialView:
+    def _view(self, trial: Trial, now_s: float, outlook: Outlook) -> TrialView:
         state = self._state
         view = state.windows[trial.trial_id].view(now_s)
+        trial.loss = trial.loss if view.loss is None else view.loss
         return TrialView(
             trial_id=trial.trial_id,
             shape=state.spec.shape(trial.params),
@@ -161,7 +164,7 @@ class Decider:
             num_samples=max(view.num_samples, trial.num_samples),
             target_samples=state.spec.target_samples,
             throughput_per_s=view.throughput_per_s,
-            loss=view.loss,
+            loss=trial.loss,
             is_stale=view.is_stale,
             fit=state.fits[trial.trial_id],
             override=state.overrides.get(trial.trial_id),
@@ -169,6 +172,8 @@ class Decider:
             changed_at_s=state.changed_at_s[trial.trial_id],
             began_at_s=trial.began_at_s,
             restart_s=state.restart_s,
+            survival=outlook.survival,
+            rung_samples=outlook.rung_samples,
             step_modes=state.step_modes.get(trial.trial_id, ()),
         )
 

@@ -81,7 +81,8 @@ class Trial:
     `num_workers` is how many ranks its worker group must have, None where any will do; `size` how many it had last.
     `wish` is another number that the plan in force wants, and since when; `moves_to` that number once the trial was
     told to leave for it. `onward` holds the dials with which it goes on there. `refused` are numbers that could not be
-    had, each with the time until which they are not tried again.
+    had, each with the time until which they are not tried again. `loss` is the training loss that was seen last, in
+    whichever attempt.
     """
 
     trial_id: TrialId
@@ -112,6 +113,7 @@ class Trial:
     onward: Settings | None = None
     refused: dict[int, float] = field(default_factory=dict)
     is_resized: bool = False
+    loss: float | None = None
 
 
 class Lifecycle:

@@ -153,7 +153,7 @@ def _result(state: RunState, entry: Entry) -> None:
         metrics=metrics,
         checkpoint=entry["checkpoint"],
     )
-    state.lifecycle.add_report(trial, report)
+    state.take_report(trial, report)
 
 
 def _plan(state: RunState, entry: Entry) -> None:
@@ -162,6 +162,8 @@ def _plan(state: RunState, entry: Entry) -> None:
     snapshot = snapshot_from(entry["snapshot"])
     for view in snapshot.trials:
         state.shape_fits[view.shape] = view.fit
+        if view.trial_id in state.lifecycle.trials:
+            state.lifecycle.trials[view.trial_id].loss = view.loss
         if view.trial_id in state.fits:
             state.fits[view.trial_id] = view.fit
             state.step_modes[view.trial_id] = view.step_modes

@@ -14,6 +14,25 @@ from policies.tier import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StopRule:
+    """How the search stops trials early, as far as a trial's chances depend on it.
+
+    Attributes:
+        name: asha, median, hyperband or pbt.
+        grace_reports: reports before a trial may be stopped; of pbt those between two perturbations.
+        reduction_factor: of asha and hyperband: one in so many goes on from a rung.
+        min_trials: of median: trials that a median is taken of, at least.
+        quantile: of pbt: part of the population that takes up the state of others.
+    """
+
+    name: str
+    grace_reports: int = 1
+    reduction_factor: int = 2
+    min_trials: int = 0
+    quantile: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
     """One run.
 
@@ -46,6 +65,7 @@ class RunSpec:
         resize_patience_s: seconds a worker group of another size may take to open before a trial does without it.
         node_types: nodes that can be asked for, sorted by name; none of them is said to be there.
         max_cost_per_hour: what they may cost together, None for no limit.
+        stop_rule: how the search stops trials; None where every one runs to its end, or nobody told (another's search).
     """
 
     run_id: str
@@ -76,6 +96,7 @@ class RunSpec:
     resize_patience_s: float = 120.0
     node_types: tuple[NodeType, ...] = ()
     max_cost_per_hour: float | None = None
+    stop_rule: StopRule | None = None
 
     @property
     def target_samples(self) -> int:
@@ -110,4 +131,6 @@ class RunSpec:
             NodeType(**{**each, "kind": DeviceKind(each["kind"]), "nodes": (), "leaving": ()})
             for each in fields.get("node_types", ())
         )
+        if fields.get("stop_rule") is not None:
+            fields["stop_rule"] = StopRule(**fields["stop_rule"])
         return cls(**fields)

@@ -14,7 +14,8 @@ from orchestrator.control.gain import GainMean, GainMeter, Pace
 from orchestrator.control.journal import Journal
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
-from orchestrator.control.orders import SlotOp, SlotOrder
+from orchestrator.control.orders import Report, SlotOp, SlotOrder
+from orchestrator.control.ranking import Ranking
 from orchestrator.control.spec import RunSpec
 from orchestrator.share.verification import Check, Subject
 from orchestrator.telemetry.window import TrialWindow
@@ -44,6 +45,7 @@ class RunState:
         kept_fits: what is learned of trials that are between two groups.
         step_modes: how the steps of each running trial are executed, where it measured both ways.
         checks: the newest check of each kind of every running trial's share.
+        ranking: where trials stand in the search.
         paces: of trials that leave for another group: their pace, and the gain that the move was predicted to bring.
     """
 
@@ -54,6 +56,7 @@ class RunState:
             spec.restart_budget, num_workers=spec.start.num_workers, max_running=spec.max_running
         )
         self.ledger = Ledger()
+        self.ranking = Ranking(spec)
         self.plan: Plan = EMPTY_PLAN
         self.devices: dict[DeviceId, DeviceView] = {}
         self.nodes: dict[str, str] = {}
@@ -95,6 +98,17 @@ class RunState:
         )
         self.journal.sync()
         self.changed_trials.add(trial.trial_id)
+
+    def take_report(self, trial: Trial, report: Report) -> bool:
+        """Take the trial's next report; False for one already taken.
+
+        Raises:
+            ValueError: a report is missing in between.
+        """
+        is_new = self.lifecycle.add_report(trial, report)
+        if is_new:
+            self.ranking.take(trial)
+        return is_new
 
     def set_devices(self, devices: tuple[DeviceView, ...]) -> None:
         """Add devices that a worker group brought."""

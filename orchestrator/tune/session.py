@@ -43,7 +43,7 @@ def open_session(run_file: Path, overrides: list[str], *, is_resumed: bool) -> I
     if is_resumed:
         place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
         resolved = load_config(run_dir / "run.yaml", place)
-    plane, stopping = ControlPlane(resolved, run_dir), Stopping(run_dir)
+    plane, stopping = ControlPlane(resolved, run_dir, is_foreign=True), Stopping(run_dir)
     with single_driver(run_dir), _connected(resolved, plane.namespace):
         before = cluster_leaks(0.0)
         state = "failed"

@@ -58,7 +58,8 @@ def explain(run_dir: Path, decision: int | None) -> dict[str, Any]:
         `trials`, which holds the same keys for each changed trial, and throughput, efficiency and goodput before and
         after: `predicted` (of trials that stay where they are) and `measured`; of several trials the top-level values
         are those of the one with the largest predicted gain.
-        Each of `trials` also has `checks`: what was seen of its share and speed, in words.
+        Each of `trials` also has `checks`: what was seen of its share and speed, in words, and `survival`: the
+        probability to survive its next rung that the decision was taken with, None where it has none.
         For all of them `run_id`, `decisions`, `overrides`,
         `deviations` (shares that were not real), `resizes` and `refusals`.
 
@@ -128,6 +129,7 @@ def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
             **_trial(plan.generation, allocation, before.get(allocation.trial_id), outcomes),
             "predicted": _predicted(standings.get(allocation.trial_id), allocation.settings),
             "step_mode": _step_mode(snapshot, allocation),
+            "survival": next((t.survival for t in snapshot.trials if t.trial_id == allocation.trial_id), None),
         }
         for allocation in _changed(snapshot.plan, plan, before)
     ]
@@ -370,6 +372,7 @@ def _render_trial(item: Mapping[str, object]) -> list[str]:
         f"  bound by {clean(item['binding'])}; applied {'; '.join(applied) or 'not yet'} ({effect} effect)",
         f"  gain predicted {show_gain(item['predicted_gain'])}, realised {show_gain(item['realised_gain'])}",
         *([f"  step mode {clean(item['step_mode'])}"] if item.get("step_mode") else []),
+        *([f"  chance to survive its next rung {show_number(chance, 2)}"] if (chance := item.get("survival")) else []),
         *(f"  {clean(text)}" for text in _texts(item.get("checks"))),
         *_render_paces(item),
     ]

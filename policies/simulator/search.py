@@ -6,9 +6,8 @@ says what a policy with the `search` objective wants to know: how likely a trial
 
 from __future__ import annotations
 
-import math
 import random
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -16,8 +15,7 @@ import numpy as np
 
 from policies.simulator.job import Job
 from policies.simulator.workload import Submission, Workload
-
-_RANK_NOISE = 0.15
+from policies.survival import bounded, chance_after_rung, rungs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +48,7 @@ class SearchSpec:
     @property
     def rungs(self) -> tuple[int, ...]:
         """Reports at which trials are compared, the last report excluded."""
-        found, rung = [], self.grace_reports
-        while rung < self.max_reports:
-            found.append(rung)
-            rung *= self.reduction_factor
-        return tuple(found)
+        return rungs(self.grace_reports, self.reduction_factor, self.max_reports)
 
 
 @dataclass(slots=True)
@@ -136,17 +130,15 @@ class AshaSearch:
         with some noise.
         """
         name = job.submission.name
-        index, survival = 0, 1 / self.spec.reduction_factor
+        index, survival = 0, bounded(1 / self.spec.reduction_factor)
         if name in self._ranks:
             index, loss = self._ranks[name]
-            recorded = self._recorded[index]
-            rank = bisect_left(recorded, loss) / len(recorded) * self.spec.reduction_factor
-            survival = 1 / (1 + math.exp((rank - survival) / _RANK_NOISE))
+            survival = chance_after_rung(self._recorded[index], loss, self.spec.reduction_factor)
             index += 1
         if index >= len(self.spec.rungs):
             return None, None, self.losses.get(name)
         samples = round(self._mark(index) * job.length)
-        return min(0.99, max(0.01, survival)), samples, self.losses.get(name)
+        return survival, samples, self.losses.get(name)
 
     def _mark(self, index: int) -> float:
         rungs = self.spec.rungs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from orchestrator.control.orders import (
     SlotOrder,
     Status,
 )
-from orchestrator.control.spec import RunSpec
+from orchestrator.control.spec import RunSpec, StopRule
 from orchestrator.telemetry.record import STEP_DTYPE, TIERS, pack
 from policies import build_policy
 from policies.plan import DeviceId, Settings, TrialId
@@ -183,7 +184,9 @@ class World:
     start_id: str = "s1"
     node_types: tuple[NodeType, ...] = ()
     clock: ManualClock = field(default_factory=lambda: ManualClock(100.0))
-    policy_params: dict[str, float] = field(default_factory=dict)
+    policy_params: dict[str, Any] = field(default_factory=dict)
+    stop_rule: StopRule | None = None
+    mode: str = "min"
     max_running: int = 0
     enforces: tuple[str, ...] = ("compute",)
     memory_cap_bytes: int | None = None
@@ -195,6 +198,9 @@ class World:
 
     @property
     def spec(self) -> RunSpec:
+        if self.stop_rule is not None:
+            plain = spec(self.run_dir, self.policy_name)
+            return replace(plain, max_reports=16, stop_rule=self.stop_rule, mode=self.mode)
         if not self.max_running:
             return spec(self.run_dir, self.policy_name, self.node_types)
         resizing = resizing_spec(self.run_dir, self.policy_name, self.max_running)
