@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from policies.batch import most_micro_batch
 from policies.fleet import Fleet
 from policies.memory import fits
 from policies.movable import Mover, run
@@ -76,11 +77,9 @@ def _stays(mover: Mover, row: Allocation) -> bool:
     old, limits = mover.in_force, mover.trial.limits
     if old is None or row.placement != mover.trial.placement:
         return False
-    cap = mover.trial.fit.micro_batch_cap
-    largest = limits.max_micro_batch if cap is None else min(cap, limits.max_micro_batch)
     is_legal = (
         limits.min_global_batch <= old.global_batch <= limits.max_global_batch
-        and old.micro_batch <= largest
+        and old.micro_batch <= most_micro_batch(limits, mover.trial.fit.micro_batch_cap)
         and limits.min_share <= old.share <= limits.max_share
     )
     return is_legal and (row.settings.num_workers, row.settings.share) == (old.num_workers, old.share)

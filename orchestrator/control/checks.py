@@ -47,6 +47,7 @@ class ShareChecks:
         self._contention: dict[TrialId, Contention] = {}
         self._beside: dict[TrialId, tuple[frozenset[str], float]] = {}
         self._said: set[tuple[TrialId, int, Subject, Verdict]] = set()
+        self._computing: dict[TrialId, frozenset[DeviceId]] = {}
 
     def take_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Remember what each process holds of the GPUs that an agent looked at."""
@@ -62,6 +63,7 @@ class ShareChecks:
             del self._beside[gone]
             self._contention.pop(gone, None)
         self._said = {said for said in self._said if said[0] in running}
+        self._computing = self._who_computes()
         for trial in running.values():
             slot, line = state.slot_of(trial), state.ledger.lines.get(trial.trial_id)
             if slot is None or slot.hello is None or line is None or line.applied is None or line.offers:
@@ -100,7 +102,8 @@ class ShareChecks:
 
     def _neighbours(self, trial: Trial, line: Line, grant: Grant) -> Check:
         now_s, trial_id = self._state.clock.now_s(), trial.trial_id
-        neighbours = self._neighbours_of(trial_id, line, now_s)
+        own = set(line.placement)
+        neighbours = frozenset(key for key, devices in self._computing.items() if key != trial_id and devices & own)
         crowd, since_s = self._beside.get(trial_id, (None, 0.0))
         if crowd != neighbours:
             since_s = now_s
@@ -114,17 +117,18 @@ class ShareChecks:
         step_s = stretch.seconds / stretch.num_steps
         return self._contention.setdefault(trial_id, Contention()).note(key, neighbours, step_s)
 
-    def _neighbours_of(self, trial_id: TrialId, line: Line, now_s: float) -> frozenset[str]:
-        """Trials that compute on a device of this one now."""
-        return frozenset(
-            key
-            for key, other in self._state.ledger.lines.items()
-            if key != trial_id
-            and set(other.placement) & set(line.placement)
-            and other.held_share() > 0
-            and (window := self._state.windows.get(key)) is not None
+    def _who_computes(self) -> dict[TrialId, frozenset[DeviceId]]:
+        """The devices of every trial that computes now; none where cores alone are shared, which nobody asks about."""
+        state, now_s = self._state, self._state.clock.now_s()
+        if all(device.kind is DeviceKind.CPU for device in state.devices.values()):
+            return {}
+        return {
+            key: frozenset(line.placement)
+            for key, line in state.ledger.lines.items()
+            if line.held_share() > 0
+            and (window := state.windows.get(key)) is not None
             and window.stretch(now_s - 2 * SETTLE_S) is not None
-        )
+        }
 
     def _note(self, trial_id: TrialId, generation: int, check: Check) -> None:
         self._state.checks.setdefault(trial_id, {})[check.what] = check

@@ -51,6 +51,13 @@ def shard(
         return 0
     if mesh.ndim != 1:
         raise ValueError(f"mesh has {mesh.ndim} dimensions; allowed: 1; pass the sub-mesh over the data ranks")
+    return shard_over(model, blocks, mesh, min_unit_bytes)
+
+
+def shard_over(
+    model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, min_unit_bytes: int = DEFAULT_MIN_UNIT_BYTES
+) -> int:
+    """`shard` over a mesh of any size, one rank too; number of units."""
     units = group_blocks([_parameter_bytes(block) for block in blocks], min_unit_bytes)
     policy = MixedPrecisionPolicy()
     for start, stop in units:

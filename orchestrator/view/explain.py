@@ -39,7 +39,7 @@ from orchestrator.view.text import (
 from policies.codec import plan_from, snapshot_from, to_jsonable
 from policies.movable import split
 from policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
-from policies.snapshot import Snapshot
+from policies.snapshot import Snapshot, TrialView
 from policies.world import Standing, read
 
 _WIDTH = 100
@@ -60,8 +60,8 @@ def explain(run_dir: Path, decision: int | None) -> dict[str, Any]:
         are those of the one with the largest predicted gain.
         Each of `trials` also has `checks`: what was seen of its share and speed, in words, and `survival`: the
         probability to survive its next rung that the decision was taken with, None where it has none.
-        For all of them `run_id`, `decisions`, `overrides`,
-        `deviations` (shares that were not real), `resizes` and `refusals`.
+        For all of them `run_id`, `decisions`, `overrides`, `deviations` (shares that were not real), `resizes` and
+        `refusals`.
 
     Raises:
         ConfigError: there is no such run or decision.
@@ -124,12 +124,13 @@ def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
     snapshot, plan = _decoded(entry)
     before = {trial.trial_id: snapshot.settings_in_force(trial) for trial in snapshot.trials}
     standings = {standing.trial_id: standing for standing in read(split(snapshot)[0])}
+    views = {trial.trial_id: trial for trial in snapshot.trials}
     trials = [
         {
             **_trial(plan.generation, allocation, before.get(allocation.trial_id), outcomes),
             "predicted": _predicted(standings.get(allocation.trial_id), allocation.settings),
-            "step_mode": _step_mode(snapshot, allocation),
-            "survival": next((t.survival for t in snapshot.trials if t.trial_id == allocation.trial_id), None),
+            "survival": None if (view := views.get(allocation.trial_id)) is None else view.survival,
+            "step_mode": None if view is None else _step_mode(view, allocation.settings),
         }
         for allocation in _changed(snapshot.plan, plan, before)
     ]
@@ -151,15 +152,13 @@ def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
     }
 
 
-def _step_mode(snapshot: Snapshot, allocation: Allocation) -> str | None:
+def _step_mode(trial: TrialView, chosen: Settings) -> str | None:
     """How steps with the chosen dials are executed, as far as the decision knew; None where there is no choice."""
-    modes = next((trial.step_modes for trial in snapshot.trials if trial.trial_id == allocation.trial_id), ())
-    chosen = allocation.settings
-    for mode in modes:
+    for mode in trial.step_modes:
         if (mode.tier, mode.micro_batch, mode.grad_accum) == (chosen.tier, chosen.micro_batch, chosen.grad_accum):
             name = "graph" if mode.is_replayed else "eager"
             return f"{name}: eager {1e3 * mode.eager_s:.2f} ms, graph {1e3 * mode.replayed_s:.2f} ms per step"
-    return "not measured yet with these dials" if modes else None
+    return "not measured yet with these dials" if trial.step_modes else None
 
 
 def _nodes(old: Plan, new: Plan) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -89,7 +89,7 @@ def try_way(given: argparse.Namespace) -> None:
         if mps is not None:
             os.environ.update(mps.start().environment)
         still = train(plan)
-        moved = still if given.rehearse else train(_with(plan, lanes=lanes))
+        moved = still if given.rehearse else train(replace(plan, lanes=lanes))
     finally:
         if mps is not None:
             mps.stop()
@@ -174,7 +174,7 @@ def scaling(given: argparse.Namespace) -> parts.Row:
     found: parts.Row = {"params": params, "micro_batch_per_rank": micro_batch, "tier": "bf16"}
     for name, (world_size, is_wrapped) in forms.items():
         plan = _plan(given, params, micro_batch, "bf16", world_size, steps)
-        ranks = train(_with(plan, is_wrapped=is_wrapped))
+        ranks = train(replace(plan, is_wrapped=is_wrapped))
         median_s, mean_s = (max(rank[f"{kind}_step_s"] for rank in ranks) for kind in ("median", "mean"))
         found[name] = {
             "tokens_per_s": tokens * world_size / median_s,
@@ -257,12 +257,6 @@ def _plan(
     )
 
 
-def _with(plan: RankPlan, **changes: Any) -> RankPlan:
-    from dataclasses import replace
-
-    return replace(plan, **changes)
-
-
 def _mean(ranks: list[parts.Row]) -> list[float]:
     """Losses of all samples, step by step."""
     return [sum(losses) / len(losses) for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
@@ -301,11 +295,6 @@ def do(part: str, given: argparse.Namespace) -> None:
         )
         if part in {"alone", "pair", "kill"} and gpu_share in SIMPLER:
             (given.directory / "chosen.json").write_text(json.dumps([SIMPLER[gpu_share], environment]))
-
-
-def _logs(directory: Path, own: Path) -> list[Path]:
-    """What was said in a part that failed: by itself, by its run, and by its trials."""
-    return [own, *directory.glob("*.out"), *directory.glob("*/policy.log"), *directory.glob("*/trials/*/log*.txt")][:8]
 
 
 def _run_for(command: list[str], limit_s: float, log: Path, environment: dict[str, str]) -> int | None:

@@ -117,24 +117,10 @@ def _ranks_of(rank: int, plan: RankPlan, device: torch.device) -> Ranks:
         mesh = DeviceMesh.from_group(dist.new_group(), device.type)
 
         def wrapped(model: nn.Module, blocks: Sequence[nn.Module], _mesh: DeviceMesh | None) -> int:
-            return _shard_over_one(model, blocks, mesh)
+            return fsdp.shard_over(model, blocks, mesh)
 
         fsdp.shard = wrapped  # type: ignore[assignment]  # a trial of one rank is never sharded
     return Ranks(rank=0, world_size=1, device=device, step_mode=StepMode.EAGER)
-
-
-def _shard_over_one(model: nn.Module, blocks: Sequence[nn.Module], mesh: Any) -> int:
-    """What `fsdp.shard` does over several ranks, over one."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    from orchestrator.train import fsdp
-
-    sizes = [sum(param.numel() * param.element_size() for param in block.parameters()) for block in blocks]
-    units = fsdp.group_blocks(sizes, fsdp.DEFAULT_MIN_UNIT_BYTES)
-    for start, stop in units:
-        fully_shard(list(blocks[start:stop]), mesh=mesh, mp_policy=MixedPrecisionPolicy())
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy())
-    return len(units) + 1
 
 
 def _order(plan: RankPlan) -> TrialOrder:

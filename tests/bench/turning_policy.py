@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from policies import Allocation, Generation, Plan, Snapshot, effect_of
+from policies import Allocation, Generation, Plan, Snapshot, TrialView, effect_of
 from policies.plan import Settings
 from policies.tier import Tier
 
@@ -38,15 +38,7 @@ class TurnInOrder:
             new = self._first(trial.start, number) if old is None else old
             if old is not None and not rests:
                 new = self._turned(old, DIALS[generation % len(DIALS)])
-            rows.append(
-                Allocation(
-                    trial_id=trial.trial_id,
-                    settings=new,
-                    placement=trial.placement,
-                    effect=effect_of(old, new),
-                    reason=f"generation {generation}: share {new.share:g}, micro-batch {new.micro_batch}, {new.tier}",
-                )
-            )
+            rows.append(_row(trial, new, f"generation {generation}", old))
         return Plan(generation=generation, allocations=tuple(rows), reason=f"turned {len(rows)} trials")
 
     def _first(self, start: Settings, number: int) -> Settings:
@@ -98,13 +90,16 @@ class TurnBySamples:
                 grad_accum=start.grad_accum * cut,
                 tier=Tier.BF16 if tiers else start.tier,
             )
-            rows.append(
-                Allocation(
-                    trial_id=trial.trial_id,
-                    settings=new,
-                    placement=trial.placement,
-                    effect=effect_of(old, new),
-                    reason=f"turn {num_turns}: share {new.share:g}, micro-batch {new.micro_batch}, {new.tier}",
-                )
-            )
+            rows.append(_row(trial, new, f"turn {num_turns}", old))
         return Plan(generation=generation, allocations=tuple(rows), reason=f"turn {num_turns}")
+
+
+def _row(trial: TrialView, new: Settings, when: str, old: Settings | None) -> Allocation:
+    """The trial where it is, with its new settings."""
+    return Allocation(
+        trial_id=trial.trial_id,
+        settings=new,
+        placement=trial.placement,
+        effect=effect_of(old, new),
+        reason=f"{when}: share {new.share:g}, micro-batch {new.micro_batch}, {new.tier}",
+    )

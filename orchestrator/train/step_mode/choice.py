@@ -37,6 +37,11 @@ class _Times:
     eager: list[float] = field(default_factory=list)
     graph: list[float] = field(default_factory=list)
 
+    @property
+    def are_enough(self) -> bool:
+        """Whether both modes were measured."""
+        return len(self.eager) >= NUM_EAGER and len(self.graph) >= NUM_GRAPH
+
 
 class ModeChoice:
     """The mode of each step of one trial.
@@ -59,7 +64,7 @@ class ModeChoice:
 
     def mode(self, key: object) -> StepMode:
         """How to do the next step with these dials."""
-        if self.refusal is not None or self._wish is StepMode.EAGER or self._refusal_of(key) is not None:
+        if self._wish is StepMode.EAGER or self._why_not(key) is not None:
             return StepMode.EAGER
         if self._wish is StepMode.GRAPH:
             return StepMode.GRAPH
@@ -79,17 +84,13 @@ class ModeChoice:
 
     def is_settled(self, key: object) -> bool:
         """Whether the mode of these dials is known and stays."""
-        times = self._times.get(key, _Times())
-        is_measured = len(times.eager) >= NUM_EAGER and len(times.graph) >= NUM_GRAPH
-        is_refused = self.refusal is not None or self._refusal_of(key) is not None
-        return is_refused or self._wish is not StepMode.AUTO or is_measured
+        is_given = self._wish is not StepMode.AUTO or self._why_not(key) is not None
+        return is_given or self._times.get(key, _Times()).are_enough
 
     def measured(self, key: object, settings: Settings) -> StepModeView | None:
         """The mode of these dials, `settings` in full, and the times it was chosen by; None where not measured."""
         times = self._times.get(key, _Times())
-        if self.refusal is not None or self._wish is not StepMode.AUTO:
-            return None
-        if len(times.eager) < NUM_EAGER or len(times.graph) < NUM_GRAPH:
+        if self._wish is not StepMode.AUTO or self._why_not(key) is not None or not times.are_enough:
             return None
         return StepModeView(
             tier=settings.tier,
@@ -103,7 +104,7 @@ class ModeChoice:
     def words(self, key: object) -> str:
         """The mode and why, for people."""
         mode = self.mode(key)
-        refusal = self.refusal or self._refusal_of(key)
+        refusal = self._why_not(key)
         if refusal is not None:
             return f"eager: {refusal}"
         times = self._times.get(key)
@@ -112,3 +113,7 @@ class ModeChoice:
         eager = f"{1e3 * min(times.eager):.2f} ms" if times.eager else "not measured"
         graph = f"{1e3 * statistics.median(times.graph):.2f} ms" if times.graph else "not measured"
         return f"{mode}: eager {eager}, graph {graph} per step"
+
+    def _why_not(self, key: object) -> str | None:
+        """Why steps with these dials cannot be replayed, None if they may."""
+        return self.refusal or self._refusal_of(key)
