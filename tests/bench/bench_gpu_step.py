@@ -2,7 +2,7 @@
 
 One process, no Ray, no MPS: the loop of a slot with a scripted outside. A step is measured from start to start over the
 second half of a trial, so boundary, telemetry, noise scale and copies are in it.
-`python -m tests.bench.bench_gpu_step PART` with PART one of `all`, `steps`, `changes`.
+`python -m tests.bench.bench_gpu_step PART` with PART one of `all`, `steps`, `changes`, `tiers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from tests.bench.orchestrated import scratch
 from tests.bench.results_file import Options, Report, chosen_part, median_figure, options, p95_figure
 
 STEP_TARGET = 1.03
-SWITCH_LIMIT_MS = 10.0
+SWITCH_LIMIT_MS, TIER_LIMIT_MS = 10.0, 20.0
+PERIOD = 20
+"""Steps between two changes."""
 SHARES = (tuple(range(8)), tuple(range(12)), tuple(range(4)), tuple(range(4, 15)), tuple(range(8, 15)))
 
 
@@ -48,8 +50,8 @@ def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[s
     from policies.tier import Tier
     from tests.unit.orchestrator.train.links import grant
 
-    period = 20
-    count = 10 if settings.is_quick or size == "98M" else 40
+    period = PERIOD
+    count = 10 if settings.is_quick else 30 if size == "98M" else 40
     micro_batch, num_steps = SIZES[size][1], period * (count + 2)
     share = SmGroups()
 
@@ -61,15 +63,17 @@ def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[s
             given = replace(given, units=(units,), amount=float(len(units)))
             outside.at(period * (number + 1), lambda now, given=given: replace(now, grant=given))
 
-    def start(name: str) -> Any:
+    def start(name: str, num_units: int = share.num_units) -> Any:
         first = first_order(directory / f"{size}-{mode}-{name}", size, Tier.BF16, num_steps)
         assert first.grant is not None
-        units = tuple(range(share.num_units))
+        units = tuple(range(num_units))
         return replace(first, grant=replace(first.grant, units=(units,), amount=float(len(units))))
 
     changed = run_ours(start("changed"), mode=mode, share=share, script=change).records
     still = run_ours(start("still"), mode=mode, share=share).records
     again = run_ours(start("again"), mode=mode, share=share).records
+    # Kernels may split their sums by the number of SMs: what that alone does to the losses, without any change.
+    fewer = run_ours(start("fewer", 4), mode=mode, share=share).records
     switch_ms = 1e3 * changed["switch_s"][changed["switch_s"] > 0][1:]
     return {
         "size": size,
@@ -80,7 +84,11 @@ def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[s
         "extra_ms": extra_ms(changed, period, MAX_FLYING if mode == "graph" else 0).tolist(),
         "loss_difference": float(np.abs(changed["loss"] - still["loss"]).max()),
         "loss_difference_of_two_still": float(np.abs(again["loss"] - still["loss"]).max()),
-        "losses": {"changed": changed["loss"][::10].tolist(), "still": still["loss"][::10].tolist()},
+        "loss_difference_on_4_groups": float(np.abs(fewer["loss"] - still["loss"]).max()),
+        "losses": {
+            name: records["loss"].tolist()
+            for name, records in (("changed", changed), ("still", still), ("again", again), ("on 4 groups", fewer))
+        },
         "num_groups": share.num_units,
     }
 
@@ -134,10 +142,56 @@ def changes(report: Report, directory: Path) -> None:
         report.add(p95_figure("  extra time of that step, new (captured)", extra[: len(SHARES)], "ms"))
         report.add(median_figure("  largest difference of losses", [found["loss_difference"]], "nats"))
         report.add(median_figure("  the same of two runs without", [found["loss_difference_of_two_still"]], "nats"))
-    report.raw |= {"changes": rows}
+        report.add(median_figure("  of one on 4 groups throughout", [found["loss_difference_on_4_groups"]], "nats"))
+        report.raw |= {"changes": rows}
+        report.write()  # a size that fails must not take the others with it
 
 
-PARTS = {"all": (against_hand, changes), "steps": (against_hand,), "changes": (changes,)}
+def tier_turns(size: str, mode: str, settings: Options, directory: Path) -> dict[str, Any]:
+    """A trial whose tier turns between fp32 and bf16 every 20 steps; milliseconds that each turn adds."""
+    from orchestrator.train.step_mode.captured import MAX_FLYING
+    from policies.tier import Tier
+    from tests.unit.orchestrator.train.links import grant
+
+    count, micro_batch = 10 if settings.is_quick else 60, SIZES[size][1]
+
+    def turn(outside: Any) -> None:
+        for number in range(count):
+            tier = Tier.BF16 if number % 2 == 0 else Tier.FP32
+            given = grant(number + 2, micro_batch=micro_batch, tier=tier)
+            outside.at(PERIOD * (number + 1), lambda now, given=given: replace(now, grant=given))
+
+    first = first_order(directory / f"{size}-{mode}-tiers", size, Tier.FP32, PERIOD * (count + 2))
+    records = run_ours(first, mode=mode, script=turn).records
+    extra = extra_ms(records, PERIOD, MAX_FLYING if mode == "graph" else 0)
+    return {
+        "size": size,
+        "mode": mode,
+        "num_turned": int(np.count_nonzero(np.diff(records["tier"]))),
+        "switch_ms": (1e3 * records["switch_s"][records["switch_s"] > 0]).tolist(),
+        "extra_ms": extra.tolist(),
+        "span_ms": (1e3 * np.diff(records["start_s"])).tolist(),
+    }
+
+
+def tiers(report: Report, directory: Path) -> None:
+    """What a turn of the precision tier costs, to a tier that was used before."""
+    rows = []
+    for size, mode in (("7M", "eager"), ("34M", "eager"), ("7M", "graph"), ("34M", "graph")):
+        found = tier_turns(size, mode, report.options, directory)
+        rows.append(found)
+        name = f"live turn of the tier, {size} {mode}: extra time of that step, known tier"
+        report.add(p95_figure(name, found["extra_ms"][2:], "ms", limit=TIER_LIMIT_MS))
+        report.raw |= {"tiers": rows}
+        report.write()
+
+
+PARTS = {
+    "all": (against_hand, changes, tiers),
+    "steps": (against_hand,),
+    "changes": (changes,),
+    "tiers": (tiers,),
+}
 
 
 def main() -> None:

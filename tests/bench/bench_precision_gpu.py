@@ -1,7 +1,8 @@
 """What the tiers are worth on a GPU: fp8 against bf16 on wide blocks, compiled; auto against the best single tier.
 
-`python -m tests.bench.bench_precision_gpu [--quick] [--out FILE]`; without a GPU `--quick` tries every line on a CPU.
-Every part has a limit in seconds, so that the whole ends within about five minutes.
+`python -m tests.bench.bench_precision_gpu PART [--quick] [--out FILE]` with PART one of `all`, `blocks`, `auto` (every
+model) and `auto-SIZE`; without a GPU `--quick` tries every line on a CPU. Every part has a limit in seconds, so that
+the whole ends within about five minutes.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from orchestrator.train.stepper import Stepper
 from policies.ladder import best_usable
 from policies.tier import Tier, real_tiers
 from tests.bench.guarded_trial import MIN_GAIN, Recipe, begin
-from tests.bench.results_file import Figure, Report, median_figure, options, say
+from tests.bench.results_file import Figure, Report, chosen_part, median_figure, options, say
 
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "7 M": ({"width": 256, "layers": 8, "heads": 4, "context": 128}, 16),
@@ -150,13 +152,13 @@ def profile(step: Callable[[], None]) -> list[list[Any]]:
     return [[row.key[:90], float(row.self_device_time_total), row.count] for row in rows[:14]]
 
 
-def hindsight(report: Report, device: torch.device) -> None:
+def hindsight(report: Report, device: torch.device, models: Sequence[str] = tuple(MODELS)) -> None:
     """Tokens per second of auto once it has settled, against the best single tier, in the step mode used."""
     quick = report.options.is_quick or device.type != "cuda"
     tiers = real_tiers(facts_of(device))
     tiny: tuple[dict[str, Any], int] = ({"width": 32, "layers": 1, "heads": 2, "context": 16}, 4)
-    for name, full in MODELS.items():
-        params, micro_batch = tiny if quick else full
+    for name in models:
+        params, micro_batch = tiny if quick else MODELS[name]
         base = Recipe(
             job="language",
             params={**params, "lr": 3e-4, "eval_windows": 8},
@@ -233,15 +235,27 @@ def settled(recipe: Recipe, limit_s: float, seconds: float, device: torch.device
     return steps_per_s(stepper, seconds, device), story
 
 
+Part = Callable[[Report, torch.device], None]
+AUTO: dict[str, Part] = {f"auto-{name.replace(' ', '')}": partial(hindsight, models=(name,)) for name in MODELS}
+PARTS: dict[str, dict[str, Part]] = {
+    "all": {"blocks": wide_blocks} | AUTO,
+    "blocks": {"blocks": wide_blocks},
+    "auto": AUTO,
+    **{name: {name: part} for name, part in AUTO.items()},
+}
+
+
 def main() -> None:
-    """Run both parts and write the file whatever the second one says."""
-    report = Report(options("precision_gpu", repeats=1))
+    """Run what the command line names and write the file whatever the later ones say."""
+    chosen = chosen_part(PARTS)
+    theme = "precision_gpu" if chosen == "all" else f"precision_gpu_{chosen.replace('-', '_')}"
+    report = Report(options(theme, repeats=1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for part in (wide_blocks, hindsight):
+    for name, part in PARTS[chosen].items():
         try:
             part(report, device)
         except Exception as error:  # what one part has to say must not be lost to the other
-            report.notes.append(f"{part.__name__} failed: {type(error).__name__}: {error}"[:500])
+            report.notes.append(f"{name} failed: {type(error).__name__}: {error}"[:500])
             traceback.print_exc()
         report.write()
 
