@@ -129,5 +129,11 @@ def unfilled(y_mn: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_rows(grad: Tensor) -> Tensor:
-    """The gradient of a bias. A sum is no matrix product: of the gradient as it came it costs the same, rounds less."""
-    return rows(grad).sum(0, dtype=torch.float32)
+    """The gradient of a bias. A sum is no matrix product: of the gradient as it came it costs the same, rounds less.
+
+    On a CPU torch would write the whole gradient out in fp32 first. A sum of bf16 is formed in fp32 there as well, and
+    is off by no more than the gradient of a weight, which is a product in bf16.
+    """
+    grad_mn = rows(grad)
+    is_direct = grad.dtype is torch.bfloat16 and grad.device.type == "cpu"
+    return grad_mn.sum(0).float() if is_direct else grad_mn.sum(0, dtype=torch.float32)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from orchestrator.hardware import cpu_facts
+from orchestrator.train.precision.attention import ShortAttentionInFp32
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.products import TIER_FUNCTIONS
 from policies.tier import DeviceFacts, Tier, support_of, tier_facts
@@ -79,12 +81,20 @@ def set_tier(model: nn.Module, tier: Tier) -> int:
 def lowered(tier: Tier, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Where convolutions, attention and the like compute in the tier's 16-bit dtype; norms, softmax and losses do not.
 
-    Without a cache of cast weights: it would outlive a captured graph, and linear layers do not use it.
+    On a CPU attention over short windows stays in fp32 beside bf16, which is faster there. Without a cache of cast
+    weights: it would outlive a captured graph, and linear layers do not use it.
     """
     companion = tier_facts(tier).companion_dtype
     if companion is None:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, companion), cache_enabled=False)
+    lower = torch.autocast(device.type, dtype=getattr(torch, companion), cache_enabled=False)
+    return _with_attention(lower) if (device.type, companion) == ("cpu", "bfloat16") else lower
+
+
+@contextlib.contextmanager
+def _with_attention(lower: torch.autocast) -> Iterator[None]:
+    with lower, ShortAttentionInFp32():
+        yield
 
 
 def coverage(model: nn.Module) -> Coverage:

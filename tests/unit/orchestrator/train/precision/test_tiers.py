@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from orchestrator.train.precision.attention import LONGEST
+from orchestrator.train.precision.half import sum_rows
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.products import bf16_linear
 from orchestrator.train.precision.tiers import (
@@ -188,6 +190,34 @@ def test_under_autocast_a_layer_answers_in_the_lowered_dtype_and_norms_and_losse
             assert F.mse_loss(model[0](torch.randn(4, 16)), torch.randn(4, 16)).dtype is torch.float32
     with lowered(Tier.FP32, torch.device("cpu")):
         assert F.conv1d(torch.randn(1, 2, 8), torch.randn(2, 2, 3)).dtype is torch.float32
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.bfloat16])
+def test_on_a_cpu_attention_over_short_windows_computes_in_fp32(mask: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (bf16(x) for x in torch.randn(3, 2, 4, 32, 16))
+    where = None if mask is None else torch.ones(32, 32).tril().to(mask)
+    raised = where.float() if where is not None and mask is torch.bfloat16 else where
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=raised)
+    with lowered(Tier.BF16, torch.device("cpu")):
+        assert F.scaled_dot_product_attention(q, k, value=v, attn_mask=where).equal(bf16(exact))
+        assert F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=where).equal(bf16(exact))
+
+
+def test_on_a_cpu_attention_over_long_windows_stays_as_autocast_has_it() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, LONGEST + 1, 16)
+    with lowered(Tier.BF16, torch.device("cpu")):
+        got = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert got.equal(F.scaled_dot_product_attention(bf16(q), bf16(k), bf16(v), is_causal=True))
+
+
+def test_the_gradient_of_a_bias_is_as_exact_as_that_of_a_weight() -> None:
+    torch.manual_seed(0)
+    grad = bf16(torch.randn(4, 4096, 16) + 1)
+    got = sum_rows(grad)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, grad.double().sum((0, 1)).float(), rtol=2.0**-7, atol=0.0)
 
 
 def test_a_layer_whose_shape_forbids_its_tier_falls_back_and_is_counted() -> None:
