@@ -105,7 +105,9 @@ def train_by_hand(config: dict[str, Any]) -> None:
         model = job.build_model()
     optimizer = job.build_optimizer(model)
     order, count = np.random.default_rng(SEED).permutation(job.num_train_samples), 0
+    in_steps_s, first_step_wall_s = 0.0, time.time()
     for report in range(NUM_REPORTS):
+        began_s = time.perf_counter()
         for _ in range(config["steps"]):
             indices = np.take(order, range(count, count + MICRO_BATCH), mode="wrap")
             count += MICRO_BATCH
@@ -118,9 +120,17 @@ def train_by_hand(config: dict[str, Any]) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # once a report: the steps are then done, not only launched
+        in_steps_s += time.perf_counter() - began_s
         from tests.bench.bench_search import _report_by_hand
 
-        _report_by_hand(model, optimizer, job.evaluate(model, device), report)
+        times = {
+            "in_steps_s": in_steps_s,
+            "first_step_wall_s": first_step_wall_s,
+            "steps": (report + 1) * config["steps"],
+        }
+        _report_by_hand(model, optimizer, {**job.evaluate(model, device), **times}, report)
 
 
 def stock_trial(config: dict[str, Any]) -> None:
@@ -146,14 +156,17 @@ def stock_trial(config: dict[str, Any]) -> None:
 
 
 def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
-    """One search with Ray Tune and Ray Train."""
+    """One search with Ray Tune and Ray Train, which Tune ends at --timeout."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
     from orchestrator.cluster import ray_cluster
     from orchestrator.config.model import ClusterSection
+    from tests.bench.stock_ends import Ends
 
+    ends = Ends(given.out, arm, given.trials)
     part = 1.0 if arm == "stock_1" else 0.25
+    max_concurrent = round(given.cards / part)
     fixed = {"params": size_of(given), "steps": given.steps, "storage": str(given.directory)}
     fixed["gpus"] = 0.0 if given.rehearse else part
     with ray_cluster(ClusterSection(), "stock"):
@@ -162,21 +175,31 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
             param_space={**fixed, "lr": tune.loguniform(*LEARNING_RATES)},
             tune_config=tune.TuneConfig(
                 num_samples=given.trials,
-                max_concurrent_trials=round(given.cards / part),
+                max_concurrent_trials=max_concurrent,
+                time_budget_s=given.timeout,
                 scheduler=ASHAScheduler(
                     metric="val_loss", mode="min", max_t=NUM_REPORTS, grace_period=1, reduction_factor=2
                 ),
             ),
-            run_config=tune.RunConfig(name=arm.replace("/", "-"), storage_path=str(given.directory), verbose=0),
+            run_config=tune.RunConfig(
+                name=arm.replace("/", "-"), storage_path=str(given.directory), verbose=0, callbacks=[ends]
+            ),
         )
+        ends.begin()
         began_s = time.monotonic()
         results = tuner.fit()
         seconds = time.monotonic() - began_s
     metrics = [result.metrics for result in results if result.metrics]
     return {
         "seconds": seconds,
+        "is_cut": seconds >= given.timeout,
+        "num_ended": len(ends.ended),
+        "ended_s": [round(each["ended_s"], 2) for each in ends.ended],
         "num_errors": len(results.errors),
         "num_reports": sum(int(each.get("report", -1)) + 1 for each in metrics),
+        "num_steps": ends.num_steps,
+        "in_steps_s": ends.in_steps_s,
+        "in_steps_ratio": ends.in_steps_s / (seconds * max_concurrent),
         "best": min((each["val_loss"] for each in metrics if "val_loss" in each), default=None),
     }
 
@@ -191,7 +214,7 @@ def main() -> None:
     parser.add_argument("--cards", type=int, default=1)
     parser.add_argument("--rehearse", action="store_true", help="on cores, with a tiny model")
     parser.add_argument("--steps", type=int, default=500, help="steps between two reports at the start batch")
-    parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds after which an arm is ended")
     parser.add_argument("--directory", type=Path, default=Path("/tmp/bench-search"))
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()

@@ -1,51 +1,62 @@
 """Several GPUs of one host: ranks over NCCL, trials that share the cards, growth, a killed rank, scaling, a search.
 
-Each part is a process of its own with a time limit, and its result is appended to --out at once, so that one that hangs
-loses nothing. `probe` first finds out whether ranks find each other under MPS and on SM groups, and with which settings
-of NCCL; what works is used by the parts behind it. `alone` leaves the losses that `pair`, `turned`, `kill` and `grow`
-are compared with. --rehearse runs all of it on cores, over gloo, with a tiny model.
+Each part is a process of its own with a time limit, and its result is appended to --out at once; of one that is ended
+at its limit, what its run shows so far. `warm` fills the file cache. `alone` leaves the losses that `pair`, `turned`,
+`kill` and `grow` are compared with. `probe` tries how two plain ranks find each other over NCCL and notes it for parts
+behind it, of which by default there are none. --rehearse runs all of it on cores, over gloo, with a tiny model.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import psutil
-
 from tests.bench import two_gpu_parts as parts
+from tests.bench import two_gpu_ways
 from tests.bench.card_ranks import RankPlan, train
-from tests.bench.results_file import ROOT, commit, machine, say
+from tests.bench.part_process import run_for, so_far, tail, worker_logs
+from tests.bench.results_file import commit, machine, say
 
 LIMITS_S = {
-    "probe": 190.0,
-    "alone": 100.0,
-    "pair": 110.0,
-    "scaling": 110.0,
-    "grow": 120.0,
-    "kill": 110.0,
-    "turned": 90.0,
+    "warm": 120.0,
+    "alone": 170.0,
+    "pair": 170.0,
+    "kill": 220.0,
+    "grow": 210.0,
+    "turned": 150.0,
+    "scaling": 130.0,
+    "probe": 170.0,
     "ours_fixed": 150.0,
     "ours_all": 150.0,
     "stock_1": 300.0,
-    "stock_1/4": 250.0,
+    "stock_1/4": 240.0,
 }
-WAY_LIMIT_S = 45.0
+"""Seconds; two to three times what is expected."""
+CLOSING_S = 30.0
+"""What an arm of stock gets to start Ray and to end, beside the time budget of its search."""
 REHEARSAL_FACTOR = 4.0
 LARGE = {"width": 1024, "layers": 13, "heads": 16, "context": 512}
 LARGE_MICRO_BATCH = 64
 SIMPLER = {"sm_groups": "mps", "mps": "time_slice"}
 """How the cards are shared by the parts behind one that failed."""
+WARMED = (
+    "torch",
+    "torch.distributed.fsdp torch.distributed.checkpoint",
+    "ray ray.train.torch ray.tune pandas pyarrow.parquet",
+    "orchestrator.run orchestrator.train.slot jobs.classes",
+)
+"""Modules, in the order in which `warm` imports them."""
 ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
@@ -53,56 +64,30 @@ ENVIRONMENT = {
     "NCCL_DEBUG": "WARN",
     "PYTHONUNBUFFERED": "1",
 }
-WAYS: dict[str, tuple[str, dict[str, str]]] = {
-    "sm_groups": ("sm_groups", {}),
-    "sm_groups, no cuMem": ("sm_groups", {"NCCL_CUMEM_ENABLE": "0"}),
-    "sm_groups, no cuMem, no P2P": ("sm_groups", {"NCCL_CUMEM_ENABLE": "0", "NCCL_P2P_DISABLE": "1"}),
-    "time_slice": ("time_slice", {}),
-}
-"""What is tried in turn: how the cards are shared, and what NCCL is told."""
+
+
+def warm(given: argparse.Namespace) -> parts.Row:
+    """Read from disk once what every process of every part imports; a first `import torch` there takes long."""
+    began_s, seconds = time.monotonic(), {}
+    for names in WARMED:
+        for name in names.split():
+            importlib.import_module(name)
+        seconds[names] = time.monotonic() - began_s
+    import torch
+
+    if torch.cuda.is_available():
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = torch.nn.Linear(512, 512, device="cuda", dtype=dtype)
+            layer(torch.ones(64, 512, device="cuda", dtype=dtype)).sum().backward()
+        torch.cuda.synchronize()
+        seconds["cuda"] = time.monotonic() - began_s
+    return {"seconds_until": seconds}
 
 
 def probe(given: argparse.Namespace) -> parts.Row:
     """The first way in which two ranks train: under MPS, while SM groups change; then without."""
-    tried: dict[str, parts.Row] = {}
-    for name, (gpu_share, environment) in WAYS.items():
-        began_s, log = time.monotonic(), given.directory / "way.log"
-        command = [sys.executable, "-m", "tests.bench.bench_two_gpus", "--way", gpu_share, *_passed_on(given)]
-        code = _run_for(command, WAY_LIMIT_S * (REHEARSAL_FACTOR if given.rehearse else 1.0), log, environment)
-        tried[name] = {"seconds": time.monotonic() - began_s, "exit_code": code}
-        if code == 0:
-            way = json.loads((given.directory / "way.json").read_text())
-            (given.directory / "chosen.json").write_text(json.dumps([gpu_share, environment]))
-            return {"chosen": name, "tried": tried, **way}
-        tried[name]["tail"] = log.read_text()[-2500:]
-    return {"chosen": None, "tried": tried}
-
-
-def try_way(given: argparse.Namespace) -> None:
-    """Two ranks, some steps undisturbed and the same while SM groups change, under an own MPS where asked."""
-    from orchestrator.share.mps import OwnMps
-
-    plan = _plan(given, parts.ON_GPUS.params, 16, "fp32", 2, 25)
-    lanes = ((0, 1, 2, 3, 4), (5, 6, 7), (2, 3, 4, 5, 6, 7, 8, 9), (0, 1))
-    mps = OwnMps() if given.way != "time_slice" and not given.rehearse else None
-    try:
-        if mps is not None:
-            os.environ.update(mps.start().environment)
-        still = train(plan)
-        moved = still if given.rehearse else train(replace(plan, lanes=lanes))
-    finally:
-        if mps is not None:
-            mps.stop()
-    losses = [dict(enumerate(_mean(ranks))) for ranks in (still, moved)]
-    found = {
-        "lanes": lanes,
-        "cards": [rank["card"] for rank in moved],
-        "num_units": moved[0]["num_units"],
-        "environment": moved[0]["environment"],
-        "median_step_ms": [1e3 * ranks[0]["median_step_s"] for ranks in (still, moved)],
-        "losses_on_lanes": parts.compare(losses[1], losses[0], 1e-3),
-    }
-    (given.directory / "way.json").write_text(json.dumps(found))
+    keep = partial(_keep, given, "probe, so far")
+    return two_gpu_ways.probe(given.directory, _passed_on(given), _factor(given), keep)
 
 
 def alone(given: argparse.Namespace) -> parts.Row:
@@ -208,6 +193,7 @@ def _best_loop(params: parts.Row, micro_batch: int) -> float:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], parts.Row]] = {
+    "warm": warm,
     "probe": probe,
     "alone": alone,
     "pair": pair,
@@ -216,7 +202,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], parts.Row]] = {
     "kill": kill,
     "turned": turned,
 }
-DEFAULT = ("probe", "alone", "pair", "scaling", "kill", "grow", "turned")
+DEFAULT = ("alone", "pair", "kill", "grow", "turned", "scaling", "probe")
+
+
+def _factor(given: argparse.Namespace) -> float:
+    """How much longer everything may take."""
+    return REHEARSAL_FACTOR if given.rehearse else 1.0
 
 
 def _scale(given: argparse.Namespace) -> parts.Scale:
@@ -257,11 +248,6 @@ def _plan(
     )
 
 
-def _mean(ranks: list[parts.Row]) -> list[float]:
-    """Losses of all samples, step by step."""
-    return [sum(losses) / len(losses) for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
-
-
 def _passed_on(given: argparse.Namespace) -> list[str]:
     """The arguments of a process that does one part."""
     arguments = ["--out", str(given.out), "--directory", str(given.directory)]
@@ -277,65 +263,56 @@ def _keep(given: argparse.Namespace, part: str, row: parts.Row) -> None:
         os.fsync(out.fileno())
 
 
-def do(part: str, given: argparse.Namespace) -> None:
+def do(part: str, given: argparse.Namespace, left_s: float) -> None:
     """One part in a process of its own; what came of it, or how it was ended, is in the results."""
-    limit_s = LIMITS_S[part] * (REHEARSAL_FACTOR if given.rehearse else 1.0)
+    limit_s = min(LIMITS_S[part] * _factor(given), left_s)
     log, began_s = given.directory / f"{part.replace('/', '-')}.log", time.monotonic()
     command = [sys.executable, "-m", "tests.bench.bench_two_gpus", "--only", part, *_passed_on(given)]
     if part not in PARTS:
-        command = _search_command(part, given)
+        command = _search_command(part, given, limit_s - CLOSING_S)
     gpu_share, environment = _chosen(given)
-    code = _run_for(command, limit_s, log, ENVIRONMENT | environment)
+    evidence: parts.Row = {}
+    code = run_for(
+        command, limit_s, log, ENVIRONMENT | environment, lambda: evidence.update(_so_far(part, given), at="its limit")
+    )
     seconds = time.monotonic() - began_s
     say(f"{part}: exit code {code} after {seconds:.0f} s")
     if code != 0:
-        words = "not ended within its limit" if code is None else f"exit code {code}"
-        _keep(
-            given, part, {"failed": words, "gpu_share": gpu_share, "seconds": seconds, "log": log.read_text()[-4000:]}
-        )
+        words = f"not ended within its limit of {limit_s:.0f} s" if code is None else f"exit code {code}"
+        row = {"failed": words, "gpu_share": gpu_share, "seconds": seconds, "log": tail(log, 4000)}
+        _keep(given, part, row | {"so_far": evidence or _so_far(part, given)})
         if part in {"alone", "pair", "kill"} and gpu_share in SIMPLER:
             (given.directory / "chosen.json").write_text(json.dumps([SIMPLER[gpu_share], environment]))
 
 
-def _run_for(command: list[str], limit_s: float, log: Path, environment: dict[str, str]) -> int | None:
-    """Run a command with its output in a file; its exit code, None where it was ended at its limit."""
-    with log.open("w") as out:
-        process = psutil.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT
+def _so_far(part: str, given: argparse.Namespace) -> parts.Row:
+    """What a part that is about to be ended leaves: what its run shows, and its losses against those of `alone`."""
+    directory = given.directory / ("search" if part not in PARTS else part) / part
+    found: parts.Row = {**so_far(directory), "worker_logs": worker_logs()}
+    run = parts.Run(directory, 0, 0.0, "", {})
+    try:
+        losses = (
+            {e["trial_id"]: run.losses(e["trial_id"]) for e in run.entries("trial_queued")}
+            if directory.exists()
+            else {}
         )
-        try:
-            return int(process.wait(limit_s))
-        except psutil.TimeoutExpired:
-            out.write("\n".join(f"{name}: {text}" for name, text in _worker_logs().items()))
-            _end(process)
-            return None
+        if part == "alone" and losses.get("trial-00000"):
+            (given.directory / "alone.json").write_text(json.dumps(losses["trial-00000"]))
+        elif part in PARTS:
+            reference, (_, tolerance) = _reference(given), _scale(given).tolerance
+            found["against_alone"] = {
+                trial: parts.compare(each, reference, tolerance) for trial, each in losses.items()
+            }
+    except Exception:  # there may be no steps yet
+        found["no_losses"] = traceback.format_exc()[-600:]
+    return found
 
 
-def _search_command(part: str, given: argparse.Namespace) -> list[str]:
+def _search_command(part: str, given: argparse.Namespace, timeout_s: float) -> list[str]:
     """An arm of the search of `bench_gpu_search`, on both cards."""
     arguments = ["--arm", part, "--cards", "2", "--steps", str(given.search_steps), "--out", str(given.out)]
-    arguments += ["--directory", str(given.directory / "search"), "--timeout", str(LIMITS_S[part] - 10)]
+    arguments += ["--directory", str(given.directory / "search"), "--timeout", f"{timeout_s:.0f}"]
     return [sys.executable, "-m", "tests.bench.bench_gpu_search", *arguments, *(["--rehearse"] * given.rehearse)]
-
-
-def _end(process: psutil.Popen) -> None:
-    """End a part and all that it has started: asked first, so that MPS and Ray are put away."""
-    family = [process, *process.children(recursive=True)]
-    for signal_all in ("terminate", "kill"):
-        for each in family:
-            with contextlib.suppress(psutil.Error):
-                getattr(each, signal_all)()
-        psutil.wait_procs(family, timeout=8)
-
-
-def _worker_logs() -> dict[str, str]:
-    """The last words of Ray's processes on this machine, before their directory goes."""
-    found = sorted(Path("/tmp").glob("orch-*/session_2*/logs/worker*.err"), key=lambda path: path.stat().st_mtime)
-    return {path.name: path.read_text(errors="replace")[-1500:] for path in _with_words(found)}
-
-
-def _with_words(paths: list[Path]) -> Iterator[Path]:
-    yield from [path for path in paths if path.stat().st_size][-6:]
 
 
 def main() -> None:
@@ -345,6 +322,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("/tmp/two-gpus"), help="for runs and their logs")
     parser.add_argument("--parts", nargs="+", choices=list(LIMITS_S), default=list(DEFAULT))
     parser.add_argument("--budget", type=float, default=1e6, help="seconds after which no further part begins")
+    parser.add_argument("--end", type=float, default=1e6, help="seconds after which a part that runs is ended")
     parser.add_argument("--search-steps", type=int, default=300)
     parser.add_argument("--rehearse", action="store_true", help="on cores, over gloo, with a tiny model")
     parser.add_argument("--only", choices=list(PARTS), help=argparse.SUPPRESS)
@@ -352,7 +330,8 @@ def main() -> None:
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
     if given.way:
-        try_way(given)
+        plan = _plan(given, parts.ON_GPUS.params, 16, "fp32", 2, 25)
+        two_gpu_ways.try_way(given.way, plan, _factor(given))
         return
     if given.only:
         try:
@@ -364,12 +343,14 @@ def main() -> None:
             raise
         return
     began_s = time.monotonic()
-    for part in given.parts:
-        if time.monotonic() - began_s > given.budget:
+    is_warm = (given.directory / "warm.log").exists()  # a directory of this machine, so it has been read before
+    for part in [*([] if is_warm else ["warm"]), *given.parts]:
+        passed_s = time.monotonic() - began_s
+        if passed_s > min(given.budget, given.end - 10):
             say(f"{part}: not begun, the time is used up")
             continue
         shutil.rmtree(given.directory / part, ignore_errors=True)
-        do(part, given)
+        do(part, given, given.end - passed_s)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ over a mesh of size 1, so that one and two GPUs can be compared in the same step
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from orchestrator.train.groups import Ranks
 
 WARM_STEPS = 5
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,7 @@ class RankPlan:
         is_wrapped: shard even over one rank.
         device: cuda or cpu.
         lanes: SM groups to change to, one after the other, in equal parts of the steps; empty for none.
+        tell_at_s: on the monotonic clock, when ranks that are not through say where they are; None for never.
     """
 
     directory: Path
@@ -53,6 +56,7 @@ class RankPlan:
     is_wrapped: bool = False
     device: str = "cuda"
     lanes: tuple[tuple[int, ...], ...] = ()
+    tell_at_s: float | None = None
 
 
 def train(plan: RankPlan) -> list[dict[str, Any]]:
@@ -69,7 +73,26 @@ def train(plan: RankPlan) -> list[dict[str, Any]]:
         return [json.loads((Path(directory) / f"{rank}.json").read_text()) for rank in range(plan.world_size)]
 
 
+def tell_where(at_s: float | None) -> None:
+    """Write the stacks of all threads to stderr at that time of the monotonic clock, if this process still runs."""
+    if at_s is not None:
+        faulthandler.dump_traceback_later(max(0.1, at_s - time.monotonic()), exit=False)
+
+
+def _see_own_card_first(rank: int, world_size: int) -> None:
+    """As `devices.ray_cards` does for the ranks of a slot: before CUDA is touched, and the own card is cuda:0."""
+    from orchestrator.devices.cards import Seat, visible
+
+    named = os.environ.get(VISIBLE)
+    cards = tuple(named.split(",")) if named else tuple(str(number) for number in range(world_size))
+    seats = [Seat(node_id="", assigned=cards[number], cards=cards) for number in range(world_size)]
+    os.environ[VISIBLE] = visible(seats)[rank]
+
+
 def _rank(rank: int, plan: RankPlan) -> None:
+    tell_where(plan.tell_at_s)
+    if plan.device == "cuda":
+        _see_own_card_first(rank, plan.world_size)
     import torch
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
@@ -77,7 +100,7 @@ def _rank(rank: int, plan: RankPlan) -> None:
     from jobs import build_job
     from orchestrator.train.stepper import Stepper
 
-    device = torch.device(plan.device, rank) if plan.device == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", 0) if plan.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -100,6 +123,7 @@ def _rank(rank: int, plan: RankPlan) -> None:
     found["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     (plan.directory / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _ranks_of(rank: int, plan: RankPlan, device: torch.device) -> Ranks:
@@ -159,5 +183,5 @@ def _measure(stepper: Any, plan: RankPlan, device: torch.device) -> dict[str, An
         "median_step_s": statistics.median(measured),
         "mean_step_s": statistics.fmean(measured),
         "num_units": None if share is None else share.num_units,
-        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("NCCL", "CUDA_MPS"))},
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("NCCL", "CUDA_"))},
     }

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from tests.bench.gpu_job import SIZES
 from tests.bench.results_file import ROOT
 
 Row = dict[str, Any]
@@ -32,7 +33,8 @@ class Scale:
     Attributes:
         params: of the job.
         global_batch: samples per step of a trial.
-        steps: steps of a trial, and `grow_steps` of one that grows; `report_steps` between two commits.
+        steps: steps of a trial, and `grow_steps` of one that grows and of the one alone; `two_rank_steps` of two ranks
+            before it goes back; `report_steps` between two commits.
         shares: of a rank at the start, the two that swap, and of a rank whose trial has no neighbour.
         tolerance: relative difference of losses at any step where nothing but shares and workers changed, and with
             changes of batch and tier.
@@ -42,6 +44,7 @@ class Scale:
     global_batch: int
     steps: int
     grow_steps: int
+    two_rank_steps: int
     report_steps: int
     shares: tuple[float, float, float, float]
     device: str
@@ -49,10 +52,11 @@ class Scale:
 
 
 ON_GPUS = Scale(
-    params={"width": 640, "layers": 7, "heads": 10, "context": 256},
+    params=SIZES["7M"][0],
     global_batch=32,
-    steps=400,
-    grow_steps=1300,
+    steps=300,
+    grow_steps=600,
+    two_rank_steps=150,
     report_steps=50,
     shares=(0.5, 0.4, 0.6, 1.0),
     device="gpu",
@@ -60,8 +64,9 @@ ON_GPUS = Scale(
 REHEARSAL = Scale(
     params={"width": 32, "layers": 2, "heads": 2, "context": 32},
     global_batch=16,
-    steps=400,
-    grow_steps=2000,
+    steps=300,
+    grow_steps=1200,
+    two_rank_steps=100,
     report_steps=50,
     shares=(0.25, 0.2, 0.3, 0.5),
     device="cpu",
@@ -69,7 +74,11 @@ REHEARSAL = Scale(
 
 
 def run_file(part: str, scale: Scale, storage: Path, gpu_share: str) -> Row:
-    """The run file of a part: alone, pair, turned, kill or grow."""
+    """The run file of a part: alone, pair, turned, kill or grow.
+
+    The trial that grows begins with micro-batches of one sample, since its steps must not run out while the group of
+    two ranks opens beside it; on two ranks, and back on one, it has the largest that go.
+    """
     is_turned, is_growing = part in {"pair", "turned"}, part == "grow"
     num_trials = 2 if part in {"pair", "kill"} else 1
     num_workers, steps = (1, scale.grow_steps) if is_growing else (2, scale.steps)
@@ -80,7 +89,7 @@ def run_file(part: str, scale: Scale, storage: Path, gpu_share: str) -> Row:
         params = {"every": batch * scale.steps // 12, "low_share": low, "high_share": high}
         policy |= {"name": "tests.bench.turning_policy:TurnBySamples", "params": params}
     if is_growing:
-        policy |= {"name": "tests.resizing_policy:ThereAndBack", "params": {"num_steps": 100}}
+        policy |= {"name": "tests.resizing_policy:ThereAndBack", "params": {"num_steps": scale.two_rank_steps}}
     return {
         "name": part,
         "storage": str(storage),
@@ -91,12 +100,12 @@ def run_file(part: str, scale: Scale, storage: Path, gpu_share: str) -> Row:
             "samples_per_report": batch * scale.report_steps,
             "max_reports": steps // scale.report_steps,
             "num_workers": num_workers,
-            "micro_batch": batch // num_workers,
+            **({"micro_batch": 1, "grad_accum": batch} if is_growing else {"micro_batch": batch // num_workers}),
             "share": whole if part in {"alone", "grow"} else share,
         },
         "dials": {
             "share": {"enabled": is_turned},
-            "batch": {"enabled": is_turned, "max_micro": batch, "min_global": batch, "max_global": batch},
+            "batch": {"enabled": is_turned or is_growing, "max_micro": batch, "min_global": batch, "max_global": batch},
             "precision": {
                 "enabled": is_turned,
                 "tiers": ["fp32", "bf16"] if is_turned else ["fp32"],
