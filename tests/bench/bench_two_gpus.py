@@ -49,7 +49,7 @@ REHEARSAL_FACTOR = 4.0
 LARGE = {"width": 1024, "layers": 13, "heads": 16, "context": 512}
 LARGE_MICRO_BATCH = 64
 SIMPLER = {"sm_groups": "mps", "mps": "time_slice"}
-"""How the cards are shared by the parts behind one that failed."""
+"""How the cards are shared by the parts behind one that failed before its first report."""
 WARMED = (
     "torch",
     "torch.distributed.fsdp torch.distributed.checkpoint",
@@ -269,7 +269,9 @@ def do(part: str, given: argparse.Namespace, left_s: float) -> None:
     log, began_s = given.directory / f"{part.replace('/', '-')}.log", time.monotonic()
     command = [sys.executable, "-m", "tests.bench.bench_two_gpus", "--only", part, *_passed_on(given)]
     if part not in PARTS:
-        command = _search_command(part, given, limit_s - CLOSING_S)
+        shutil.rmtree(given.directory / "search" / part.replace("/", "-"), ignore_errors=True)
+        # Stock ends by itself in time; ours is ended from here, with all that it has started.
+        command = _search_command(part, given, limit_s + (-CLOSING_S if part.startswith("stock") else CLOSING_S))
     gpu_share, environment = _chosen(given)
     evidence: parts.Row = {}
     code = run_for(
@@ -280,8 +282,9 @@ def do(part: str, given: argparse.Namespace, left_s: float) -> None:
     if code != 0:
         words = f"not ended within its limit of {limit_s:.0f} s" if code is None else f"exit code {code}"
         row = {"failed": words, "gpu_share": gpu_share, "seconds": seconds, "log": tail(log, 4000)}
-        _keep(given, part, row | {"so_far": evidence or _so_far(part, given)})
-        if part in {"alone", "pair", "kill"} and gpu_share in SIMPLER:
+        evidence = evidence or _so_far(part, given)
+        _keep(given, part, row | {"so_far": evidence})
+        if part in {"alone", "pair", "kill"} and gpu_share in SIMPLER and not evidence.get("results"):
             (given.directory / "chosen.json").write_text(json.dumps([SIMPLER[gpu_share], environment]))
 
 

@@ -149,19 +149,10 @@ def _steps(directory: Path) -> Row:
     import orchestrator
 
     table = orchestrator.load_run(directory).to_pandas("steps")
-    first = table[table["rank"] == 0].groupby(["trial_id", "attempt", "num_workers"], observed=True)
-    return {
-        "steps": [
-            {
-                "trial_id": key[0],
-                "attempt": int(key[1]),
-                "num_workers": int(key[2]),
-                "steps": [int(rows["step"].min()), int(rows["step"].max())],
-                "median_step_ms": 1e3 * float(rows["step_s"].median()),
-            }
-            for key, rows in first
-        ]
-    }
+    names = ["trial_id", "attempt", "num_workers"]
+    ranks = table[table["rank"] == 0].groupby(names, observed=True)
+    steps = ranks.agg(first=("step", "min"), last=("step", "max"), median_step_s=("step_s", "median"))
+    return {"steps": json.loads(steps.reset_index().to_json(orient="records"))}
 
 
 def _logs(directory: Path) -> Row:
