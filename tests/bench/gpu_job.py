@@ -87,15 +87,29 @@ class BestLoop:
         torch.cuda.synchronize()
         began_s = time.perf_counter()
         for number in range(num_steps):
-            slot = number % 4
-            self._events[slot].synchronize()
-            for held, static, part in zip(self._pinned[slot], self._static, self._host_batch(), strict=True):
-                held.copy_(part)
-                static.copy_(held, non_blocking=True)
-            self._events[slot].record()
-            self._graph.replay()
+            self._step(number)
         torch.cuda.synchronize()
         return (time.perf_counter() - began_s) / num_steps
+
+    def run_for(self, seconds: float) -> tuple[int, float]:
+        """Train for so long; the steps, and the seconds that they really took."""
+        torch = self._torch
+        torch.cuda.synchronize()
+        began_s, count = time.perf_counter(), 0
+        while time.perf_counter() - began_s < seconds:
+            self._step(count)
+            count += 1
+        torch.cuda.synchronize()
+        return count, time.perf_counter() - began_s
+
+    def _step(self, number: int) -> None:
+        slot = number % 4
+        self._events[slot].synchronize()
+        for held, static, part in zip(self._pinned[slot], self._static, self._host_batch(), strict=True):
+            held.copy_(part)
+            static.copy_(held, non_blocking=True)
+        self._events[slot].record()
+        self._graph.replay()
 
     def _body(self) -> Any:
         torch = self._torch
@@ -134,6 +148,7 @@ def run_ours(
     mode: str = "auto",
     share: ShareMechanism | None = None,
     script: Callable[[Any], None] | None = None,
+    device: str = "cuda",
 ) -> Any:
     """One trial in this process; the script it leaves, with the records of its steps."""
     import torch
@@ -150,7 +165,7 @@ def run_ours(
     torch.manual_seed(first.trial.seed)
     job = build_job(first.trial.job, first.trial.params)
     job.prepare()
-    ranks = Ranks(rank=0, world_size=1, device=torch.device("cuda"), step_mode=StepMode(mode))
+    ranks = Ranks(rank=0, world_size=1, device=torch.device(device), step_mode=StepMode(mode))
     loop(outside, job, share=share, ranks=ranks).run()  # type: ignore[arg-type]
     return outside
 
