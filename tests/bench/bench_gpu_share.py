@@ -7,6 +7,7 @@ Each part is a process of its own with a limit, its result one line of JSON that
 - `protected`: one trial beside three on SM groups, its share turned live; the curve, and what the policy chooses.
 - `verify`, `control`: whether shares are seen to hold, and that shares which are none are seen too.
 - `warm`: seconds from a slot to a trial's first step, against stock Ray Tune and Ray Train.
+- `report`: what a report costs a trial, its commit piece by piece (only if asked for, as `ours_known`).
 
 --rehearse runs all of it on cores, with a tiny model.
 """
@@ -21,6 +22,7 @@ from typing import Any
 from tests.bench import run_timeline, share_parts, share_runs
 from tests.bench.hand_trials import Hands, tokens_per_step
 from tests.bench.part_runner import Row, keep, leave, left, main_of
+from tests.bench.report_cost import report_cost
 from tests.bench.results_file import say
 
 LIMITS_S = {
@@ -31,6 +33,7 @@ LIMITS_S = {
     "verify": 150.0,
     "control": 80.0,
     "warm": 150.0,
+    "report": 60.0,
 }
 DEFAULT = ("by_hand", "ours", "protected", "warm", "verify", "control")
 COUNTS = (1, 2, 4, 6, 8)
@@ -179,6 +182,7 @@ PARTS = {
     "verify": share_parts.verify,
     "control": share_parts.control,
     "warm": warm,
+    "report": report_cost,
 }
 
 
