@@ -7,7 +7,9 @@ Each part is a process of its own with a limit, its result one line of JSON that
 - `protected`: one trial beside three on SM groups, its share turned live; the curve, and what the policy chooses.
 - `verify`, `control`: whether shares are seen to hold, and that shares which are none are seen too.
 - `warm`: seconds from a slot to a trial's first step, against stock Ray Tune and Ray Train.
-- `report`: what a report costs a trial, its commit piece by piece (only if asked for, as `ours_known`).
+- `report`: what a report costs a trial, its commit piece by piece.
+
+`report`, `verify_eager` and `ours_known` run only if asked for.
 
 --rehearse runs all of it on cores, with a tiny model.
 """
@@ -16,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.bench import run_timeline, share_parts, share_runs
 from tests.bench.hand_trials import Hands, tokens_per_step
-from tests.bench.part_runner import Row, keep, leave, left, main_of
+from tests.bench.part_runner import Part, Row, keep, leave, left, main_of
 from tests.bench.report_cost import report_cost
 from tests.bench.results_file import say
 
@@ -31,6 +34,7 @@ LIMITS_S = {
     "ours_known": 150.0,
     "protected": 130.0,
     "verify": 150.0,
+    "verify_eager": 150.0,
     "control": 80.0,
     "warm": 150.0,
     "report": 60.0,
@@ -174,12 +178,13 @@ def warm(given: argparse.Namespace) -> Row:
     return found
 
 
-PARTS = {
+PARTS: dict[str, Part] = {
     "by_hand": by_hand,
     "ours": ours,
     "ours_known": ours_known,
     "protected": share_parts.protected,
     "verify": share_parts.verify,
+    "verify_eager": partial(share_parts.verify, step_mode="eager"),
     "control": share_parts.control,
     "warm": warm,
     "report": report_cost,

@@ -123,7 +123,7 @@ def _is_better(one: Row, other: Row) -> bool:
     return bool(max(gains) > 1 + FRONT_SLACK and min(gains) >= 1.0)
 
 
-def verify(given: argparse.Namespace) -> Row:
+def verify(given: argparse.Namespace, step_mode: str = "auto") -> Row:
     """Trials whose groups turn, alone and beside each other: the checks in the journal, and losses against one still.
 
     The first is alone, then beside the second, which is then alone, then beside a third that keeps its share. So the
@@ -132,13 +132,13 @@ def verify(given: argparse.Namespace) -> Row:
     size, policy = _size(given), TakeTurns()
     cap: Row = {} if given.rehearse else {"gpu_share": "sm_groups", "memory_fraction": MEMORY_FRACTION}
     file = share_runs.run_file(
-        "verify",
+        f"verify-{step_mode}",
         given.directory / "runs-verify",
         size,
         search={"num_trials": 3, "max_concurrent": 2},
         dials={**_dials(given), "share": SHARE_FIELDS},
         policy={"name": "tests.bench.sharing_policy:TakeTurns", "period_s": 0.1},
-        devices={"use": "cpu" if given.rehearse else "gpu", **cap},
+        devices={"use": "cpu" if given.rehearse else "gpu", "step_mode": step_mode, **cap},
         telemetry={"send_period_s": 0.1},
     )
     with opened(file) as plane:
@@ -154,6 +154,7 @@ def verify(given: argparse.Namespace) -> Row:
     still = losses["trial-00002"]
     return {
         "size": size,
+        "graph_ratio": float((run_timeline.steps_of(directory)["flags"] // 4 % 2).mean()),
         "parts": CYCLE,
         "verdicts": verdicts,
         # `speed` compares with a policy's prediction, and this policy makes none.
