@@ -6,6 +6,7 @@ Starts what `orchestrator run` starts, Ray Tune excepted. Knows no figures.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +16,11 @@ from typing import Any
 import yaml
 
 from orchestrator.config import load_config
+from orchestrator.control.admission import FILE_NAME as KNEES
 from policies.plan import TrialId
+from tests.bench.results_file import machine
+
+MAX_UNITS = 64
 
 _POLL_S = 0.1
 
@@ -66,8 +71,13 @@ class Plane:
 
 
 @contextlib.contextmanager
-def opened(file: dict[str, Any], timeout_s: float = 90.0) -> Iterator[Plane]:
+def opened(file: dict[str, Any], *, num_known: int, timeout_s: float = 90.0) -> Iterator[Plane]:
     """The plane of a run file once all of its slots are idle; closed afterwards.
+
+    Args:
+        file: content of the run file.
+        num_known: trials at a time that an earlier run is taken to have found best, so that none waits for the knee.
+        timeout_s: seconds that the slots may take.
 
     Raises:
         RuntimeError: they are not within the time.
@@ -85,6 +95,7 @@ def opened(file: dict[str, Any], timeout_s: float = 90.0) -> Iterator[Plane]:
     shutil.rmtree(resolved.run_dir, ignore_errors=True)  # of an earlier try
     (resolved.run_dir / "control").mkdir(parents=True)
     plane = ControlPlane(resolved, resolved.run_dir)
+    _make_known(storage / KNEES, plane.spec.shape(plane.spec.params), num_known)
     uses_gpus = resolved.config.devices.use != "cpu"
     with ray_cluster(resolved.config.cluster, plane.namespace, uses_gpus=uses_gpus):
         try:
@@ -106,3 +117,9 @@ def opened(file: dict[str, Any], timeout_s: float = 90.0) -> Iterator[Plane]:
                 opened_plane.end_all()  # a slot that trains when it is closed is ended by force
         finally:
             plane.close("done")
+
+
+def _make_known(path: Path, shape: str, count: int) -> None:
+    """Write down a number of trials for this machine's GPU, into however many units it is cut."""
+    names = machine()["gpus"][:1]
+    path.write_text(json.dumps({f"{name}/{units}: {shape}": count for name in names for units in range(1, MAX_UNITS)}))

@@ -48,13 +48,12 @@ def protected(given: argparse.Namespace) -> Row:
         devices={"use": "cpu"} if given.rehearse else {"use": "gpu", "gpu_share": "sm_groups"},
         telemetry={"send_period_s": 0.1},
     )
-    with opened(file) as plane:
-        # Other numbers of windows to evaluate make other shapes, and only trials that are alike have a knee.
-        plane.begin(0, {"eval_windows": 64})
+    with opened(file, num_known=NUM_TRIALS) as plane:
+        plane.begin(0, {})
         plane.wait_for_step(0, _STARTED_STEPS, 30.0)
         time.sleep(ALONE_S)
         for number in range(1, NUM_TRIALS):
-            plane.begin(number, {"eval_windows": 64 + number})
+            plane.begin(number, {})
         for number in range(1, NUM_TRIALS):
             plane.wait_for_step(number, _STARTED_STEPS, 30.0)
         time.sleep(policy.lead_s + policy.phase_s * num_turns + 0.5)
@@ -141,7 +140,7 @@ def verify(given: argparse.Namespace, step_mode: str = "auto") -> Row:
         devices={"use": "cpu" if given.rehearse else "gpu", "step_mode": step_mode, **cap},
         telemetry={"send_period_s": 0.1},
     )
-    with opened(file) as plane:
+    with opened(file, num_known=2) as plane:
         for stage in _stages(plane, policy.phase_s):
             say(f"{stage} at {time.monotonic():.1f} s")
     directory = plane.directory
