@@ -106,7 +106,12 @@ def _ours(given: argparse.Namespace, name: str, train_s: dict[str, float]) -> Ro
             f"{name}-{size}", storage, size, search={"num_trials": 2 * slots, "max_concurrent": slots}
         )
         limit_s = LIMITS_S[given.only] / len(sizes(given)) - 5
-        done = share_runs.run(file, train_s=train_s[size], limit_s=limit_s)
+        try:
+            done = share_runs.run(file, train_s=train_s[size], limit_s=limit_s)
+        except RuntimeError as error:  # the other size is a finding of its own
+            found["sizes"][size] = {"failed": str(error)}
+            say(f"ours, {size}: {error}")
+            continue
         row = done | _sums(Path(done["directory"]), size, left(given, "by_hand"))
         found["sizes"][size] = row
         say(f"ours, {size}: {row['last_tokens_per_s']:.0f} tokens/s, {row['last_count']} at a time; {row['knee']}")

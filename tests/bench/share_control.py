@@ -8,6 +8,7 @@ a cap of `cap`. The answers carry seconds per step, and what the allocator said.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -108,6 +109,7 @@ def allocate(cap: float | None, take: float) -> Row:
     share = SmGroups(memory_fraction=cap)
     share.apply((0,), 1.0)
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    gc.collect()  # trials before it
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     refused, held = "", []

@@ -62,6 +62,9 @@ def run(file: Row, *, train_s: float | None, limit_s: float) -> Row:
         file: the content of the run file.
         train_s: seconds from the first trial's first steps on.
         limit_s: seconds after which it is ended in any case.
+
+    Raises:
+        RuntimeError: no trial has done a step; the message holds the run's last words.
     """
     directory = Path(file["storage"]) / file["name"]
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,11 @@ def run(file: Row, *, train_s: float | None, limit_s: float) -> Row:
                 break
             time.sleep(_POLL_S)
         code = _end(process, directory)
+    if first_s is None and not _has_stepped(directory):
+        words = log.read_text(errors="replace")[-2500:]
+        raise RuntimeError(
+            f"{directory.name}: no step within {time.monotonic() - began_s:.0f} s, exit code {code}: {words}"
+        )
     return {
         "directory": str(directory),
         "exit_code": code,

@@ -6,6 +6,7 @@ of its own; its clock begins when the function trainable runs, Tune's own actor 
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def run_stock(directory: Path, model: tuple[dict[str, Any], int], num_trials: in
     from orchestrator.config.model import ClusterSection
 
     stamps = directory / "stamps"
-    stamps.mkdir(parents=True, exist_ok=True)
+    for old in (stamps, directory / "stock"):  # of an earlier try
+        shutil.rmtree(old, ignore_errors=True)
+    stamps.mkdir(parents=True)
     params, micro_batch = model
     fixed = {
         "params": params,
