@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from jobs.job import Job, LossTerms
 from orchestrator.control.orders import TrialOrder
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Schedule, Shape, apply
-from orchestrator.train.batch.meter import NoiseMeter
+from orchestrator.train.batch.meter import NoiseMeter, PairPart
 from orchestrator.train.flat_state import version_of
 from orchestrator.train.groups import Ranks
 from orchestrator.train.offload import Offload
@@ -358,24 +357,25 @@ class Stepper:
         began_s = time.monotonic()
         batches = [self.job.batch(part.tolist(), CPU) for part in micro_batches(indices, settings.micro_batch)]
         data_s = time.monotonic() - began_s
-        replay = self._prepared(batches)
+        pair_part = self._noise.begin_replayed(self.step_index)
+        replay = self._prepared(batches, pair_part)
         if replay is None:
             return None
         rate = self._rate.at(self.cursor.position, self._noise.scale)
         apply(self.optimizer, rate)
         step = Launched(
-            step=self.step_index, cursor=self.cursor, num_samples=len(indices), learning_rate=rate, data_s=data_s
+            step=self.step_index,
+            cursor=self.cursor,
+            num_samples=len(indices),
+            learning_rate=rate,
+            data_s=data_s,
+            pair_part=pair_part,
         )
-        between = partial(self._observe, step) if self._noise.begin(self.step_index, is_replayed=True) else None
-        replay.launch(step, batches, 1 / self.job.num_elements(len(indices)), between)
+        replay.launch(step, batches, 1 / self.job.num_elements(len(indices)))
         self.cursor, self.step_index = cursor, self.step_index + 1
         return self._results(replay.collect())
 
-    def _observe(self, step: Launched) -> None:
-        """Feed the noise scale with the gradients of a step on its way."""
-        step.noise = self._noise.end([step.num_samples], None)
-
-    def _prepared(self, batches: list[tuple[torch.Tensor, ...]]) -> Replay | None:
+    def _prepared(self, batches: list[tuple[torch.Tensor, ...]], pair_part: PairPart | None) -> Replay | None:
         """The replay with a recording for these batches, or None: then the trial stays eager, and says why."""
         if self._replay is None:
             make = self._ranks.recorder
@@ -383,7 +383,7 @@ class Stepper:
             job = cast(Job, Lowered(self))
             self._replay = open_replay(job, self.model, self.optimizer, recorder, MAX_GRAD_NORM)
         try:
-            self._replay.captured.prepare(self.settings.tier, batches[0], len(batches))
+            self._replay.captured.prepare(self.settings.tier, batches[0], len(batches), pair_part)
         except Exception as error:  # whatever a model does that a graph cannot hold
             self._modes.refuse(f"its step cannot be captured ({type(error).__name__}: {error})".splitlines()[0])
             logger.warning("step mode: %s", self.mode_words)
@@ -402,7 +402,7 @@ class Stepper:
                 self.cursor, self.step_index = launched.cursor, launched.step
                 self._noise.reset()
             else:
-                self._noise.keep(launched.noise)
+                self._noise.keep(each.noise)
             results.append(
                 StepResult(
                     step=launched.step,
@@ -413,7 +413,7 @@ class Stepper:
                     loss=each.loss_sum / max(1, launched.num_elements),
                     grad_norm=each.grad_norm,
                     learning_rate=launched.learning_rate,
-                    noise=None if each.is_skipped else launched.noise,
+                    noise=each.noise,
                     data_s=launched.data_s,
                     is_loss_finite=math.isfinite(each.loss_sum),
                 )

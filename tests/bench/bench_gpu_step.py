@@ -97,9 +97,13 @@ def extra_ms(records: Any, period: int, num_ahead: int) -> Any:
     """Milliseconds that a change added: the steps around it against as many typical ones of before and of after.
 
     The host is `num_ahead` steps before the device in graph mode, and waits for these at the change: so many steps of
-    before fall behind it, and as many of after fall out of what is summed.
+    before fall behind it, and as many of after fall out of what is summed. Steps whose halves are compared for the
+    noise scale, which an eager trial does now and then whether or not anything changes, count as typical ones.
     """
     spans = 1e3 * np.diff(records["start_s"])
+    if num_ahead == 0:
+        for index in np.flatnonzero(np.isfinite(records["noise_trace"][:-1])):
+            spans[index] = np.median(spans[index + 1 : index + 5])
     reach, found = period // 2 - 2, []
     for index in np.flatnonzero(records["switch_s"][:-1] > 0):
         if index < period or index + period >= len(spans):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Self
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from jobs.data import Indices, micro_batches
 from orchestrator.train import fsdp
-from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, NoiseEstimator, weights_of
+from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, weights_of
 from orchestrator.train.batch.rank_noise import RankNoise
 from policies.fit import MIN_NOISE_ESTIMATES
 from policies.noise import noise_ratio
@@ -34,7 +35,7 @@ ENOUGH_DRAWS = 60
 QUIET_PERIOD_STEPS = 64
 """The same from then on: a small model's step takes clearly longer where it is cut and measured."""
 REPLAYED_PERIOD_STEPS = 64
-"""The same for steps that are replayed: those are short, and the probe is launched kernel by kernel."""
+"""The same for steps that are replayed, which are short."""
 HORIZON = 100
 """Draws that the mean looks back."""
 
@@ -62,15 +63,22 @@ class NoiseMean:
         return None if self.count < MIN_NOISE_ESTIMATES else noise_ratio(self.noise_trace, self.grad_sq)
 
 
+class PairPart(StrEnum):
+    """What a replayed step does for the noise scale: keep its gradients, or compare them with those kept."""
+
+    HOLD = "hold"
+    COMPARE = "compare"
+
+
 class NoiseMeter:
     """Measures the noise scale of one trial on one rank."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int) -> None:
         self._params, self._optimizer = list(model.parameters()), optimizer
         self._halves = HalfNoise() if world_size == 1 else None
-        self._pairs = NoiseEstimator(every=PERIOD_STEPS) if world_size == 1 else None
-        self._is_replayed = self._is_due = False
+        self._is_due = False
         self._half = self._num_first = 0
+        self._held_step: int | None = None
         self._ranks = RankNoise(model, every=PERIOD_STEPS) if world_size > 1 else None
         self.mean = NoiseMean()
 
@@ -81,7 +89,8 @@ class NoiseMeter:
 
     def reset(self) -> None:
         """Forget a half-done measurement: after a change of batch or tier, or a resume."""
-        for estimator in (self._halves, self._pairs, self._ranks):
+        self._held_step = None
+        for estimator in (self._halves, self._ranks):
             if estimator is not None:
                 estimator.reset()
 
@@ -90,27 +99,35 @@ class NoiseMeter:
         if self._ranks is not None:
             self._ranks.exchange_in(dtype)
 
-    def begin(self, step: int, *, is_replayed: bool = False) -> bool:
-        """Called before a step; whether `end` is to be called after its backward pass."""
-        self._is_due = False
+    def begin(self, step: int) -> bool:
+        """Called before an eager step; whether `end` is to be called after its backward pass."""
+        self._is_due, self._held_step = False, None
         if step < FIRST_STEP:
             return False
-        period, self._is_replayed = max(self._period, REPLAYED_PERIOD_STEPS if is_replayed else 0), is_replayed
-        if self._halves is not None and not is_replayed:
+        if self._halves is not None:
             self._halves.reset()
-            self._is_due = step % (period // 2) == 0
+            self._is_due = step % (self._period // 2) == 0
             return self._is_due
-        is_due = step % period < (2 if self._ranks is None else 1)
-        if self._pairs is not None:
-            return self._pairs.wants(step % period if is_due else PERIOD_STEPS - 1)
         assert self._ranks is not None
+        is_due = step % self._period == 0
         if is_due:
             self._ranks.arm(is_elementwise="betas" in self._optimizer.param_groups[0])
         return is_due
 
+    def begin_replayed(self, step: int) -> PairPart | None:
+        """Called before a replayed step, which cannot be cut: its part in a pair of steps, None for most."""
+        held_step, self._held_step = self._held_step, None
+        phase = step % max(self._period, REPLAYED_PERIOD_STEPS)
+        if step < FIRST_STEP or phase > 1:
+            return None
+        if phase == 0:
+            self._held_step = step
+            return PairPart.HOLD
+        return PairPart.COMPARE if held_step == step - 1 else None
+
     def parts(self, mine: Indices, micro_batch: int) -> list[Indices]:
         """The micro-batches of a step on this rank; two at least where its halves are to be compared."""
-        is_halved = self._is_due and self._halves is not None and not self._is_replayed
+        is_halved = self._is_due and self._halves is not None
         found = micro_batches(mine, min(micro_batch, max(1, (len(mine) + 1) // 2)) if is_halved else micro_batch)
         self._half = len(found) // 2 if is_halved else 0
         self._num_first = sum(len(part) for part in found[: self._half])
@@ -129,21 +146,14 @@ class NoiseMeter:
         `loss_scale` is what the loss was multiplied with: what the ranks brought to the reduction was still scaled.
         """
         grads = fsdp.local_grads(self._params)
-        # The first step of a pair only keeps its gradients: they are weighed with those of the second.
-        is_first = self._is_replayed and self._pairs is not None and not self._pairs.is_half_done
-        weights = [] if is_first else weights_of(self._optimizer, self._params)
+        weights = weights_of(self._optimizer, self._params)
         if weights is None:
             self.reset()
             return None
-        draw: NoiseEstimate | None
-        if self._halves is not None and not self._is_replayed:
-            draw = self._halves.observe(grads, sum(counts), weights=weights)
-        elif self._pairs is not None:
-            draw = self._pairs.observe(grads, sum(counts), group, weights=weights)
-        else:
-            assert self._ranks is not None
-            draw = self._ranks.observe(grads, counts, group, squares_scale=loss_scale, weights=weights)
-        return draw
+        if self._halves is not None:
+            return self._halves.observe(grads, sum(counts), weights=weights)
+        assert self._ranks is not None
+        return self._ranks.observe(grads, counts, group, squares_scale=loss_scale, weights=weights)
 
     def keep(self, draw: NoiseEstimate | None) -> None:
         """Put a draw into the mean, once its step was not skipped."""

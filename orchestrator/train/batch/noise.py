@@ -1,7 +1,7 @@
 """The gradient noise of a trial, estimated from gradients that are computed anyway.
 
 Three estimators with one result. `HalfNoise` compares the two halves of the samples of one step, on one rank;
-`orchestrator.train.batch.rank_noise` compares the ranks within one step; `NoiseEstimator` compares two consecutive
+`orchestrator.train.batch.rank_noise` compares the ranks within one step; `RecordedPair` compares two consecutive
 steps and is for steps that are replayed and cannot be cut. All may weigh gradients with Adam's preconditioner
 (`weights_of`), because that is the geometry in which Adam moves.
 Knows no model, policy or schedule. Fed after the backward pass and before clipping.
@@ -77,84 +77,58 @@ class HalfNoise:
             (now.detach() - before * (first / global_batch)) * (global_batch / second)
             for before, now in zip(held, local_grads, strict=True)
         )
-        grad_sq, difference_sq = _products(held, others, 1.0, weights).tolist()
+        grad_sq, difference_sq = _products(held, others, weights).tolist()
         if not (math.isfinite(grad_sq) and math.isfinite(difference_sq)):
             return None
         return NoiseEstimate(noise_trace=difference_sq / (1 / first + 1 / second), grad_sq=grad_sq)
 
 
-class NoiseEstimator:
-    """Estimates both noise terms from two consecutive steps out of every `every`.
+class RecordedPair:
+    """Both noise terms from two consecutive steps, as two pieces of device work that wait for nothing.
+
+    So they can be recorded: `hold` keeps a copy of the gradients of one step; `compare`, in the next one, writes
+    <g1, g2> and |g1 - g2|^2 to the tensor it is given. Gradients, weights and the copy stay where they are.
 
     With g1, g2 the gradients at global batch B: L = (|g1|^2 + |g2|^2) / 2, T = |(g1 + g2) / 2|^2,
     |G|^2 = 2 T - L = <g1, g2> and tr(Sigma) = (L - T) 2 B = B |g1 - g2|^2 / 2. The right-hand forms are computed: they
     are the same numbers without cancellation. Weights move between the two steps, which adds to tr(Sigma) what one
     step changes of the gradient.
 
-    It holds one copy of the local gradients between the two steps of a pair, and nothing at other times.
+    Args:
+        params: of the trial, all on one device and unsharded.
+        optimizer: it has stepped before anything is recorded, so that Adam's second moments exist.
     """
 
-    def __init__(self, every: int = 20) -> None:
-        """Measure in steps n with n % every in (0, 1).
+    def __init__(self, params: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self._params, self._optimizer = list(params), optimizer
+        self._held: list[Tensor] = []
 
-        Raises:
-            ValueError: `every` is below 2: a pair takes two steps.
-        """
-        if every < 2:
-            raise ValueError(f"every={every} leaves no room for a pair of steps; allowed: >= 2")
-        self._every = every
-        self._held: list[Tensor] | None = None
-        self._held_batch = 0
+    def make_room(self) -> None:
+        """Make the copies, before anything is recorded: what a recording makes itself, another one may overwrite."""
+        if not self._held:
+            self._held = [torch.zeros_like(param) for param in self._params]
 
-    def wants(self, step: int) -> bool:
-        """Whether `observe` is to be called in `step`. Ask in every step: it also drops what a skipped step left."""
-        phase = step % self._every
-        if phase != 1:
-            self._held = None
-        return phase == 0 or (phase == 1 and self._held is not None)
+    def drop(self) -> None:
+        """Give the copies back; what was recorded with them must be forgotten as well."""
+        self._held = []
 
-    @property
-    def is_half_done(self) -> bool:
-        """Whether the first step of a pair was taken, and not yet the second."""
-        return self._held is not None
+    def hold(self) -> None:
+        """Keep the gradients of this step."""
+        for held, param in zip(self._held, self._params, strict=True):
+            if param.grad is not None:
+                held.copy_(param.grad)
 
-    def reset(self) -> None:
-        """Forget the first half of a pair: after a change of batch or tier, or a step that was skipped."""
-        self._held = None
+    def compare(self, found: Tensor) -> None:
+        """Compare the gradients of this step with those that were kept, which are used up; `found` has two elements."""
+        pairs = [(held, param.grad) for held, param in zip(self._held, self._params, strict=True)]
+        used = [(held, grad) for held, grad in pairs if grad is not None]
+        weights = weights_of(self._optimizer, self._params)
+        found.copy_(_products([held for held, _ in used], [grad for _, grad in used], weights))
 
-    def observe(
-        self,
-        local_grads: Sequence[Tensor],
-        global_batch: int,
-        group: dist.ProcessGroup | None = None,
-        *,
-        grad_scale: float = 1.0,
-        weights: Sequence[Tensor] | None = None,
-    ) -> NoiseEstimate | None:
-        """Take the gradients of a step, averaged over `global_batch` samples and unclipped.
-
-        Args:
-            local_grads: this rank's disjoint shards, as `fsdp.local_grads` returns them.
-            global_batch: samples behind the averaged gradient.
-            group: the ranks that hold the other shards; None where this rank holds everything.
-            grad_scale: what the loss was multiplied with, where the gradients still are.
-            weights: the preconditioner, one tensor for each gradient; None for plain gradients.
-
-        Returns:
-            The estimate, the same on every rank, on the second step of a pair; None on the first, after a change of
-            batch in between, and where a gradient is not finite. Only the second step waits for the device.
-        """
-        if self._held is None or self._held_batch != global_batch:
-            self._held = [grad.detach() / grad_scale for grad in local_grads]
-            self._held_batch = global_batch
-            return None
-        held, self._held = self._held, None
-        if len(held) != len(local_grads):
-            raise ValueError(
-                f"{len(local_grads)} gradients after {len(held)} in the step before; allowed: the same parameters in "
-                "both steps of a pair; call reset() when they change"
-            )
-        grad_sq, difference_sq = reduced(_products(held, local_grads, grad_scale, weights), group)
+    @staticmethod
+    def estimate(found: tuple[float, float], global_batch: int) -> NoiseEstimate | None:
+        """The estimate that follows from what `compare` found; None where a gradient was not finite."""
+        grad_sq, difference_sq = found
         if not (math.isfinite(grad_sq) and math.isfinite(difference_sq)):
             return None
         return NoiseEstimate(noise_trace=0.5 * global_batch * difference_sq, grad_sq=grad_sq)
@@ -195,17 +169,13 @@ def _group_weights(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     return weights
 
 
-def _products(
-    held: Sequence[Tensor], grads: Iterable[Tensor], grad_scale: float, weights: Sequence[Tensor] | None
-) -> Tensor:
+def _products(held: Sequence[Tensor], grads: Iterable[Tensor], weights: Sequence[Tensor] | None) -> Tensor:
     """(<held, grads>, |held - grads|^2) as two float64 numbers on the tensors' device; `held` is used up."""
     if not held:
         return torch.zeros(2, dtype=torch.float64)
     dots, differences = [], []
     for index, (before, now) in enumerate(zip(held, grads, strict=True)):
         flat_before, flat_now = before.flatten(), now.detach().flatten()
-        if grad_scale != 1.0:
-            flat_now = flat_now / grad_scale
         if weights:
             flat_weights = weights[index].flatten()
             flat_before *= flat_weights

@@ -1,8 +1,9 @@
 """One trial's optimizer step as graphs: recorded once per shape, replayed without the host.
 
 Three recordings per key: the first micro-batch of a step (its gradients overwrite), a further one (its gradients add
-up), and the end (norm, clipping, update). Between the two halves gradients can be read, so probes stay outside. Losses
-stay on the device and come back some steps later. A gradient that is not finite stops the device by itself: that step
+up), and the end (norm, clipping, update); and two more for the few steps in which the gradient noise is measured, done
+between the two halves, where gradients are complete and not clipped. Losses stay on the device and come back some steps
+later. A gradient that is not finite stops the device by itself: that step
 and all behind it change nothing until `clear`, so the host may be late and nothing is lost.
 Knows no cursor, telemetry or plan; called by the stepper, on one rank.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from jobs.job import Job
 from orchestrator.train import fsdp
+from orchestrator.train.batch.meter import PairPart
+from orchestrator.train.batch.noise import RecordedPair
 from orchestrator.train.step_mode.readout import Readout, Staging
 from orchestrator.train.step_mode.recorder import Recorder
 
@@ -43,6 +46,19 @@ class _Recording:
     num_elements: int
     grads: list[tuple[nn.Parameter, Tensor | None]]
     following: Replay | None = None
+    pair: dict[PairPart, Replay] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What a step leaves: its sum of losses, its gradient norm, whether the device stopped, and the two products of a
+    pair of steps, which mean something only where they were asked for.
+    """
+
+    loss_sum: float
+    grad_norm: float
+    is_halted: bool
+    products: tuple[float, float]
 
 
 class CapturedStep:
@@ -74,8 +90,10 @@ class CapturedStep:
         self._halted = torch.zeros((), device=device)
         # What a graph writes must live as long as the graph, which knows addresses only; hence members, no locals.
         self._found = torch.zeros((), device=device)
-        self._values = torch.zeros(3, device=device)
-        self._readout = Readout(3, MAX_FLYING + 1, device)
+        self._pair = RecordedPair(list(model.parameters()), optimizer)
+        self._products = torch.zeros(2, device=device)
+        self._values = torch.zeros(5, device=device)
+        self._readout = Readout(5, MAX_FLYING + 1, device)
 
     @property
     def memory_bytes(self) -> int:
@@ -92,13 +110,14 @@ class CapturedStep:
         """Steps launched whose values have not been read."""
         return len(self._readout)
 
-    def prepare(self, key: object, batch: Batch, num_parts: int) -> None:
+    def prepare(self, key: object, batch: Batch, num_parts: int, pair_part: PairPart | None = None) -> None:
         """Record what `launch` needs for that key, unless it was; the state of the trial does not change.
 
         Args:
             key: the dials that change what is executed.
             batch: a batch as `launch` will bring, on the host.
             num_parts: micro-batches per step.
+            pair_part: what the step does for the noise scale.
 
         Raises:
             Exception: whatever the device or the model says against it; nothing is kept.
@@ -110,17 +129,22 @@ class CapturedStep:
         if num_parts > 1 and recording.following is None:
             self._bind(recording)
             recording.following = self._recorder.record(partial(self._following, recording.batch))
+        if pair_part is not None and pair_part not in recording.pair:
+            self._bind(recording)
+            self._pair.make_room()
+            work = self._pair.hold if pair_part is PairPart.HOLD else partial(self._pair.compare, self._products)
+            recording.pair[pair_part] = self._recorder.record(work)
         self._recordings[key] = recording  # the newest last
         while len(self._recordings) > MAX_RECORDINGS:
             del self._recordings[next(iter(self._recordings))]
 
-    def launch(self, batches: Sequence[Batch], scale: float, between: Callable[[], None] | None) -> int:
+    def launch(self, batches: Sequence[Batch], scale: float, pair_part: PairPart | None = None) -> int:
         """Start one step with the newest recording; returns the loss elements in it.
 
         Args:
             batches: its micro-batches, on the host, of the shape that was prepared.
             scale: what the sum of losses is multiplied with.
-            between: called when the gradients are complete, before they are clipped.
+            pair_part: what the step does for the noise scale, as it was prepared.
         """
         recording = next(reversed(self._recordings.values()))
         if scale != self._scale_held:
@@ -133,17 +157,16 @@ class CapturedStep:
             else:
                 assert recording.following is not None
                 recording.following()
-        if between is not None:
-            self._bind(recording)
-            between()
+        if pair_part is not None:
+            recording.pair[pair_part]()
         recording.finish()
         self._readout.push(self._values)
         return recording.num_elements * len(batches)
 
-    def read(self) -> tuple[float, float, bool]:
-        """Sum of losses, gradient norm, and whether the device stopped, of the oldest step; waits for it."""
-        loss_sum, norm, halted = self._readout.pop()
-        return loss_sum, norm, bool(halted)
+    def read(self) -> Values:
+        """What the oldest step leaves; waits for it."""
+        loss_sum, norm, halted, *products = self._readout.pop()
+        return Values(loss_sum, norm, bool(halted), (products[0], products[1]))
 
     def clear(self) -> None:
         """Let the device go on after a gradient that was not finite; what was launched since did nothing."""
@@ -154,6 +177,7 @@ class CapturedStep:
     def forget(self) -> None:
         """Drop all recordings, and the gradients in them."""
         self._recordings.clear()
+        self._pair.drop()
         self._clear_grads()
 
     def _record(self, batch: Batch) -> _Recording:
@@ -197,7 +221,8 @@ class CapturedStep:
         self._found.copy_(self._halted)
         with _skips_where(self._optimizer, self._found, is_captured=self._device.type == "cuda"):
             self._optimizer.step()
-        self._values.copy_(torch.stack([self._loss, norm.to(self._loss.dtype), self._halted]))
+        told = torch.stack([self._loss, norm.to(self._loss.dtype), self._halted])
+        self._values.copy_(torch.cat([told, self._products]))
 
     def _bind(self, recording: _Recording) -> None:
         """Make the recording's gradients those of the model, for whoever reads them."""

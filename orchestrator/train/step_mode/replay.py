@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from torch import nn
 
 from jobs.data import SampleCursor
 from jobs.job import Job, LossTerms
-from orchestrator.train.batch.noise import NoiseEstimate
+from orchestrator.train.batch.meter import PairPart
+from orchestrator.train.batch.noise import NoiseEstimate, RecordedPair
 from orchestrator.train.step_mode.captured import MAX_FLYING, Batch, CapturedStep
 from orchestrator.train.step_mode.recorder import Recorder
 from policies.plan import Settings
@@ -46,7 +47,7 @@ class Launched:
     learning_rate: float
     data_s: float
     num_elements: int = 0
-    noise: NoiseEstimate | None = None
+    pair_part: PairPart | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class Returned:
     grad_norm: float
     is_skipped: bool
     interval_s: float | None
+    noise: NoiseEstimate | None = None
 
 
 class Replay:
@@ -78,28 +80,32 @@ class Replay:
         """The recordings."""
         return self._captured
 
-    def launch(
-        self, step: Launched, batches: Sequence[Batch], scale: float, between: Callable[[], None] | None
-    ) -> None:
+    def launch(self, step: Launched, batches: Sequence[Batch], scale: float) -> None:
         """Start a step with the recording prepared last."""
-        step.num_elements = self._captured.launch(batches, scale, between)
+        step.num_elements = self._captured.launch(batches, scale, step.pair_part)
         self._flying.append(step)
 
     def collect(self, num_left: int = MAX_FLYING) -> list[Returned]:
         """Results, oldest first, until only so many steps are on their way; nothing comes after a skipped one."""
         results = []
         while len(self._flying) > num_left:
-            loss_sum, norm, is_halted = self._captured.read()
+            values = self._captured.read()
             now_s = time.monotonic()
             interval_s = None if self._last_s is None else now_s - self._last_s
             self._last_s = now_s
             launched = self._flying.popleft()
+            is_pair = launched.pair_part is PairPart.COMPARE and not values.is_halted
             results.append(
                 Returned(
-                    launched=launched, loss_sum=loss_sum, grad_norm=norm, is_skipped=is_halted, interval_s=interval_s
+                    launched=launched,
+                    loss_sum=values.loss_sum,
+                    grad_norm=values.grad_norm,
+                    is_skipped=values.is_halted,
+                    interval_s=interval_s,
+                    noise=RecordedPair.estimate(values.products, launched.num_samples) if is_pair else None,
                 )
             )
-            if is_halted:
+            if values.is_halted:
                 self._captured.clear()
                 self._flying.clear()
         if not self._flying:

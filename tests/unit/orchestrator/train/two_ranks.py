@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 
 from orchestrator.errors import CheckpointError
 from orchestrator.train import checkpoint, fsdp
-from orchestrator.train.batch.noise import NoiseEstimator
 from orchestrator.train.batch.rank_noise import RankNoise
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.loss_scale import LossScale
@@ -259,22 +258,6 @@ def case_a_refusal_of_one_rank(rank: int, mesh: DeviceMesh, directory: Path) -> 
     return {"texts": texts, "left": [path.name for path in directory.glob("*")]}
 
 
-def case_noise(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
-    estimates = []
-    for used_mesh, group in ((None, None), (mesh, dist.group.WORLD)):
-        model, _ = build(used_mesh)
-        estimator, estimate = NoiseEstimator(every=2), None
-        for step in range(2):
-            x, y = batch_of(step)
-            model.zero_grad()
-            (model(x) - y).square().sum(1).mean().backward()
-            assert estimator.wants(step)
-            estimate = estimator.observe(fsdp.local_grads(model.parameters()), NUM_SAMPLES, group)
-        assert estimate is not None
-        estimates.append((estimate.noise_trace, estimate.grad_sq))
-    return {"alone": estimates[0], "shared": estimates[1]}
-
-
 def case_exchange(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, Any]:
     plain, plain_optimizer = build(mesh)
     turned, optimizer = build(mesh)
@@ -398,7 +381,6 @@ CASES: tuple[Callable[[int, DeviceMesh, Path], dict[str, Any]], ...] = (
     case_resume_on_as_many_ranks,
     case_resume_on_other_numbers_of_ranks,
     case_a_refusal_of_one_rank,
-    case_noise,
     case_exchange,
     case_a_checkpoint_crosses_tiers,
     case_probe,

@@ -1,6 +1,7 @@
 """The differenced noise estimator against the true covariance of per-sample gradients."""
 
 import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -8,16 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, NoiseEstimator
+from orchestrator.train.batch.meter import NoiseMeter, PairPart
+from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, RecordedPair
 
 POOL = 256
 
 
-def pair(estimator: NoiseEstimator, first: list[Tensor], second: list[Tensor], batch: int = 8) -> NoiseEstimate | None:
-    assert estimator.wants(0)
-    assert estimator.observe(first, batch) is None
-    assert estimator.wants(1)
-    return estimator.observe(second, batch)
+def pair(first: list[Tensor], second: list[Tensor], batch: int = 8) -> NoiseEstimate | None:
+    """What two steps of plain SGD with these gradients give."""
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in first]
+    noise, found = RecordedPair(params, torch.optim.SGD(params, lr=0.1)), torch.zeros(2, dtype=torch.float64)
+    noise.make_room()
+    for work, grads in ((noise.hold, first), (partial(noise.compare, found), second)):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        work()
+        assert all(
+            torch.equal(param.grad, grad) for param, grad in zip(params, grads, strict=True) if param.grad is not None
+        )
+    dot, difference_sq = found.tolist()
+    return RecordedPair.estimate((dot, difference_sq), batch)
 
 
 def per_sample_gradients() -> tuple[nn.Module, Tensor]:
@@ -42,12 +53,11 @@ def test_the_median_of_many_draws_is_near_the_true_covariance(batch: int) -> Non
     true_trace = float((gradients - mean).square().sum(1).mean())
     true_sq = float(mean.square().sum())
     generator = torch.Generator().manual_seed(7)
-    estimator = NoiseEstimator(every=2)
     draws = []
     for _ in range(200):
         halves = [gradients[torch.randint(POOL, (batch,), generator=generator)].mean(0) for _ in range(2)]
         parts = [list(torch.split(half, 30)) for half in halves]  # a model has several parameters
-        draw = pair(estimator, parts[0], parts[1], batch)
+        draw = pair(parts[0], parts[1], batch)
         assert draw is not None
         draws.append(draw)
     assert statistics.median(d.noise_trace for d in draws) == pytest.approx(true_trace, rel=0.25)
@@ -63,7 +73,7 @@ def test_the_forms_without_cancellation_are_the_published_ones(
     first: list[float], second: list[float], batch: int
 ) -> None:
     g1, g2 = torch.tensor(first, dtype=torch.float64), torch.tensor(second[: len(first)], dtype=torch.float64)
-    estimate = pair(NoiseEstimator(), [g1], [g2], batch)
+    estimate = pair([g1], [g2], batch)
     mean_sq = float(g1.square().sum() + g2.square().sum()) / 2
     sq_mean = float(((g1 + g2) / 2).square().sum())
     assert estimate is not None
@@ -71,63 +81,31 @@ def test_the_forms_without_cancellation_are_the_published_ones(
     assert estimate.noise_trace == pytest.approx((mean_sq - sq_mean) * 2 * batch, rel=1e-9, abs=1e-9)
 
 
-def test_two_steps_of_every_period_are_wanted() -> None:
-    estimator = NoiseEstimator(every=5)
-    wanted = []
-    for step in range(12):
-        if estimator.wants(step):
-            wanted.append(step)
-            estimator.observe([torch.ones(2)], 4)
-    assert wanted == [0, 1, 5, 6, 10, 11]
-
-
-def test_the_second_step_of_a_pair_is_not_wanted_without_the_first() -> None:
-    estimator = NoiseEstimator(every=5)
-    assert not estimator.wants(1)
-    estimator.wants(5)
-    estimator.observe([torch.ones(2)], 4)
-    estimator.reset()
-    assert not estimator.wants(6)
-
-
-def test_what_a_skipped_step_left_is_not_paired_with_a_later_step() -> None:
-    estimator = NoiseEstimator(every=3)
-    assert estimator.wants(0)
-    estimator.observe([torch.ones(2)], 4)
-    assert not estimator.wants(2)
-    assert estimator.wants(3)
-    assert estimator.observe([torch.ones(2)], 4) is None
-
-
-def test_a_change_of_batch_starts_a_new_pair() -> None:
-    estimator = NoiseEstimator()
-    assert estimator.observe([torch.ones(2)], 4) is None
-    assert estimator.observe([torch.ones(2)], 8) is None
-    assert estimator.observe([torch.ones(2)], 8) == NoiseEstimate(noise_trace=0.0, grad_sq=2.0)
+def test_two_steps_of_every_period_are_a_pair_unless_something_comes_between() -> None:
+    model = nn.Linear(2, 2)
+    meter = NoiseMeter(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    parts = {step: part for step in range(200) if (part := meter.begin_replayed(step)) is not None}
+    hold, compare = PairPart.HOLD, PairPart.COMPARE
+    assert parts == {64: hold, 65: compare, 128: hold, 129: compare, 192: hold, 193: compare}
+    assert meter.begin_replayed(65) is None, "nothing was kept in the step before"
+    for between in (meter.reset, lambda: meter.begin(64)):
+        assert meter.begin_replayed(64) is hold
+        between()
+        assert meter.begin_replayed(65) is None
 
 
 def test_a_gradient_that_is_not_finite_gives_no_estimate() -> None:
-    assert pair(NoiseEstimator(), [torch.tensor([1.0, float("inf")])], [torch.ones(2)]) is None
+    assert pair([torch.tensor([1.0, float("inf")])], [torch.ones(2)]) is None
 
 
-def test_gradients_are_copied_and_never_changed() -> None:
-    first, second = torch.ones(3), torch.full((3,), 2.0)
-    estimator = NoiseEstimator()
-    estimator.observe([first], 1)
-    first.zero_()
-    estimate = estimator.observe([second], 1)
-    assert estimate == NoiseEstimate(noise_trace=1.5, grad_sq=6.0)
-    assert torch.equal(second, torch.full((3,), 2.0))
-
-
-def test_other_parameters_in_the_second_step_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 gradients after 1"):
-        pair(NoiseEstimator(), [torch.ones(1)], [torch.ones(1), torch.ones(1)])
-
-
-def test_a_period_without_room_for_a_pair_is_refused() -> None:
-    with pytest.raises(ValueError, match="every=1"):
-        NoiseEstimator(every=1)
+def test_parameters_without_a_gradient_are_left_out() -> None:
+    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
+    noise, found = RecordedPair(params, torch.optim.SGD(params, lr=0.1)), torch.zeros(2)
+    noise.make_room()
+    for value, work in ((1.0, noise.hold), (2.0, partial(noise.compare, found))):
+        params[1].grad = torch.full((3,), value)
+        work()
+    assert found.tolist() == [6.0, 3.0]
 
 
 def halves(rows: Tensor, first: int, weights: list[Tensor] | None = None) -> NoiseEstimate:

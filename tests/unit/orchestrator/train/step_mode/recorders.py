@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from orchestrator.train.batch.noise import RecordedPair
+
 
 class CallAgain:
     """Follows a CUDA graph in what can be seen: recording executes nothing, a replay writes where the recording did."""
@@ -27,11 +29,12 @@ class CallAgain:
             raise self.refuses
         self.num_recorded += 1
         self.borrowed += [weakref.ref(tensor) for tensor in _tensors_of(work)]
-        before = [tensor.clone() for tensor in self._state()]
+        used = [*self._state(), *_kept_by(work)]
+        before = [tensor.clone() for tensor in used]
         rng = torch.get_rng_state()
         work()
         torch.set_rng_state(rng)
-        for tensor, value in zip(self._state(), before, strict=True):
+        for tensor, value in zip(used, before, strict=True):
             tensor.copy_(value)
         recorded = {param: param.grad for param in self._model.parameters()}
 
@@ -58,6 +61,12 @@ class CallAgain:
         for values in self._optimizer.state.values():
             tensors += [value for value in values.values() if isinstance(value, torch.Tensor)]
         return tensors
+
+
+def _kept_by(work: Callable[[], None]) -> list[torch.Tensor]:
+    """What the noise of a pair of steps keeps between them."""
+    owner = getattr(getattr(work, "func", work), "__self__", None)
+    return list(owner._held) if isinstance(owner, RecordedPair) else []
 
 
 def _nothing() -> None:

@@ -15,6 +15,8 @@ from jobs.job import Job
 from jobs.optim import adamw
 from orchestrator.control.orders import Status
 from orchestrator.telemetry.record import FLAG_GRAPH, FLAG_SKIPPED, FLAG_UNSETTLED
+from orchestrator.train import fsdp
+from orchestrator.train.batch.noise import weights_of
 from orchestrator.train.groups import Ranks
 from orchestrator.train.step_mode.captured import MAX_FLYING, MAX_RECORDINGS
 from orchestrator.train.step_mode.choice import StepMode
@@ -66,7 +68,32 @@ def test_replayed_steps_train_as_eager_ones_do(tmp_path: Path, changes: dict[str
     np.testing.assert_allclose([r.loss for r in found], [r.loss for r in wanted], rtol=1e-6)
     np.testing.assert_allclose([r.grad_norm for r in found], [r.grad_norm for r in wanted], rtol=1e-5)
     assert [r.learning_rate for r in found] == [r.learning_rate for r in wanted]
-    assert any(r.noise is not None for r in found)
+    assert [r.step for r in found if r.noise is not None] == [65]
+
+
+def test_the_noise_scale_of_replayed_steps_is_that_of_a_pair_of_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {r.step: r.noise for r in run(stepper(REPLAYED, tmp_path), 80) if r.noise is not None}
+    eager, seen = stepper(ONE_RANK, tmp_path), {}
+    clip = fsdp.clip_and_norm
+
+    def look(params: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        if eager.step_index in (64, 65):
+            weights = weights_of(eager.optimizer, params)
+            assert weights is not None
+            grads = fsdp.local_grads(params)
+            seen[eager.step_index] = [(grad.clone(), weight) for grad, weight in zip(grads, weights, strict=True)]
+        return clip(params, max_norm)
+
+    monkeypatch.setattr(fsdp, "clip_and_norm", look)
+    run(eager, 66)
+    pairs = [(first, second, weight) for (first, _), (second, weight) in zip(seen[64], seen[65], strict=True)]
+    grad_sq = sum(float((w * a * w * b).sum()) for a, b, w in pairs)
+    difference_sq = sum(float((w * (a - b)).square().sum()) for a, b, w in pairs)
+    assert list(found) == [65]
+    assert found[65].grad_sq == pytest.approx(grad_sq, rel=1e-4)
+    assert found[65].noise_trace == pytest.approx(0.5 * 8 * difference_sq, rel=1e-4)
 
 
 def test_results_come_late_but_never_more_than_a_few_steps(tmp_path: Path) -> None:
