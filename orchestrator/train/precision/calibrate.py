@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,13 +23,18 @@ from torch import Tensor
 
 from orchestrator.hardware import cpu_facts
 from orchestrator.train.step_mode.recorder import Recorder
-from policies.tier import Tier
+from policies.tier import NAMED_TIERS, Tier
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-NUM_ROUNDS = 5
-"""Timed runs of each tier, in turn, so that what else the machine does meets all tiers alike; the least time counts."""
+SCHEMA_VERSION = 2
+MIN_ROUNDS, NUM_ROUNDS = 2, 5
+"""Rounds that find a tier faster, and rounds after which it is as fast as it looks; the least time counts."""
+MUCH_SLOWER, SLOWER, FASTER = 1.5, 1.1, 0.9
+"""Of the known tier's seconds: clearly slower where even the fastest pass is above, clearly faster below; the first is
+for the first round."""
+_WORTH_S = 0.05
+"""Seconds of passes from which on it is worth while to save some; shorter ones are noisier, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +65,66 @@ def _processor() -> str:
     return ",".join([platform.machine(), *sorted(cpu_facts().cpu_flags)])
 
 
-def measure(
-    run: Callable[[Tier], None], tiers: Sequence[Tier], device: torch.device, budget_s: float
-) -> dict[Tier, TierCost]:
-    """Time `run` (a forward and backward pass) in each of `tiers`; after the first round within about `budget_s`."""
-    memory = {tier: _memory_of(run, tier, device) for tier in tiers}  # also warms up
-    times: dict[Tier, list[float]] = {tier: [] for tier in tiers}
-    began_s = time.perf_counter()
-    for _ in range(NUM_ROUNDS):
-        for tier in tiers:
-            times[tier].append(_time_of(run, tier, device))
-        if time.perf_counter() - began_s > budget_s:
-            break
-    return {tier: TierCost(step_s=min(times[tier]), memory_bytes=memory[tier]) for tier in tiers}
+class Comparison:
+    """Times of one tier beside one that is known, in turn, so that what else the machine does meets both alike.
+
+    It is over as soon as the tier is clearly slower or clearly faster, and after `NUM_ROUNDS` in any case.
+
+    Args:
+        base: the fastest tier known so far.
+        tier: the one in question.
+        device: they run on.
+    """
+
+    def __init__(self, base: Tier, tier: Tier, device: torch.device) -> None:
+        self.base, self.tier, self._device = base, tier, device
+        self._times: dict[Tier, list[float]] = {base: [], tier: []}
+        self._memory: dict[Tier, float] = {}
+
+    def take_round(self, run: Callable[[Tier], None]) -> tuple[float, float]:
+        """`run`, a forward and backward pass, once in each; returns their seconds, those of the base first.
+
+        The first round also finds what memory they take, and on a GPU warms them up before.
+        """
+        is_first = not self._memory
+        seconds = []
+        for tier in (self.base, self.tier):
+            began_s = time.perf_counter()
+            if is_first:
+                self._memory[tier] = _memory_of(run, tier, self._device)
+            else:
+                run(tier)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            seconds.append(time.perf_counter() - began_s)
+        return seconds[0], seconds[1]
+
+    def note(self, base_s: float, tier_s: float) -> None:
+        """Take in a round: what `take_round` returned on the rank whose numbers hold."""
+        self._times[self.base].append(base_s)
+        self._times[self.tier].append(tier_s)
+
+    @property
+    def ratio(self) -> float:
+        """Seconds of the tier over those of the base, the least of each; 1 before the first round."""
+        base, tier = self._times[self.base], self._times[self.tier]
+        return min(tier) / min(base) if base else 1.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether more rounds would tell nothing that matters."""
+        base, tier = self._times[self.base], self._times[self.tier]
+        if sum(tier) < _WORTH_S or len(tier) >= NUM_ROUNDS:
+            return len(tier) >= NUM_ROUNDS
+        if len(tier) < MIN_ROUNDS:  # a first pass may be slow for once, but on a CPU not a long one by half
+            return self._device.type == "cpu" and tier[0] > MUCH_SLOWER * base[0]
+        return min(tier) > SLOWER * statistics.median(base) or max(tier[1:]) < FASTER * min(base)
+
+    def costs(self, base: TierCost | None = None) -> dict[Tier, TierCost]:
+        """What both take; where `base` is known from before its seconds stand, as they may be of a calmer hour."""
+        base = base or TierCost(step_s=min(self._times[self.base]), memory_bytes=self._memory[self.base])
+        tier = TierCost(step_s=base.step_s * self.ratio, memory_bytes=self._memory[self.tier])
+        return {self.base: base, self.tier: tier}
 
 
 def time_replay(recorder: Recorder, work: Callable[[], None]) -> float:
@@ -87,14 +140,6 @@ def time_replay(recorder: Recorder, work: Callable[[], None]) -> float:
         torch.cuda.synchronize()
         seconds.append((time.perf_counter() - began_s) / 10)
     return min(seconds)
-
-
-def _time_of(run: Callable[[Tier], None], tier: Tier, device: torch.device) -> float:
-    began_s = time.perf_counter()
-    run(tier)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began_s
 
 
 def _memory_of(run: Callable[[Tier], None], tier: Tier, device: torch.device) -> float:
@@ -127,7 +172,7 @@ class CostFile:
         return cls(directory / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json")
 
     def load(self, key: str, tiers: Sequence[Tier]) -> dict[Tier, TierCost] | None:
-        """What was measured under `key`, if it covers all `tiers`."""
+        """What was measured under `key` of `tiers`, which need not be all of them; None where nothing was."""
         try:
             content = json.loads(self.path.read_text())
             if (content["schema"], content["key"]) != (SCHEMA_VERSION, key):
@@ -138,10 +183,14 @@ class CostFile:
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return {tier: costs[tier] for tier in tiers} if set(tiers) <= set(costs) else None
+        return {tier: costs[tier] for tier in tiers if tier in costs} or None
 
     def store(self, key: str, costs: dict[Tier, TierCost]) -> None:
-        """Write whole or not at all; a directory that cannot be written costs the next trial a measurement, no more."""
+        """Write whole or not at all; a directory that cannot be written costs the next trial a measurement, no more.
+
+        What another trial of the shape has written of other tiers stays.
+        """
+        costs = {**(self.load(key, NAMED_TIERS) or {}), **costs}
         content = {
             "schema": SCHEMA_VERSION,
             "key": key,

@@ -152,6 +152,7 @@ class _Record:
     """What is remembered of one tier. Both powers are means over the last probes: of one alone they say little."""
 
     num_safe: int = 0
+    num_probes: int = 0
     num_bans: int = 0
     banned_until: int = 0
     noise_ratio: float | None = None
@@ -163,6 +164,7 @@ class _Record:
 
     def add(self, probe: Probe) -> None:
         """Take in one probe."""
+        self.num_probes += 1
         self.noise_ratio = probe.noise_ratio if math.isfinite(probe.noise_ratio) else None
         if math.isfinite(probe.bias_sq) and math.isfinite(probe.signal_sq):
             self.num_means += 1
@@ -224,6 +226,11 @@ class Guard:
         is_open = self.num_probes >= self._frozen_until and not self._is_final_for(tier)
         return is_open and record.num_safe >= self.rules.num_safe and not self.is_banned(tier)
 
+    def is_promising(self, tier: Tier) -> bool:
+        """Whether the tier is not known to be safe yet, and nothing speaks against it."""
+        record = self._record(tier)
+        return record.num_bans == 0 and record.num_probes == record.num_safe < self.rules.num_safe
+
     def noise_ratio(self, tier: Tier) -> float | None:
         """What the last probe of the tier found, None before the first."""
         return self._record(tier).noise_ratio
@@ -242,10 +249,8 @@ class Guard:
             record.add(probe)
             record.num_safe = record.num_safe + 1 if self._is_good(tier, probe) else 0
         own, target = found.get(current), self.dearer(current)
-        if own is None or target is None:
-            return None
-        why = self._why_bad(current, own)
-        if why is None:
+        why = None if own is None else self._why_bad(current, own)
+        if why is None or target is None:
             return None
         self._ban(current)
         return Move(tier=target, cause=Cause.PROBE, reason=f"probe {self.num_probes} in {current}: {why}")

@@ -18,7 +18,7 @@ from torch import nn
 from orchestrator.hardware import cpu_facts
 from orchestrator.train.precision.attention import ShortAttentionInFp32
 from orchestrator.train.precision.linear import PrecisionLinear
-from orchestrator.train.precision.products import TIER_FUNCTIONS
+from orchestrator.train.precision.products import TIER_FUNCTIONS, tier_of_layer
 from policies.tier import DeviceFacts, Tier, support_of, tier_facts
 
 __all__ = [
@@ -97,10 +97,13 @@ def _with_attention(lower: torch.autocast) -> Iterator[None]:
         yield
 
 
-def coverage(model: nn.Module) -> Coverage:
-    """How many linear layers compute in the tier they were turned to."""
+def coverage(model: nn.Module, tier: Tier | None = None) -> Coverage:
+    """How many linear layers compute in the tier they were turned to; or would, if that were `tier`."""
     layers = [module for module in model.modules() if isinstance(module, PrecisionLinear)]
-    return Coverage(num_layers=len(layers), num_in_tier=sum(1 for layer in layers if layer.real_tier is layer.tier))
+    wanted = [layer.tier if tier is None else tier for layer in layers]
+    pairs = zip(layers, wanted, strict=True)
+    num_in_tier = sum(1 for layer, own in pairs if tier_of_layer(own, layer.in_features, layer.out_features) is own)
+    return Coverage(num_layers=len(layers), num_in_tier=num_in_tier)
 
 
 def tiers_in_use(model: nn.Module) -> dict[Tier, int]:

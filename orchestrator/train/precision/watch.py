@@ -4,8 +4,8 @@ Between the stepper, which computes, and the guard, which judges. Every rank has
 step: whether a probe is due follows from numbers that all ranks have in common. Called by the loop at each boundary;
 a move it returns is the loop's to make. Knows no plans and no Ray.
 
-The budget: probes and calibration together take at most `budget` of the trial's time, counted from the start with
-`_HEAD_START_S` in advance, because a cheaper tier found early pays for longest.
+Probes and calibration together take about `budget` of the trial's time (`spending`). On a CPU, where a pass may take a
+good part of a second, tiers are calibrated one after the other between steps, as that allows; on a GPU at the start.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ import torch.distributed as dist
 from orchestrator.train.precision import memory_state
 from orchestrator.train.precision.calibrate import TierCost
 from orchestrator.train.precision.guard import Cause, Guard, Move, StepSigns
-from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.probe import ProbeSetup, probe
-from orchestrator.train.precision.products import tier_of_layer
 from orchestrator.train.precision.range_signs import RangeMeter, has_range
-from orchestrator.train.precision.tiers import is_real
+from orchestrator.train.precision.spending import Spending
+from orchestrator.train.precision.tiers import coverage, is_real
 from orchestrator.train.precision.trial_costs import Timed, TrialCosts
 from policies.ladder import TierFit
 from policies.tier import Tier
@@ -36,7 +35,9 @@ from policies.tier import Tier
 logger = logging.getLogger(__name__)
 
 MIN_PERIOD_STEPS = 5
-_HEAD_START_S = 20.0
+_WARM_STEPS = 3
+_UNKNOWN_SAVING = 0.1
+"""Part of the time that a tier may save of which nothing is known yet."""
 _COUNT_EVERY = 25
 _AUDIT_EVERY = 4
 _TRUSTED_NOISE_RATIO = 2e-3
@@ -106,12 +107,13 @@ class PrecisionWatch:
         self._plan, self._trained, self._device, self._group = plan, trained, device, group
         self.guard = Guard(plan.ladder)
         self.costs: dict[Tier, TierCost] = {}
-        self.spent_s = 0.0
+        self._spending = Spending(budget=plan.budget)
+        self._finder: TrialCosts | None = None
+        self._next_piece, self._piece_s = _WARM_STEPS, math.nan
         self._is_real = {tier: is_real(tier, device) for tier in plan.ladder} if device.type in {"cpu", "cuda"} else {}
         self._state: memory_state.MemoryState | None = None
         self._num_steps = 0
         self._next_probe = MIN_PERIOD_STEPS
-        self._step_s = 0.0
         self._busy: list[float] = []
         self._num_trusted: dict[Tier, int] = {}
         self._posted: tuple[dist.Work, torch.Tensor] | None = None
@@ -125,29 +127,50 @@ class PrecisionWatch:
         return self._plan.budget > 0 and len(self._plan.ladder) > 1
 
     @property
+    def spent_s(self) -> float:
+        """Seconds spent on probes and calibration so far."""
+        return self._spending.spent_s
+
+    @property
     def is_due(self) -> bool:
-        """Whether a probe is to be made before the next step."""
+        """Whether a probe is to be made before the next step, or a tier to be calibrated."""
+        return self._is_probe_due or self._is_piece_due
+
+    @property
+    def _is_probe_due(self) -> bool:
         return self.is_probing and (self._num_steps >= self._next_probe or bool(self.guard.alarm))
 
+    @property
+    def _is_piece_due(self) -> bool:
+        is_open = self._finder is not None and self._finder.next_tier is not None
+        return self.is_probing and is_open and self._num_steps >= self._next_piece
+
     def begin(self) -> None:
-        """Learn what each tier costs here, from the file or by measuring; on every rank, before the first step."""
+        """Learn what each tier costs here as far as that is known, or quickly found; on every rank, before any step."""
         if not self.is_probing:
             return
         began_s = time.monotonic()
-        tiers = [tier for tier in self._plan.ladder if self._is_real[tier] or self._plan.costs is not None]
         self.costs = dict(self._plan.costs or {})
         if not self.costs:
-            costs = TrialCosts(self._trained, self._device, self._group, self._plan.key, self._plan.cache)
-            self.costs = costs.find(tiers)
+            tiers = [tier for tier in self._plan.ladder if self._is_real[tier]]
+            key, cache = self._plan.key, self._plan.cache
+            self._finder = TrialCosts(self._trained, self._device, self._group, key=key, cache=cache, tiers=tiers)
+            if self._device.type != "cpu":
+                self._finder.measure_all()
+            self.costs = self._finder.known
         current = self._trained.settings.tier
         base = self.costs.get(current) or next(iter(self.costs.values()), None)
-        self._step_s = 1.0 if base is None else base.step_s * self._trained.settings.grad_accum
-        self.spent_s += self._agreed([time.monotonic() - began_s])[0]
+        self._spending.step_s = 1.0 if base is None else base.step_s * self._trained.settings.grad_accum
+        self._spending.spent_s += self._agreed([time.monotonic() - began_s])[0]
         self._has_news = True
 
     def before_step(self) -> Move | None:
-        """At a boundary: probe if it is time to; the move that follows from it."""
-        move = self._probe() if self.is_due else None
+        """At a boundary: probe if it is time to, or calibrate; the move that follows."""
+        move = None
+        if self._is_probe_due:
+            move = self._probe()
+        elif self._is_piece_due:
+            self._calibrate()
         if move is None:
             self._count_ranges()
         return move
@@ -214,17 +237,16 @@ class PrecisionWatch:
 
     def _fit_of(self, tier: Tier) -> TierFit:
         cost = self.costs.get(tier)
-        layers = [layer for layer in self._trained.model.modules() if isinstance(layer, PrecisionLinear)]
-        fitting = [layer for layer in layers if tier_of_layer(tier, layer.in_features, layer.out_features) is tier]
+        covered = coverage(self._trained.model, tier)
         return TierFit(
             tier=tier,
-            is_real=tier in self.costs,
+            is_real=tier in self.costs or (self._plan.costs is None and self._is_real[tier]),
             is_safe=tier is self._plan.ladder[0] or self.guard.is_safe(tier),
             step_s=None if cost is None else cost.step_s,
             memory_bytes=None if cost is None else cost.memory_bytes,
             noise_ratio=self.guard.noise_ratio(tier),
-            num_layers=len(layers),
-            num_in_tier=len(fitting),
+            num_layers=covered.num_layers,
+            num_in_tier=covered.num_in_tier,
         )
 
     def _agreed(self, numbers: list[float]) -> list[float]:
@@ -236,13 +258,50 @@ class PrecisionWatch:
         found: list[float] = told.tolist()
         return found
 
+    def _calibrate(self) -> None:
+        """One round of passes in the next tier, if it is worth its time now; else later, or never."""
+        finder, spending, settings = self._finder, self._spending, self._trained.settings
+        assert finder is not None
+        spending.step_s = self._agreed([self._usual_busy_s()])[0]
+        is_first = math.isnan(self._piece_s)
+        price_s = 2 * spending.step_s / settings.grad_accum if is_first else self._piece_s
+        saving = max(_UNKNOWN_SAVING, 1 - finder.ratio)
+        wait = spending.steps_until(price_s, self._num_steps, self._total_steps, saving)
+        if wait > 0 or not spending.is_within(price_s, self._total_steps):
+            self._next_piece = self._num_steps + max(wait, MIN_PERIOD_STEPS)
+            return
+        began_s = time.monotonic()
+        finder.take_piece()
+        self._piece_s = self._agreed([time.monotonic() - began_s])[0]
+        spending.spent_s += self._piece_s
+        if finder.known is not self.costs:
+            self.costs, self._has_news = finder.known, True
+            self._next_probe = self._num_steps + max(1, self._steps_until_probe(self._piece_s))
+
+    def _usual_busy_s(self) -> float:
+        return sorted(self._busy)[len(self._busy) // 2] if self._busy else self._spending.step_s
+
+    @property
+    def _total_steps(self) -> float:
+        return self._plan.target_samples / self._trained.settings.global_batch
+
+    @property
+    def _candidate(self) -> Tier | None:
+        seconds = {tier: cost.step_s for tier, cost in self.costs.items()}
+        return self.guard.candidate(self._trained.settings.tier, seconds)
+
+    def _steps_until_probe(self, cost_s: float) -> int:
+        """Until the budget allows one of that cost; earlier while a faster tier is on the way to be found safe."""
+        candidate, saving = self._candidate, 0.0
+        if candidate is not None and self.guard.is_promising(candidate):
+            saving = 1 - self.costs[candidate].step_s / self.costs[self._trained.settings.tier].step_s
+        return self._spending.steps_until(cost_s, self._num_steps, self._total_steps, saving)
+
     def _probe(self) -> Move | None:
         """Compare the present tier and the next candidate with the reference, if there is anything to compare."""
         began_s = time.monotonic()
         current = self._trained.settings.tier
-        seconds = {tier: cost.step_s for tier, cost in self.costs.items()}
-        candidate = self.guard.candidate(current, seconds)
-        reference = self._reference(current)
+        candidate, reference = self._candidate, self._reference(current)
         tiers = [tier for tier in (current, candidate) if tier is not None and tier is not reference]
         if not tiers:
             self.guard.take_probe(current, {})  # bans and freezes are counted in probes that were due
@@ -259,11 +318,11 @@ class PrecisionWatch:
             device=self._device,
             seed=self._trained.step_index * 2,
         )
-        busy_s = sorted(self._busy)[len(self._busy) // 2] if self._busy else self._step_s
+        busy_s = [self._usual_busy_s()]
         found, times = probe(
-            setup, lambda tier, number: self._trained.mean_gradient(parts[number], tier), reference, tiers, [busy_s]
+            setup, lambda tier, number: self._trained.mean_gradient(parts[number], tier), reference, tiers, busy_s
         )
-        self._step_s = times[0]
+        self._spending.step_s = times[0]
         self._busy.clear()
         move = self.guard.take_probe(current, found)
         self._count_trust(found)
@@ -271,22 +330,18 @@ class PrecisionWatch:
         if move is None and (is_entered or current is not self._plan.ladder[0]):
             self._remember()
         cost_s = self._agreed([time.monotonic() - began_s])[0]
-        self.spent_s += cost_s
+        self._spending.spent_s += cost_s
         self._next_probe = self._num_steps + self._period(cost_s)
         self._has_news = True
         logger.debug("probe %d in %s: %s, %.3f s", self.guard.num_probes, current, found, cost_s)
         return move
 
     def _period(self, cost_s: float) -> int:
-        """Steps until the budget allows another probe of that cost."""
-        step_s, budget = max(self._step_s, 1e-6), self._plan.budget
-        total_steps = self._plan.target_samples / self._trained.settings.global_batch
-        head_start = min(total_steps / 2, _HEAD_START_S / step_s)
-        allowed_at = (self.spent_s + cost_s) / (budget * step_s) - head_start
+        """Steps until another probe of that cost."""
         # While a candidate is on trial every probe counts, as far as the credit goes; later a few hundred are enough.
         is_on_trial = self.guard.num_probes <= 4 * len(self._plan.ladder)
-        least = MIN_PERIOD_STEPS if is_on_trial else max(MIN_PERIOD_STEPS, math.ceil(total_steps / 400))
-        return max(least, math.ceil(allowed_at) - self._num_steps)
+        least = MIN_PERIOD_STEPS if is_on_trial else max(MIN_PERIOD_STEPS, math.ceil(self._total_steps / 400))
+        return max(least, self._steps_until_probe(cost_s))
 
     def _reference(self, current: Tier) -> Tier:
         """The dearest tier, or a cheaper one that measured as good as it; now and then that is checked against it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jobs import build_job
 from orchestrator.control.orders import TrialOrder
 from orchestrator.train.precision import products
-from orchestrator.train.precision.calibrate import CostFile, TierCost, calibration_key, measure
+from orchestrator.train.precision.calibrate import CostFile, TierCost, calibration_key
 from orchestrator.train.precision.guard import Cause
 from orchestrator.train.precision.memory_state import capture, restore
 from orchestrator.train.precision.probe import ProbeSetup, probe
@@ -240,27 +240,40 @@ def test_a_probe_sees_a_bias_that_no_batch_averages_away() -> None:
     assert large[3] > 100 * small[3], "floor is a bias, and stays while the noise of a large batch goes"
 
 
-def test_costs_are_measured_kept_and_read_back(tmp_path: Path) -> None:
-    ran: list[Tier] = []
-    costs = measure(ran.append, (Tier.FP32, Tier.BF16), CPU, budget_s=10.0)
-    assert ran[:4] == [Tier.FP32, Tier.BF16] * 2, "in turn"
-    assert all(cost.step_s >= 0 for cost in costs.values())
+def test_costs_are_kept_and_read_back(tmp_path: Path) -> None:
     key = calibration_key("mlp", ["width=3"], 8, 1, CPU)
     assert key != calibration_key("mlp", ["width=3"], 8, 1, CPU, mode="graph")
     file = CostFile.of(tmp_path / "made", key)
     assert file.load(key, [Tier.FP32]) is None
-    file.store(key, costs)
-    assert file.load(key, [Tier.FP32, Tier.BF16]) == costs
+    file.store(key, COSTS)
+    assert file.load(key, [Tier.FP32, Tier.BF16]) == COSTS
     assert file.load(key, [Tier.FP8]) is None, "a tier that was not measured then"
     assert file.load("another", [Tier.FP32]) is None
+    int8 = {Tier.INT8: TierCost(step_s=0.4, memory_bytes=1.0)}
+    file.store(key, int8)
+    assert file.load(key, [Tier.FP32, Tier.INT8, Tier.FP8]) == {Tier.FP32: COSTS[Tier.FP32], **int8}, "what was stays"
     file.path.write_text("{")
     assert file.load(key, [Tier.FP32]) is None
 
 
-def test_only_the_first_trial_of_a_shape_pays(tmp_path: Path) -> None:
-    first = watch_of(stepper_of(tmp_path), costs=None, key="k", cache=tmp_path / "c")
+def test_only_the_first_trial_of_a_shape_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.train.precision.watch.is_real", lambda *_: True)
+    stepper = stepper_of(tmp_path)
+    first = watch_of(stepper, costs=None, key="k", cache=tmp_path / "c")
     first.begin()
+    assert (first.costs, [fit.is_real for fit in first.known()]) == ({}, [True, True])
+    steps(stepper, first, 20)
+    assert set(first.costs) == {Tier.FP32, Tier.BF16}
     second = watch_of(stepper_of(tmp_path), costs=None, key="k", cache=tmp_path / "c")
     second.begin()
     assert second.costs == first.costs
     assert second.spent_s < first.spent_s
+
+
+def test_a_tier_that_is_emulated_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.train.precision.watch.is_real", lambda *asked: asked[0] is Tier.FP32)
+    stepper = stepper_of(tmp_path)
+    watch = watch_of(stepper, costs=None)
+    watch.begin()
+    assert steps(stepper, watch, 20) == []
+    assert (watch.costs, [fit.is_real for fit in watch.known()]) == ({}, [True, False])
