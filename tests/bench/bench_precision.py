@@ -3,7 +3,8 @@
 `python -m tests.bench.bench_precision_twins` and so on do not exist: one module, one part at a time, because each has
 its own results file: `python -m tests.bench.bench_precision PART [--quick] [--repeats N] [--out FILE]` with PART one of
 `twins-JOB` (fp32 against guarded auto, paired seeds), `ladder` (guard on and off above a harmful end), `faults-TIER`
-(planted), `speed` (auto against fp32, language), `switch` (extra time of the step after a switch) and `overhead`.
+(planted), `small` (auto against fp32, a model too small to gain), `switch` (extra time of the step after a switch) and
+`overhead`.
 """
 
 from __future__ import annotations
@@ -281,26 +282,8 @@ def faults(report: Report, name: str) -> None:
     report.add(replace(figure, statistic="maximum", value=max(delays), is_met=is_met))
 
 
-def speed(report: Report) -> None:
-    """Samples per second of the language job, guarded auto against fp32, all costs of auto included."""
-    ratios, overheads = [], []
-    for seed in range(report.options.repeats):
-        steps = 20 if report.options.is_quick else 120
-        base = Recipe(job="language", params=WIDE, num_steps=steps, micro_batch=8, ladder=(Tier.FP32,), seed=seed)
-        alone = run(base)
-        auto = run(replace(base, ladder=AUTO))
-        ratios.append(alone.wall_s / auto.wall_s)
-        overheads.append(100 * auto.spent_s / auto.wall_s)
-        report.raw[f"seed {seed}"] = {"fp32": told(alone), "auto": told(auto)}
-    target = ">= 1.5 where the processor has bf16 instructions, never below 0.97"
-    needed = 1.5 if Tier.BF16 in AUTO else 0.97
-    figure = median_figure("language, 3.3 M parameters: whole-run speed of auto over fp32", ratios, "x", target=target)
-    report.add(replace(figure, is_met=figure.value >= needed))
-    report.add(median_figure("guard and calibration in these short runs", overheads, "% of time"))
-
-
 def small(report: Report) -> None:
-    """The same for a model too small to gain: auto must not lose."""
+    """Whole-run speed of guarded auto over fp32 for a model too small to gain: auto must not lose."""
     ratios = []
     for seed in range(report.options.repeats):
         base = recipe_of("mlp", seed, is_quick=report.options.is_quick, ladder=(Tier.FP32,), num_steps=3000)
@@ -366,7 +349,6 @@ PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
     **{f"twins-{job}": (partial(twins, job=job), 5) for job in TWINS},
     "ladder": (ladder, 3),
     **{f"faults-{FAULTS[name][0]}": (partial(faults, name=name), 3) for name in FAULTS},
-    "speed": (speed, 3),
     "small": (small, 3),
     "overhead": (overhead, 1),
     "switch": (switch, 2),
