@@ -44,6 +44,7 @@ class RankPlan:
         is_wrapped: shard even over one rank.
         device: cuda or cpu.
         lanes: SM groups to change to, one after the other, in equal parts of the steps; empty for none.
+        gives_back_every: after so many steps the allocator gives what it does not need back to the GPU; 0 for never.
         tell_at_s: on the monotonic clock, when ranks that are not through say where they are; None for never.
     """
 
@@ -56,6 +57,7 @@ class RankPlan:
     is_wrapped: bool = False
     device: str = "cuda"
     lanes: tuple[tuple[int, ...], ...] = ()
+    gives_back_every: int = 0
     tell_at_s: float | None = None
 
 
@@ -169,6 +171,8 @@ def _measure(stepper: Any, plan: RankPlan, device: torch.device) -> dict[str, An
         if share is not None:
             lane = plan.lanes[step * len(plan.lanes) // total]
             share.apply(lane, float(len(lane)))
+        if plan.gives_back_every and step % plan.gives_back_every == 0:
+            torch.cuda.empty_cache()
         began_s = time.perf_counter()
         losses += [result.loss for result in stepper.advance()]
         if device.type == "cuda":
