@@ -34,7 +34,8 @@ class Scale:
         params: of the job.
         global_batch: samples per step of a trial.
         steps: steps of a trial, and `grow_steps` of one that grows and of the one alone; `two_rank_steps` of two ranks
-            before it goes back; `report_steps` between two commits.
+            before it goes back; `report_steps` between two commits. None below 400 steps: the warm-up of the learning
+            rate is a twentieth of a shorter trial, and its losses are then not those of a longer one.
         shares: of a rank at the start, the two that swap, and of a rank whose trial has no neighbour.
         tolerance: relative difference of losses at any step where nothing but shares and workers changed, and with
             changes of batch and tier.
@@ -54,7 +55,7 @@ class Scale:
 ON_GPUS = Scale(
     params=SIZES["7M"][0],
     global_batch=32,
-    steps=300,
+    steps=400,
     grow_steps=600,
     two_rank_steps=150,
     report_steps=50,
@@ -64,7 +65,7 @@ ON_GPUS = Scale(
 REHEARSAL = Scale(
     params={"width": 32, "layers": 2, "heads": 2, "context": 32},
     global_batch=16,
-    steps=300,
+    steps=400,
     grow_steps=1200,
     two_rank_steps=100,
     report_steps=50,
