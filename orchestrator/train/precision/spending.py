@@ -38,12 +38,15 @@ class Spending:
             saving: part of the time still to come that may be saved if this goes well.
         """
         step_s, needed_s = max(self.step_s, 1e-6), self.spent_s + cost_s
-        advance_s = _PART_OF_SAVING * saving * max(0.0, total_steps - num_steps) * step_s
-        if needed_s <= min(advance_s, _MOST_ADVANCE_S):
+        if needed_s <= self._advance_s(num_steps, total_steps, saving):
             return 0
         head_start = min(total_steps / 2, _HEAD_START_S / step_s)
         return max(0, math.ceil(needed_s / (self.budget * step_s) - head_start) - num_steps)
 
-    def is_within(self, cost_s: float, total_steps: float) -> bool:
-        """Whether with `cost_s` no more is spent than the budget of the whole trial, head start or not."""
-        return self.spent_s + cost_s <= self.budget * total_steps * self.step_s
+    def is_within(self, cost_s: float, num_steps: int, total_steps: float, saving: float = 0.0) -> bool:
+        """Whether with `cost_s` no more is spent than the budget of the whole trial or what `saving` allows."""
+        allowed_s = max(self.budget * total_steps * self.step_s, self._advance_s(num_steps, total_steps, saving))
+        return self.spent_s + cost_s <= allowed_s
+
+    def _advance_s(self, num_steps: int, total_steps: float, saving: float) -> float:
+        return min(_PART_OF_SAVING * saving * max(0.0, total_steps - num_steps) * self.step_s, _MOST_ADVANCE_S)

@@ -267,7 +267,7 @@ class PrecisionWatch:
         price_s = 2 * spending.step_s / settings.grad_accum if is_first else self._piece_s
         saving = max(_UNKNOWN_SAVING, 1 - finder.ratio)
         wait = spending.steps_until(price_s, self._num_steps, self._total_steps, saving)
-        if wait > 0 or not spending.is_within(price_s, self._total_steps):
+        if wait > 0 or not spending.is_within(price_s, self._num_steps, self._total_steps, saving):
             self._next_piece = self._num_steps + max(wait, MIN_PERIOD_STEPS)
             return
         began_s = time.monotonic()

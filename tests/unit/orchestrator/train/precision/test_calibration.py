@@ -94,7 +94,8 @@ def test_what_saves_much_may_cost_part_of_that_in_advance_and_no_more() -> None:
     assert spending.steps_until(1.5, 10, 120, saving=0.1) > 100
     assert spending.steps_until(1.5, 100, 120, saving=0.4) > 0, "too late"
     assert spending.steps_until(6.0, 10, 100_000, saving=0.5) > 0, "some seconds at most"
-    assert (spending.is_within(0.7, 120), spending.is_within(0.8, 120)) == (True, False)
+    assert (spending.is_within(0.7, 10, 120), spending.is_within(0.8, 10, 120)) == (True, False)
+    assert spending.is_within(0.8, 10, 120, saving=0.4), "what is sure to pay may cost more than the budget"
 
 
 def test_a_tier_is_promising_until_a_probe_speaks_against_it_or_it_is_safe() -> None:
