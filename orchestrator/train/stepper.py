@@ -22,7 +22,7 @@ from jobs.job import Job, LossTerms
 from orchestrator.control.orders import TrialOrder
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Schedule, Shape, apply
-from orchestrator.train.batch.meter import NoiseMeter, PairPart
+from orchestrator.train.batch.meter import NoiseMeter
 from orchestrator.train.flat_state import version_of
 from orchestrator.train.groups import Ranks
 from orchestrator.train.offload import Offload
@@ -357,8 +357,7 @@ class Stepper:
         began_s = time.monotonic()
         batches = [self.job.batch(part.tolist(), CPU) for part in micro_batches(indices, settings.micro_batch)]
         data_s = time.monotonic() - began_s
-        pair_part = self._noise.begin_replayed(self.step_index)
-        replay = self._prepared(batches, pair_part)
+        replay = self._prepared(batches)
         if replay is None:
             return None
         rate = self._rate.at(self.cursor.position, self._noise.scale)
@@ -369,13 +368,13 @@ class Stepper:
             num_samples=len(indices),
             learning_rate=rate,
             data_s=data_s,
-            pair_part=pair_part,
+            pair_part=self._noise.begin_replayed(self.step_index),
         )
         replay.launch(step, batches, 1 / self.job.num_elements(len(indices)))
         self.cursor, self.step_index = cursor, self.step_index + 1
         return self._results(replay.collect())
 
-    def _prepared(self, batches: list[tuple[torch.Tensor, ...]], pair_part: PairPart | None) -> Replay | None:
+    def _prepared(self, batches: list[tuple[torch.Tensor, ...]]) -> Replay | None:
         """The replay with a recording for these batches, or None: then the trial stays eager, and says why."""
         if self._replay is None:
             make = self._ranks.recorder
@@ -383,7 +382,7 @@ class Stepper:
             job = cast(Job, Lowered(self))
             self._replay = open_replay(job, self.model, self.optimizer, recorder, MAX_GRAD_NORM)
         try:
-            self._replay.captured.prepare(self.settings.tier, batches[0], len(batches), pair_part)
+            self._replay.captured.prepare(self.settings.tier, batches[0], len(batches))
         except Exception as error:  # whatever a model does that a graph cannot hold
             self._modes.refuse(f"its step cannot be captured ({type(error).__name__}: {error})".splitlines()[0])
             logger.warning("step mode: %s", self.mode_words)

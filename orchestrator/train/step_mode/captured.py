@@ -110,14 +110,13 @@ class CapturedStep:
         """Steps launched whose values have not been read."""
         return len(self._readout)
 
-    def prepare(self, key: object, batch: Batch, num_parts: int, pair_part: PairPart | None = None) -> None:
+    def prepare(self, key: object, batch: Batch, num_parts: int) -> None:
         """Record what `launch` needs for that key, unless it was; the state of the trial does not change.
 
         Args:
             key: the dials that change what is executed.
             batch: a batch as `launch` will bring, on the host.
             num_parts: micro-batches per step.
-            pair_part: what the step does for the noise scale.
 
         Raises:
             Exception: whatever the device or the model says against it; nothing is kept.
@@ -126,14 +125,10 @@ class CapturedStep:
         recording = self._recordings.pop(key, None)
         if recording is None:
             recording = self._record(batch)
+            self._record_pair(recording)
         if num_parts > 1 and recording.following is None:
             self._bind(recording)
             recording.following = self._recorder.record(partial(self._following, recording.batch))
-        if pair_part is not None and pair_part not in recording.pair:
-            self._bind(recording)
-            self._pair.make_room()
-            work = self._pair.hold if pair_part is PairPart.HOLD else partial(self._pair.compare, self._products)
-            recording.pair[pair_part] = self._recorder.record(work)
         self._recordings[key] = recording  # the newest last
         while len(self._recordings) > MAX_RECORDINGS:
             del self._recordings[next(iter(self._recordings))]
@@ -144,7 +139,7 @@ class CapturedStep:
         Args:
             batches: its micro-batches, on the host, of the shape that was prepared.
             scale: what the sum of losses is multiplied with.
-            pair_part: what the step does for the noise scale, as it was prepared.
+            pair_part: what the step does for the noise scale.
         """
         recording = next(reversed(self._recordings.values()))
         if scale != self._scale_held:
@@ -197,6 +192,14 @@ class CapturedStep:
             num_elements=counted[0],
             grads=grads,
         )
+
+    def _record_pair(self, recording: _Recording) -> None:
+        """With the step, not when it is first asked for: a later step of known dials must not wait for a recording."""
+        self._pair.make_room()
+        self._bind(recording)
+        recording.pair[PairPart.HOLD] = self._recorder.record(self._pair.hold)
+        recording.pair[PairPart.COMPARE] = self._recorder.record(partial(self._pair.compare, self._products))
+        self._clear_grads()
 
     def _micro(self, batch: Batch, *, is_first: bool) -> int:
         """Forward and backward of one micro-batch; returns its loss elements."""

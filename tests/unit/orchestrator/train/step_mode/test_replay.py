@@ -167,7 +167,7 @@ def test_recordings_are_bounded_and_reused(tmp_path: Path) -> None:
     for place in [*range(2 * MAX_RECORDINGS), 2 * MAX_RECORDINGS - 2]:
         made[0].place = place
         run(one, 2)
-    assert made[0].num_recorded == 2 * 2 * MAX_RECORDINGS, "two per place, none for one that was kept"
+    assert made[0].num_recorded == 4 * 2 * MAX_RECORDINGS, "step and noise, two each per place, none for one kept"
     assert one._replay is not None
     assert one._replay.captured.num_recordings == MAX_RECORDINGS
 
