@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 _GRACE_S = 60.0
 _POLL_S = 0.2
+_LEAVE_S = 30.0
 
 
 def start(resolved: ResolvedRun, *, plain: bool | None = None) -> int:
@@ -66,6 +68,19 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
     require_fit(resolved, is_new=False)
     (run_dir / "control" / "stop").unlink(missing_ok=True)
     return _Driver(resolved, run_dir).execute(plain)
+
+
+def _last_states(plane: ControlPlane) -> list[str]:
+    """The states of all trials once those whose end the search has seen have left their slots.
+
+    Tune lets go of a trial at its last report, which is a moment before the slot says that it is done.
+    """
+    deadline_s = time.monotonic() + _LEAVE_S
+    while True:
+        states = [trial["state"] for trial in ray.get(plane.policy.status.remote())["trials"]]
+        if "running" not in states or time.monotonic() > deadline_s:
+            return states
+        time.sleep(_POLL_S)
 
 
 class _Driver:
@@ -145,8 +160,7 @@ class _Driver:
         if search.error is not None:
             logger.error("the search failed: %s", search.error)
             return "failed"
-        trials = ray.get(plane.policy.status.remote())["trials"]
-        return "done" if any(trial["state"] in {"done", "stopped", "paused"} for trial in trials) else "failed"
+        return "done" if any(state in {"done", "stopped", "paused"} for state in _last_states(plane)) else "failed"
 
     def _wish_to_stop(self) -> StopKind | None:
         """Whether a signal or another process asked for the end."""
