@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from orchestrator.train.stall import Stall
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.recorder import Recorder
 
@@ -43,7 +44,7 @@ class Ranks:
     """Where a process stands in its worker group. `group` is the side group for small agreements.
 
     `step_mode` is how its steps are executed, where that can be chosen; `recorder` makes what records them, None for
-    CUDA graphs.
+    CUDA graphs. `stall` times its steps.
     """
 
     rank: int
@@ -53,6 +54,7 @@ class Ranks:
     mesh: DeviceMesh | None = None
     step_mode: StepMode = StepMode.AUTO
     recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None
+    stall: Stall = field(default_factory=Stall, compare=False)
 
 
 class Groups:
@@ -131,15 +133,30 @@ class Groups:
         )
 
     def _watch_for_ever(self) -> None:
-        """On a GPU nothing else would end a collective whose other ranks have gone: abort it, once for each break."""
+        """On a GPU nothing else would end a collective whose other ranks have gone, or that stalls."""
         broken: Ranks | None = None
         while True:
             if broken is self.ranks:
                 time.sleep(_WATCH_MS / 1e3)
-            elif self.is_broken(_WATCH_MS):
-                broken = self.ranks
-                logger.warning("another rank broke off; the training group is aborted")
-                self.abort()
+            else:
+                broken = self._watch()
+
+    def _watch(self) -> Ranks | None:
+        """Look once, for a fifth of a second; the ranks whose groups had to be ended."""
+        ranks = self.ranks
+        if ranks.stall.is_over():
+            logger.warning(
+                "a step has taken more than %.0f s: the groups are broken off, and the trial goes on from its last "
+                "commit; trials of several ranks that share GPUs can hold each other up",
+                ranks.stall.limit_s,
+            )
+            self.break_off()
+            return ranks
+        if self.is_broken(_WATCH_MS):
+            logger.warning("another rank broke off; the training group is aborted")
+            self.abort()
+            return ranks
+        return None
 
 
 def _open_sockets() -> dict[int, tuple[Address, Address]]:

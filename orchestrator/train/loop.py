@@ -133,8 +133,7 @@ class TrialLoop:
                 return False
             stepper.offload.back()
             wait_s = self._share.hold_back()
-            assert self._guard is not None
-            results, move = self._guard.advance()
+            results, move = self._advance()
             times = _Times(
                 began_s=began_s,
                 step_s=time.monotonic() - began_s,
@@ -147,6 +146,15 @@ class TrialLoop:
             self._launched.append(times)
             self._take(results, stepper)
         return True
+
+    def _advance(self) -> tuple[list[StepResult], Move | None]:
+        """One more step; whoever watches the groups of several ranks sees how long it takes."""
+        assert self._guard is not None
+        self._ranks.stall.begin()
+        try:
+            return self._guard.advance()
+        finally:
+            self._ranks.stall.end()
 
     def _settle_below(self, target: int, stepper: Stepper) -> bool:
         """Wait for the steps on their way; whether that put the trial back below the target."""
