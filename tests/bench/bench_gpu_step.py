@@ -82,6 +82,7 @@ def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[s
         "new_ms": switch_ms[: len(SHARES)].tolist(),
         "known_ms": switch_ms[len(SHARES) :].tolist(),
         "extra_ms": extra_ms(changed, period, MAX_FLYING if mode == "graph" else 0).tolist(),
+        "extra_ms_of_none": extra_ms(still, period, MAX_FLYING if mode == "graph" else 0, changed).tolist(),
         "loss_difference": float(np.abs(changed["loss"] - still["loss"]).max()),
         "loss_difference_of_two_still": float(np.abs(again["loss"] - still["loss"]).max()),
         "loss_difference_on_4_groups": float(np.abs(fewer["loss"] - still["loss"]).max()),
@@ -93,19 +94,20 @@ def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[s
     }
 
 
-def extra_ms(records: Any, period: int, num_ahead: int) -> Any:
+def extra_ms(records: Any, period: int, num_ahead: int, like: Any = None) -> Any:
     """Milliseconds that a change added: the steps around it against as many typical ones of before and of after.
 
     The host is `num_ahead` steps before the device in graph mode, and waits for these at the change: so many steps of
     before fall behind it, and as many of after fall out of what is summed. Steps whose halves are compared for the
-    noise scale, which an eager trial does now and then whether or not anything changes, count as typical ones.
+    noise scale, which an eager trial does now and then whether or not anything changes, count as typical ones. With
+    `like`, the records of a run with changes, the same is done at its steps: the estimate where nothing changed.
     """
     spans = 1e3 * np.diff(records["start_s"])
     if num_ahead == 0:
         for index in np.flatnonzero(np.isfinite(records["noise_trace"][:-1])):
             spans[index] = np.median(spans[index + 1 : index + 5])
     reach, found = period // 2 - 2, []
-    for index in np.flatnonzero(records["switch_s"][:-1] > 0):
+    for index in np.flatnonzero((records if like is None else like)["switch_s"][:-1] > 0):
         if index < period or index + period >= len(spans):
             continue
         before, after = np.median(spans[index - reach : index]), np.median(spans[index + 4 : index + period - 1])
@@ -144,6 +146,8 @@ def changes(report: Report, directory: Path) -> None:
         extra = found["extra_ms"]
         report.add(p95_figure("  extra time of that step, known", extra[len(SHARES) :], "ms", limit=SWITCH_LIMIT_MS))
         report.add(p95_figure("  extra time of that step, new (captured)", extra[: len(SHARES)], "ms"))
+        none = found["extra_ms_of_none"]
+        report.add(p95_figure("  the same of steps at which nothing changed", none[len(SHARES) :], "ms"))
         report.add(median_figure("  largest difference of losses", [found["loss_difference"]], "nats"))
         report.add(median_figure("  the same of two runs without", [found["loss_difference_of_two_still"]], "nats"))
         report.add(median_figure("  of one on 4 groups throughout", [found["loss_difference_on_4_groups"]], "nats"))
@@ -167,13 +171,17 @@ def tier_turns(size: str, mode: str, settings: Options, directory: Path) -> dict
 
     first = first_order(directory / f"{size}-{mode}-tiers", size, Tier.FP32, PERIOD * (count + 2))
     records = run_ours(first, mode=mode, script=turn).records
-    extra = extra_ms(records, PERIOD, MAX_FLYING if mode == "graph" else 0)
+    elsewhere = first_order(directory / f"{size}-{mode}-still", size, Tier.FP32, PERIOD * (count + 2))
+    still = run_ours(elsewhere, mode=mode).records
+    num_ahead = MAX_FLYING if mode == "graph" else 0
+    extra = extra_ms(records, PERIOD, num_ahead)
     return {
         "size": size,
         "mode": mode,
         "num_turned": int(np.count_nonzero(np.diff(records["tier"]))),
         "switch_ms": (1e3 * records["switch_s"][records["switch_s"] > 0]).tolist(),
         "extra_ms": extra.tolist(),
+        "extra_ms_of_none": extra_ms(still, PERIOD, num_ahead, records).tolist(),
         "span_ms": (1e3 * np.diff(records["start_s"])).tolist(),
     }
 
@@ -186,6 +194,8 @@ def tiers(report: Report, directory: Path) -> None:
         rows.append(found)
         name = f"live turn of the tier, {size} {mode}: extra time of that step, known tier"
         report.add(p95_figure(name, found["extra_ms"][2:], "ms", limit=TIER_LIMIT_MS))
+        none = found["extra_ms_of_none"][2:]
+        report.add(p95_figure("  the same of steps at which nothing turned", none, "ms"))
         report.raw |= {"tiers": rows}
         report.write()
 
