@@ -147,8 +147,9 @@ class Groups:
         if ranks.stall.is_over():
             logger.warning(
                 "a step has taken more than %.0f s: the groups are broken off, and the trial goes on from its last "
-                "commit; trials of several ranks that share GPUs can hold each other up",
+                "commit; trials of several ranks that share GPUs can hold each other up. It stands at:\n%s",
                 ranks.stall.limit_s,
+                ranks.stall.where(),
             )
             self.break_off()
             return ranks

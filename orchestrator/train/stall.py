@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 
 FIRST_STEP_S = 600.0
@@ -34,9 +37,11 @@ class Stall:
         self._now_s = now_s
         self._began_s: float | None = None
         self._longest_s = 0.0
+        self._thread = 0
 
     def begin(self) -> None:
         """A step begins, with whatever is done to try it again."""
+        self._thread = threading.get_ident()
         self._began_s = self._now_s()
 
     def end(self) -> None:
@@ -54,3 +59,8 @@ class Stall:
         """Whether the present step is stalled."""
         began_s = self._began_s  # another thread may end it between two looks
         return began_s is not None and self._now_s() - began_s > self.limit_s
+
+    def where(self) -> str:
+        """The stack of the thread whose step it is; that cannot tell by itself."""
+        frame = sys._current_frames().get(self._thread)
+        return "" if frame is None else "".join(traceback.format_stack(frame))

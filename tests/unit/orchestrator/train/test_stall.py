@@ -66,7 +66,9 @@ def test_two_processes_do_not_leave_at_the_same_time(monkeypatch: pytest.MonkeyP
     assert abs(limits[0] - limits[1]) > 0.5
 
 
-def test_a_stalled_rank_breaks_its_groups_off_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_rank_says_where_it_stands_and_breaks_its_groups_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     groups, clock, done = Groups(0, 1, torch.device("cpu")), Clock(), []
     one = Stall(least_s=60.0, now_s=clock)
     groups.ranks = Ranks(rank=0, world_size=2, device=torch.device("cpu"), stall=one)
@@ -78,3 +80,4 @@ def test_a_stalled_rank_breaks_its_groups_off_once(monkeypatch: pytest.MonkeyPat
     clock.now_s += 61.0
     assert groups._watch() is groups.ranks
     assert done == ["broken off"]
+    assert "test_stall.py" in caplog.text
