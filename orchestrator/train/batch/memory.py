@@ -2,8 +2,9 @@
 
 On a GPU the peak is the caching allocator's, on Linux the high-water mark of the process, both counted anew whenever
 dials turn. The line through the peaks (`policies.memory`) answers before a larger micro-batch or another tier whether
-it will fit, and a trial allocation of what it would add (the ballast) checks that on the device itself. Reading costs
-some microseconds and is done in few steps. Knows no plan; called by the loop and by `orchestrator.train.batch.guard`.
+it will fit, and where memory is scarce a trial allocation of what it would add (the ballast) checks that on the device
+itself. Reading costs some microseconds and is done in few steps. Knows no plan; called by the loop and by
+`orchestrator.train.batch.guard`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from policies.plan import Settings
 _SETTLED_STEPS = 2
 """Steps after a change until its peak is there: in the first one optimizer state and workspaces are still to come."""
 _PERIOD_STEPS = 64
+_PLENTY = 0.5
+"""Part of what nobody uses on a GPU that may be counted on without trying: other processes may take of it meanwhile."""
 
 
 class Gauge(Protocol):
@@ -64,7 +67,14 @@ class CudaGauge:
         return torch.cuda.memory_allocated(self._device)
 
     def can_hold(self, needed_bytes: int) -> bool:
-        """Allocate the difference and give it back."""
+        """Whether the GPU has so much more to give by far; else allocate the difference and give it back.
+
+        What the allocator caches is given back only where it is scarce: the steps behind that must ask the driver for
+        all of it again, which takes longer than the change of settings that is being prepared.
+        """
+        missing = needed_bytes - torch.cuda.memory_allocated(self._device)
+        if missing <= _PLENTY * torch.cuda.mem_get_info(self._device)[0]:
+            return True
         torch.cuda.empty_cache()
         missing = needed_bytes - torch.cuda.memory_allocated(self._device)
         if missing <= 0:
