@@ -120,8 +120,7 @@ class Ranking:
         """Mean of the losses since the trial's grace; None where there is none, or it is not finite."""
         losses = [self._loss(report) for report in trial.reports[rule.grace_reports - 1 :]]
         known = [loss for loss in losses if loss is not None]
-        mean = math.fsum(known) / len(known) if known and all(map(math.isfinite, known)) else None
-        return mean
+        return math.fsum(known) / len(known) if known and all(map(math.isfinite, known)) else None
 
     def _loss(self, report: Report) -> float | None:
         """The metric as a loss; infinite where it diverged, None where the report has none."""

@@ -76,9 +76,6 @@ class CudaGauge:
         if missing <= _PLENTY * torch.cuda.mem_get_info(self._device)[0]:
             return True
         torch.cuda.empty_cache()
-        missing = needed_bytes - torch.cuda.memory_allocated(self._device)
-        if missing <= 0:
-            return True
         try:
             ballast = torch.empty(missing, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -45,8 +45,8 @@ class _Recording:
     finish: Replay
     num_elements: int
     grads: list[tuple[nn.Parameter, Tensor | None]]
+    pair: dict[PairPart, Replay]
     following: Replay | None = None
-    pair: dict[PairPart, Replay] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,6 @@ class CapturedStep:
         recording = self._recordings.pop(key, None)
         if recording is None:
             recording = self._record(batch)
-            self._record_pair(recording)
         if num_parts > 1 and recording.following is None:
             self._bind(recording)
             recording.following = self._recorder.record(partial(self._following, recording.batch))
@@ -183,6 +182,12 @@ class CapturedStep:
         first = self._recorder.record(lambda: counted.append(self._micro(static, is_first=True)))
         grads = [(param, param.grad) for param in self._model.parameters()]
         finish = self._recorder.record(self._finish)
+        # With the step, not when it is first asked for: a later step of known dials must not wait for a recording.
+        self._pair.make_room()
+        pair = {
+            PairPart.HOLD: self._recorder.record(self._pair.hold),
+            PairPart.COMPARE: self._recorder.record(partial(self._pair.compare, self._products)),
+        }
         self._clear_grads()
         return _Recording(
             batch=static,
@@ -191,15 +196,8 @@ class CapturedStep:
             finish=finish,
             num_elements=counted[0],
             grads=grads,
+            pair=pair,
         )
-
-    def _record_pair(self, recording: _Recording) -> None:
-        """With the step, not when it is first asked for: a later step of known dials must not wait for a recording."""
-        self._pair.make_room()
-        self._bind(recording)
-        recording.pair[PairPart.HOLD] = self._recorder.record(self._pair.hold)
-        recording.pair[PairPart.COMPARE] = self._recorder.record(partial(self._pair.compare, self._products))
-        self._clear_grads()
 
     def _micro(self, batch: Batch, *, is_first: bool) -> int:
         """Forward and backward of one micro-batch; returns its loss elements."""

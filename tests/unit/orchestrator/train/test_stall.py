@@ -37,21 +37,14 @@ def test_a_step_is_stalled_after_many_times_the_longest_one() -> None:
     clock.now_s += 1e6
     assert not one.is_over(), "between two steps nothing stalls, however long a trial is paused"
 
-    small = Stall(least_s=60.0, now_s=clock)
-    step(small, clock, 0.1)
-    small.begin()
-    clock.now_s += 59.0
-    assert not small.is_over()
-    clock.now_s += 2.0
-    assert small.is_over()
-
-    large = Stall(least_s=60.0, now_s=clock)
-    step(large, clock, 10.0)
-    large.begin()
-    clock.now_s += 299.0
-    assert not large.is_over()
-    clock.now_s += 2.0
-    assert large.is_over()
+    for longest_s, limit_s in ((0.1, 60.0), (10.0, 300.0)):
+        one = Stall(least_s=60.0, now_s=clock)
+        step(one, clock, longest_s)
+        one.begin()
+        clock.now_s += limit_s - 1
+        assert not one.is_over()
+        clock.now_s += 2.0
+        assert one.is_over()
 
 
 def test_two_processes_do_not_leave_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
