@@ -24,7 +24,8 @@ from typing import Any
 
 from tests.bench import run_timeline, share_parts, share_runs
 from tests.bench.hand_trials import Hands, tokens_per_step
-from tests.bench.part_runner import Part, Row, keep, leave, left, main_of
+from tests.bench.part_process import Row, keep
+from tests.bench.part_runner import Part, leave, left, main_of
 from tests.bench.report_cost import report_cost
 from tests.bench.results_file import say
 

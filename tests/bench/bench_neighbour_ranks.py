@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 
 from tests.bench.card_ranks import RankPlan, tell_where, train
 from tests.bench.gpu_job import SIZES
-from tests.bench.part_process import run_for, tail
-from tests.bench.results_file import commit, machine, say
+from tests.bench.part_process import keep, run_for, tail
+from tests.bench.results_file import say
 
 NUM_CHANGES, NUM_STEPS = 16, 480
 LANES = (
@@ -116,11 +115,7 @@ def main() -> None:
             row = try_way(way, given, own.start().environment)
         finally:
             own.stop()
-        row |= {"commit": commit(), "machine": machine(), "command": sys.orig_argv}
-        with given.out.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+        keep(given, way, row)
         say(f"{way}: {row['exit_codes']} after {row['seconds']:.0f} s")
 
 

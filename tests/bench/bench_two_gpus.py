@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -25,8 +24,8 @@ from pathlib import Path
 from tests.bench import two_gpu_parts as parts
 from tests.bench import two_gpu_ways
 from tests.bench.card_ranks import RankPlan, train
-from tests.bench.part_process import run_for, so_far, tail, worker_logs
-from tests.bench.results_file import commit, machine, say
+from tests.bench.part_process import keep, run_for, so_far, tail, worker_logs
+from tests.bench.results_file import say
 
 LIMITS_S = {
     "warm": 120.0,
@@ -86,8 +85,8 @@ def warm(given: argparse.Namespace) -> parts.Row:
 
 def probe(given: argparse.Namespace) -> parts.Row:
     """The first way in which two ranks train: under MPS, while SM groups change; then without."""
-    keep = partial(_keep, given, "probe, so far")
-    return two_gpu_ways.probe(given.directory, _passed_on(given), _factor(given), keep)
+    keep_so_far = partial(keep, given, "probe, so far")
+    return two_gpu_ways.probe(given.directory, _passed_on(given), _factor(given), keep_so_far)
 
 
 def alone(given: argparse.Namespace) -> parts.Row:
@@ -171,7 +170,7 @@ def scaling(given: argparse.Namespace) -> parts.Row:
             "num_parameters": ranks[0]["num_parameters"],
         }
         say(f"{name}: {found[name]['tokens_per_s']:.0f} tokens/s")
-        _keep(given, "scaling, so far", found)  # each form is a finding of its own
+        keep(given, "scaling, so far", found)  # each form is a finding of its own
     found["ratio"] = found["two"]["tokens_per_s"] / found["one wrapped"]["tokens_per_s"]
     found["ratio_of_means"] = found["two"]["tokens_per_s_of_mean"] / found["one wrapped"]["tokens_per_s_of_mean"]
     if not given.rehearse:
@@ -254,15 +253,6 @@ def _passed_on(given: argparse.Namespace) -> list[str]:
     return [*arguments, "--rehearse"] if given.rehearse else arguments
 
 
-def _keep(given: argparse.Namespace, part: str, row: parts.Row) -> None:
-    """Append a result, synced."""
-    whole = {"part": part, **row, "commit": commit(), "machine": machine(), "command": sys.orig_argv}
-    with given.out.open("a") as out:
-        out.write(json.dumps(whole, default=float) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-
-
 def do(part: str, given: argparse.Namespace, left_s: float) -> None:
     """One part in a process of its own; what came of it, or how it was ended, is in the results."""
     limit_s = min(LIMITS_S[part] * _factor(given), left_s)
@@ -283,7 +273,7 @@ def do(part: str, given: argparse.Namespace, left_s: float) -> None:
         words = f"not ended within its limit of {limit_s:.0f} s" if code is None else f"exit code {code}"
         row = {"failed": words, "gpu_share": gpu_share, "seconds": seconds, "log": tail(log, 4000)}
         evidence = evidence or _so_far(part, given)
-        _keep(given, part, row | {"so_far": evidence})
+        keep(given, part, row | {"so_far": evidence})
         if part in {"alone", "pair", "kill"} and gpu_share in SIMPLER and not evidence.get("results"):
             (given.directory / "chosen.json").write_text(json.dumps([SIMPLER[gpu_share], environment]))
 
@@ -339,7 +329,7 @@ def main() -> None:
     if given.only:
         try:
             row = PARTS[given.only](given)
-            _keep(given, given.only, row)
+            keep(given, given.only, row)
             sys.exit(1 if row.get("exit_code") else 0)
         except Exception:
             say(traceback.format_exc())

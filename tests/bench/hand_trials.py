@@ -8,16 +8,13 @@ seconds. A model named `tiny` trains on a core, eagerly, to rehearse.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from tests.bench.results_file import ROOT
+from tests.bench.line_workers import LineWorkers, answer
 
 TINY = {"width": 32, "layers": 2, "heads": 2, "context": 32}
 TINY_MICRO_BATCH = 16
@@ -39,49 +36,16 @@ class Hands:
     """
 
     def __init__(self, count: int, sizes: Sequence[str], environment: Mapping[str, str]) -> None:
-        command = [sys.executable, "-m", "tests.bench.hand_trials", "--sizes", *sizes]
-        self._processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for _ in range(count)
-        ]
-        for process in self._processes:
-            if _answer(process) != "ready":
-                raise RuntimeError(f"a process of {count} did not get ready")
+        self._workers = LineWorkers(count, ["tests.bench.hand_trials", "--sizes", *sizes], environment)
 
     def together(self, count: int, size: str, seconds: float) -> list[dict[str, float]]:
         """What each of the first `count` made while all of them trained: steps, and the seconds of those."""
-        chosen = self._processes[:count]
-        for process in chosen:
-            assert process.stdin is not None
-            process.stdin.write(f"{size} {seconds}\n")
-            process.stdin.flush()
-        return [json.loads(_answer(process)) for process in chosen]
+        answers = self._workers.ask(dict.fromkeys(range(count), f"{size} {seconds}"))
+        return [json.loads(answers[number]) for number in range(count)]
 
     def close(self) -> None:
         """Let them end."""
-        for process in self._processes:
-            with contextlib.suppress(OSError):
-                assert process.stdin is not None
-                process.stdin.close()
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
-
-
-def _answer(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    if not line:
-        raise RuntimeError(f"a hand-written loop ended with exit code {process.wait(10)}")
-    return line
+        self._workers.close()
 
 
 def tokens_per_step(size: str) -> int:
@@ -132,18 +96,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", required=True)
     loops = _loops(parser.parse_args().sizes)
-    _say("ready")
+    answer("ready")
     for line in sys.stdin:
         size, seconds = line.split()
         loops[size].run_for(LEAD_IN_S)
         steps, took_s = loops[size].run_for(float(seconds))
         loops[size].run_for(LEAD_IN_S / 2)  # so that nobody is alone while another still counts
-        _say(json.dumps({"steps": steps, "seconds": took_s}))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+        answer(json.dumps({"steps": steps, "seconds": took_s}))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """A part of a benchmark as a process with a time limit, and what of its run is kept where the limit ends it.
 
-Used by `bench_two_gpus`. Knows the files of a run directory, and nothing of what a part measures.
+Used by the benchmarks that have parts. Knows the files of a run directory, and nothing of what a part measures.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
-from tests.bench.results_file import ROOT
+from tests.bench.results_file import ROOT, commit, machine
 
 Row = dict[str, Any]
 _SETTINGS = ("grad_accum", "micro_batch", "num_workers", "share", "tier")
@@ -52,6 +54,21 @@ def run_for(
             return None
 
 
+def start_run(file: Path, out: IO[str]) -> subprocess.Popen[bytes]:
+    """Start `orchestrator run` of a run file, its output in `out`."""
+    command = [sys.executable, "-m", "orchestrator", "run", str(file), "--plain"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+
+
+def keep(given: argparse.Namespace, part: str, row: Row) -> None:
+    """Append a result to the file that the command line names, synced."""
+    whole = {"part": part, **row, "commit": commit(), "machine": machine(), "command": sys.orig_argv}
+    with given.out.open("a") as out:
+        out.write(json.dumps(whole, default=float) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
 def so_far(directory: Path) -> Row:
     """What the journal, the status, the steps and the logs of a run show at this time, as far as they are there."""
     if not directory.exists():
@@ -81,7 +98,9 @@ def tail(path: Path, num_chars: int = _TAIL) -> str:
 
 def _end(process: psutil.Popen) -> None:
     """End a part and all that it has started: asked first, so that MPS and Ray are put away."""
-    family = [process, *process.children(recursive=True)]
+    family = [process]
+    with contextlib.suppress(psutil.Error):
+        family += process.children(recursive=True)
     for signal_all in ("terminate", "kill"):
         for each in family:
             with contextlib.suppress(psutil.Error):

@@ -9,27 +9,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tests.bench.part_process import Row, keep, run_for, worker_logs
+from tests.bench.results_file import say
 
-from tests.bench.results_file import ROOT, commit, machine, say
-
-Row = dict[str, Any]
 Part = Callable[[argparse.Namespace], Row]
 
 REHEARSAL_FACTOR = 4.0
 """How much longer a part may take on cores."""
-_NUM_LOGS = 6
-_LOG_BYTES = 1500
 
 
 def main_of(
@@ -64,15 +59,6 @@ def main_of(
         _do_apart(module, part, given, limit_s, dict(environment or {}))
 
 
-def keep(given: argparse.Namespace, part: str, row: Row) -> None:
-    """Append a result, synced."""
-    whole = {"part": part, **row, "commit": commit(), "machine": machine(), "command": sys.orig_argv}
-    with given.out.open("a") as out:
-        out.write(json.dumps(whole, default=float) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-
-
 def leave(given: argparse.Namespace, name: str, value: object) -> None:
     """Leave something for the parts to come."""
     (given.directory / f"{name}.json").write_text(json.dumps(value, default=float))
@@ -85,39 +71,6 @@ def left(given: argparse.Namespace, name: str) -> Any:
     return None
 
 
-def run_for(command: Sequence[str], limit_s: float, log: Path, environment: Mapping[str, str]) -> int | None:
-    """Run a command with its output in a file; its exit code, None where it was ended at its limit."""
-    with log.open("w") as out:
-        process = psutil.Popen(
-            list(command), cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT
-        )
-        try:
-            return int(process.wait(limit_s))
-        except psutil.TimeoutExpired:
-            out.write("\n".join(f"{name}: {text}" for name, text in worker_logs().items()))
-            end(process)
-            return None
-
-
-def end(process: psutil.Popen) -> None:
-    """End a process and all that it has started: asked first, so that MPS and Ray are put away."""
-    family = [process]
-    with contextlib.suppress(psutil.Error):
-        family += process.children(recursive=True)
-    for signal_all in ("terminate", "kill"):
-        for each in family:
-            with contextlib.suppress(psutil.Error):
-                getattr(each, signal_all)()
-        psutil.wait_procs(family, timeout=8)
-
-
-def worker_logs() -> dict[str, str]:
-    """The last words of Ray's processes on this machine, before their directory goes."""
-    found = sorted(Path("/tmp").glob("orch-*/session_2*/logs/worker*.err"), key=lambda path: path.stat().st_mtime)
-    told = [path for path in found if path.stat().st_size][-_NUM_LOGS:]
-    return {path.name: path.read_text(errors="replace")[-_LOG_BYTES:] for path in told}
-
-
 def _do_here(given: argparse.Namespace, part: Part) -> None:
     try:
         row = part(given)
@@ -127,12 +80,17 @@ def _do_here(given: argparse.Namespace, part: Part) -> None:
         raise
 
 
+def _add_worker_logs(log: Path) -> None:
+    with log.open("a") as out:
+        out.write("\n".join(f"{name}: {text}" for name, text in worker_logs().items()))
+
+
 def _do_apart(module: str, part: str, given: argparse.Namespace, limit_s: float, environment: dict[str, str]) -> None:
     """One part in a process of its own; what came of it, or how it was ended, is in the results."""
     log, began_s = given.directory / f"{part}.log", time.monotonic()
     command = [sys.executable, "-m", module, "--only", part, "--out", str(given.out)]
     command += ["--directory", str(given.directory), *(["--rehearse"] * given.rehearse)]
-    code = run_for(command, limit_s, log, {"PYTHONUNBUFFERED": "1", **environment})
+    code = run_for(command, limit_s, log, {"PYTHONUNBUFFERED": "1", **environment}, partial(_add_worker_logs, log))
     seconds = time.monotonic() - began_s
     say(f"{part}: exit code {code} after {seconds:.0f} s")
     if code != 0:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bench.part_runner import Row
+from tests.bench.part_process import Row
 from tests.bench.results_file import say
 from tests.bench.share_runs import model_of
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.hand_trials import TINY, TINY_MICRO_BATCH
-from tests.bench.results_file import ROOT
+from tests.bench.line_workers import LineWorkers, answer
 
 Row = dict[str, Any]
 
@@ -34,49 +32,16 @@ class Controls:
     """
 
     def __init__(self, count: int, size: str, environment: Mapping[str, str]) -> None:
-        command = [sys.executable, "-m", "tests.bench.share_control", "--size", size]
-        self._processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for _ in range(count)
-        ]
-        for process in self._processes:
-            self._answer(process)
+        self._workers = LineWorkers(count, ["tests.bench.share_control", "--size", size], environment)
 
     def do(self, work: Mapping[int, Row]) -> dict[int, Row]:
         """Give processes work at the same time; the answer of each."""
-        for number, order in work.items():
-            pipe = self._processes[number].stdin
-            assert pipe is not None
-            pipe.write(json.dumps(order) + "\n")
-            pipe.flush()
-        return {number: self._answer(self._processes[number]) for number in work}
+        answers = self._workers.ask({number: json.dumps(order) for number, order in work.items()})
+        return {number: json.loads(line) for number, line in answers.items()}
 
     def close(self) -> None:
         """Let them end."""
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-    @staticmethod
-    def _answer(process: subprocess.Popen[str]) -> Row:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a control process ended with exit code {process.wait(10)}")
-        answer: Row = json.loads(line)
-        return answer
+        self._workers.close()
 
 
 def train(units: Sequence[int], num_steps: int, size: str, share: Any) -> Row:
@@ -136,18 +101,13 @@ def main() -> None:
     gpu_job.SIZES["tiny"] = TINY, TINY_MICRO_BATCH
     share: Any = CpuCores() if size == "tiny" else SmGroups()
     num_units = len(share.node_cores) if size == "tiny" else share.num_units
-    _say({"units": num_units})
+    answer(json.dumps({"units": num_units}))
     for line in sys.stdin:
         order = json.loads(line)
         if "take" in order:
-            _say(allocate(order["cap"], order["take"]))
+            answer(json.dumps(allocate(order["cap"], order["take"])))
         else:
-            _say(train(order["units"], order["steps"], size, share))
-
-
-def _say(answer: Row) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
+            answer(json.dumps(train(order["units"], order["steps"], size, share)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from typing import Any
 
 from tests.bench import run_timeline, share_runs
 from tests.bench.live_plane import Plane, opened
-from tests.bench.part_runner import Row, keep, left
+from tests.bench.part_process import Row, keep
+from tests.bench.part_runner import left
 from tests.bench.results_file import ROOT, say
 from tests.bench.share_control import Controls
 from tests.bench.sharing_policy import CYCLE, ProtectFirst, TakeTurns

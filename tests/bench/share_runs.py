@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from tests.bench.hand_trials import TINY, TINY_MICRO_BATCH
-from tests.bench.results_file import ROOT
+from tests.bench.part_process import start_run
 
 Row = dict[str, Any]
 NEVER = 10**11
@@ -74,12 +73,7 @@ def run(file: Row, *, train_s: float | None, limit_s: float) -> Row:
     began_s = time.monotonic()
     first_s: float | None = None
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", "run", str(path), "--plain"],
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
+        process = start_run(path, out)
         while process.poll() is None and time.monotonic() - began_s < limit_s:
             if first_s is None and _has_stepped(directory):
                 first_s = time.monotonic()

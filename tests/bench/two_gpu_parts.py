@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from tests.bench.gpu_job import SIZES
+from tests.bench.part_process import start_run
 from tests.bench.results_file import ROOT
 
 Row = dict[str, Any]
@@ -169,12 +170,7 @@ def run(
     log = storage / f"{part}.out"
     began_s, watched = time.monotonic(), None
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", "run", str(file), "--plain"],
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
+        process = start_run(file, out)
         while process.poll() is None:
             if watch is not None and watched is None:
                 watched = watch(storage / part)
