@@ -1,9 +1,10 @@
 """Attention on a CPU in the tiers that compute in bf16: in fp32 where windows are short, since that is faster there.
 
 The backward pass of torch's `scaled_dot_product_attention` in bf16 hardly gains from a processor's bf16 instructions
-and pays for packing its operands: of up to 128 positions it takes 2 to 3 times what it takes in fp32, from 512 on it is
-no slower. Of a small language model's step that was a fifth. So operands are raised, and the result comes back in the
-dtype that autocast gives it elsewhere. Opened by `tiers.lowered` around each forward pass; knows no models.
+and pays for packing its operands: over short windows it takes longer than in fp32, over long ones it does not. So
+operands are raised, and the result comes back in the dtype that autocast gives it elsewhere. What a step gains by it
+beside plain autocast is in `tests/bench/bench_precision_speed.py`. Opened by `tiers.lowered` around each forward pass;
+knows no models.
 """
 
 from __future__ import annotations
