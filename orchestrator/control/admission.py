@@ -16,6 +16,7 @@ from orchestrator.control.lifecycle import Trial
 from orchestrator.control.state import RunState
 from orchestrator.names import write_atomically
 from policies.snapshot import DeviceKind, DeviceView
+from policies.tier import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,19 @@ class Admission:
         rates = [None if view.is_stale else view.throughput_per_s for view in views]
         # A sum says something of so many trials a GPU only where all GPUs have as many.
         per_gpu, rest = divmod(self._num_ranks(running), len(gpus))
-        said = self._knee.observe(now_s, _key(gpus[0], shapes.pop()), rates, None if rest else per_gpu)
+        dials = {self._dials(trial) for trial in running}
+        alike = dials.pop() if len(dials) == 1 else None
+        said = self._knee.observe(now_s, _key(gpus[0], shapes.pop()), rates, None if rest else per_gpu, alike)
         if said is None:
             return is_news
         logger.info("knee: %s", said)
         self._remember()
         return True
+
+    def _dials(self, trial: Trial) -> tuple[int, int, Tier] | None:
+        """What a speed depends on beside the neighbours; the share follows from their number."""
+        settings = self._state.ledger.running_settings(trial.trial_id)
+        return None if settings is None else (settings.micro_batch, settings.grad_accum, settings.tier)
 
     def _gpus(self) -> list[DeviceView]:
         return [device for device in self._state.devices.values() if device.kind is DeviceKind.CUDA]

@@ -1,13 +1,16 @@
 """How many trials of a kind share a GPU: found by trying, remembered per shape.
 
 More trials at a time raise the sum of what they learn until the card is full; beyond that knee they only slow each
-other. So one more is admitted while the measured sum rises, and where it no longer does the best number stays. Pure
-bookkeeping over measured rates; no Ray, no files. Called by the controller when it assigns trials.
+other. So their number is doubled while the measured sum rises, and where it no longer does the numbers in between are
+halved. Too many cost memory and little else where kernels of all run side by side, too few leave the card idle: the
+search begins with several, and learns of fewer from the times in which fewer happen to run. Pure bookkeeping over
+measured rates; no Ray, no files. Called by the controller when it assigns trials.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 SETTLE_S = 3.0
@@ -17,18 +20,29 @@ NUM_READINGS = 3
 """Readings, a second apart, behind the sum of one number of trials."""
 
 MIN_GAIN = 0.03
-"""Part by which one more trial must raise the sum to be worth its memory."""
+"""Part by which more trials must raise the sum to be worth their memory."""
 
-FIRST_LIMIT = 2
+FIRST_LIMIT = 4
+"""By hand two to eight small models fill a card, and four came within a few percent of the best of them."""
 
 
 @dataclass(slots=True)
 class _Search:
-    """What is known of one shape: the best sum for each number of trials, and how many may run now."""
+    """What is known of one shape: the newest sum for each number of trials, and how many may run now.
+
+    `dials` are those behind `sums` where all trials had the same ones: sums under other dials say nothing of a number.
+    """
 
     limit: int = FIRST_LIMIT
     sums: dict[int, float] = field(default_factory=dict)
+    dials: Hashable = None
     is_found: bool = False
+
+    @property
+    def worthy(self) -> int:
+        """The smallest number whose sum is as good as the best."""
+        best = max(self.sums.values())
+        return min(number for number, value in self.sums.items() if value * (1 + MIN_GAIN) >= best)
 
 
 class Knee:
@@ -55,7 +69,9 @@ class Knee:
         """Numbers that were found, by shape."""
         return {shape: search.limit for shape, search in sorted(self._searches.items()) if search.is_found}
 
-    def observe(self, now_s: float, shape: str, rates: list[float | None], count: int | None) -> str | None:
+    def observe(
+        self, now_s: float, shape: str, rates: list[float | None], count: int | None, dials: Hashable = None
+    ) -> str | None:
         """Take a reading of all trials that run, all of one shape; says what follows from it, None if nothing does.
 
         Args:
@@ -63,6 +79,7 @@ class Knee:
             shape: of all of them.
             rates: useful samples per second of each; None for one that has none yet.
             count: how many of them run on each device; None where that is not the same number everywhere.
+            dials: batch and tier of all of them; None where they differ.
         """
         search = self._searches.setdefault(shape, _Search())
         if len(rates) != self._running:
@@ -76,22 +93,42 @@ class Knee:
         total, self._readings = statistics.median(self._readings), []
         if count is None:
             return None
+        if search.is_found:
+            return self._step_back(search, count, total, dials)
+        search.dials = dials if not search.sums or dials == search.dials else None
         search.sums[count] = total
-        if search.is_found or count < search.limit:
-            return None
-        return self._step(search, count)
+        return self._step(search, count) if count >= search.limit else None
 
     @staticmethod
-    def _step(search: _Search, count: int) -> str:
-        """One more trial while the sum rises; else back to the best number."""
-        best = max(search.sums.values())
-        worthy = min(number for number, value in search.sums.items() if value * (1 + MIN_GAIN) >= best)
-        if worthy == count:
-            search.limit = count + 1
-            return f"{count} trials make {search.sums[count]:.0f} samples/s together; trying {count + 1}"
-        search.limit, search.is_found = worthy, True
-        sums = ", ".join(f"{number}: {value:.0f}" for number, value in sorted(search.sums.items()))
-        return f"the knee is {worthy} trials at a time (samples/s together by number: {sums})"
+    def _step(search: _Search, count: int) -> str | None:
+        """Twice as many while the sum rises; else between the best number and the next that was no better."""
+        worthy, before = search.worthy, search.limit
+        beyond = min((number for number in search.sums if number > worthy), default=3 * worthy)
+        search.limit = (worthy + beyond) // 2
+        if search.limit == worthy:
+            search.is_found = True
+            return _words(search)
+        if search.limit == before:
+            return None  # more than that run until some end
+        return f"{count} trials make {search.sums[count]:.0f} samples/s together; trying {search.limit}"
+
+    @staticmethod
+    def _step_back(search: _Search, count: int, total: float, dials: Hashable) -> str | None:
+        """Fewer than what was found, where they happen to run and are as good under the same dials."""
+        if dials is None:
+            return None
+        if dials != search.dials:
+            search.dials, search.sums = dials, {}
+        search.sums[count] = total
+        if search.limit not in search.sums or count >= search.limit or search.worthy >= search.limit:
+            return None
+        search.limit = search.worthy
+        return _words(search)
+
+
+def _words(search: _Search) -> str:
+    sums = ", ".join(f"{number}: {value:.0f}" for number, value in sorted(search.sums.items()))
+    return f"the knee is {search.limit} trials at a time (samples/s together by number: {sums})"
 
 
 def affordable(free_bytes: int, peak_bytes: int | None, running: int) -> int:

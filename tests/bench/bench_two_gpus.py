@@ -30,7 +30,7 @@ from tests.bench.results_file import say
 LIMITS_S = {
     "warm": 120.0,
     "alone": 170.0,
-    "pair": 170.0,
+    "pair": 260.0,
     "kill": 220.0,
     "grow": 210.0,
     "turned": 150.0,

@@ -49,10 +49,10 @@ def know_peak(world: World, peak_bytes: int) -> None:
 
 
 def test_one_trial_at_a_time_until_its_memory_is_known(tmp_path: Path) -> None:
-    world = with_trials(tmp_path, 3)
+    world = with_trials(tmp_path, 5)
     assert running(world) == ["t0"]
     know_peak(world, 4 << 30)
-    assert running(world) == ["t0", "t1"], "two, where the search for the knee begins"
+    assert running(world) == ["t0", "t1", "t2", "t3"], "four, where the search for the knee begins"
 
 
 def test_a_large_trial_is_not_joined_by_another(tmp_path: Path) -> None:
@@ -67,21 +67,21 @@ OTHER = replace(GPU, device_id=DeviceId("cuda:y"))
 def test_trials_spread_over_the_gpus_though_slots_opened_on_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     world = World(tmp_path / "run")
-    for number in range(4):
-        attach(world, f"slot-{number}", GPU if number < 2 else OTHER)
-    for number in range(4):
+    for number in range(10):
+        attach(world, f"slot-{number}", GPU if number < 5 else OTHER)
+    for number in range(10):
         world.controller.submit(TrialId(f"t{number}"), {"width": 8})
     know_peak(world, 4 << 30)
     lifecycle = world.controller.state.lifecycle
-    assert [lifecycle.trials[TrialId(f"t{number}")].slot_id for number in range(3)] == ["slot-0", "slot-2", "slot-1"]
-    assert len(running(world)) == 4, "two on each GPU"
+    assert [lifecycle.trials[TrialId(f"t{number}")].slot_id for number in range(3)] == ["slot-0", "slot-5", "slot-1"]
+    assert len(running(world)) == 8, "four on each GPU"
 
 
 def test_a_trial_of_two_ranks_takes_a_part_of_two_gpus(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     world = World(tmp_path / "run")
     placement = (GPU.device_id, OTHER.device_id)
-    for number in range(3):
+    for number in range(5):
         hello = SlotHello(
             slot_id=f"slot-{number}",
             placement=placement if number % 2 == 0 else placement[::-1],
@@ -94,7 +94,7 @@ def test_a_trial_of_two_ranks_takes_a_part_of_two_gpus(tmp_path: Path) -> None:
     world.controller.state.lifecycle.trials[TrialId("t1")].num_workers = 2
     assert running(world) == ["t0"]
     know_peak(world, 4 << 30)
-    assert running(world) == ["t0", "t1"], "two ranks on each GPU, where the search for the knee begins"
+    assert running(world) == ["t0", "t1", "t2", "t3"], "four ranks on each GPU, where the search for the knee begins"
 
 
 def test_cores_are_given_as_ever(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_trial_under_which_a_gpu_failed_runs_alone(tmp_path: Path) -> None:
     world = with_trials(tmp_path, 3)
     know_peak(world, 1 << 30)
     state = world.controller.state
-    assert running(world) == ["t0", "t1"]
+    assert running(world) == ["t0", "t1", "t2"]
     slots = {trial.trial_id: trial.slot_id for trial in state.lifecycle.running()}
     for slot_id in slots.values():
         assert slot_id is not None
@@ -118,9 +118,8 @@ def test_a_trial_under_which_a_gpu_failed_runs_alone(tmp_path: Path) -> None:
         attach(world, slot_id)
     assert len(running(world)) == 1, "nobody beside a suspect"
     suspects = [trial for trial in state.lifecycle.trials.values() if trial.is_suspect]
-    assert [trial.trial_id for trial in suspects] == ["t0", "t1"]
+    assert [trial.trial_id for trial in suspects] == ["t0", "t1", "t2"]
     assert "the GPU failed under it" in " ".join(suspects[0].story)
-    assert state.lifecycle.trials[TrialId("t2")].state in {TrialState.QUEUED, TrialState.RUNNING}
 
 
 def test_an_old_epoch_suspects_nobody(tmp_path: Path) -> None:
