@@ -3,7 +3,8 @@
 Same space, seeds, data, samples per trial and scheduler. Stock is written as a competent user would: bf16 autocast,
 fused AdamW, pinned batches; its trials take a whole GPU or a quarter, as many at a time as that makes on --cards.
 Seconds of stock are those of `fit()`; ours are those of the whole command, start of Ray and slots included, and beside
-them those from the first trial's arrival to the last end. Appends one line of JSON per arm to --out.
+them (search_s) those from when Ray is there, before the first slot opens, to the last trial's end, as `fit()` counts;
+where they went is in `timeline`. Appends one line of JSON per arm to --out.
 """
 
 from __future__ import annotations
@@ -20,15 +21,29 @@ import yaml
 
 from tests.bench.gpu_job import MAX_GRAD_NORM, SIZES
 from tests.bench.results_file import ROOT, commit, machine, say
+from tests.bench.run_timeline import whole
 
 NUM_REPORTS, SEED, MICRO_BATCH = 4, 1, 16
 LEARNING_RATES = (1e-4, 3e-3)
-ARMS = ("ours_fixed", "ours_all", "ours_eager", "stock_1", "stock_1/4")
+ARMS = {
+    "ours_all": "batch and tier turn",
+    "ours_batch": "the batch turns, in bf16",
+    "ours_tier": "the tier turns, at one batch",
+    "ours_fixed": "one batch, in bf16",
+    "ours_eager": "as ours_fixed, kernel by kernel",
+    "ours_alone": "as ours_all, one trial at a time",
+    "stock_1": "a trial a card",
+    "stock_1/4": "four trials a card",
+}
 
 
 def run_file(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     """Ours: the run file of an arm."""
-    all_dials, dearest = arm == "ours_all", "fp32" if given.rehearse else "tf32"
+    turns_batch, turns_tier = (
+        arm in {"ours_all", "ours_batch", "ours_alone"},
+        arm in {"ours_all", "ours_tier", "ours_alone"},
+    )
+    dearest = "fp32" if given.rehearse else "tf32"
     return {
         "name": arm,
         "storage": str(given.directory),
@@ -37,7 +52,7 @@ def run_file(arm: str, given: argparse.Namespace) -> dict[str, Any]:
         "search": {
             "space": {"lr": {"loguniform": list(LEARNING_RATES)}},
             "num_trials": given.trials,
-            "max_concurrent": given.concurrent * given.cards,
+            "max_concurrent": given.cards * (1 if arm == "ours_alone" else given.concurrent),
             "scheduler": {"name": "asha", "grace_reports": 1, "reduction_factor": 2},
         },
         "trial": {
@@ -47,10 +62,10 @@ def run_file(arm: str, given: argparse.Namespace) -> dict[str, Any]:
         },
         "dials": {
             "share": {"enabled": False},
-            "batch": {"enabled": all_dials, "min_global": 16, "max_global": 256, "max_micro": 256},
-            "precision": {"enabled": all_dials, "tiers": [dearest, "bf16"] if all_dials else ["bf16"]},
+            "batch": {"enabled": turns_batch, "min_global": 16, "max_global": 256, "max_micro": 256},
+            "precision": {"enabled": turns_tier, "tiers": [dearest, "bf16"] if turns_tier else ["bf16"]},
         },
-        "policy": {"name": "goodput" if all_dials else "static"},
+        "policy": {"name": "goodput" if turns_batch or turns_tier else "static"},
         "devices": {"use": "cpu" if given.rehearse else "gpu", "step_mode": "eager" if arm == "ours_eager" else "auto"},
     }
 
@@ -69,19 +84,22 @@ def run_ours(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     entries = list(read(given.directory / arm / "journal.jsonl"))
     results = [entry for entry in entries if entry["kind"] == "result"]
     ends = [entry["t_s"] for entry in entries if entry["kind"] == "trial_ended"]
-    queued = [entry["t_s"] for entry in entries if entry["kind"] == "trial_queued"]
+    begun = [entry["t_s"] for entry in entries if entry["kind"] == "run"]
     run = orchestrator.load_run(given.directory / arm)
     steps = run.to_pandas("steps")
     return {
         "seconds": seconds,
-        "search_s": max(ends, default=0.0) - min(queued, default=0.0),
+        "search_s": max(ends, default=0.0) - min(begun, default=0.0),
         "exit_code": done.returncode,
         "tail": done.stdout[-600:] + done.stderr[-600:],
         "num_reports": len(results),
         "best": min((entry["metrics"]["val_loss"] for entry in results), default=None),
+        "learning_rates": [entry["params"]["lr"] for entry in entries if entry["kind"] == "trial_queued"],
+        "num_samples": sum(entry["num_samples"] for entry in entries if entry["kind"] == "trial_ended"),
         "graph_ratio": float((steps["flags"] // 4 % 2).mean()) if "flags" in steps else None,
         "median_step_ms": 1e3 * float(steps["step_s"].median()),
         "max_memory_bytes": int(steps["memory_bytes"].max()),
+        "timeline": whole(given.directory / arm),
     }
 
 
@@ -159,6 +177,7 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     """One search with Ray Tune and Ray Train, which Tune ends at --timeout."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     from orchestrator.cluster import ray_cluster
     from orchestrator.config.model import ClusterSection
@@ -170,12 +189,13 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     fixed = {"params": size_of(given), "steps": given.steps, "storage": str(given.directory)}
     fixed["gpus"] = 0.0 if given.rehearse else part
     with ray_cluster(ClusterSection(), "stock"):
+        generator = BasicVariantGenerator(random_state=SEED, max_concurrent=max_concurrent)  # as ours has
         tuner = tune.Tuner(
             tune.with_resources(stock_trial, {"node:__internal_head__": 0.001}),
             param_space={**fixed, "lr": tune.loguniform(*LEARNING_RATES)},
             tune_config=tune.TuneConfig(
                 num_samples=given.trials,
-                max_concurrent_trials=max_concurrent,
+                search_alg=generator,
                 time_budget_s=given.timeout,
                 scheduler=ASHAScheduler(
                     metric="val_loss", mode="min", max_t=NUM_REPORTS, grace_period=1, reduction_factor=2
@@ -190,6 +210,7 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
         results = tuner.fit()
         seconds = time.monotonic() - began_s
     metrics = [result.metrics for result in results if result.metrics]
+    configs = [result.config for result in results if result.config]
     return {
         "seconds": seconds,
         "is_cut": seconds >= given.timeout,
@@ -197,6 +218,7 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
         "ended_s": [round(each["ended_s"], 2) for each in ends.ended],
         "num_errors": len(results.errors),
         "num_reports": sum(int(each.get("report", -1)) + 1 for each in metrics),
+        "learning_rates": [config["lr"] for config in configs],
         "num_steps": ends.num_steps,
         "in_steps_s": ends.in_steps_s,
         "in_steps_ratio": ends.in_steps_s / (seconds * max_concurrent),
@@ -207,7 +229,7 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run one arm."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--arm", choices=ARMS, required=True)
+    parser.add_argument("--arm", choices=list(ARMS), required=True)
     parser.add_argument("--size", choices=list(SIZES), default="7M")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--concurrent", type=int, default=4, help="trials of ours at a time on each card, at most")
