@@ -18,11 +18,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.tensor import DTensor
 
 from orchestrator.errors import CheckpointError
 from orchestrator.train import flat_state, manifest
@@ -48,6 +51,9 @@ _UNFINISHED_NAME = re.compile(_COMMIT_NAME.pattern + r"\.(tmp|old)-[0-9a-f]+")
 # DCP names its files `__<rank>_<number>.distcp`; generator state follows as `rng_rank<rank>.pt`.
 _TENSOR_FILES = "__{rank}_*.distcp"
 _RNG_FILE = "rng_rank{rank}.pt"
+_BYTES_PER_FILE, _MAX_FILES = 32 * 2**20, 4
+"""A rank's tensors go into so many files at most, each of so many bytes at least: they are written and hashed side by
+side, which for one large file takes most of the time of a commit."""
 _METADATA_FILE = ".metadata"
 
 _log = logging.getLogger(__name__)
@@ -275,7 +281,8 @@ def _write_parts(draft: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> tupl
     """Write this rank's part of every file, durable, and gather what all ranks wrote."""
     problem, entries = None, []
     try:
-        writer = FileSystemWriter(draft, sync_files=False)
+        num_files = _num_files(tensors)  # a thread each; that all are finite was read back, so no kernel is under way
+        writer = FileSystemWriter(draft, sync_files=False, thread_count=num_files)
         with _quiet_about_one_process():
             save_tensors(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.world_size == 1)
         rng = draft / _RNG_FILE.format(rank=ranks.rank)
@@ -285,12 +292,22 @@ def _write_parts(draft: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> tupl
         own = [*draft.glob(_TENSOR_FILES.format(rank=ranks.rank)), rng]
         if ranks.rank == 0:
             own.append(draft / _METADATA_FILE)
-        manifest.sync_files(own)
-        entries = [manifest.describe(file) for file in own]
+        # Waiting for the disk and hashing what lies in memory by now go on side by side.
+        with ThreadPoolExecutor(num_files + 1) as pool:
+            synced = pool.submit(manifest.sync_files, own)
+            entries = list(pool.map(manifest.describe, own))
+            synced.result()
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
     gathered = ranks.agree(f"cannot write {draft}", problem, entries)
     return tuple(sorted((entry for part in gathered for entry in part), key=lambda entry: entry.name))
+
+
+def _num_files(tensors: Mapping[str, Tensor]) -> int:
+    """How many files this rank's tensors are worth, on the cores it may use."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values())
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in local)
+    return max(1, min(_MAX_FILES, len(os.sched_getaffinity(0)), num_bytes // _BYTES_PER_FILE))
 
 
 def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:

@@ -200,6 +200,21 @@ def test_every_single_bit_flip_is_found(tmp_path: Path) -> None:
     assert checkpoint.verify(path) == []
 
 
+def test_many_tensors_go_into_several_files_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_BYTES_PER_FILE", 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    path = commit(tmp_path, model, optimizer, 2)
+    files = sorted(path.glob("*.distcp"))
+    assert [file.name for file in files] == ["__0_0.distcp", "__0_1.distcp", "__0_2.distcp"], "a file for each core"
+    other, other_optimizer = build(seed=1)
+    load(path, other, other_optimizer)
+    assert all(torch.equal(value, state_of(other)[name]) for name, value in state_of(model).items())
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    assert checkpoint.verify(path) != []
+
+
 def test_a_damaged_commit_is_refused_before_anything_is_unpickled(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
