@@ -1,4 +1,5 @@
-"""Choosing batch and tier of one trial: its neighbours by predicted goodput, and which trial tries a new tier.
+"""Choosing batch and tier of one trial: its neighbours by predicted goodput, which trial tries a new tier, and in which
+tier a new one begins.
 
 One change at a time: never batch and tier of a trial in one decision, so that what it brought can be told.
 Shares are chosen elsewhere (`policies.division`); in the speed model they scale all candidates of a trial alike.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from policies.batch import neighbours
 from policies.fit import noise_bounds
 from policies.invariants import MAX_ALTERNATIVES
+from policies.ladder import step_ratio
 from policies.plan import Alternative, Settings, TrialId
 from policies.tier import Tier, is_cheaper, tier_facts
 from policies.world import Standing
@@ -22,6 +24,12 @@ from policies.world import Standing
 NOISE_GROWTH = 2.0
 """By how much the noise scale may grow before a smaller batch has paid: it rises as the loss falls, several times over
 a training (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training")."""
+
+REST_PART = 0.1
+"""Part of a trial's time after which its dials may move again, where that is less than the cooldown: a trial of 20 s
+that rested for 10 would have nothing left to gain."""
+FINE_BYTES = 2
+"""Bytes of an operand from which on a tier is fine enough to begin in: coarser ones show their harm late."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +67,77 @@ def explorers(standings: Iterable[Standing], cooldown_s: float) -> dict[TrialId,
     return {trial_id: tier for key, (trial_id, tier) in chosen.items() if key not in waiting}
 
 
+def beginnings(standings: Iterable[Standing], min_gain: float) -> dict[TrialId, Tier]:
+    """Which new trials begin in a cheaper tier than they were given, since others of their shape have proved it.
+
+    Proved is a tier in which one of them runs, which most of those that probed it find safe, which none has fled from,
+    and which gains `min_gain` by their calibration. The guard of the new trial watches it there from the first step on.
+    """
+    known: dict[str, list[Standing]] = {}
+    for standing in standings:
+        if standing.in_force is not None and standing.in_force.share > 0 and not standing.trial.is_stale:
+            known.setdefault(standing.trial.shape, []).append(standing)
+    chosen = {}
+    for standing in standings:
+        trial = standing.trial
+        is_fresh = standing.in_force is None and trial.num_samples == 0 and trial.resume is None
+        if not is_fresh or trial.fit.tiers or trial.fit.banned_tiers:
+            continue
+        given, peers = standing.settings, known.get(trial.shape, [])
+        gains = {
+            tier: gain
+            for tier in trial.limits.tiers
+            if is_cheaper(tier, given.tier)
+            and (gain := _proved_gain(peers, tier, given.tier)) >= min_gain
+            and standing.has_room(dataclasses.replace(given, tier=tier))
+        }
+        if gains:
+            chosen[standing.trial_id] = max(gains, key=lambda tier: (gains[tier], tier.value))
+    return chosen
+
+
+def _proved_gain(peers: Iterable[Standing], tier: Tier, given: Tier) -> float:
+    """What `tier` gains over the `given` one by those trials; -1 where it is not proved."""
+    if tier_facts(tier).compute_bytes < FINE_BYTES:
+        return -1.0
+    judges, gains, has_fled = [], [], False
+    for peer in peers:
+        fit = peer.trial.fit
+        has_fled |= tier in fit.banned_tiers
+        found = next((each for each in fit.tiers if each.tier is tier and each.noise_ratio is not None), None)
+        if found is None or not found.is_real:
+            continue
+        judges.append(found.is_safe)
+        ratio = step_ratio(fit.tiers, tier, given)
+        if found.is_safe and peer.settings.tier is tier and ratio is not None:
+            gains.append(1 / ratio - 1)
+    is_proved = bool(gains) and not has_fled and 2 * sum(judges) > len(judges)
+    return min(gains) if is_proved else -1.0
+
+
 def choose(
-    standing: Standing, share: float, *, min_gain: float, cooldown_s: float, explored: Tier | None
+    standing: Standing,
+    share: float,
+    *,
+    min_gain: float,
+    cooldown_s: float,
+    explored: Tier | None = None,
+    begins_in: Tier | None = None,
 ) -> DialChoice:
-    """Batch and tier of a trial at `share`; `explored` is the unmeasured tier it was chosen to try, if any."""
+    """Batch and tier of a trial at `share`.
+
+    Args:
+        standing: the trial.
+        share: what it was granted.
+        min_gain: relative gain below which nothing is changed.
+        cooldown_s: seconds after a change in which its dials rest, or `REST_PART` of the time it takes if that is less.
+        explored: the unmeasured tier it was chosen to try, if any.
+        begins_in: the tier in which it begins if it is new, None for the one it was given.
+    """
     now = dataclasses.replace(standing.settings, share=share)
+    if begins_in is not None and standing.in_force is None:
+        reason = f"begins with batch {now.global_batch} and in {begins_in.value}, which its kind has found safe"
+        return DialChoice(settings=dataclasses.replace(now, tier=begins_in), reason=reason, binding="new")
     kept = _why_kept(standing, now, cooldown_s)
     if kept is not None:
         return DialChoice(settings=now, reason=kept[1], binding=kept[0])
@@ -133,14 +207,23 @@ def _why_kept(standing: Standing, now: Settings, cooldown_s: float) -> tuple[str
     if standing.trial.is_stale:
         return "stale", f"{dials} kept while its telemetry is stale"
     is_moved = standing.in_force.share not in (now.share, 0)
-    if is_moved or standing.age_s < cooldown_s:
+    rest_s = _rest_s(standing, cooldown_s)
+    if is_moved or standing.age_s < rest_s:
         what = "override" if standing.trial.override is not None else "cooldown"
-        why = f"changed {standing.age_s:.1f} s ago, cooldown {cooldown_s:.1f} s"
+        why = f"changed {standing.age_s:.1f} s ago, cooldown {rest_s:.1f} s"
         return ("share", f"{dials} kept while its share changes") if is_moved else (what, f"{dials} kept, {why}")
     prediction = standing.predict(now)
     if prediction is None or not prediction.is_measured:
         return "unmeasured", f"{dials} kept until measured at micro-batch {now.micro_batch}"
     return None
+
+
+def _rest_s(standing: Standing, cooldown_s: float) -> float:
+    """Seconds for which its dials rest after a change."""
+    trial = standing.trial
+    if not trial.throughput_per_s:
+        return cooldown_s
+    return min(cooldown_s, REST_PART * trial.target_samples / trial.throughput_per_s)
 
 
 def _options(standing: Standing, now: Settings, goodput: float, min_gain: float) -> list[_Option]:

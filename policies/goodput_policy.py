@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from policies.dials import choose, explorers
+from policies.dials import beginnings, choose, explorers
 from policies.division import Granted, Rules, divide
 from policies.first_come import first_come
 from policies.movable import Budget, split
@@ -25,7 +25,8 @@ class Goodput:
     Attributes:
         guarantee: part of its fair share that a trial keeps whatever the others gain by it.
         min_gain: predicted relative gain below which nothing is changed.
-        cooldown_s: seconds after a change in which a trial's dials rest; arrivals and departures still move shares.
+        cooldown_s: seconds after a change in which a trial's dials rest, less in a short trial (a tenth of its time for
+            batch and tier); arrivals and departures still move shares.
         quantum: grid of shares, so that noise in the fits cannot make them tremble.
         explores: whether one trial of each shape may try a cheaper tier that nobody has measured.
     """
@@ -63,11 +64,23 @@ class Goodput:
         )
         granted = divide(rest, standings, rules)
         exploring = explorers(standings, self.cooldown_s) if self.explores else {}
-        rows = [self._allocate(s, granted[s.trial_id], exploring.get(s.trial_id)) for s in standings]
+        begun = beginnings(standings, self.min_gain)
+        rows = [
+            self._allocate(s, granted[s.trial_id], exploring.get(s.trial_id), begun.get(s.trial_id)) for s in standings
+        ]
         return make_plan(snapshot, "goodput", [*rows, *first_come(movers, fleet, Budget(snapshot))])
 
-    def _allocate(self, standing: Standing, granted: Granted, explored: Tier | None) -> Allocation:
-        choice = choose(standing, granted.share, min_gain=self.min_gain, cooldown_s=self.cooldown_s, explored=explored)
+    def _allocate(
+        self, standing: Standing, granted: Granted, explored: Tier | None, begins_in: Tier | None
+    ) -> Allocation:
+        choice = choose(
+            standing,
+            granted.share,
+            min_gain=self.min_gain,
+            cooldown_s=self.cooldown_s,
+            explored=explored,
+            begins_in=begins_in,
+        )
         old = standing.in_force
         is_share_news = old is None or old.share != granted.share
         is_dial_news = old is not None and choice.settings != old and not is_share_news

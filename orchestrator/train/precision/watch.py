@@ -4,8 +4,8 @@ Between the stepper, which computes, and the guard, which judges. Every rank has
 step: whether a probe is due follows from numbers that all ranks have in common. Called by the loop at each boundary;
 a move it returns is the loop's to make. Knows no plans and no Ray.
 
-Probes and calibration together take about `budget` of the trial's time (`spending`). On a CPU, where a pass may take a
-good part of a second, tiers are calibrated one after the other between steps, as that allows; on a GPU at the start.
+Probes take about `budget` of the trial's time (`spending`). On a CPU, where a pass may take a good part of a second, so
+does calibration with them: tier after tier between steps, as that allows. On a GPU it is done at the start.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class PrecisionWatch:
         self._spending = Spending(budget=plan.budget)
         self._finder: TrialCosts | None = None
         self._next_piece, self._piece_s = _WARM_STEPS, math.nan
+        self._begun_s = 0.0
         self._is_real = {tier: is_real(tier, device) for tier in plan.ladder} if device.type in {"cpu", "cuda"} else {}
         self._state: memory_state.MemoryState | None = None
         self._num_steps = 0
@@ -129,7 +130,7 @@ class PrecisionWatch:
     @property
     def spent_s(self) -> float:
         """Seconds spent on probes and calibration so far."""
-        return self._spending.spent_s
+        return self._spending.spent_s + self._begun_s
 
     @property
     def is_due(self) -> bool:
@@ -161,7 +162,11 @@ class PrecisionWatch:
         current = self._trained.settings.tier
         base = self.costs.get(current) or next(iter(self.costs.values()), None)
         self._spending.step_s = 1.0 if base is None else base.step_s * self._trained.settings.grad_accum
-        self._spending.spent_s += self._agreed([time.monotonic() - began_s])[0]
+        if current is not self._plan.ladder[0]:
+            self._remember()  # it begins in a cheaper tier, so there is something to go back to from its first step on
+        # Not charged to this trial's probes: the first trials of a shape pay it for all, and a short one would owe it
+        # for so long that its tiers were found safe only at its end.
+        self._begun_s = self._agreed([time.monotonic() - began_s])[0]
         self._has_news = True
 
     def before_step(self) -> Move | None:

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from policies.fair_share import FairShare
-from policies.fit import TrialFit, protect, update
+from policies.fit import TrialFit, note_tiers, protect, update
 from policies.goodput_policy import Goodput
 from policies.invariants import check
+from policies.ladder import TierFit
 from policies.plan import Allocation, Plan, TrialId
 from policies.snapshot import Override, Snapshot, TrialView
 from policies.tier import Tier
@@ -51,6 +52,65 @@ def test_when_nothing_is_measured_shares_are_the_fair_ones() -> None:
 def test_a_newcomer_begins_with_its_start_settings() -> None:
     row = trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64)))
     assert only(world([row])).settings.micro_batch == 8
+
+
+def proved(tier: Tier = Tier.BF16, step_s: float = 0.5, is_safe: bool = True) -> TrialFit:
+    """Measured in both, and by its guard."""
+    known = (
+        TierFit(tier=Tier.FP32, is_real=True, is_safe=True, step_s=1.0),
+        TierFit(tier=tier, is_real=True, is_safe=is_safe, step_s=step_s, noise_ratio=0.001),
+    )
+    return note_tiers(measured(observation(0.1), observation(0.05, tier=tier)), known)
+
+
+def begins_in(*peers: TrialView, **changes: object) -> Tier:
+    """The tier in which a trial of the same shape begins beside these."""
+    new = dataclasses.replace(trial("z", dials=limits(tiers=(*BOTH, Tier.FP8))), **changes)  # type: ignore[arg-type]
+    plan = in_force(peers, {row.trial_id: 0.9 / len(peers) for row in peers})
+    rows = world([*peers, new], plan=plan)
+    found = decide(rows).allocation(new.trial_id)
+    assert found is not None
+    return found.settings.tier
+
+
+def peer(name: str, fit: TrialFit, tier: Tier = Tier.BF16, **changes: object) -> TrialView:
+    row = trial(name, start=settings(tier=tier), fit=fit, dials=limits(tiers=(*BOTH, Tier.FP8)))
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
+
+
+def test_a_newcomer_begins_in_the_tier_that_its_kind_has_proved() -> None:
+    assert begins_in(peer("a", proved())) is Tier.BF16
+    assert begins_in(peer("a", proved()), peer("b", proved(is_safe=False), Tier.FP32), peer("c", proved())) is Tier.BF16
+
+
+def test_a_newcomer_begins_as_given_where_its_kind_has_not_proved_a_cheaper_tier() -> None:
+    assert begins_in(peer("a", proved(), Tier.FP32)) is Tier.FP32, "nobody runs in it"
+    assert begins_in(peer("a", proved(is_safe=False))) is Tier.FP32
+    assert begins_in(peer("a", proved()), peer("b", proved(is_safe=False), Tier.FP32)) is Tier.FP32, (
+        "as many are against"
+    )
+    fled = protect(proved(), settings(tier=Tier.BF16), settings(tier=Tier.FP32))
+    assert begins_in(peer("a", proved()), peer("b", fled, Tier.FP32)) is Tier.FP32, "one has fled from it"
+    assert begins_in(peer("a", proved(step_s=0.97))) is Tier.FP32, "gains 3 %, less than the threshold"
+    assert begins_in(peer("a", proved(), is_stale=True)) is Tier.FP32
+    assert begins_in(peer("a", proved(), shape="other")) is Tier.FP32
+    assert begins_in(peer("a", proved(Tier.FP8), Tier.FP8)) is Tier.FP32, "too coarse to begin in"
+
+
+def test_a_trial_that_goes_on_is_no_newcomer() -> None:
+    assert begins_in(peer("a", proved()), num_samples=8) is Tier.FP32
+    assert begins_in(peer("a", proved()), resume=settings()) is Tier.FP32
+    assert begins_in(peer("a", proved()), limits=limits()) is Tier.FP32, "not allowed"
+    fled = protect(TrialFit(), settings(tier=Tier.BF16), settings(tier=Tier.FP32))
+    assert begins_in(peer("a", proved()), fit=fled) is Tier.FP32
+
+
+def test_the_dials_of_a_short_trial_rest_for_less_than_the_cooldown() -> None:
+    """Changed 5 s ago; 10,000 samples take 20 s at 500 samples/s."""
+    row = trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64)), changed_at_s=95.0)
+    for throughput, batch in ((None, 8), (100.0, 8), (500.0, 16)):
+        now = dataclasses.replace(row, throughput_per_s=throughput)
+        assert only(running(now, share=1.0)).settings.micro_batch == batch
 
 
 def test_the_batch_doubles_where_that_pays() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import SlotHello
 from policies.plan import DeviceId, TrialId
 from policies.snapshot import DeviceKind, DeviceView

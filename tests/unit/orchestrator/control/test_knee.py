@@ -10,9 +10,7 @@ from orchestrator.control.knee import FIRST_LIMIT, Knee, affordable
 def let_run(knee: Knee, sums: dict[int, float], running: int, began_s: float, dials: object = "16 bf16") -> list[str]:
     """Run so many trials for ten seconds, whose sum follows `sums` (the last value beyond its end); what was said."""
     total = sums.get(running, sums[max(sums)])
-    observe = (
-        knee.observe(began_s + second, "s", [total / running] * running, running, dials) for second in range(10)
-    )
+    observe = (knee.observe(began_s + second, "s", [total / running] * running, running, dials) for second in range(10))
     return [words for words in observe if words is not None]
 
 

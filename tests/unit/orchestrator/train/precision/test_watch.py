@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,21 @@ def test_what_falls_out_of_range_is_counted(word: str, values: list[float], satu
 
 def test_a_hard_fault_without_a_state_to_go_back_to_is_said(tmp_path: Path) -> None:
     watch = watch_of(stepper_of(tmp_path))
+    watch.begin()
     assert not watch.go_back()
+
+
+def test_who_begins_in_a_cheaper_tier_can_go_back_from_the_first_step_on(tmp_path: Path) -> None:
+    stepper = stepper_of(tmp_path)
+    stepper.turn(replace(stepper.settings, tier=Tier.BF16))
+    watch = watch_of(stepper)
+    watch.begin()
+    before = [param.detach().clone() for param in stepper.model.parameters()]
+    steps(stepper, watch, 1)
+    assert any(not torch.equal(*pair) for pair in zip(before, stepper.model.parameters(), strict=True))
+    assert watch.go_back()
+    assert all(torch.equal(*pair) for pair in zip(before, stepper.model.parameters(), strict=True))
+    assert (stepper.step_index, stepper.cursor.position) == (0, 0)
 
 
 def test_a_probe_sees_a_bias_that_no_batch_averages_away() -> None:
