@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,11 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
     return _Driver(resolved, run_dir).execute(plain)
 
 
+def _load_torch() -> None:
+    """Ray Train wants it in this process before it opens a slot; it takes seconds, in which Ray starts."""
+    import torch  # noqa: F401
+
+
 def _last_states(plane: ControlPlane) -> list[str]:
     """The states of all trials once those whose end the search has seen have left their slots.
 
@@ -99,12 +105,15 @@ class _Driver:
             OrchestratorError: it could not go on; the journal says that it failed.
         """
         error: OrchestratorError | None = None
+        loading = threading.Thread(target=_load_torch, name="torch", daemon=True)
+        loading.start()
         view = LiveView(lambda: read_status(self._run_dir / STATUS_NAME), plain=plain)
         uses_gpus = self._config.devices.use != "cpu"
         with (
             single_driver(self._run_dir),
             ray_cluster(self._config.cluster, self._plane.namespace, uses_gpus=uses_gpus),
         ):
+            loading.join()  # two threads must not load it at once
             with self._signals():
                 view.start()
                 try:

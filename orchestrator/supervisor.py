@@ -215,7 +215,7 @@ class Supervisor:
         trainer = TorchTrainer(
             slot_loop,
             train_loop_config={**spec.loop_config, "slot_id": slot_id},
-            torch_config=_torch_config(spec),
+            torch_config=_backend_config(spec),
             scaling_config=ScalingConfig(
                 num_workers=spec.num_workers,
                 use_gpu=bool(spec.gpus_per_worker),
@@ -248,12 +248,16 @@ class Supervisor:
             return None
 
 
-def _torch_config(spec: SlotSpec) -> Any:
-    """How ranks find each other: over NCCL where there are several and each has a GPU, else over gloo."""
-    from ray.train.torch import TorchConfig
+def _backend_config(spec: SlotSpec) -> Any:
+    """How ranks find each other: over NCCL where there are several, each with a GPU, else over gloo; one needs not."""
+    if spec.num_workers == 1:
+        from orchestrator.devices.ray_alone import Alone
 
-    if spec.num_workers == 1 or not spec.gpus_per_worker:
-        return TorchConfig(backend="gloo")  # one rank has nobody to talk to: NCCL would only take memory of the GPU
+        return Alone()
+    if not spec.gpus_per_worker:
+        from ray.train.torch import TorchConfig
+
+        return TorchConfig(backend="gloo")
     from orchestrator.devices.ray_cards import OwnCards
 
     return OwnCards()
