@@ -24,6 +24,8 @@ FILE_NAME = "knees.json"
 """Numbers found, by device type and shape; beside the run directories, for the runs to come."""
 
 _SPARE_RATIO = 0.08
+_SAFETY = 2
+"""Warming up is done with one choice of the search space, in eager steps: another may be larger, and graphs are."""
 _CONTEXT_BYTES = 1 << 30
 """What a process holds of a GPU beside its allocator: context, libraries, kernels."""
 
@@ -98,9 +100,15 @@ class Admission:
         total_bytes = sum(gpu.memory_bytes for gpu in gpus)
         if total_bytes == 0:
             return len(self._state.lifecycle.slots) or 1
-        peak = self._peaks.get(shape) or max(self._peaks.values(), default=0) or None
+        peak = self._peaks.get(shape) or max(self._peaks.values(), default=0) or self._foreseen_bytes()
         others = num_running * (peak or 0) + len(self._state.lifecycle.slots) * _CONTEXT_BYTES
         return affordable(int(total_bytes * (1 - _SPARE_RATIO)) - others, peak, num_running)
+
+    def _foreseen_bytes(self) -> int | None:
+        """What a trial may take before any has run: that of the steps with which slots warm up, twice for safety."""
+        hellos = (slot.hello for slot in self._state.lifecycle.slots.values())
+        warm_bytes = max((hello.warm_peak_bytes or 0 for hello in hellos if hello is not None), default=0)
+        return _SAFETY * warm_bytes or None
 
     def _remember(self) -> None:
         found = self._knee.found

@@ -135,13 +135,20 @@ class Lifecycle:
         return sorted((t for t in self.trials.values() if t.state is TrialState.RUNNING), key=lambda t: t.trial_id)
 
     def submit(self, trial_id: TrialId, params: dict[str, Any]) -> Trial | None:
-        """Queue a trial; None when it is known already (a resend)."""
+        """Queue a trial; None when it is known already (a resend).
+
+        Of trials that wait for their first attempt the search's first is next: their stand-ins start side by side and
+        submit in any order, and who begins first matters to a scheduler that judges each by those before it.
+        """
         if trial_id in self.trials:
             return None
         trial = Trial(trial_id=trial_id, index=len(self.trials), params=params)
         trial.story.append("queued")
         self.trials[trial_id] = trial
-        self._queue.append(trial_id)
+        place = len(self._queue)
+        while place and self.trials[self._queue[place - 1]].attempt == 0 and self._queue[place - 1] > trial_id:
+            place -= 1
+        self._queue.insert(place, trial_id)
         return trial
 
     def expect_slot(self, slot_id: str, num_workers: int | None = None) -> None:

@@ -139,6 +139,7 @@ class SlotHello:
         pids: process of each rank.
         enforces: the same as a claim that can be checked: some of compute, memory.
         memory_cap_bytes: what each rank's allocator may take of its GPU, None without a cap.
+        warm_peak_bytes: the most a rank's allocator took while it warmed up with steps of the run's job, None on cores.
     """
 
     slot_id: str
@@ -149,6 +150,7 @@ class SlotHello:
     pids: tuple[int, ...] = ()
     enforces: tuple[str, ...] = ()
     memory_cap_bytes: int | None = None
+    warm_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from orchestrator.control.orders import SlotHello
 from orchestrator.errors import ShareError, UnfitEnvironmentError
 from orchestrator.share import CpuCores, Mps, ShareMechanism, SmGroups, TimeSlice
 from orchestrator.telemetry.sampler import cuda_device_id
+from orchestrator.train.batch.memory import CudaGauge
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
@@ -124,12 +125,13 @@ def _hello(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, words: s
     Raises:
         UnfitEnvironmentError: two ranks are on one GPU, which NCCL refuses.
     """
-    mine = (_device(ranks.device, share, config["max_units"]), os.getpid())
+    peak_bytes = CudaGauge(ranks.device).peak_bytes() if ranks.device.type == "cuda" else 0
+    mine = (_device(ranks.device, share, config["max_units"]), os.getpid(), peak_bytes)
     all_ranks: list[Any] = [mine]
     if ranks.world_size > 1:
         all_ranks = [None] * ranks.world_size
         dist.all_gather_object(all_ranks, mine, group=ranks.group)
-    devices = {view.device_id: view for view, _ in all_ranks}
+    devices = {view.device_id: view for view, _, _ in all_ranks}
     if ranks.device.type == "cuda" and len(devices) < ranks.world_size:
         raise UnfitEnvironmentError(
             f"{ranks.world_size} ranks of one trial are on {len(devices)} GPUs, and ranks of one trial never share one;"
@@ -137,13 +139,14 @@ def _hello(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, words: s
         )
     return SlotHello(
         slot_id=config["slot_id"],
-        placement=tuple(view.device_id for view, _ in all_ranks),
+        placement=tuple(view.device_id for view, _, _ in all_ranks),
         devices=tuple(devices.values()),
         enforced_by=share.name,
         enforcement=share.enforcement.note + (f" ({words})" if words else ""),
-        pids=tuple(pid for _, pid in all_ranks),
+        pids=tuple(pid for _, pid, _ in all_ranks),
         enforces=tuple(what for what in ("compute", "memory") if getattr(share.enforcement, what)),
         memory_cap_bytes=_cap_bytes(config["memory_fraction"], devices.values()) if share.enforcement.memory else None,
+        warm_peak_bytes=max(peak for _, _, peak in all_ranks) or None,
     )
 
 

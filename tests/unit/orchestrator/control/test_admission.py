@@ -20,9 +20,14 @@ GPU = DeviceView(
 )
 
 
-def attach(world: World, slot_id: str, device: DeviceView = GPU) -> int:
+def attach(world: World, slot_id: str, device: DeviceView = GPU, warm_peak_bytes: int | None = None) -> int:
     hello = SlotHello(
-        slot_id=slot_id, placement=(device.device_id,), devices=(device,), enforced_by="sm_groups", enforcement=""
+        slot_id=slot_id,
+        placement=(device.device_id,),
+        devices=(device,),
+        enforced_by="sm_groups",
+        enforcement="",
+        warm_peak_bytes=warm_peak_bytes,
     )
     return world.controller.attach(hello)
 
@@ -31,13 +36,13 @@ def running(world: World) -> list[str]:
     return [str(trial.trial_id) for trial in world.controller.state.lifecycle.running()]
 
 
-def with_trials(tmp_path: Path, count: int, device: DeviceView = GPU) -> World:
+def with_trials(tmp_path: Path, count: int, device: DeviceView = GPU, warm_peak_bytes: int | None = None) -> World:
     (tmp_path / "run").mkdir()
     world = World(tmp_path / "run")
     for number in range(count):
         world.controller.submit(TrialId(f"t{number}"), {"width": 8})
     for number in range(count):
-        attach(world, f"slot-{number}", device)
+        attach(world, f"slot-{number}", device, warm_peak_bytes)
     return world
 
 
@@ -52,6 +57,13 @@ def test_one_trial_at_a_time_until_its_memory_is_known(tmp_path: Path) -> None:
     assert running(world) == ["t0"]
     know_peak(world, 4 << 30)
     assert running(world) == ["t0", "t1", "t2", "t3"], "four, where the search for the knee begins"
+
+
+def test_what_a_slot_took_to_warm_up_foretells_the_memory_of_the_first_trials(tmp_path: Path) -> None:
+    world = with_trials(tmp_path, 5, warm_peak_bytes=20 << 30)
+    assert running(world) == ["t0", "t1", "t2"], "twice that each, of 140 GiB with five contexts and some to spare"
+    know_peak(world, 4 << 30)
+    assert running(world) == ["t0", "t1", "t2", "t3"], "what was measured counts for more"
 
 
 def test_a_large_trial_is_not_joined_by_another(tmp_path: Path) -> None:

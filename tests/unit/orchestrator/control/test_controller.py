@@ -86,6 +86,20 @@ def test_a_plan_is_on_disk_before_it_is_offered(world: World) -> None:
     assert kinds.index("plan") < kinds.index("offer")
 
 
+def test_trials_that_wait_together_begin_in_the_order_of_the_search(world: World) -> None:
+    for trial_id in (T2, T0, T1):
+        world.controller.submit(trial_id, {})
+    lifecycle = world.controller.state.lifecycle
+    assert list(lifecycle.queue) == [T0, T1, T2]
+    worker = world.attach("slot-0")
+    world.decide()
+    worker.obey()
+    world.controller.lose_slot("slot-0", "gone")
+    early = TrialId("s9")
+    world.controller.submit(early, {})
+    assert list(lifecycle.queue) == [T0, early, T1, T2], "one that has begun stays in front"
+
+
 def test_a_dead_slot_gives_its_trial_back_at_the_front(world: World) -> None:
     worker = world.attach("slot-0")
     world.controller.submit(T0, {})
