@@ -25,7 +25,7 @@ NOISE_GROWTH = 2.0
 """By how much the noise scale may grow before a smaller batch has paid: it rises as the loss falls, several times over
 a training (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training")."""
 
-REST_PART = 0.1
+REST_PART = 0.05
 """Part of a trial's time after which its dials may move again, where that is less than the cooldown: a trial of 20 s
 that rested for 10 would have nothing left to gain."""
 FINE_BYTES = 2
@@ -70,8 +70,9 @@ def explorers(standings: Iterable[Standing], cooldown_s: float) -> dict[TrialId,
 def beginnings(standings: Iterable[Standing], min_gain: float) -> dict[TrialId, Tier]:
     """Which new trials begin in a cheaper tier than they were given, since others of their shape have proved it.
 
-    Proved is a tier in which one of them runs, which most of those that probed it find safe, which none has fled from,
-    and which gains `min_gain` by their calibration. The guard of the new trial watches it there from the first step on.
+    Proved is a tier in which one of them runs, which more find safe than probed it elsewhere and do not, which none has
+    fled from, and which gains `min_gain` by their calibration. One that has begun in it and has not probed it often
+    enough yet has no say. The guard of the new trial watches it there from the first step on.
     """
     known: dict[str, list[Standing]] = {}
     for standing in standings:
@@ -100,19 +101,19 @@ def _proved_gain(peers: Iterable[Standing], tier: Tier, given: Tier) -> float:
     """What `tier` gains over the `given` one by those trials; -1 where it is not proved."""
     if tier_facts(tier).compute_bytes < FINE_BYTES:
         return -1.0
-    judges, gains, has_fled = [], [], False
+    num_for, num_against, gains, has_fled = 0, 0, [], False
     for peer in peers:
         fit = peer.trial.fit
         has_fled |= tier in fit.banned_tiers
         found = next((each for each in fit.tiers if each.tier is tier and each.noise_ratio is not None), None)
         if found is None or not found.is_real:
             continue
-        judges.append(found.is_safe)
+        num_for += found.is_safe
+        num_against += not found.is_safe and peer.settings.tier is not tier
         ratio = step_ratio(fit.tiers, tier, given)
         if found.is_safe and peer.settings.tier is tier and ratio is not None:
             gains.append(1 / ratio - 1)
-    is_proved = bool(gains) and not has_fled and 2 * sum(judges) > len(judges)
-    return min(gains) if is_proved else -1.0
+    return min(gains) if gains and not has_fled and num_for > num_against else -1.0
 
 
 def choose(

@@ -25,8 +25,8 @@ class Goodput:
     Attributes:
         guarantee: part of its fair share that a trial keeps whatever the others gain by it.
         min_gain: predicted relative gain below which nothing is changed.
-        cooldown_s: seconds after a change in which a trial's dials rest, less in a short trial (a tenth of its time for
-            batch and tier); arrivals and departures still move shares.
+        cooldown_s: seconds after a change in which a trial's dials rest, less in a short trial (a twentieth of its time
+            for batch and tier); arrivals and departures still move shares.
         quantum: grid of shares, so that noise in the fits cannot make them tremble.
         explores: whether one trial of each shape may try a cheaper tier that nobody has measured.
     """

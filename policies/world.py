@@ -43,6 +43,7 @@ class Standing:
         units: what a share of 1 is cut from on its smallest device.
         model: speeds measured by all trials of its shape.
         noise: its own noise scale, None before it is known.
+        kind: what it computes on.
         memory: peaks measured by all trials of its shape.
     """
 
@@ -53,6 +54,7 @@ class Standing:
     units: int
     model: SpeedModel
     noise: float | None
+    kind: DeviceKind
     memory: tuple[MemoryPoint, ...] = ()
 
     @property
@@ -77,17 +79,23 @@ class Standing:
     def predict(self, settings: Settings) -> Prediction | None:
         """Seconds per step under `settings`; None where nothing is known of that tier or the trial is paused.
 
-        A tier that no trial ran yet is predicted from the present one by what calibration found of both.
+        A tier that no trial ran yet is predicted from the present one by what calibration found of both. On a GPU so is
+        any other tier: what runs beside a trial there may double its time, so that speeds of different times say little
+        of two tiers, and calibration has timed them in turn.
         """
         predicted = self._predict(settings, settings.tier)
         ratio = step_ratio(self.trial.fit.tiers, settings.tier, self.settings.tier)
-        if predicted is not None or ratio is None:
+        if ratio is None or (predicted is not None and self._is_comparable(settings.tier)):
             return predicted
         known = self._predict(settings, self.settings.tier)
         if known is None:
-            return None
+            return predicted
         doubt = math.hypot(known.rel_uncertainty, _CALIBRATION_DOUBT)
         return dataclasses.replace(known, step_s=known.step_s * ratio, is_measured=False, rel_uncertainty=doubt)
+
+    def _is_comparable(self, tier: Tier) -> bool:
+        """Whether measured speeds of that tier may be held against those of the present one."""
+        return tier is self.settings.tier or self.kind is not DeviceKind.CUDA
 
     def _predict(self, settings: Settings, tier: Tier) -> Prediction | None:
         return self.model.predict(
@@ -179,6 +187,7 @@ def read(snapshot: Snapshot) -> tuple[Standing, ...]:
             units=min((units[device_id] for device_id in trial.placement if device_id in units), default=1),
             model=models[trial.shape, workers, _kind_of(trial, kinds)],
             noise=noise_scale(trial.fit),
+            kind=_kind_of(trial, kinds),
             memory=pooled[trial.shape].memory,
         )
         standings.append(standing if old is not None else _admitted(standing))

@@ -10,7 +10,7 @@ from policies.goodput_policy import Goodput
 from policies.invariants import check
 from policies.ladder import TierFit
 from policies.plan import Allocation, Plan, TrialId
-from policies.snapshot import Override, Snapshot, TrialView
+from policies.snapshot import DeviceKind, Override, Snapshot, TrialView
 from policies.tier import Tier
 from tests.unit.policies.builders import in_force, limits, measured, observation, settings, trial, world
 
@@ -83,6 +83,21 @@ def test_a_newcomer_begins_in_the_tier_that_its_kind_has_proved() -> None:
     assert begins_in(peer("a", proved()), peer("b", proved(is_safe=False), Tier.FP32), peer("c", proved())) is Tier.BF16
 
 
+def test_one_that_has_begun_in_a_tier_and_not_probed_it_enough_has_no_say() -> None:
+    assert (
+        begins_in(peer("a", proved()), peer("b", proved(is_safe=False)), peer("c", proved(is_safe=False))) is Tier.BF16
+    )
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(DeviceKind.CUDA, Tier.BF16), (DeviceKind.CPU, Tier.FP32)])
+def test_on_a_gpu_tiers_are_compared_by_calibration(kind: DeviceKind, expected: Tier) -> None:
+    """Measured bf16 is slower than fp32: others were beside it then. Calibration says twice as fast."""
+    row = dataclasses.replace(peer("a", proved()), fit=note_tiers(with_bf16(0.11), proved().tiers))
+    snap = running(row, share=1.0)
+    devices = tuple(dataclasses.replace(each, kind=kind) for each in snap.devices)
+    assert only(dataclasses.replace(snap, devices=devices)).settings.tier is expected
+
+
 def test_a_newcomer_begins_as_given_where_its_kind_has_not_proved_a_cheaper_tier() -> None:
     assert begins_in(peer("a", proved(), Tier.FP32)) is Tier.FP32, "nobody runs in it"
     assert begins_in(peer("a", proved(is_safe=False))) is Tier.FP32
@@ -106,9 +121,9 @@ def test_a_trial_that_goes_on_is_no_newcomer() -> None:
 
 
 def test_the_dials_of_a_short_trial_rest_for_less_than_the_cooldown() -> None:
-    """Changed 5 s ago; 10,000 samples take 20 s at 500 samples/s."""
+    """Changed 5 s ago; 10,000 samples take 20 s at 500 samples/s, and 200 s at 50."""
     row = trial("a", fit=fp32_at_two_sizes(), dials=limits(batches=(8, 64)), changed_at_s=95.0)
-    for throughput, batch in ((None, 8), (100.0, 8), (500.0, 16)):
+    for throughput, batch in ((None, 8), (50.0, 8), (500.0, 16)):
         now = dataclasses.replace(row, throughput_per_s=throughput)
         assert only(running(now, share=1.0)).settings.micro_batch == batch
 
