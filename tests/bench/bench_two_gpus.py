@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -34,7 +35,7 @@ LIMITS_S = {
     "kill": 220.0,
     "grow": 210.0,
     "turned": 150.0,
-    "scaling": 130.0,
+    "scaling": 200.0,
     "probe": 170.0,
     "ours_fixed": 150.0,
     "ours_all": 150.0,
@@ -47,6 +48,7 @@ CLOSING_S = 30.0
 REHEARSAL_FACTOR = 4.0
 LARGE = {"width": 1024, "layers": 13, "heads": 16, "context": 512}
 LARGE_MICRO_BATCH = 64
+PROFILED_STEPS = 3
 SIMPLER = {"sm_groups": "mps", "mps": "time_slice"}
 """How the cards are shared by the parts behind one that failed before its first report."""
 WARMED = (
@@ -154,11 +156,18 @@ def scaling(given: argparse.Namespace) -> parts.Row:
     if given.rehearse:
         params, micro_batch, steps = {**parts.REHEARSAL.params, "width": 64}, 8, 5
     tokens = micro_batch * params["context"]
-    forms = {"one wrapped": (1, True), "two": (2, False), "one plain": (1, False)}
+    os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": str(given.directory / "nccl.%p")}
+    forms = {
+        "one wrapped": (1, True, False),
+        "two": (2, False, False),
+        "one plain": (1, False, False),
+        "two, parameters held": (2, False, True),
+        "one wrapped, parameters held": (1, True, True),
+    }
     found: parts.Row = {"params": params, "micro_batch_per_rank": micro_batch, "tier": "bf16"}
-    for name, (world_size, is_wrapped) in forms.items():
+    for name, (world_size, is_wrapped, is_held) in forms.items():
         plan = _plan(given, params, micro_batch, "bf16", world_size, steps)
-        ranks = train(replace(plan, is_wrapped=is_wrapped))
+        ranks = train(replace(plan, is_wrapped=is_wrapped, holds_parameters=is_held, profiled_steps=PROFILED_STEPS))
         median_s, mean_s = (max(rank[f"{kind}_step_s"] for rank in ranks) for kind in ("median", "mean"))
         found[name] = {
             "tokens_per_s": tokens * world_size / median_s,
@@ -168,9 +177,11 @@ def scaling(given: argparse.Namespace) -> parts.Row:
             "cards": [rank["card"] for rank in ranks],
             "peak_bytes": [rank["peak_bytes"] for rank in ranks],
             "num_parameters": ranks[0]["num_parameters"],
+            "profile_ms": [rank["profile"] for rank in ranks],
         }
         say(f"{name}: {found[name]['tokens_per_s']:.0f} tokens/s")
         keep(given, "scaling, so far", found)  # each form is a finding of its own
+    found["nccl"] = sorted({line for log in given.directory.glob("nccl.*") for line in two_gpu_ways.transport(log)})
     found["ratio"] = found["two"]["tokens_per_s"] / found["one wrapped"]["tokens_per_s"]
     found["ratio_of_means"] = found["two"]["tokens_per_s_of_mean"] / found["one wrapped"]["tokens_per_s_of_mean"]
     if not given.rehearse:

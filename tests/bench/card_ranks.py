@@ -14,6 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ class RankPlan:
         device: cuda or cpu.
         lanes: SM groups to change to, one after the other, in equal parts of the steps; empty for none.
         gives_back_every: after so many steps the allocator gives what it does not need back to the GPU; 0 for never.
+        holds_parameters: keep the whole parameters from the forward to the backward pass instead of gathering twice.
+        profiled_steps: steps behind the measured ones that are profiled.
         tell_at_s: on the monotonic clock, when ranks that are not through say where they are; None for never.
     """
 
@@ -58,6 +61,8 @@ class RankPlan:
     device: str = "cuda"
     lanes: tuple[tuple[int, ...], ...] = ()
     gives_back_every: int = 0
+    holds_parameters: bool = False
+    profiled_steps: int = 0
     tell_at_s: float | None = None
 
 
@@ -114,12 +119,18 @@ def _rank(rank: int, plan: RankPlan) -> None:
         world_size=plan.world_size,
         timeout=timedelta(seconds=60),
     )
+    if plan.holds_parameters:
+        from orchestrator.train import fsdp
+
+        fsdp.fully_shard = partial(fsdp.fully_shard, reshard_after_forward=False)  # type: ignore[attr-defined]
     ranks = _ranks_of(rank, plan, device)
     job = build_job("language", {**plan.params, "eval_windows": 16})
     job.prepare()
     torch.manual_seed(1)
     stepper = Stepper(_order(plan), job, ranks)
     found = _measure(stepper, plan, device)
+    if plan.profiled_steps:
+        found["profile"] = _profile(stepper, plan.profiled_steps)
     found["card"] = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
     found["num_parameters"] = sum(param.numel() for param in stepper.model.parameters())
     found["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
@@ -189,3 +200,54 @@ def _measure(stepper: Any, plan: RankPlan, device: torch.device) -> dict[str, An
         "num_units": None if share is None else share.num_units,
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("NCCL", "CUDA_"))},
     }
+
+
+def _profile(stepper: Any, num_steps: int) -> dict[str, float]:
+    """Milliseconds per step in which the GPU exchanges, computes, does both, and neither, by the profiler's trace."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        for _ in range(num_steps):
+            stepper.advance()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    kernels = [event for event in trace.events() or () if event.device_type.name == "CUDA"]
+    spans = [(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3) for event in kernels]
+    return {name: value / num_steps for name, value in busy_ms(spans).items()}
+
+
+def busy_ms(spans: Sequence[tuple[str, float, float]]) -> dict[str, float]:
+    """How long kernels of NCCL and others ran, from (name, begin, end) in milliseconds; overlaps count once.
+
+    >>> busy_ms([("ncclDevKernel_AllGather", 0.0, 4.0), ("gemm", 1.0, 3.0), ("gemm", 2.0, 5.0), ("copy", 7.0, 8.0)])
+    {'whole': 8.0, 'exchange': 4.0, 'others': 5.0, 'exchange alone': 1.0, 'nothing': 2.0}
+    """
+    if not spans:
+        return {}
+    exchange = _union([(low, high) for name, low, high in spans if name.startswith("nccl")])
+    others = _union([(low, high) for name, low, high in spans if not name.startswith("nccl")])
+    either = _length(_union([*exchange, *others]))
+    whole = max(high for _, _, high in spans) - min(low for _, low, _ in spans)
+    return {
+        "whole": whole,
+        "exchange": _length(exchange),
+        "others": _length(others),
+        "exchange alone": either - _length(others),
+        "nothing": whole - either,
+    }
+
+
+def _union(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same time, in intervals that do not overlap."""
+    found: list[tuple[float, float]] = []
+    for low, high in sorted(spans):
+        if found and low <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], high))
+        else:
+            found.append((low, high))
+    return found
+
+
+def _length(spans: Sequence[tuple[float, float]]) -> float:
+    return sum(high - low for low, high in spans)

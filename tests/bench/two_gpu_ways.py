@@ -47,7 +47,7 @@ def probe(directory: Path, passed_on: list[str], factor: float, keep: Callable[[
         began_s = time.monotonic()
         command = [sys.executable, "-m", "tests.bench.bench_two_gpus", "--way", gpu_share, *passed_on]
         code = run_for(command, LIMIT_S * factor, log, {**environment, "NCCL_DEBUG": "INFO"})
-        tried[name] = {"seconds": time.monotonic() - began_s, "exit_code": code, "nccl": _transport(log)}
+        tried[name] = {"seconds": time.monotonic() - began_s, "exit_code": code, "nccl": transport(log)}
         if code == 0:
             way = json.loads((directory / "way.json").read_text())
             (directory / "chosen.json").write_text(json.dumps([gpu_share, environment]))
@@ -96,7 +96,7 @@ def _mean(ranks: list[Row]) -> list[float]:
     return [sum(losses) / len(losses) for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
 
 
-def _transport(log: Path) -> list[str]:
+def transport(log: Path) -> list[str]:
     """What NCCL says of how the ranks reach each other; a few lines."""
     lines = (line for line in tail(log, 1_000_000).splitlines() if _TRANSPORT.search(line))
     return [line.split("NCCL INFO", 1)[1].strip() for line in lines][:24]
