@@ -38,6 +38,8 @@ PACKAGE_RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 # What Ray's State API and dashboard, Train and Tune need beyond ray itself.
 STATE_API_MODULES = ("aiohttp", "aiohttp_cors", "grpc", "opencensus", "prometheus_client")
 RAY_EXTRA_MODULES = ("fsspec", "pandas", "requests", "tensorboardX")
+COMPILED_MODULES = ("torch", "ray")
+"""What takes Python longest to compile."""
 _GIB = 1 << 30
 _MIN_DISK_BYTES = 2 * _GIB
 _MIN_SHM_BYTES = _GIB
@@ -68,6 +70,7 @@ def examine(storage: Path) -> list[Check]:
     checks += [check_package(name, installed_version(name)) for name in PACKAGE_RANGES]
     checks += [check_modules("state api", "ray[default]", STATE_API_MODULES)]
     checks += [check_modules("train and tune", "ray[train,tune]", RAY_EXTRA_MODULES)]
+    checks += [check_bytecode()]
     machine = this_machine()
     checks += [check_cores(machine.num_cores, os.cpu_count() or 1), check_affinity()]
     checks += [check_devices(machine.num_gpus), check_nvml(machine.num_gpus)]
@@ -133,6 +136,21 @@ def check_modules(name: str, extra: str, modules: tuple[str, ...]) -> Check:
         remedy = f"pip install '{extra}'; without it stopped trials leak and metrics are missing"
         return Check(name=name, status=Status.FAIL, detail=f"missing: {', '.join(missing)}", remedy=remedy)
     return Check(name=name, status=Status.OK, detail=f"{extra} is complete")
+
+
+def check_bytecode(modules: tuple[str, ...] = COMPILED_MODULES) -> Check:
+    """Whether Python finds these modules compiled: each process of a run loads them."""
+    found = {module: importlib.util.find_spec(module) for module in modules}
+    origins = {module: spec.origin for module, spec in found.items() if spec is not None and spec.origin is not None}
+    missing = [name for name, origin in origins.items() if not Path(importlib.util.cache_from_source(origin)).exists()]
+    folders = [Path(origins[name]).parent for name in missing]
+    if missing and (sys.dont_write_bytecode or not all(os.access(folder, os.W_OK) for folder in folders)):
+        names = " ".join(str(folder) for folder in folders)
+        remedy = f"unset PYTHONDONTWRITEBYTECODE, or once: {sys.executable} -m compileall -q {names}"
+        detail = f"every process compiles {' and '.join(missing)} anew, and a slot opens tens of seconds later"
+        return Check(name="bytecode", status=Status.WARN, detail=detail, remedy=remedy)
+    detail = "is kept" if not missing else f"that of {' and '.join(missing)} is written by the first run"
+    return Check(name="bytecode", status=Status.OK, detail=detail)
 
 
 def check_cores(num_usable: int, num_present: int) -> Check:

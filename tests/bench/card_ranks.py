@@ -122,7 +122,7 @@ def _rank(rank: int, plan: RankPlan) -> None:
     if plan.holds_parameters:
         from orchestrator.train import fsdp
 
-        fsdp.fully_shard = partial(fsdp.fully_shard, reshard_after_forward=False)  # type: ignore[attr-defined]
+        fsdp.fully_shard = partial(fsdp.fully_shard, reshard_after_forward=False)  # type: ignore[assignment,attr-defined]
     ranks = _ranks_of(rank, plan, device)
     job = build_job("language", {**plan.params, "eval_windows": 16})
     job.prepare()

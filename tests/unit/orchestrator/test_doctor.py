@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,24 @@ def test_a_missing_ray_extra_fails_and_names_it() -> None:
     check = doctor.check_modules("state api", "ray[default]", ("json", "no_such_module"))
     assert (check.status, check.detail) == (Status.FAIL, "missing: no_such_module")
     assert "ray[default]" in check.remedy
+
+
+def test_modules_that_every_process_compiles_anew_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_to_compile.py").write_text("A = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = ("slow_to_compile", "not_there_at_all")
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    check = doctor.check_bytecode(modules)
+    assert (check.status, check.name) == (Status.WARN, "bytecode")
+    assert "slow_to_compile" in check.detail
+    assert str(tmp_path) in check.remedy
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    assert doctor.check_bytecode(modules).status == Status.OK, "the first run writes it"
+    py_compile.compile(str(tmp_path / "slow_to_compile.py"))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    assert doctor.check_bytecode(modules).status == Status.OK
 
 
 def test_one_core_is_a_warning() -> None:
