@@ -1,7 +1,7 @@
 """What Ray Train sets up for a worker group of one rank: nothing, since it has nobody to talk to.
 
 Imports no torch. Ray's controller of every slot loads this file before it starts the slot's worker; with
-`TorchConfig` it would load torch first, which takes seconds of a core and 0.2 GB for each slot.
+`TorchConfig` it would load torch first, which takes seconds of a core and a few hundred MB for each slot.
 """
 
 from __future__ import annotations
