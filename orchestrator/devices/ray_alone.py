@@ -6,6 +6,8 @@ Imports no torch. Ray's controller of every slot loads this file before it start
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray.train.backend import BackendConfig
@@ -16,3 +18,11 @@ class Alone(BackendConfig):  # type: ignore[misc]  # Ray has no types
     """No process group. `backend` is what `TorchTrainer` looks at, to fill in one where none is named."""
 
     backend: str = "none"
+
+    @property
+    def train_func_context(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """As for any torch: the GPU that Ray gave the rank is the current one. Asked for in the driver only."""
+        from ray.train.torch import TorchConfig
+
+        context: Callable[[], contextlib.AbstractContextManager[None]] = TorchConfig().train_func_context
+        return context

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import pickle
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
 
 from orchestrator.devices import ray_cards
 from orchestrator.devices.cards import Seat, spread, visible
+from orchestrator.devices.ray_alone import Alone
 
 
 def seat(assigned: str, num_cards: int = 2, node_id: str = "n") -> Seat:
@@ -94,3 +100,15 @@ def test_ranks_see_their_own_gpu_before_ray_sets_torch_up(monkeypatch: pytest.Mo
     assert config.backend_cls is ray_cards.OwnCardsBackend
     backend.on_start(group, config)
     assert order == ["0: 1,0", "1: 0,1"]
+
+
+def test_one_rank_has_no_group_but_the_card_that_ray_gave_it() -> None:
+    config = Alone()
+    assert config.backend_cls is Backend, "which does nothing"
+    assert config.train_func_context is TorchConfig().train_func_context
+
+
+def test_what_a_controller_loads_for_one_rank_holds_no_torch() -> None:
+    code = "import pickle, sys; pickle.loads(sys.argv[1].encode('latin1')); sys.exit('torch' in sys.modules)"
+    pickled = pickle.dumps(Alone(), 0).decode("latin1")
+    assert subprocess.run([sys.executable, "-c", code, pickled], check=False).returncode == 0
