@@ -8,9 +8,12 @@ second half of a trial, so boundary, telemetry, noise scale and copies are in it
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -69,7 +72,8 @@ def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[s
         units = tuple(range(num_units))
         return replace(first, grant=replace(first.grant, units=(units,), amount=float(len(units))))
 
-    changed = run_ours(start("changed"), mode=mode, share=share, script=change).records
+    with timed_captures() as capture_ms:
+        changed = run_ours(start("changed"), mode=mode, share=share, script=change).records
     still = run_ours(start("still"), mode=mode, share=share).records
     again = run_ours(start("again"), mode=mode, share=share).records
     # Kernels may split their sums by the number of SMs: what that alone does to the losses, without any change.
@@ -81,6 +85,7 @@ def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[s
         "switch_ms": switch_ms.tolist(),
         "new_ms": switch_ms[: len(SHARES)].tolist(),
         "known_ms": switch_ms[len(SHARES) :].tolist(),
+        "capture_ms": capture_ms,
         "extra_ms": extra_ms(changed, period, MAX_FLYING if mode == "graph" else 0).tolist(),
         "extra_ms_of_none": extra_ms(still, period, MAX_FLYING if mode == "graph" else 0, changed).tolist(),
         "loss_difference": float(np.abs(changed["loss"] - still["loss"]).max()),
@@ -92,6 +97,24 @@ def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[s
         },
         "num_groups": share.num_units,
     }
+
+
+@contextlib.contextmanager
+def timed_captures() -> Iterator[list[float]]:
+    """Milliseconds of every recording of a step in here, the one of the start first."""
+    from orchestrator.train.step_mode.captured import CapturedStep
+
+    record, found = CapturedStep._record, []
+
+    def timed(self: Any, batch: Any) -> Any:
+        began_s = time.perf_counter()
+        try:
+            return record(self, batch)
+        finally:
+            found.append(1e3 * (time.perf_counter() - began_s))
+
+    with mock.patch.object(CapturedStep, "_record", timed):
+        yield found
 
 
 def extra_ms(records: Any, period: int, num_ahead: int, like: Any = None) -> Any:
@@ -146,6 +169,8 @@ def changes(report: Report, directory: Path) -> None:
         extra = found["extra_ms"]
         report.add(p95_figure("  extra time of that step, known", extra[len(SHARES) :], "ms", limit=SWITCH_LIMIT_MS))
         report.add(p95_figure("  extra time of that step, new (captured)", extra[: len(SHARES)], "ms"))
+        if found["capture_ms"]:
+            report.add(median_figure("  recording a step", found["capture_ms"][1:], "ms"))
         none = found["extra_ms_of_none"]
         report.add(p95_figure("  the same of steps at which nothing changed", none[len(SHARES) :], "ms"))
         report.add(median_figure("  largest difference of losses", [found["loss_difference"]], "nats"))
