@@ -103,20 +103,6 @@ def ray_cluster(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def begin_coordinator() -> None:
-    """Begin to start the actor of Ray Train's that every slot waits for before it asks for its worker.
-
-    Ray Train starts it when the first slot asks, and all of them then wait for a process to load Ray. There is no
-    public way to have it sooner; where Ray has none of this name any more, slots open as Ray has it.
-    """
-    try:
-        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
-    except ImportError:
-        return
-    with contextlib.suppress(Exception):  # it is Ray's to start it, and to say why it does not
-        get_or_create_autoscaling_coordinator()
-
-
 def _free_port() -> int:
     """A port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:

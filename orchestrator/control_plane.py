@@ -18,7 +18,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.cluster import begin_coordinator
 from orchestrator.config import ResolvedRun
 from orchestrator.control.orders import TrialOrder
 from orchestrator.devices.agent import NodeReady
@@ -74,7 +73,6 @@ class ControlPlane:
             UnfitEnvironmentError: this is a Ray that was not tested, or the cluster has no room for a single slot.
         """
         require_tested_ray()
-        begin_coordinator()
         self._agents = self._gpu_agents()
         is_waiting = self._agents is not None and self._awaits_gpus()
         if self._agents is not None and not is_waiting:
