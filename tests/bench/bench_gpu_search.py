@@ -4,7 +4,8 @@ Same space, seeds, data, samples per trial and scheduler. Stock is written as a 
 fused AdamW, pinned batches; its trials take a whole GPU or a quarter, as many at a time as that makes on --cards.
 Seconds of stock are those of `fit()`; ours are those of the whole command, start of Ray and slots included, and beside
 them (search_s) those from when Ray is there, before the first slot opens, to the last trial's end, as `fit()` counts;
-where they went is in `timeline`. Appends one line of JSON per arm to --out.
+where they went is in `timeline`. The expert's arms are stock's with a loop that replays one CUDA graph per step.
+Appends one line of JSON per arm to --out.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ ARMS = {
     "ours_alone": "as ours_all, one trial at a time",
     "stock_1": "a trial a card",
     "stock_1/4": "four trials a card",
+    "expert_1": "as stock_1, the loop one CUDA graph",
+    "expert_1/4": "as stock_1/4, the loop one CUDA graph",
 }
 
 
@@ -151,6 +154,23 @@ def train_by_hand(config: dict[str, Any]) -> None:
         _report_by_hand(model, optimizer, {**job.evaluate(model, device), **times}, report)
 
 
+def train_by_expert(config: dict[str, Any]) -> None:
+    """The same with the best loop there is: the whole step one CUDA graph."""
+    from tests.bench.bench_search import _report_by_hand
+    from tests.bench.gpu_job import BestLoop
+
+    loop = BestLoop(config["size"], "bf16", seed=SEED, eval_windows=256, lr=config["lr"])
+    in_steps_s, first_step_wall_s = 0.0, time.time()
+    for report in range(NUM_REPORTS):
+        in_steps_s += loop.run(config["steps"]) * config["steps"]
+        times = {
+            "in_steps_s": in_steps_s,
+            "first_step_wall_s": first_step_wall_s,
+            "steps": (report + 1) * config["steps"],
+        }
+        _report_by_hand(loop.model, loop.optimizer, {**loop.evaluate(), **times}, report)
+
+
 def stock_trial(config: dict[str, Any]) -> None:
     """The function trainable: it builds the trainer of its trial and waits for it."""
     from ray import tune
@@ -161,7 +181,7 @@ def stock_trial(config: dict[str, Any]) -> None:
     gpus = {"GPU": config["gpus"]} if config["gpus"] else {}
     resources = {"CPU": 1 if gpus else 0.25, **gpus}
     TorchTrainer(
-        train_by_hand,
+        train_by_expert if config["is_expert"] else train_by_hand,
         train_loop_config=config,
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=1, use_gpu=bool(gpus), resources_per_worker=resources),
@@ -184,9 +204,11 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     from tests.bench.stock_ends import Ends
 
     ends = Ends(given.out, arm, given.trials)
-    part = 1.0 if arm == "stock_1" else 0.25
+    part = 0.25 if arm.endswith("1/4") else 1.0
     max_concurrent = round(given.cards / part)
     fixed = {"params": size_of(given), "steps": given.steps, "storage": str(given.directory)}
+    # Nothing is captured on cores: there the arms of the expert are those of stock.
+    fixed |= {"size": given.size, "is_expert": arm.startswith("expert") and not given.rehearse}
     fixed["gpus"] = 0.0 if given.rehearse else part
     with ray_cluster(ClusterSection(), "stock"):
         generator = BasicVariantGenerator(random_state=SEED, max_concurrent=max_concurrent)  # as ours has

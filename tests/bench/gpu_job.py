@@ -27,11 +27,11 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
 """Parameters of the job `language`, and the micro-batch."""
 
 
-def job_of(size: str, eval_windows: int = 64) -> Any:
+def job_of(size: str, eval_windows: int = 64, **params: Any) -> Any:
     """The job of a size, its data loaded."""
     from jobs import build_job
 
-    job = build_job("language", {**SIZES[size][0], "eval_windows": eval_windows})
+    job = build_job("language", {**SIZES[size][0], "eval_windows": eval_windows, **params})
     job.prepare()
     return job
 
@@ -50,36 +50,57 @@ def tf32() -> Iterator[None]:
 
 
 class BestLoop:
-    """The hand-written loop. `form` is 'tf32' or 'bf16' (autocast); call it inside `tf32()` for the former."""
+    """The hand-written loop. `form` is 'tf32' or 'bf16' (autocast); call it inside `tf32()` for the former.
 
-    def __init__(self, size: str, form: str) -> None:
+    `seed` is that of the model and of the order of samples; `params` go to the job.
+    """
+
+    def __init__(self, size: str, form: str, *, seed: int = 0, **params: Any) -> None:
         import numpy as np
         import torch
 
-        self._torch, self._job = torch, job_of(size)
+        self._torch, self._job = torch, job_of(size, **params)
         self._micro_batch = SIZES[size][1]
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         with torch.device("cuda"):
-            self._model = self._job.build_model()
-        self._optimizer = self._job.build_optimizer(self._model)
-        self._order = np.random.default_rng(0).permutation(self._job.num_train_samples)
+            self.model = self._job.build_model()
+        self.optimizer = self._job.build_optimizer(self.model)
+        self._order = np.random.default_rng(seed).permutation(self._job.num_train_samples)
         self._position, self._form = 0, form
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["capturable"] = True
         first = self._host_batch()
         self._static = [part.cuda() for part in first]
         self._pinned = [[part.clone().pin_memory() for part in first] for _ in range(4)]
         self._events = [torch.cuda.Event() for _ in range(4)]  # type: ignore[no-untyped-call]
+        before = [param.detach().clone() for param in self.model.parameters()]
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 self._body()
         torch.cuda.current_stream().wait_stream(side)
+        self._begin_again(before)
         self._graph = torch.cuda.CUDAGraph()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(self._graph):
             self._loss = self._body()
+
+    def evaluate(self) -> dict[str, float]:
+        """The job's own evaluation."""
+        found: dict[str, float] = self._job.evaluate(self.model, self._torch.device("cuda"))
+        return found
+
+    def _begin_again(self, before: list[Any]) -> None:
+        """Take the warming up back."""
+        torch = self._torch
+        with torch.no_grad():
+            for param, value in zip(self.model.parameters(), before, strict=True):
+                param.copy_(value)
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        self._position = 0
 
     def run(self, num_steps: int) -> float:
         """Train so many steps; seconds per step."""
@@ -113,12 +134,12 @@ class BestLoop:
 
     def _body(self) -> Any:
         torch = self._torch
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=self._form == "bf16", cache_enabled=False):
-            terms = self._job.loss(self._model, tuple(self._static))
+            terms = self._job.loss(self.model, tuple(self._static))
         (terms.loss_sum / terms.num_elements).backward()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), MAX_GRAD_NORM)
-        self._optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
         return terms.loss_sum.detach()
 
     def _host_batch(self) -> Any:

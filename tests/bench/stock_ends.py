@@ -30,6 +30,7 @@ class Ends(Callback):  # type: ignore[misc]  # Ray has no types
         self._began_s, self._began_wall_s = time.monotonic(), time.time()
         self._started_s: dict[str, float] = {}
         self._last: dict[str, Row] = {}
+        self._losses: dict[str, list[float | None]] = {}
         self.ended: list[Row] = []
 
     def begin(self) -> None:
@@ -43,6 +44,7 @@ class Ends(Callback):  # type: ignore[misc]  # Ray has no types
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Row, **_: Any) -> None:
         """A trial has reported."""
         self._last[trial.trial_id] = dict(result)
+        self._losses.setdefault(trial.trial_id, []).append(result.get("val_loss"))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial is through, or was stopped."""
@@ -85,6 +87,7 @@ class Ends(Callback):  # type: ignore[misc]  # Ray has no types
             "num_reports": int(last.get("report", -1)) + 1,
             "steps": last.get("steps", 0),
             "in_steps_s": last.get("in_steps_s", 0.0),
+            "val_losses": self._losses.get(trial_id, []),
         }
 
     def _now_s(self) -> float:
