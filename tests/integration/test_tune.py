@@ -146,6 +146,8 @@ def test_population_based_training_restores_and_perturbs(session: Session) -> No
     taken = [e for e in session.of("trial_continued") if e["trial_id"] in ids and e["origin"] is not None]
     assert taken, "a trial took up the state of a better one"
     reports = session.of("result")
+    queued = {entry["trial_id"]: entry["params"]["lr"] for entry in session.of("trial_queued")}
+    assert {queued[entry["trial_id"]] for entry in taken} >= {BAD}
     for entry in taken:
         donor = [e for e in reports if e["trial_id"] == entry["origin"] and e["index"] == entry["num_reports"] - 1]
         assert entry["step"] in {e["step"] for e in donor}
@@ -153,7 +155,6 @@ def test_population_based_training_restores_and_perturbs(session: Session) -> No
         after = next(e for e in reports if e["seq"] > entry["seq"] and e["trial_id"] == entry["trial_id"])
         assert after["index"] == entry["num_reports"], "it goes on behind the report of the other"
         own_before = [e for e in reports if e["seq"] < entry["seq"] and e["trial_id"] == entry["trial_id"]][-1]
-        # Which trials are the worse ones depends on who has reported by then; that it pays does not.
         assert after["metrics"]["val_loss"] < own_before["metrics"]["val_loss"]
 
 
