@@ -18,7 +18,7 @@ from policies.fit import noise_bounds
 from policies.invariants import MAX_ALTERNATIVES
 from policies.ladder import step_ratio
 from policies.plan import Alternative, Settings, TrialId
-from policies.tier import Tier, is_cheaper, tier_facts
+from policies.tier import Tier, is_cheaper, is_coarse, tier_facts
 from policies.world import Standing
 
 NOISE_GROWTH = 2.0
@@ -28,8 +28,6 @@ a training (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training"
 REST_PART = 0.05
 """Part of a trial's time after which its dials may move again, where that is less than the cooldown: a trial of 20 s
 that rested for 10 would have nothing left to gain."""
-FINE_BYTES = 2
-"""Bytes of an operand from which on a tier is fine enough to begin in: coarser ones show their harm late."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +97,7 @@ def beginnings(standings: Iterable[Standing], min_gain: float) -> dict[TrialId, 
 
 def _proved_gain(peers: Iterable[Standing], tier: Tier, given: Tier) -> float:
     """What `tier` gains over the `given` one by those trials; -1 where it is not proved."""
-    if tier_facts(tier).compute_bytes < FINE_BYTES:
+    if is_coarse(tier):  # such a tier shows its harm late
         return -1.0
     num_for, num_against, gains, has_fled = 0, 0, [], False
     for peer in peers:
@@ -122,8 +120,8 @@ def choose(
     *,
     min_gain: float,
     cooldown_s: float,
-    explored: Tier | None = None,
-    begins_in: Tier | None = None,
+    explored: Tier | None,
+    begins_in: Tier | None,
 ) -> DialChoice:
     """Batch and tier of a trial at `share`.
 
@@ -133,10 +131,10 @@ def choose(
         min_gain: relative gain below which nothing is changed.
         cooldown_s: seconds after a change in which its dials rest, or `REST_PART` of the time it takes if that is less.
         explored: the unmeasured tier it was chosen to try, if any.
-        begins_in: the tier in which it begins if it is new, None for the one it was given.
+        begins_in: the tier in which a new trial begins, None for the one it was given and for trials that are not new.
     """
     now = dataclasses.replace(standing.settings, share=share)
-    if begins_in is not None and standing.in_force is None:
+    if begins_in is not None:
         reason = f"begins with batch {now.global_batch} and in {begins_in.value}, which its kind has found safe"
         return DialChoice(settings=dataclasses.replace(now, tier=begins_in), reason=reason, binding="new")
     kept = _why_kept(standing, now, cooldown_s)

@@ -219,6 +219,19 @@ def is_cheaper(tier: Tier, other: Tier) -> bool:
     return tier_facts(tier).cost_rank > tier_facts(other).cost_rank
 
 
+FINE_BYTES = 2
+"""Bytes of an operand below which a tier is coarse: a weight is rounded the same way for many steps."""
+
+
+def is_coarse(tier: Tier) -> bool:
+    """Whether it has less than 16 bits.
+
+    >>> is_coarse(Tier.BF16), is_coarse(Tier.FP8)
+    (False, True)
+    """
+    return tier_facts(tier).compute_bytes < FINE_BYTES
+
+
 def by_cost(tiers: Iterable[Tier]) -> tuple[Tier, ...]:
     """The tiers dearest first, each once."""
     return tuple(sorted(set(tiers), key=lambda tier: tier_facts(tier).cost_rank))

@@ -178,16 +178,16 @@ def read(snapshot: Snapshot) -> tuple[Standing, ...]:
     standings = []
     for trial in trials:
         old = in_force.get(trial.trial_id) if trial.override is None else trial.override.settings
-        workers = len(trial.placement)
+        workers, kind = len(trial.placement), _kind_of(trial, kinds)
         standing = Standing(
             trial=trial,
             in_force=old,
             settings=_on_workers(old or trial.resume or trial.start, workers, trial),
             age_s=snapshot.now_s - trial.changed_at_s,
             units=min((units[device_id] for device_id in trial.placement if device_id in units), default=1),
-            model=models[trial.shape, workers, _kind_of(trial, kinds)],
+            model=models[trial.shape, workers, kind],
             noise=noise_scale(trial.fit),
-            kind=_kind_of(trial, kinds),
+            kind=kind,
             memory=pooled[trial.shape].memory,
         )
         standings.append(standing if old is not None else _admitted(standing))

@@ -37,10 +37,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
-from torch.distributed.tensor import DTensor
 
 from orchestrator.errors import CheckpointError
 from orchestrator.train import flat_state, manifest
+from orchestrator.train.fsdp import local_part
 from orchestrator.train.manifest import FileEntry, Manifest
 
 KEEP_COMMITS = 2
@@ -305,7 +305,7 @@ def _write_parts(draft: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> tupl
 
 def _num_files(tensors: Mapping[str, Tensor]) -> int:
     """How many files this rank's tensors are worth, on the cores it may use."""
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values())
+    local = map(local_part, tensors.values())
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in local)
     return max(1, min(_MAX_FILES, len(os.sched_getaffinity(0)), num_bytes // _BYTES_PER_FILE))
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from orchestrator.errors import CheckpointError
+from orchestrator.train.fsdp import local_part
 
 # How a step is computed, not what: a fused optimizer of one rank must not fuse the sharded one that takes over.
 _IMPLEMENTATION_OPTIONS = frozenset({"params", "fused", "foreach", "capturable", "differentiable"})
@@ -55,7 +55,7 @@ def first_non_finite(model: nn.Module) -> str | None:
     if not named:
         return None
     # One answer for all parameters: on an accelerator each would be a wait of its own.
-    finite = [torch.isfinite(_local(param)).all() for _, param in named]
+    finite = [torch.isfinite(local_part(param)).all() for _, param in named]
     flags = torch.stack(finite).tolist()
     return next((name for (name, _), is_finite in zip(named, flags, strict=True) if not is_finite), None)
 
@@ -136,11 +136,6 @@ def restore_generators(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy(), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of `tensor` that lives on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _facts(tensor: Tensor) -> list[Any]:

@@ -97,10 +97,10 @@ def set_gradient_sync(model: nn.Module, is_last: bool) -> None:
 
 def local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """The part of every gradient that this rank holds, in that order; a rank's part may be empty."""
-    return [_local(param.grad) for param in parameters if param.grad is not None]
+    return [local_part(param.grad) for param in parameters if param.grad is not None]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of `tensor` that lives on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

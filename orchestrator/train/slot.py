@@ -131,7 +131,8 @@ def _hello(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, words: s
     if ranks.world_size > 1:
         all_ranks = [None] * ranks.world_size
         dist.all_gather_object(all_ranks, mine, group=ranks.group)
-    devices = {view.device_id: view for view, _, _ in all_ranks}
+    views, pids, peaks = zip(*all_ranks, strict=True)
+    devices = {view.device_id: view for view in views}
     if ranks.device.type == "cuda" and len(devices) < ranks.world_size:
         raise UnfitEnvironmentError(
             f"{ranks.world_size} ranks of one trial are on {len(devices)} GPUs, and ranks of one trial never share one;"
@@ -139,14 +140,14 @@ def _hello(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, words: s
         )
     return SlotHello(
         slot_id=config["slot_id"],
-        placement=tuple(view.device_id for view, _, _ in all_ranks),
+        placement=tuple(view.device_id for view in views),
         devices=tuple(devices.values()),
         enforced_by=share.name,
         enforcement=share.enforcement.note + (f" ({words})" if words else ""),
-        pids=tuple(pid for _, pid, _ in all_ranks),
+        pids=pids,
         enforces=tuple(what for what in ("compute", "memory") if getattr(share.enforcement, what)),
         memory_cap_bytes=_cap_bytes(config["memory_fraction"], devices.values()) if share.enforcement.memory else None,
-        warm_peak_bytes=max(peak for _, _, peak in all_ranks) or None,
+        warm_peak_bytes=max(peaks) or None,
     )
 
 

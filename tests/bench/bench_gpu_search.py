@@ -144,31 +144,26 @@ def train_by_hand(config: dict[str, Any]) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()  # once a report: the steps are then done, not only launched
         in_steps_s += time.perf_counter() - began_s
-        from tests.bench.bench_search import _report_by_hand
-
-        times = {
-            "in_steps_s": in_steps_s,
-            "first_step_wall_s": first_step_wall_s,
-            "steps": (report + 1) * config["steps"],
-        }
-        _report_by_hand(model, optimizer, {**job.evaluate(model, device), **times}, report)
+        times = {"in_steps_s": in_steps_s, "first_step_wall_s": first_step_wall_s}
+        _report(config, report, model, optimizer, {**job.evaluate(model, device), **times})
 
 
 def train_by_expert(config: dict[str, Any]) -> None:
     """The same with the best loop there is: the whole step one CUDA graph."""
-    from tests.bench.bench_search import _report_by_hand
     from tests.bench.gpu_job import BestLoop
 
     loop = BestLoop(config["size"], "bf16", seed=SEED, eval_windows=256, lr=config["lr"])
     in_steps_s, first_step_wall_s = 0.0, time.time()
     for report in range(NUM_REPORTS):
         in_steps_s += loop.run(config["steps"]) * config["steps"]
-        times = {
-            "in_steps_s": in_steps_s,
-            "first_step_wall_s": first_step_wall_s,
-            "steps": (report + 1) * config["steps"],
-        }
-        _report_by_hand(loop.model, loop.optimizer, {**loop.evaluate(), **times}, report)
+        times = {"in_steps_s": in_steps_s, "first_step_wall_s": first_step_wall_s}
+        _report(config, report, loop.model, loop.optimizer, {**loop.evaluate(), **times})
+
+
+def _report(config: dict[str, Any], report: int, model: Any, optimizer: Any, metrics: dict[str, float]) -> None:
+    from tests.bench.bench_search import _report_by_hand
+
+    _report_by_hand(model, optimizer, {**metrics, "steps": (report + 1) * config["steps"]}, report)
 
 
 def stock_trial(config: dict[str, Any]) -> None:

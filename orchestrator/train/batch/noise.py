@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from orchestrator.train.fsdp import local_part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +161,7 @@ def _group_weights(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     corrections = (1.0 - float(group["betas"][1]) ** steps).sqrt_().unbind()
     weights = []
     for state, correction in zip(states, corrections, strict=True):
-        second = state["exp_avg_sq"].detach()
-        second = second.to_local() if isinstance(second, DTensor) else second
+        second = local_part(state["exp_avg_sq"].detach())
         root = second.sqrt()
         if root.numel():  # the mean square of the roots is the mean of the second moments
             root.add_(second.mean().sqrt_() + float(group["eps"]) * correction)

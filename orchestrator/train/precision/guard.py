@@ -33,10 +33,8 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.train.precision.averages import LossAverage, NormAverage
-from policies.tier import Tier, is_cheaper, tier_facts
+from policies.tier import Tier, is_cheaper, is_coarse
 
-FINE_BYTES = 2
-"""Operands of fewer bytes are coarse."""
 _MEAN_GAIN, _MIN_MEANS = 0.25, 3
 
 
@@ -396,4 +394,4 @@ class Guard:
         return None
 
     def _part(self, tier: Tier) -> float:
-        return self.rules.coarse_part if tier_facts(tier).compute_bytes < FINE_BYTES else 1.0
+        return self.rules.coarse_part if is_coarse(tier) else 1.0

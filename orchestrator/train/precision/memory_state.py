@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from orchestrator.train.fsdp import local_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,12 @@ def restore(state: MemoryState, model: nn.Module, optimizer: torch.optim.Optimiz
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """Parameters, buffers and optimizer state as far as this rank has them, always in the same order."""
     for tensor in (*model.parameters(), *model.buffers()):
-        yield _local(tensor.detach())
+        yield local_part(tensor.detach())
     for group in optimizer.param_groups:
         for param in group["params"]:
             for _, value in sorted(optimizer.state.get(param, {}).items()):
                 if isinstance(value, Tensor):
-                    yield _local(value.detach())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                    yield local_part(value.detach())
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from orchestrator.train.fsdp import local_part
 from orchestrator.train.precision.guard import Probe
 from policies.tier import Tier
 
@@ -127,8 +127,7 @@ def _take_gradients(model: nn.Module) -> list[Tensor]:
     gradients = []
     for param in model.parameters():
         if param.grad is not None:
-            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
-            gradients.append(grad)
+            gradients.append(local_part(param.grad))
             param.grad = None
     return gradients
 
