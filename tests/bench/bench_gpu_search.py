@@ -1,7 +1,8 @@
 """A search of twelve 7 M language models on GPUs: ours against stock Ray Tune and Ray Train, one arm a process.
 
 Same space, seeds, data, samples per trial and scheduler. Stock is written as a competent user would: bf16 autocast,
-fused AdamW, pinned batches; its trials take a whole GPU or a quarter, as many at a time as that makes on --cards.
+fused AdamW, pinned batches; its trials take a whole GPU, a quarter or an eighth, as many at a time as that makes on
+--cards.
 Seconds of stock are those of `fit()`; ours are those of the whole command, start of Ray and slots included, and beside
 them (search_s) those from when Ray is there, before the first slot opens, to the last trial's end, as `fit()` counts;
 where they went is in `timeline`. The expert's arms are stock's with a loop that replays one CUDA graph per step.
@@ -15,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ ARMS = {
     "ours_alone": "as ours_all, one trial at a time",
     "stock_1": "a trial a card",
     "stock_1/4": "four trials a card",
+    "stock_1/8": "eight trials a card",
     "expert_1": "as stock_1, the loop one CUDA graph",
     "expert_1/4": "as stock_1/4, the loop one CUDA graph",
 }
@@ -199,7 +202,7 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     from tests.bench.stock_ends import Ends
 
     ends = Ends(given.out, arm, given.trials)
-    part = 0.25 if arm.endswith("1/4") else 1.0
+    part = float(Fraction(arm.split("_")[1]))
     max_concurrent = round(given.cards / part)
     fixed = {"params": size_of(given), "steps": given.steps, "storage": str(given.directory)}
     # Nothing is captured on cores: there the arms of the expert are those of stock.

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +27,8 @@ STEP_TARGET = 1.03
 SWITCH_LIMIT_MS, TIER_LIMIT_MS = 10.0, 20.0
 PERIOD = 20
 """Steps between two changes."""
+PROFILED = 40
+"""Steps of which the kernels are told."""
 SHARES = (tuple(range(8)), tuple(range(12)), tuple(range(4)), tuple(range(4, 15)), tuple(range(8, 15)))
 
 
@@ -44,6 +48,55 @@ def step_times(size: str, tier_name: str, settings: Options, directory: Path) ->
         ours.append(seconds_per_step(outside.records, num_steps // 2))
         words = "graph" if outside.records["flags"][-1] & 4 else "eager"
     return {"size": size, "tier": tier_name, "hand_s": hand, "ours_s": ours, "mode": words}
+
+
+def kernels(size: str, tier_name: str, directory: Path) -> dict[str, Any]:
+    """What the GPU does in a step by hand and in one of ours: milliseconds and number of kernels, and the dearest.
+
+    Ours is the difference of a long and a short trial, so beginning and end are not in it.
+    """
+    from policies.tier import Tier
+
+    def trial(num_steps: int) -> Any:
+        where = directory / f"{size}-{tier_name}-kernels-{num_steps}"
+        return profiled(lambda: run_ours(first_order(where, size, Tier(tier_name), num_steps)))
+
+    loop = BestLoop(size, tier_name)
+    loop.run(PROFILED)
+    hand_ns, hand_count = profiled(partial(loop.run, PROFILED))
+    del loop
+    (long_ns, long_count), (short_ns, short_count) = trial(3 * PROFILED), trial(2 * PROFILED)
+    # Not Counter's own difference, which drops what is not positive: a kernel of the beginning may vary a little.
+    ours_ns = {name: long_ns[name] - short_ns[name] for name in long_ns}
+    ours_count = {name: long_count[name] - short_count[name] for name in long_count}
+    return {
+        name: {
+            "busy_ms": sum(ns.values()) / PROFILED / 1e6,
+            "kernels": sum(count.values()) / PROFILED,
+            "dearest_us": [
+                [each[:90], ns[each] / PROFILED / 1e3, count[each] / PROFILED]
+                for each in sorted(ns, key=lambda each: -ns[each])[:24]
+            ],
+        }
+        for name, ns, count in (("hand", hand_ns, hand_count), ("ours", ours_ns, ours_count))
+    }
+
+
+def profiled(work: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
+    """Nanoseconds on the GPU and number of what it did, by name."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    nanoseconds, count = Counter[str](), Counter[str]()
+    for event in trace.events() or ():
+        if event.device_type.name == "CUDA":
+            nanoseconds[event.name] += round(1e3 * (event.time_range.end - event.time_range.start))
+            count[event.name] += 1
+    return nanoseconds, count
 
 
 def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[str, Any]:
@@ -148,14 +201,18 @@ def against_hand(report: Report, directory: Path) -> None:
         for tier_name in ("tf32", "bf16"):
             with tf32() if tier_name == "tf32" else contextlib.nullcontext():
                 found = step_times(size, tier_name, report.options, directory)
+                found["kernels"] = kernels(size, tier_name, directory)
             steps.append(found)
             ratios = [mine / other for mine, other in zip(found["ours_s"], found["hand_s"], strict=True)]
             name = f"step of {size} {tier_name} ({found['mode']}), ours / best by hand"
             met = f"<= {STEP_TARGET}"
             report.add(median_figure(name, ratios, "x", target=met, is_met=lambda v, _l, _h: v <= STEP_TARGET))
             report.add(median_figure("  ours", [1e3 * s for s in found["ours_s"]], "ms"))
+            for mine, told in found["kernels"].items():
+                report.add(median_figure(f"  the GPU works, {mine}", [told["busy_ms"]], "ms"))
             torch.cuda.empty_cache()
-    report.raw |= {"sizes": {name: list(size) for name, size in SIZES.items()}, "steps": steps}
+            report.raw |= {"sizes": {name: list(size) for name, size in SIZES.items()}, "steps": steps}
+            report.write()
 
 
 def changes(report: Report, directory: Path) -> None:
