@@ -34,8 +34,8 @@ PERIOD_STEPS = 32
 ENOUGH_DRAWS = 60
 QUIET_PERIOD_STEPS = 64
 """The same from then on: a small model's step takes clearly longer where it is cut and measured."""
-REPLAYED_PERIOD_STEPS = 64
-"""The same for steps that are replayed, which are short."""
+REPLAYED_EARLY_PERIOD_STEPS, REPLAYED_PERIOD_STEPS = 16, 64
+"""The same for steps that are replayed, which are short: at first and later."""
 HORIZON = 100
 """Draws that the mean looks back."""
 
@@ -117,7 +117,8 @@ class NoiseMeter:
     def begin_replayed(self, step: int) -> PairPart | None:
         """Called before a replayed step, which cannot be cut: its part in a pair of steps, None for most."""
         held_step, self._held_step = self._held_step, None
-        phase = step % max(self._period, REPLAYED_PERIOD_STEPS)
+        is_early = self.mean.count < EARLY_DRAWS
+        phase = step % (REPLAYED_EARLY_PERIOD_STEPS if is_early else REPLAYED_PERIOD_STEPS)
         if step < FIRST_STEP or phase > 1:
             return None
         if phase == 0:

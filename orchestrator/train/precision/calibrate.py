@@ -14,7 +14,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from orchestrator.hardware import cpu_facts
-from orchestrator.train.step_mode.recorder import Recorder
 from policies.tier import NAMED_TIERS, Tier
 
 logger = logging.getLogger(__name__)
@@ -33,6 +32,10 @@ MIN_ROUNDS, NUM_ROUNDS = 2, 5
 MUCH_SLOWER, SLOWER, FASTER = 1.5, 1.1, 0.9
 """Of the known tier's seconds: clearly slower where even the fastest pass is above, clearly faster below; the first is
 for the first round."""
+MIN_REPLAY_ROUNDS, REPLAY_ROUNDS, REPLAYS = 3, 7, 4
+"""Rounds in which replays of all tiers are timed in turn, and replays in a row in each."""
+ENOUGH_REPLAY_S = 0.4
+"""Seconds of them after which the least number of rounds is enough."""
 _WORTH_S = 0.05
 """Seconds of passes from which on it is worth while to save some; shorter ones are noisier, too."""
 
@@ -127,19 +130,38 @@ class Comparison:
         return {self.base: base, self.tier: tier}
 
 
-def time_replay(recorder: Recorder, work: Callable[[], None]) -> float:
-    """Seconds of one replay of `work` on this GPU, the least of a few batches of ten."""
-    recorder.rehearse(work)
-    replay = recorder.record(work)
-    seconds = []
-    for _ in range(3):
-        torch.cuda.synchronize()
-        began_s = time.perf_counter()
-        for _ in range(10):
-            replay()
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - began_s) / 10)
-    return min(seconds)
+def time_replays(replays: Mapping[Tier, Callable[[], None]]) -> dict[Tier, float]:
+    """Seconds of one replay of what was recorded on this GPU in each tier.
+
+    In turn and a few at a time, so that other trials on the card meet all tiers alike: the first tier by its least
+    time, the others by how they compare with it in the same round, typically.
+    """
+    seconds: dict[Tier, list[float]] = {tier: [] for tier in replays}
+    first_began_s = time.perf_counter()
+    for number in range(REPLAY_ROUNDS):
+        if number >= MIN_REPLAY_ROUNDS and time.perf_counter() - first_began_s > ENOUGH_REPLAY_S:
+            break
+        for tier, replay in replays.items():
+            torch.cuda.synchronize()
+            began_s = time.perf_counter()
+            for _ in range(REPLAYS):
+                replay()
+            torch.cuda.synchronize()
+            seconds[tier].append((time.perf_counter() - began_s) / REPLAYS)
+    return _beside_the_first(seconds)
+
+
+def _beside_the_first(seconds: Mapping[Tier, Sequence[float]]) -> dict[Tier, float]:
+    """The least time of the first tier, and that times the typical ratio of each other in the same rounds.
+
+    >>> list(_beside_the_first({Tier.TF32: [4.0, 2.0, 6.0], Tier.BF16: [2.0, 1.0, 5.0]}).values())
+    [2.0, 1.0]
+    """
+    first = next(iter(seconds.values()), ())
+    return {
+        tier: min(first) * statistics.median(own / base for own, base in zip(each, first, strict=True))
+        for tier, each in seconds.items()
+    }
 
 
 def _memory_of(run: Callable[[Tier], None], tier: Tier, device: torch.device) -> float:

@@ -8,7 +8,7 @@ hold on every rank, so that all ranks judge alike. `calibrate` does the measurin
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from orchestrator.train.precision.calibrate import Comparison, CostFile, TierCost, time_replay
+from orchestrator.train.precision.calibrate import Comparison, CostFile, TierCost, time_replays
 from orchestrator.train.precision.probe import undisturbed
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from policies.plan import Settings
@@ -118,8 +118,7 @@ class TrialCosts:
 
         def run(tier: Tier) -> None:
             timed.mean_gradient(batch, tier)
-            for param in timed.model.parameters():
-                param.grad = None
+            self._drop_gradients()
 
         comparison = self._open = self._open or Comparison(self._base, tier, self._device)
         with undisturbed(timed.model, self._device):
@@ -154,21 +153,29 @@ class TrialCosts:
         if self._device.type != "cuda" or self._group is not None or not self._timed.may_replay:
             return costs
         recorder = CudaRecorder()
-        found, batch = dict(costs), self._timed.probe_batch(self._micro_batch)
+        replays: dict[Tier, Callable[[], None]] = {}
+        batch = self._timed.probe_batch(self._micro_batch)
         with undisturbed(self._timed.model, self._device):
-            for tier, cost in costs.items():
+            for tier in costs:
                 if tier is Tier.FP16:
                     continue
+                work = partial(self._timed.add_gradient, batch, tier)
                 try:
-                    seconds = time_replay(recorder, partial(self._timed.add_gradient, batch, tier))
+                    recorder.rehearse(work)
+                    self._drop_gradients()  # so that the recording has its own and needs nobody to keep them
+                    replays[tier] = recorder.record(work)
                 except Exception as error:  # whatever a model does that a graph cannot hold
                     logger.info("calibration of %s without a graph: %s", tier, str(error).partition("\n")[0])
-                    continue
                 finally:
-                    for param in self._timed.model.parameters():
-                        param.grad = None
-                found[tier] = replace(cost, step_s=min(seconds, cost.step_s))
-        return found
+                    self._drop_gradients()
+            seconds = time_replays(replays)
+        return {
+            tier: replace(cost, step_s=min(seconds.get(tier, cost.step_s), cost.step_s)) for tier, cost in costs.items()
+        }
+
+    def _drop_gradients(self) -> None:
+        for param in self._timed.model.parameters():
+            param.grad = None
 
     def _from_first(self, value: _Told) -> _Told:
         """The first rank's value, on every rank."""

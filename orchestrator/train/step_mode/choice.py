@@ -1,8 +1,10 @@
 """Which step mode a trial uses: measured, not assumed.
 
-For each combination of dials a few eager steps are timed and then a few replayed ones; the faster mode stays. A model,
-optimizer or device that cannot be recorded stays eager, and says why. Pure bookkeeping: no torch, no clock; called by
-the stepper.
+For each combination of dials a few eager steps are timed and then a few replayed ones; the faster mode stays. That
+eager steps are faster is believed only when it was seen several times over: a replayed step launches what an eager one
+does and is hardly ever the slower one, but beside busy trials a few of either may look so, and a trial that stays eager
+by mistake takes up to several times as long. A model, optimizer or device that cannot be recorded stays eager, and says
+why. Pure bookkeeping: no torch, no clock; called by the stepper.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ NUM_EAGER = 3
 NUM_GRAPH = 6
 """Replayed steps; their typical time counts, since single ones come back in bursts."""
 
+MAX_ROUNDS = 3
+"""How often eager steps must have been the faster ones."""
+
 
 class StepMode(StrEnum):
     """How steps are executed; `auto` measures."""
@@ -32,15 +37,43 @@ class StepMode(StrEnum):
 
 @dataclass(slots=True)
 class _Times:
-    """Seconds per step of one combination of dials, by mode."""
+    """Seconds per step of one combination of dials, by mode, in rounds; what was chosen once that is clear."""
 
     eager: list[float] = field(default_factory=list)
     graph: list[float] = field(default_factory=list)
+    num_rounds: int = 0
+    chosen: StepMode | None = None
 
     @property
-    def are_enough(self) -> bool:
-        """Whether both modes were measured."""
-        return len(self.eager) >= NUM_EAGER and len(self.graph) >= NUM_GRAPH
+    def next_mode(self) -> StepMode:
+        """The chosen mode; before that the one to be timed."""
+        if self.chosen is not None:
+            return self.chosen
+        is_eager_next = self._is_over or len(self.eager) < NUM_EAGER
+        return StepMode.EAGER if is_eager_next else StepMode.GRAPH
+
+    def note(self, mode: StepMode, seconds: float) -> None:
+        """Take in a step, unless enough is known."""
+        if self.chosen is not None:
+            return
+        if self._is_over:
+            self.eager.clear()
+            self.graph.clear()
+        kept, limit = (self.graph, NUM_GRAPH) if mode is StepMode.GRAPH else (self.eager, NUM_EAGER)
+        if len(kept) < limit:
+            kept.append(seconds)
+        if not self._is_over:
+            return
+        self.num_rounds += 1
+        if statistics.median(self.graph) <= min(self.eager):
+            self.chosen = StepMode.GRAPH
+        elif self.num_rounds == MAX_ROUNDS:
+            self.chosen = StepMode.EAGER
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether both modes were timed in this round."""
+        return len(self.eager) == NUM_EAGER and len(self.graph) == NUM_GRAPH
 
 
 class ModeChoice:
@@ -68,35 +101,27 @@ class ModeChoice:
             return StepMode.EAGER
         if self._wish is StepMode.GRAPH:
             return StepMode.GRAPH
-        times = self._times.setdefault(key, _Times())
-        if len(times.eager) < NUM_EAGER:
-            return StepMode.EAGER
-        if len(times.graph) < NUM_GRAPH:
-            return StepMode.GRAPH
-        return StepMode.GRAPH if statistics.median(times.graph) <= min(times.eager) else StepMode.EAGER
+        return self._times.setdefault(key, _Times()).next_mode
 
     def note(self, key: object, mode: StepMode, seconds: float) -> None:
         """A step of these dials took so long."""
-        times = self._times.setdefault(key, _Times())
-        kept, limit = (times.graph, NUM_GRAPH) if mode is StepMode.GRAPH else (times.eager, NUM_EAGER)
-        if len(kept) < limit:
-            kept.append(seconds)
+        self._times.setdefault(key, _Times()).note(mode, seconds)
 
     def is_settled(self, key: object) -> bool:
         """Whether the mode of these dials is known and stays."""
         is_given = self._wish is not StepMode.AUTO or self._why_not(key) is not None
-        return is_given or self._times.get(key, _Times()).are_enough
+        return is_given or self._times.get(key, _Times()).chosen is not None
 
     def measured(self, key: object, settings: Settings) -> StepModeView | None:
         """The mode of these dials, `settings` in full, and the times it was chosen by; None where not measured."""
         times = self._times.get(key, _Times())
-        if self._wish is not StepMode.AUTO or self._why_not(key) is not None or not times.are_enough:
+        if self._wish is not StepMode.AUTO or self._why_not(key) is not None or times.chosen is None:
             return None
         return StepModeView(
             tier=settings.tier,
             micro_batch=settings.micro_batch,
             grad_accum=settings.grad_accum,
-            is_replayed=self.mode(key) is StepMode.GRAPH,
+            is_replayed=times.chosen is StepMode.GRAPH,
             eager_s=min(times.eager),
             replayed_s=statistics.median(times.graph),
         )

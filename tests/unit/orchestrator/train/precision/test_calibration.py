@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from orchestrator.train.precision import trial_costs
-from orchestrator.train.precision.calibrate import NUM_ROUNDS, Comparison, TierCost
+from orchestrator.train.precision.calibrate import (
+    MIN_REPLAY_ROUNDS,
+    NUM_ROUNDS,
+    REPLAY_ROUNDS,
+    REPLAYS,
+    Comparison,
+    TierCost,
+    time_replays,
+)
 from orchestrator.train.precision.guard import Guard, Probe
 from orchestrator.train.precision.spending import Spending
 from orchestrator.train.precision.trial_costs import TrialCosts
@@ -51,6 +61,39 @@ def test_what_is_known_stands_and_the_other_is_told_beside_it() -> None:
     assert costs[Tier.FP32] == known
     assert costs[Tier.BF16].step_s == pytest.approx(0.2 * comparison.ratio)
     assert costs[Tier.BF16].memory_bytes == 0.0
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.05, 0.95])
+def test_replays_of_all_tiers_meet_the_neighbours_alike(growth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, load = 0.0, 1.0  # the neighbours' load grows or falls from replay to replay
+
+    def replay(alone_s: float) -> None:
+        nonlocal now_s, load
+        now_s, load = now_s + alone_s * load, load * growth
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    found = time_replays({Tier.TF32: partial(replay, 0.002), Tier.BF16: partial(replay, 0.0015)})
+    drift_within_a_round = growth**REPLAYS
+    assert found[Tier.BF16] / found[Tier.TF32] == pytest.approx(0.75 * drift_within_a_round)
+    assert found[Tier.TF32] == pytest.approx(0.002, rel=1e-6) if growth == 1.0 else found[Tier.TF32] > 0
+
+
+def test_long_replays_are_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, count = 0.0, 0
+
+    def replay(seconds: float) -> None:
+        nonlocal now_s, count
+        now_s, count = now_s + seconds, count + 1
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    time_replays({Tier.TF32: partial(replay, 0.001)})
+    assert count == REPLAY_ROUNDS * REPLAYS
+    count = 0
+    time_replays({Tier.TF32: partial(replay, 0.1)})
+    assert count == MIN_REPLAY_ROUNDS * REPLAYS
+    assert time_replays({}) == {}
 
 
 def test_tiers_are_measured_one_after_the_other_beside_the_fastest(
