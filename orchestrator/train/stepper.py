@@ -161,11 +161,13 @@ class Stepper:
         indices, cursor = take(self.job, self.cursor, settings, self._ranks)
         mine, noise = rank_slice(indices, self._ranks.rank, world_size), None
         is_measured = self._noise.begin(self.step_index)
-        loss, data_s = self._accumulate(mine, self.job.num_elements(len(indices)))
+        sums, num_elements, data_s = self._accumulate(mine, self.job.num_elements(len(indices)))
         if is_measured:
             counts = [len(rank_slice(indices, rank, world_size)) for rank in range(world_size)]
             noise = self._noise.end(counts, self._ranks.group, loss_scale=self.loss_scale.factor(settings.tier))
-        grad_norm = float(fsdp.clip_and_norm(self._params, MAX_GRAD_NORM))
+        # Read together and late: whoever reads from a device waits for all that it was given.
+        *losses, grad_norm = torch.stack([*sums, fsdp.clip_and_norm(self._params, MAX_GRAD_NORM)]).tolist()
+        loss = sum(losses) / max(1, num_elements)
         is_skipped = not math.isfinite(grad_norm)
         rate = self._rate.at(self.cursor.position, self._noise.scale)
         step, position = self.step_index, self.cursor.position
@@ -200,9 +202,12 @@ class Stepper:
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _accumulate(self, mine: Indices, total_elements: int) -> tuple[float, float]:
-        """Gradients of this rank's samples, micro-batch by micro-batch; returns their mean loss and seconds of data."""
-        loss_sum, num_elements, data_s = 0.0, 0, 0.0
+    def _accumulate(self, mine: Indices, total_elements: int) -> tuple[list[Tensor], int, float]:
+        """Gradients of this rank's samples, micro-batch by micro-batch; returns the sum of losses of each, on the
+        device, how many losses are in all of them, and seconds of data.
+        """
+        sums: list[Tensor] = []
+        num_elements, data_s = 0, 0.0
         parts = self._noise.parts(mine, self.settings.micro_batch)
         for number, part in enumerate(parts, start=1):
             fsdp.set_gradient_sync(self.model, number == len(parts))
@@ -211,11 +216,11 @@ class Stepper:
             data_s += time.monotonic() - began_s
             # Sharded gradients are averaged over the ranks, so that the sum over all samples needs the rank count.
             terms = self.backward(batch, self.settings.tier, self._ranks.world_size / total_elements)
-            loss_sum += float(terms.loss_sum.detach())
+            sums.append(terms.loss_sum.detach())
             num_elements += terms.num_elements
             self._noise.after_part(number, self.loss_scale.factor(self.settings.tier))
         self.loss_scale.unscale(self.settings.tier, fsdp.local_grads(self._params))
-        return loss_sum / max(1, num_elements), data_s
+        return sums, num_elements, data_s
 
     def _update(self, rate: float) -> None:
         """Change the weights; if that raises, note whether it had begun to."""
