@@ -155,23 +155,29 @@ def scaling(given: argparse.Namespace) -> parts.Row:
     params, micro_batch, steps = (LARGE, LARGE_MICRO_BATCH, 25)
     if given.rehearse:
         params, micro_batch, steps = {**parts.REHEARSAL.params, "width": 64}, 8, 5
-    tokens = micro_batch * params["context"]
     os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": str(given.directory / "nccl.%p")}
     forms = {
-        "one wrapped": (1, True, False),
-        "two": (2, False, False),
-        "one plain": (1, False, False),
-        "two, parameters held": (2, False, True),
-        "one wrapped, parameters held": (1, True, True),
+        "one wrapped": (1, True, False, micro_batch),
+        "two": (2, False, False, micro_batch),
+        "one plain": (1, False, False, micro_batch),
+        "two, parameters held": (2, False, True, micro_batch),
+        "one wrapped, parameters held": (1, True, True, micro_batch),
+        "one wrapped, one window": (1, True, False, 1),  # the device has next to nothing to do: the host's time
+        "two, one window": (2, False, False, 1),
     }
     found: parts.Row = {"params": params, "micro_batch_per_rank": micro_batch, "tier": "bf16"}
-    for name, (world_size, is_wrapped, is_held) in forms.items():
-        plan = _plan(given, params, micro_batch, "bf16", world_size, steps)
+    num_cards = 2 if given.rehearse else _num_cards()
+    for name, (world_size, is_wrapped, is_held, num_windows) in forms.items():
+        if world_size > num_cards:
+            found[name] = f"not run, there are {num_cards} cards"
+            continue
+        plan = _plan(given, params, num_windows, "bf16", world_size, steps)
         ranks = train(replace(plan, is_wrapped=is_wrapped, holds_parameters=is_held, profiled_steps=PROFILED_STEPS))
         median_s, mean_s = (max(rank[f"{kind}_step_s"] for rank in ranks) for kind in ("median", "mean"))
         found[name] = {
-            "tokens_per_s": tokens * world_size / median_s,
-            "tokens_per_s_of_mean": tokens * world_size / mean_s,
+            "micro_batch": num_windows,
+            "tokens_per_s": num_windows * params["context"] * world_size / median_s,
+            "tokens_per_s_of_mean": num_windows * params["context"] * world_size / mean_s,
             "step_ms": [[round(1e3 * each, 3) for each in rank["step_s"]] for rank in ranks],
             "losses": ranks[0]["losses"][:10],
             "cards": [rank["card"] for rank in ranks],
@@ -182,14 +188,22 @@ def scaling(given: argparse.Namespace) -> parts.Row:
         say(f"{name}: {found[name]['tokens_per_s']:.0f} tokens/s")
         keep(given, "scaling, so far", found)  # each form is a finding of its own
     found["nccl"] = sorted({line for log in given.directory.glob("nccl.*") for line in two_gpu_ways.transport(log)})
-    found["ratio"] = found["two"]["tokens_per_s"] / found["one wrapped"]["tokens_per_s"]
-    found["ratio_of_means"] = found["two"]["tokens_per_s_of_mean"] / found["one wrapped"]["tokens_per_s_of_mean"]
+    if num_cards > 1:
+        found["ratio"] = found["two"]["tokens_per_s"] / found["one wrapped"]["tokens_per_s"]
+        found["ratio_of_means"] = found["two"]["tokens_per_s_of_mean"] / found["one wrapped"]["tokens_per_s_of_mean"]
     if not given.rehearse:
         found["best loop, one card, tokens/s"] = _best_loop(params, micro_batch)
+    if num_cards > 1 and not given.rehearse:
         found["two to the best loop of one card"] = (
             found["two"]["tokens_per_s"] / found["best loop, one card, tokens/s"]
         )
     return found
+
+
+def _num_cards() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _best_loop(params: parts.Row, micro_batch: int) -> float:
