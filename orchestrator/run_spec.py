@@ -137,6 +137,7 @@ def dial_limits(config: RunConfig, start: Settings) -> DialLimits:
         tiers=allowed_tiers(config) if precision.enabled else (start.tier,),
         min_workers=config.dials.workers.min if config.dials.workers.enabled else None,
         max_workers=config.dials.workers.max if config.dials.workers.enabled else None,
+        min_efficiency=batch.min_efficiency if can_change_global else 0.0,
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from policies.batch import neighbours
 from policies.fit import noise_bounds
+from policies.goodput import efficiency
 from policies.invariants import MAX_ALTERNATIVES
 from policies.ladder import step_ratio
 from policies.plan import Alternative, Settings, TrialId
@@ -145,7 +146,8 @@ def choose(
     assert goodput is not None
     assert prediction is not None
     weighed = _options(standing, now, goodput, min_gain)
-    options = [option for option in weighed if standing.has_room(option.settings)]
+    fitting = [option for option in weighed if standing.has_room(option.settings)]
+    options = [option for option in fitting if not _is_wasteful(standing, now, option.settings)]
     unsure = [option for option in options if not _is_sure(standing, now, option.settings)]
     if explored is not None:
         reason = (
@@ -156,12 +158,20 @@ def choose(
         return DialChoice(
             settings=settings, reason=reason, binding="exploring", alternatives=_rest(options, settings, now, goodput)
         )
+    smaller = _way_back(standing, now, options)
+    if smaller is not None:
+        rest = _rest(options, smaller.settings, now, goodput)
+        reason = _why_smaller(standing, now, smaller)
+        return DialChoice(settings=smaller.settings, reason=reason, binding="efficiency", alternatives=rest)
     best = max((o for o in options if o.gain >= o.needed_gain and o not in unsure), key=_rank, default=None)
     if best is None:
-        refused = [o for o in weighed if o.gain >= o.needed_gain and o not in options]
+        refused = [o for o in weighed if o.gain >= o.needed_gain and o not in fitting]
+        wasteful = [o for o in fitting if o.gain >= o.needed_gain and o not in options]
         doubted = [o for o in unsure if o.gain >= o.needed_gain]
         if refused:
             reason, binding = _why_no_room(standing, now, refused)
+        elif wasteful:
+            reason, binding = _why_wasteful(standing, now, max(wasteful, key=_rank)), "efficiency"
         elif doubted:
             reason, binding = _why_unsure(standing, now, max(doubted, key=_rank)), "noise"
         else:
@@ -274,6 +284,24 @@ def _is_sure(standing: Standing, now: Settings, other: Settings) -> bool:
     return before is not None and after is not None and after > before
 
 
+def _is_wasteful(standing: Standing, now: Settings, other: Settings) -> bool:
+    """Whether a larger batch may make a sample worth less than is allowed, the noise scale being as low as it may."""
+    bounds = noise_bounds(standing.trial.fit)
+    is_larger = other.global_batch > now.global_batch
+    return is_larger and bounds is not None and standing.wastes(other.global_batch, bounds[0])
+
+
+def _way_back(standing: Standing, now: Settings, options: Iterable[_Option]) -> _Option | None:
+    """The best smaller batch where the present one surely makes a sample worth less than is allowed; else None.
+
+    Surely: at the highest noise scale that is possible too, so a batch that was let in is not sent back by the doubt.
+    """
+    bounds = noise_bounds(standing.trial.fit)
+    if bounds is None or not standing.wastes(now.global_batch, bounds[1]):
+        return None
+    return max((o for o in options if o.settings.global_batch < now.global_batch), key=_rank, default=None)
+
+
 def _rank(option: _Option) -> tuple[float, int, str]:
     return (option.goodput, -option.settings.grad_accum, option.settings.tier.value)
 
@@ -306,6 +334,31 @@ def _why_no_room(standing: Standing, now: Settings, refused: list[_Option]) -> t
         f"batch {now.global_batch} and {now.tier.value} kept: {other} would gain {best.gain:.1%} but needs"
         f" {needed / 2**30:.2f} GiB per rank of {limit / 2**30:.2f}",
         "memory",
+    )
+
+
+def _why_wasteful(standing: Standing, now: Settings, best: _Option) -> str:
+    return (
+        f"batch {now.global_batch} and {now.tier.value} kept: batch {best.settings.global_batch} would gain"
+        f" {best.gain:.1%} but {_worth(standing, best.settings.global_batch, 0)}"
+    )
+
+
+def _why_smaller(standing: Standing, now: Settings, chosen: _Option) -> str:
+    other = chosen.settings
+    return (
+        f"batch {now.global_batch} -> {other.global_batch} ({other.micro_batch} x {other.grad_accum}): "
+        f"{_worth(standing, now.global_batch, 1)}"
+    )
+
+
+def _worth(standing: Standing, global_batch: int, side: int) -> str:
+    """What a sample is worth at the lower (0) or upper (1) end of what the noise scale may be, against what it must."""
+    noise_scale = (noise_bounds(standing.trial.fit) or (0.0, 0.0))[side]
+    base, limits = standing.trial.start.global_batch, standing.trial.limits
+    return (
+        f"a sample of {global_batch} is worth {efficiency(noise_scale, base, global_batch):.2f} of one of {base} at"
+        f" noise scale {noise_scale:.0f}, less than {limits.min_efficiency:g}"
     )
 
 

@@ -22,9 +22,12 @@ from policies.fleet import Fleet
 from policies.ladder import usable
 from policies.movable import Mover, worker_range
 from policies.plan import Settings
+from policies.snapshot import TrialView
 from policies.throughput import Array, Throughput, prior, solve_throughput
 from policies.tier import Tier
 
+HELD_PART = 0.9
+"""Part of the least efficiency that is enough to keep a batch."""
 NUM_BATCHES = 12
 MAX_POOLED = 32
 """Fits of one shape that are pooled at most, those with the most observations: more add time, not knowledge."""
@@ -235,9 +238,12 @@ class _Grid:
         rates = self._rates(sizes, fleet, workers, batch)
         self._owners = np.repeat(np.arange(len(groups)), [len(group.positions) for group in groups])
         trials = [movers[position].trial for group in groups for position in group.positions]
+        held = [movers[position].wish.global_batch for group in groups for position in group.positions]
         noise = np.array([-1.0 if (n := noise_scale(trial.fit)) is None else n for trial in trials])
         base = np.array([float(trial.start.global_batch) for trial in trials])
         efficiency = _efficiency(noise, base, batch[self._owners])
+        if ask.tunes_batch:
+            efficiency[_is_wasted(trials, held, batch[self._owners], efficiency)] = 0.0
         self._best: list[npt.NDArray[np.int64]] = []
         self._goodput: list[list[list[float]]] = []
         for rate in rates:
@@ -357,6 +363,25 @@ def _efficiency(noise: Array, base: Array, batch: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         value: Array = np.where(known < 0, np.minimum(1.0, base / batch), (known + base) / (known + batch))
     return value
+
+
+def _is_wasted(
+    trials: Sequence[TrialView], held: Sequence[int], batch: Array, efficiency: Array
+) -> npt.NDArray[np.bool_]:
+    """Where a sample of a batch above the start's is worth less than `limits.min_efficiency` allows.
+
+    Up to the batch that a trial holds somewhat less is allowed, so that the noise scale's ups and downs turn nothing.
+    """
+    least, base, present = (
+        np.array(column, dtype=np.float64)[:, None, None]
+        for column in (
+            [trial.limits.min_efficiency for trial in trials],
+            [trial.start.global_batch for trial in trials],
+            held,
+        )
+    )
+    wasted: npt.NDArray[np.bool_] = efficiency < np.where(batch <= present, HELD_PART * least, least)
+    return wasted & (batch > base)
 
 
 def reference(prospect: Prospect) -> float:

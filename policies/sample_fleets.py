@@ -210,6 +210,7 @@ def _trial(rng: random.Random, name: str, truths: dict[str, Truth], devices: tup
         can_move=True,
         min_workers=fewest,
         max_workers=fewest * rng.choice((1, 2, 8)),
+        min_efficiency=0.9 if micro_batch == 8 else 0.0,
     )
     began_at_s = rng.uniform(0.0, _NOW_S)
     target = rng.randint(10_000, 10_000_000)

@@ -77,6 +77,7 @@ def _trial(rng: random.Random, name: str, devices: tuple[DeviceView, ...]) -> Tr
         max_micro_batch=micro_batch * rng.choice((1, 2, 5)),
         tiers=tiers,
         can_pause=rng.random() < 0.2,
+        min_efficiency=0.9 if micro_batch == 8 else 0.0,
     )
     settings = Settings(
         share=rng.uniform(limits.min_share, limits.max_share),

@@ -61,6 +61,8 @@ class DialLimits:
         min_workers, max_workers: ranks the policy may choose; None for `start.num_workers`. It chooses by the placement
             of a trial that can move, by `Allocation.resize_to` for another.
         min_micro_batch: samples per rank per forward that a policy that chooses ranks should keep; not enforced.
+        min_efficiency: the least that a sample may be worth at a batch above that of the start; not enforced, since the
+            noise scale on which it depends moves by itself. 0 for no such limit.
     """
 
     min_share: float
@@ -74,6 +76,7 @@ class DialLimits:
     min_workers: int | None = field(default=None, metadata=SPARSE)
     max_workers: int | None = field(default=None, metadata=SPARSE)
     min_micro_batch: int = field(default=1, metadata=SPARSE)
+    min_efficiency: float = field(default=0.0, metadata=SPARSE)
 
     @property
     def can_resize(self) -> bool:

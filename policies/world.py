@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.fit import noise_scale, pool
-from policies.goodput import goodput
+from policies.goodput import efficiency, goodput
 from policies.ladder import numerical_efficiency, step_ratio, usable
 from policies.memory import MemoryLine, MemoryPoint, largest_micro_batch, largest_split, solve_line
 from policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
@@ -119,6 +119,11 @@ class Standing:
         numerical = numerical_efficiency(self.trial.fit.tiers, settings.tier, self.noise, settings.global_batch)
         throughput_per_s = numerical * settings.global_batch / prediction.step_s
         return goodput(throughput_per_s, self.noise, self.trial.start.global_batch, settings.global_batch)
+
+    def wastes(self, global_batch: int, noise_scale: float) -> bool:
+        """Whether a sample of a batch above the start's is worth less at that noise scale than the limits allow."""
+        limits, base = self.trial.limits, self.trial.start.global_batch
+        return global_batch > base and efficiency(noise_scale, base, global_batch) < limits.min_efficiency
 
     def memory_line(self, settings: Settings) -> MemoryLine | None:
         """What a rank takes in the tier of `settings`; None where its memory or the limit of it is not known."""

@@ -274,6 +274,13 @@ class BatchDial(Section):
     change_global: bool = Field(
         default=True, description="whether samples per step may change; the learning rate follows"
     )
+    min_efficiency: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="least worth of a sample at a batch above the start's, by the noise scale; a trial ends after the "
+        "same samples whatever its batch, so what a large one wastes is missing in the model; 0 for no limit",
+    )
 
 
 class PrecisionDial(Section):

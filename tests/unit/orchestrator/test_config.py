@@ -172,6 +172,13 @@ def test_a_global_batch_that_never_changes_has_no_range(write: Write) -> None:
     assert load_config(path, ["dials.batch.change_global=false"]).config.trial.global_batch == 8
 
 
+def test_a_sample_of_a_larger_batch_keeps_its_worth_unless_the_run_file_says_otherwise(write: Write) -> None:
+    path = write(MINIMAL)
+    assert run_spec(load_config(path)).limits.min_efficiency == 0.9
+    assert run_spec(load_config(path, ["dials.batch.min_efficiency=0"])).limits.min_efficiency == 0.0
+    assert run_spec(load_config(path, ["dials.batch.change_global=false"])).limits.min_efficiency == 0.0
+
+
 def test_fewer_trials_than_max_concurrent_need_fewer_slots(write: Write) -> None:
     text = MINIMAL + "search: {max_concurrent: 100}\n"
     assert fit_problems(load_config(write(text)), TWO_CORES) == []

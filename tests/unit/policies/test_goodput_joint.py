@@ -18,7 +18,7 @@ from tests.unit.policies.builders import trial
 UNITS = 15
 
 
-def fit(sync_s: float = 0.01, exponent: float = 1.0) -> TrialFit:
+def fit(sync_s: float = 0.01, exponent: float = 1.0, noise: float = 20.0) -> TrialFit:
     """Measured on one, two and four ranks and on parts of a device; about 1, 1.4, 1.7 and 2 times as fast on 1 to 4."""
     seen = []
     for workers, share in ((1, 1.0), (2, 1.0), (4, 1.0), (1, 0.5), (1, 0.25)):
@@ -33,7 +33,7 @@ def fit(sync_s: float = 0.01, exponent: float = 1.0) -> TrialFit:
                     num_workers=workers,
                     num_steps=10,
                     step_s=step_s,
-                    noise_trace=20.0,
+                    noise_trace=noise,
                     grad_sq=1.0,
                     num_noise=5,
                 )
@@ -86,6 +86,17 @@ def test_of_trials_that_scale_alike_the_shorter_has_more_and_nobody_of_two_starv
 def test_without_short_first_they_have_the_same() -> None:
     trials = mover("long", remaining=900_000), mover("short", remaining=10_000)
     assert held(decide(GoodputJoint(short_first=0.0), world(*trials))) == {"long": 2.0, "short": 2.0}
+
+
+def test_no_batch_makes_a_sample_worth_less_than_is_allowed() -> None:
+    """At noise scale 2000 a sample of 16 is worth 0.996 of one of 8, a sample of 12 0.998."""
+    batches = {}
+    for least in (0.0, 0.997, 0.999):
+        row = mover("a", fit=fit(noise=2000.0))
+        limits = dataclasses.replace(row.limits, min_efficiency=least, max_workers=1)
+        (found,) = decide(GoodputJoint(), world(dataclasses.replace(row, limits=limits))).allocations
+        batches[least] = found.settings.global_batch
+    assert batches[0.0] >= 16 > batches[0.997] > batches[0.999] >= 8
 
 
 def test_where_trials_outnumber_devices_the_longest_wait() -> None:

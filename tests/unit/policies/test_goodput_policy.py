@@ -262,6 +262,58 @@ def test_a_batch_that_gains_only_if_the_noise_scale_is_right_is_left_alone() -> 
     assert "the noise scale lies between" in allocation.reason
 
 
+def careful(noise: float, start: int = 8, least: float = 0.9, windows: int = 6) -> TrialView:
+    """Twice the samples cost 1.2 times the step; a sample may be worth no less than that."""
+    seen = [observation(0.10, noise=(noise, 1.0)), observation(0.12, micro_batch=16, noise=(noise, 1.0))]
+    seen.append(observation(0.144, micro_batch=32, noise=(noise, 1.0)))
+    dials = dataclasses.replace(limits(batches=(8, 64)), min_efficiency=least)
+    return trial("a", start=settings(micro_batch=start), fit=measured(*seen, windows=windows), dials=dials)
+
+
+@pytest.mark.parametrize(("noise", "batch"), [(60.0, 8), (75.0, 16)])
+def test_a_larger_batch_is_left_where_its_samples_would_be_worth_too_little(noise: float, batch: int) -> None:
+    """(noise + 8) / (noise + 16) is 0.895 at 60 and 0.912 at 75; either would gain half again as much goodput."""
+    allocation = only(running(careful(noise), share=1.0))
+    assert allocation.settings.micro_batch == batch
+    if batch == 8:
+        assert allocation.binding == "efficiency"
+        assert (
+            "batch 16 would gain 49.1% but a sample of 16 is worth 0.89 of one of 8 at noise scale 58, less"
+            in allocation.reason
+        )
+    assert only(running(careful(noise, least=0.0), share=1.0)).settings.micro_batch == 16
+
+
+def test_a_larger_batch_is_left_as_long_as_its_worth_is_in_doubt() -> None:
+    row = careful(90.0)
+    assert only(running(row, share=1.0)).settings.micro_batch == 16
+    scattered = [observation(0.10, noise=(90.0, square)) for square in (9.0, -7.0) * 9]
+    doubtful = dataclasses.replace(row, fit=update(row.fit, scattered))
+    allocation = only(running(doubtful, share=1.0))
+    assert allocation.settings.micro_batch == 8, allocation.reason
+    assert allocation.binding == "efficiency"
+
+
+@pytest.mark.parametrize(("noise", "batch"), [(30.0, 16), (400.0, 32)])
+def test_a_batch_whose_samples_have_come_to_be_worth_too_little_goes_back(noise: float, batch: int) -> None:
+    """Of 32 a sample is worth 0.61 of one of 8 at noise scale 30, and little more at the upper end of the doubt."""
+    row = careful(noise)
+    plan = in_force([row], {"a": 1.0}, a=settings(micro_batch=32))
+    allocation = only(world([row], plan=plan))
+    assert allocation.settings.micro_batch == batch
+    if batch == 16:
+        assert allocation.binding == "efficiency"
+        assert (
+            "batch 32 -> 16 (16 x 1): a sample of 32 is worth 0.62 of one of 8 at noise scale 31" in allocation.reason
+        )
+
+
+def test_the_start_batch_may_be_as_wasteful_as_the_user_likes() -> None:
+    row = careful(1.0, start=16, least=1.0)
+    dials = dataclasses.replace(row.limits, min_global_batch=16)
+    assert only(running(dataclasses.replace(row, limits=dials), share=1.0)).settings.micro_batch == 16
+
+
 def test_a_batch_shrinks_only_if_that_pays_when_the_noise_scale_has_doubled() -> None:
     """Half the samples cost 0.56 of the step, so that 16 -> 8 gains up to a noise scale of 64."""
     for noise, batch in ((20.0, 8), (33.0, 16)):
