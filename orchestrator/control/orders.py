@@ -127,6 +127,25 @@ class SlotOrder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """How long the first rank of a slot took to get ready: seconds since its process began.
+
+    Attributes:
+        began_wall_s: when it began, in Unix time.
+        loaded_s: the libraries were loaded.
+        joined_s: the ranks had found each other and their device.
+        shared_s: the device was held to a share.
+        warm_s: a trial like those of the run had done its first steps.
+    """
+
+    began_wall_s: float
+    loaded_s: float
+    joined_s: float
+    shared_s: float
+    warm_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SlotHello:
     """What a worker group says of itself when it attaches.
 
@@ -140,6 +159,7 @@ class SlotHello:
         enforces: the same as a claim that can be checked: some of compute, memory.
         memory_cap_bytes: what each rank's allocator may take of its GPU, None without a cap.
         warm_peak_bytes: the most a rank's allocator took while it warmed up with steps of the run's job, None on cores.
+        opening: where the time went until it was ready, None where nobody looked.
     """
 
     slot_id: str
@@ -151,6 +171,7 @@ class SlotHello:
     enforces: tuple[str, ...] = ()
     memory_cap_bytes: int | None = None
     warm_peak_bytes: int | None = None
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

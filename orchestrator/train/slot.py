@@ -10,17 +10,19 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
 
 from jobs import build_job
-from orchestrator.control.orders import SlotHello
+from orchestrator.control.orders import Opening, SlotHello
 from orchestrator.errors import ShareError, UnfitEnvironmentError
 from orchestrator.share import CpuCores, Mps, ShareMechanism, SmGroups, TimeSlice
 from orchestrator.telemetry.sampler import cuda_device_id
@@ -38,6 +40,8 @@ from policies.snapshot import DeviceKind, DeviceView
 
 logger = logging.getLogger(__name__)
 
+_LOADED_WALL_S = time.time()
+
 
 def slot_loop(config: dict[str, Any]) -> None:
     """Serve trials until told to close. `config` is plain: see `orchestrator.supervisor`.
@@ -51,11 +55,13 @@ def slot_loop(config: dict[str, Any]) -> None:
     step_mode = StepMode(config["step_mode"])
     groups = Groups(context.get_world_rank(), context.get_world_size(), _own_device(), step_mode)
     ranks = groups.ranks
+    joined_wall_s = time.time()
     share, words = _share(config, ranks)
+    shared_wall_s = time.time()
     link = RayLink(config["actor"], config["namespace"], config["slot_id"], ranks.rank, config["send_period_s"])
     link.on_news = share.wake  # a long sleep that enforces a share must not delay a stop or a new plan
     _warm_up(config, ranks)
-    hello = _hello(config, ranks, share, words)
+    hello = replace(_hello(config, ranks, share, words), opening=_opening(joined_wall_s, shared_wall_s))
     epoch = [link.attach(hello) if ranks.rank == 0 else -1]
     if ranks.world_size > 1:
         dist.broadcast_object_list(epoch, src=0, group=ranks.group)
@@ -117,6 +123,18 @@ def _warm_up(config: dict[str, Any], ranks: Ranks) -> None:
         logger.warning("not warmed up: %s", error)
     if ranks.world_size > 1:
         dist.barrier(group=ranks.group)
+
+
+def _opening(joined_wall_s: float, shared_wall_s: float) -> Opening:
+    """Asked when this process is warm."""
+    began_wall_s = psutil.Process().create_time()
+    return Opening(
+        began_wall_s=began_wall_s,
+        loaded_s=_LOADED_WALL_S - began_wall_s,
+        joined_s=joined_wall_s - began_wall_s,
+        shared_s=shared_wall_s - began_wall_s,
+        warm_s=time.time() - began_wall_s,
+    )
 
 
 def _hello(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, words: str) -> SlotHello:

@@ -99,6 +99,17 @@ def starts(directory: Path, table: Any) -> list[Row]:
     return found
 
 
+def openings(directory: Path) -> list[Row]:
+    """How each slot got ready: seconds from the run's begin to its process, and from there on."""
+    (run, *_) = entries(directory, "run")
+    found = []
+    for entry in entries(directory, "slot"):
+        stages = (entry.get("hello") or {}).get("opening")
+        if stages:
+            found.append({"slot": entry["slot_id"], "process_s": stages.pop("began_wall_s") - run["wall_s"], **stages})
+    return found
+
+
 def reports(directory: Path, table: Any) -> Row:
     """What a report costs its trial: from its last step until the actor has the report, and on to its next step."""
     told, waited = [], []
@@ -135,6 +146,7 @@ def whole(directory: Path) -> Row:
         "median_step_ms": 1e3 * float(table["step_s"].median()),
         "speed_by_count": speed_by_count(table),
         "median_report_s": {key: median(told[key]) for key in told if key != "count"},
+        "openings": openings(directory),
         "starts": begun,
         "knee": knee_words(directory),
     }
