@@ -68,7 +68,7 @@ class Stepper:
         self.job, self._ranks, self._order = job, ranks, order
         with ranks.device:
             self.model = job.build_model()
-        install(self.model)
+        install(self.model, keeps_weights=ranks.world_size == 1)
         fsdp.shard(self.model, job.blocks(self.model), ranks.mesh)
         self.optimizer = job.build_optimizer(self.model)
         self._params = list(self.model.parameters())  # the modules need not be walked in every step

@@ -24,9 +24,12 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """All three products of the layer on operands of `dtype`."""
-    product: Tensor = _HalfProducts.apply(x, weight, bias, dtype, result_dtype(x))  # type: ignore[no-untyped-call]
+def half_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, keeps_weight: bool = False
+) -> Tensor:
+    """All three products of the layer on operands of `dtype`; `keeps_weight` casts the weight once, not twice."""
+    arguments = (x, weight, bias, dtype, result_dtype(x), keeps_weight)
+    product: Tensor = _HalfProducts.apply(*arguments)  # type: ignore[no-untyped-call]
     return product
 
 
@@ -42,9 +45,9 @@ def tf32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _HalfProducts(torch.autograd.Function):
     """x_MK @ weight_NK.T with the forward, input-gradient and weight-gradient products all on 16-bit operands.
 
-    For the backward pass it keeps the input in 16 bits (half of what fp32 keeps) and the fp32 weight itself, which
-    exists anyway and is cast again: a kept copy would be 2 more bytes per parameter and, under FSDP2, would hold the
-    unsharded weight in memory after the sharded one was freed.
+    For the backward pass it keeps the input in 16 bits (half of what fp32 keeps) and either the cast weight, 2 more
+    bytes per parameter until then, or the fp32 weight itself, which is cast again: under FSDP2 a kept copy would be a
+    whole weight that stays in memory after the gathered one was freed.
     """
 
     @staticmethod
@@ -55,30 +58,32 @@ class _HalfProducts(torch.autograd.Function):
         bias_n: Tensor | None,
         dtype: torch.dtype,
         out_dtype: torch.dtype,
+        keeps_weight: bool,
     ) -> Tensor:
         """The product in `out_dtype`; keeps the operands that some gradient will ask for."""
-        x_half = x.to(dtype)
+        x_half, weight_half = x.to(dtype), weight_nk.to(dtype)
         bias_half = None if bias_n is None else bias_n.to(dtype)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x_half if needs_weight else None, weight_nk if needs_x else None)
+        weight_kept = weight_half if keeps_weight else weight_nk
+        ctx.save_for_backward(x_half if needs_weight else None, weight_kept if needs_x else None)
         ctx.dtypes = (x.dtype, weight_nk.dtype, None if bias_n is None else bias_n.dtype, dtype)
-        return F.linear(x_half, weight_nk.to(dtype), bias_half).to(out_dtype)
+        return F.linear(x_half, weight_half, bias_half).to(out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Gradients of input, weight and bias, each in the dtype of what it belongs to."""
-        x_half, weight_nk = ctx.saved_tensors
+        x_half, weight_kept = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype, dtype = ctx.dtypes
         grad_half = grad.to(dtype)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_half @ weight_nk.to(dtype)).to(x_dtype)
+            grad_x = (grad_half @ weight_kept.to(dtype)).to(x_dtype)
         if ctx.needs_input_grad[1]:
             grad_mn, x_mk = grad_half.reshape(-1, grad.shape[-1]), x_half.reshape(-1, x_half.shape[-1])
             grad_weight = (grad_mn.t() @ x_mk).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_rows(grad).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class _Tf32Products(torch.autograd.Function):

@@ -18,19 +18,21 @@ class PrecisionLinear(nn.Linear):
     Attributes:
         tier: the tier it was turned to.
         real_tier: the tier it computes in, another one where its shape does not allow `tier`.
+        keeps_weight: whether it may keep its cast weight from the forward to the backward pass.
         function: computes the layer. Set on the instance, never on the class: a class attribute shadowed later is a
             different guard for torch.compile and costs one more compilation.
     """
 
     tier: Tier
     real_tier: Tier
+    keeps_weight: bool
     function: LinearFunction
 
     def turn(self, tier: Tier) -> None:
         """Compute in `tier` from the next forward on, as far as the shape allows."""
         self.tier = tier
         self.real_tier = tier_of_layer(tier, self.in_features, self.out_features)
-        self.function = function_of(self.real_tier)
+        self.function = function_of(self.real_tier, keeps_weight=self.keeps_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's product in its tier."""

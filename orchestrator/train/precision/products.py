@@ -39,6 +39,16 @@ def fp16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return half_linear(x, weight, bias, torch.float16)
 
 
+def bf16_linear_that_keeps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same; the cast weight is kept for the backward pass."""
+    return half_linear(x, weight, bias, torch.bfloat16, keeps_weight=True)
+
+
+def fp16_linear_that_keeps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same; the cast weight is kept for the backward pass."""
+    return half_linear(x, weight, bias, torch.float16, keeps_weight=True)
+
+
 TIER_FUNCTIONS: dict[Tier, LinearFunction] = {
     Tier.FP32: fp32_linear,
     Tier.TF32: tf32_linear,
@@ -47,15 +57,25 @@ TIER_FUNCTIONS: dict[Tier, LinearFunction] = {
     Tier.FP8: fp8.fp8_linear,
     Tier.INT8: int8.int8_linear,
 }
+_KEEPING: dict[LinearFunction, LinearFunction] = {
+    bf16_linear: bf16_linear_that_keeps,
+    fp16_linear: fp16_linear_that_keeps,
+}
 
 
 @cache
-def function_of(tier: Tier) -> LinearFunction:
-    """The function of a tier; always the same object, so that a compiled layer returns to what it compiled."""
+def function_of(tier: Tier, *, keeps_weight: bool = False) -> LinearFunction:
+    """The function of a tier; always the same object, so that a compiled layer returns to what it compiled.
+
+    Args:
+        tier: the tier.
+        keeps_weight: whether it may keep a cast weight from the forward to the backward pass, where the tier has one.
+    """
     fixed = tier.fixed
-    if fixed is None:
-        return TIER_FUNCTIONS[tier]
-    return _fixed_function(fixed)
+    if fixed is not None:
+        return _fixed_function(fixed)
+    function = TIER_FUNCTIONS[tier]
+    return _KEEPING.get(function, function) if keeps_weight else function
 
 
 def _fixed_function(fixed: FixedPoint) -> LinearFunction:

@@ -42,12 +42,17 @@ class Coverage:
     num_in_tier: int
 
 
-def install(model: nn.Module) -> int:
+def install(model: nn.Module, *, keeps_weights: bool = False) -> int:
     """Turn every `nn.Linear` of `model` into a `PrecisionLinear` in tier fp32, in place; parameters stay the same.
 
     The class of the module is changed rather than the module replaced: parameters, hooks and references to it (also
     to the model itself, where that is one linear layer) stay valid. Call it before `fully_shard`, which puts its own
     class above this one. Subclasses of `nn.Linear` are left alone: they compute in their own way.
+
+    Args:
+        model: the model.
+        keeps_weights: whether layers keep their cast weights from the forward to the backward pass, which saves casting
+            them again and takes 2 bytes per parameter meanwhile; not for a model that will be sharded.
 
     Returns:
         How many layers were changed; 0 when called again.
@@ -55,6 +60,7 @@ def install(model: nn.Module) -> int:
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.__class__ = PrecisionLinear
+        layer.keeps_weight = keeps_weights  # type: ignore[assignment]
         layer.turn(Tier.FP32)  # type: ignore[operator]  # mypy still sees the old class
     return len(layers)
 

@@ -86,13 +86,12 @@ class CapturedStep:
         self._recordings: dict[object, _Recording] = {}
         self._scale = torch.zeros((), device=device)
         self._scale_held = 0.0
-        self._loss = torch.zeros((), device=device)
-        self._halted = torch.zeros((), device=device)
-        # What a graph writes must live as long as the graph, which knows addresses only; hence members, no locals.
-        self._found = torch.zeros((), device=device)
-        self._pair = RecordedPair(list(model.parameters()), optimizer)
-        self._products = torch.zeros(2, device=device)
+        # What a graph writes must live as long as the graph, which knows addresses only; hence members, no locals. What
+        # a step leaves is written where it is read from: every kernel that only moves a number costs as long as others.
         self._values = torch.zeros(5, device=device)
+        self._loss, self._norm, self._halted = self._values[0], self._values[1], self._values[2]
+        self._products = self._values[3:]
+        self._pair = RecordedPair(list(model.parameters()), optimizer)
         self._readout = Readout(5, MAX_FLYING + 1, device)
 
     @property
@@ -218,12 +217,10 @@ class CapturedStep:
     def _finish(self) -> None:
         """Norm, clipping, update; nothing is updated where the norm is not finite, now or since `clear`."""
         norm = fsdp.clip_and_norm(self._model.parameters(), self._max_norm)
-        self._halted.copy_(torch.maximum(self._halted, (~torch.isfinite(norm)).to(self._halted.dtype)))
-        self._found.copy_(self._halted)
-        with _skips_where(self._optimizer, self._found, is_captured=self._device.type == "cuda"):
+        self._norm.copy_(norm)
+        self._halted.logical_or_(norm - norm)  # zero, and NaN of what is not finite, which counts as true
+        with _skips_where(self._optimizer, self._halted, is_captured=self._device.type == "cuda"):
             self._optimizer.step()
-        told = torch.stack([self._loss, norm.to(self._loss.dtype), self._halted])
-        self._values.copy_(torch.cat([told, self._products]))
 
     def _bind(self, recording: _Recording) -> None:
         """Make the recording's gradients those of the model, for whoever reads them."""

@@ -17,13 +17,13 @@ ERRORS = {Tier.TF32: 1e-3, Tier.BF16: 8e-3, Tier.FP16: 1e-3, Tier.FP8: 8e-2, Tie
 """Relative errors of 64-wide random products that each format is known for, with room."""
 
 
-def products(tier: Tier, rows: int = 48, seed: int = 0) -> dict[str, Tensor]:
+def products(tier: Tier, rows: int = 48, seed: int = 0, *, keeps_weight: bool = False) -> dict[str, Tensor]:
     """Result and gradients of one layer in `tier`; the same random numbers for every tier."""
     torch.manual_seed(seed)
     x, weight, bias = torch.randn(rows, 64), torch.randn(32, 64), torch.randn(32)
     leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
     grad = torch.randn(rows, 32)
-    y = function_of(tier)(*leaves)
+    y = function_of(tier, keeps_weight=keeps_weight)(*leaves)
     y.backward(grad)  # type: ignore[no-untyped-call]
     names = ("x", "weight", "bias")
     gradients = {name: leaf.grad for name, leaf in zip(names, leaves, strict=True) if leaf.grad is not None}
@@ -38,6 +38,22 @@ def test_all_three_products_are_as_exact_as_the_format(tier: Tier, rows: int) ->
         error = ((rounded[name] - value).norm() / value.norm()).item()
         assert error < ERRORS[tier], f"{name}: {error}"
         assert error > 0 or name == "bias", f"{name} was not computed in {tier}"
+
+
+@pytest.mark.parametrize("tier", [*NAMED_TIERS, FIXED])
+def test_a_kept_weight_changes_no_bit(tier: Tier) -> None:
+    for name, value in products(tier).items():
+        assert torch.equal(products(tier, keeps_weight=True)[name], value), name
+
+
+@pytest.mark.parametrize(("keeps_weight", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_what_is_kept_of_the_weight(keeps_weight: bool, dtype: torch.dtype) -> None:
+    """Under FSDP2 the parameter itself, which is gathered again; else what was cast, so that it is cast once."""
+    x, weight = torch.randn(8, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        function_of(Tier.BF16, keeps_weight=keeps_weight)(x, weight, None)
+    assert [each.dtype for each in kept if each.shape == weight.shape] == [dtype]
 
 
 def saved_bytes(tier: Tier) -> int:

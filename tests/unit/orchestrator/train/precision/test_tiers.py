@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from orchestrator.train.precision.attention import LONGEST
 from orchestrator.train.precision.half import sum_rows
 from orchestrator.train.precision.linear import PrecisionLinear
-from orchestrator.train.precision.products import bf16_linear
+from orchestrator.train.precision.products import bf16_linear, function_of
 from orchestrator.train.precision.tiers import (
     TIER_FUNCTIONS,
     coverage,
@@ -54,6 +54,17 @@ def test_install_twice_changes_nothing() -> None:
     set_tier(model, Tier.BF16)
     assert install(model) == 0
     assert tiers_in_use(model) == {Tier.BF16: 3}
+
+
+def test_only_layers_that_may_keep_cast_weights_do() -> None:
+    for keeps in (False, True):
+        model = model_of()
+        install(model, keeps_weights=keeps)
+        set_tier(model, Tier.BF16)
+        layers = [module for module in model.modules() if isinstance(module, PrecisionLinear)]
+        assert layers
+        assert {layer.keeps_weight for layer in layers} == {keeps}
+        assert {layer.function for layer in layers} == {function_of(Tier.BF16, keeps_weight=keeps)}
 
 
 def test_a_model_that_is_one_linear_layer_is_changed_itself() -> None:
