@@ -99,6 +99,32 @@ def starts(directory: Path, table: Any) -> list[Row]:
     return found
 
 
+def dials(table: Any) -> dict[str, list[Row]]:
+    """What each trial ran with, one stretch of alike steps after the other."""
+    found: dict[str, list[Row]] = {}
+    for trial, mine in table.groupby("trial_id"):
+        keys = [
+            (int(micro), int(accum), str(tier), bool(flags // 4 % 2))
+            for micro, accum, tier, flags in zip(
+                mine["micro_batch"], mine["grad_accum"], mine["tier"], mine["flags"], strict=True
+            )
+        ]
+        begin, rows = 0, []
+        for key, group in itertools.groupby(keys):
+            stretch = mine.iloc[begin : begin + len(list(group))]
+            begin += len(stretch)
+            rows.append(
+                {
+                    **dict(zip(("micro_batch", "grad_accum", "tier", "is_replayed"), key, strict=True)),
+                    "steps": len(stretch),
+                    "seconds": float(stretch["end_s"].iloc[-1] - stretch["start_s"].iloc[0]),
+                    "median_step_ms": 1e3 * float(stretch["step_s"].median()),
+                }
+            )
+        found[str(trial)] = rows
+    return found
+
+
 def openings(directory: Path) -> list[Row]:
     """How each slot got ready: seconds from the run's begin to its process, and from there on."""
     (run, *_) = entries(directory, "run")
@@ -146,6 +172,7 @@ def whole(directory: Path) -> Row:
         "median_step_ms": 1e3 * float(table["step_s"].median()),
         "speed_by_count": speed_by_count(table),
         "median_report_s": {key: median(told[key]) for key in told if key != "count"},
+        "dials": dials(table),
         "openings": openings(directory),
         "starts": begun,
         "knee": knee_words(directory),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from jobs import build_job
 from jobs.job import Job
@@ -69,6 +71,30 @@ def test_replayed_steps_train_as_eager_ones_do(tmp_path: Path, changes: dict[str
     np.testing.assert_allclose([r.grad_norm for r in found], [r.grad_norm for r in wanted], rtol=1e-5)
     assert [r.learning_rate for r in found] == [r.learning_rate for r in wanted]
     assert [r.step for r in found if r.noise is not None] == [33, 49, 65]
+
+
+def casts_in(work: Callable[[], object]) -> int:
+    """How many tensors are cast, single numbers not counted."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+        work()
+    return sum(event.name == "aten::_to_copy" and bool(event.input_shapes[0]) for event in trace.events() or ())
+
+
+def test_a_replayed_step_in_bf16_casts_no_more_than_autocast_does(tmp_path: Path) -> None:
+    one = stepper(REPLAYED, tmp_path, tier=Tier.BF16)
+    run(one, 4)
+    trial = order(tmp_path).trial
+    assert trial is not None
+    job = job_of(trial.params)
+    model = job.build_model()
+    batch = job.batch(np.arange(8), torch.device("cpu"))
+
+    def by_hand() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = job.loss(model, batch)
+        (terms.loss_sum / terms.num_elements).backward()  # type: ignore[no-untyped-call]
+
+    assert 0 < casts_in(lambda: run(one, 1)) <= casts_in(by_hand)
 
 
 def test_the_noise_scale_of_replayed_steps_is_that_of_a_pair_of_eager_ones(
