@@ -22,6 +22,9 @@ from policies.plan import Alternative, Settings, TrialId
 from policies.tier import Tier, is_cheaper, is_coarse, tier_facts
 from policies.world import Standing
 
+Bounds = tuple[float, float]
+"""The lowest and the highest that the noise scale may be."""
+
 NOISE_GROWTH = 2.0
 """By how much the noise scale may grow before a smaller batch has paid: it rises as the loss falls, several times over
 a training (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training")."""
@@ -145,10 +148,10 @@ def choose(
     prediction = standing.predict(now)
     assert goodput is not None
     assert prediction is not None
-    weighed = _options(standing, now, goodput, min_gain)
+    weighed, bounds = _options(standing, now, goodput, min_gain), noise_bounds(standing.trial.fit)
     fitting = [option for option in weighed if standing.has_room(option.settings)]
-    options = [option for option in fitting if not _is_wasteful(standing, now, option.settings)]
-    unsure = [option for option in options if not _is_sure(standing, now, option.settings)]
+    options = [option for option in fitting if not _is_wasteful(standing, now, option.settings, bounds)]
+    unsure = [option for option in options if not _is_sure(standing, now, option.settings, bounds)]
     if explored is not None:
         reason = (
             f"explores tier {explored.value}, not yet measured; "
@@ -158,10 +161,10 @@ def choose(
         return DialChoice(
             settings=settings, reason=reason, binding="exploring", alternatives=_rest(options, settings, now, goodput)
         )
-    smaller = _way_back(standing, now, options)
+    smaller = _way_back(standing, now, options, bounds)
     if smaller is not None:
         rest = _rest(options, smaller.settings, now, goodput)
-        reason = _why_smaller(standing, now, smaller)
+        reason = _why_smaller(standing, now, smaller, bounds)
         return DialChoice(settings=smaller.settings, reason=reason, binding="efficiency", alternatives=rest)
     best = max((o for o in options if o.gain >= o.needed_gain and o not in unsure), key=_rank, default=None)
     if best is None:
@@ -171,9 +174,9 @@ def choose(
         if refused:
             reason, binding = _why_no_room(standing, now, refused)
         elif wasteful:
-            reason, binding = _why_wasteful(standing, now, max(wasteful, key=_rank)), "efficiency"
+            reason, binding = _why_wasteful(standing, now, max(wasteful, key=_rank), bounds), "efficiency"
         elif doubted:
-            reason, binding = _why_unsure(standing, now, max(doubted, key=_rank)), "noise"
+            reason, binding = _why_unsure(now, max(doubted, key=_rank), bounds), "noise"
         else:
             reason, binding = _why_best(now, goodput, options)
         return DialChoice(settings=now, reason=reason, binding=binding, alternatives=_rest(options, now, now, goodput))
@@ -270,13 +273,12 @@ def _needed_gain(standing: Standing, now: Settings, other: Settings, min_gain: f
     return max(min_gain, math.hypot(here.rel_uncertainty, there.rel_scatter))
 
 
-def _is_sure(standing: Standing, now: Settings, other: Settings) -> bool:
+def _is_sure(standing: Standing, now: Settings, other: Settings, bounds: Bounds) -> bool:
     """Whether a change of batch still gains if the noise scale is off by its doubt, to the unfavourable side.
 
     For a smaller batch that side is also the one to which it moves by itself.
     """
-    bounds = noise_bounds(standing.trial.fit)
-    if bounds is None or other.global_batch == now.global_batch:
+    if other.global_batch == now.global_batch:
         return True
     is_larger = other.global_batch > now.global_batch
     doubted = dataclasses.replace(standing, noise=bounds[0] if is_larger else NOISE_GROWTH * bounds[1])
@@ -284,20 +286,18 @@ def _is_sure(standing: Standing, now: Settings, other: Settings) -> bool:
     return before is not None and after is not None and after > before
 
 
-def _is_wasteful(standing: Standing, now: Settings, other: Settings) -> bool:
+def _is_wasteful(standing: Standing, now: Settings, other: Settings, bounds: Bounds) -> bool:
     """Whether a larger batch may make a sample worth less than is allowed, the noise scale being as low as it may."""
-    bounds = noise_bounds(standing.trial.fit)
     is_larger = other.global_batch > now.global_batch
-    return is_larger and bounds is not None and standing.wastes(other.global_batch, bounds[0])
+    return is_larger and standing.wastes(other.global_batch, bounds[0])
 
 
-def _way_back(standing: Standing, now: Settings, options: Iterable[_Option]) -> _Option | None:
+def _way_back(standing: Standing, now: Settings, options: Iterable[_Option], bounds: Bounds) -> _Option | None:
     """The best smaller batch where the present one surely makes a sample worth less than is allowed; else None.
 
     Surely: at the highest noise scale that is possible too, so a batch that was let in is not sent back by the doubt.
     """
-    bounds = noise_bounds(standing.trial.fit)
-    if bounds is None or not standing.wastes(now.global_batch, bounds[1]):
+    if not standing.wastes(now.global_batch, bounds[1]):
         return None
     return max((o for o in options if o.settings.global_batch < now.global_batch), key=_rank, default=None)
 
@@ -337,24 +337,24 @@ def _why_no_room(standing: Standing, now: Settings, refused: list[_Option]) -> t
     )
 
 
-def _why_wasteful(standing: Standing, now: Settings, best: _Option) -> str:
+def _why_wasteful(standing: Standing, now: Settings, best: _Option, bounds: Bounds) -> str:
+    low, _ = bounds
     return (
         f"batch {now.global_batch} and {now.tier.value} kept: batch {best.settings.global_batch} would gain"
-        f" {best.gain:.1%} but {_worth(standing, best.settings.global_batch, 0)}"
+        f" {best.gain:.1%} but {_worth(standing, best.settings.global_batch, low)}"
     )
 
 
-def _why_smaller(standing: Standing, now: Settings, chosen: _Option) -> str:
-    other = chosen.settings
+def _why_smaller(standing: Standing, now: Settings, chosen: _Option, bounds: Bounds) -> str:
+    other, (_, high) = chosen.settings, bounds
     return (
         f"batch {now.global_batch} -> {other.global_batch} ({other.micro_batch} x {other.grad_accum}): "
-        f"{_worth(standing, now.global_batch, 1)}"
+        f"{_worth(standing, now.global_batch, high)}"
     )
 
 
-def _worth(standing: Standing, global_batch: int, side: int) -> str:
-    """What a sample is worth at the lower (0) or upper (1) end of what the noise scale may be, against what it must."""
-    noise_scale = (noise_bounds(standing.trial.fit) or (0.0, 0.0))[side]
+def _worth(standing: Standing, global_batch: int, noise_scale: float) -> str:
+    """What a sample is worth at that noise scale, against what it must."""
     base, limits = standing.trial.start.global_batch, standing.trial.limits
     return (
         f"a sample of {global_batch} is worth {efficiency(noise_scale, base, global_batch):.2f} of one of {base} at"
@@ -362,8 +362,8 @@ def _worth(standing: Standing, global_batch: int, side: int) -> str:
     )
 
 
-def _why_unsure(standing: Standing, now: Settings, best: _Option) -> str:
-    low, high = noise_bounds(standing.trial.fit) or (0.0, 0.0)
+def _why_unsure(now: Settings, best: _Option, bounds: Bounds) -> str:
+    low, high = bounds
     return (
         f"batch {now.global_batch} and {now.tier.value} kept: batch {best.settings.global_batch} would gain"
         f" {best.gain:.1%}, or nothing: the noise scale lies between {low:.0f} and {high:.0f}"

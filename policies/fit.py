@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from policies.ladder import TierFit
 from policies.memory import MemoryPoint, merge, remember
-from policies.noise import NoiseTerms
+from policies.noise import MAX_NOISE_SCALE, NoiseTerms
 from policies.plan import SPARSE, Settings
 from policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
 from policies.tier import Tier, is_cheaper
@@ -157,9 +157,9 @@ def noise_scale(fit: TrialFit) -> float | None:
     return None if fit.num_noise < MIN_NOISE_ESTIMATES else _noise_of(fit).scale
 
 
-def noise_bounds(fit: TrialFit) -> tuple[float, float] | None:
-    """The noise scale if |G|^2 were one standard deviation larger, and smaller; None before enough estimates."""
-    return None if fit.num_noise < MIN_NOISE_ESTIMATES else _noise_of(fit).bounds
+def noise_bounds(fit: TrialFit) -> tuple[float, float]:
+    """The noise scale if |G|^2 were one standard deviation larger, and smaller; its whole range at first."""
+    return (1.0, MAX_NOISE_SCALE) if fit.num_noise < MIN_NOISE_ESTIMATES else _noise_of(fit).bounds
 
 
 def note_tiers(fit: TrialFit, tiers: tuple[TierFit, ...]) -> TrialFit:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 
-from tests.bench.gpu_job import SIZES, BestLoop, first_order, run_ours, seconds_per_step, tf32
+from tests.bench.gpu_job import SIZES, BestLoop, first_order, profiled, run_ours, seconds_per_step, tf32
 from tests.bench.orchestrated import scratch
 from tests.bench.results_file import Options, Report, chosen_part, median_figure, options, p95_figure
 
@@ -80,23 +79,6 @@ def kernels(size: str, tier_name: str, directory: Path) -> dict[str, Any]:
         }
         for name, ns, count in (("hand", hand_ns, hand_count), ("ours", ours_ns, ours_count))
     }
-
-
-def profiled(work: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
-    """Nanoseconds on the GPU and number of what it did, by name."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    nanoseconds, count = Counter[str](), Counter[str]()
-    for event in trace.events() or ():
-        if event.device_type.name == "CUDA":
-            nanoseconds[event.name] += round(1e3 * (event.time_range.end - event.time_range.start))
-            count[event.name] += 1
-    return nanoseconds, count
 
 
 def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[str, Any]:

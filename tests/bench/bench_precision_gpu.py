@@ -24,6 +24,7 @@ from orchestrator.train.precision.watch import StepNews
 from orchestrator.train.stepper import Stepper
 from policies.ladder import best_usable
 from policies.tier import Tier, real_tiers
+from tests.bench.gpu_job import profiled
 from tests.bench.guarded_trial import MIN_GAIN, Recipe, begin
 from tests.bench.results_file import Figure, Report, chosen_part, median_figure, options, say
 
@@ -148,11 +149,8 @@ def saved_bytes(block: nn.Module, x: Tensor, tier: Tier, device: torch.device) -
 
 def profile(step: Callable[[], None]) -> list[list[Any]]:
     """The kernels that take longest in one step, in microseconds."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-        step()
-        torch.cuda.synchronize()
-    rows = sorted(prof.key_averages(), key=lambda row: -float(row.self_device_time_total))
-    return [[row.key[:90], float(row.self_device_time_total), row.count] for row in rows[:14]]
+    nanoseconds, count = profiled(step)
+    return [[name[:90], each / 1e3, count[name]] for name, each in nanoseconds.most_common(14)]
 
 
 def hindsight(report: Report, device: torch.device, models: Sequence[str] = tuple(MODELS)) -> None:

@@ -204,17 +204,9 @@ def _measure(stepper: Any, plan: RankPlan, device: torch.device) -> dict[str, An
 
 def _profile(stepper: Any, num_steps: int) -> dict[str, float]:
     """Milliseconds per step in which the GPU exchanges, computes, does both, and neither, by the profiler's trace."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+    from tests.bench.gpu_job import spans_of
 
-    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-    with profile(activities=[activity]) as trace:  # the host is not watched, which would slow it down
-        for _ in range(num_steps):
-            stepper.advance()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    kernels = [event for event in trace.events() or () if event.device_type.name == "CUDA"]
-    spans = [(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3) for event in kernels]
+    spans = spans_of(lambda: [stepper.advance() for _ in range(num_steps)])
     return {name: value / num_steps for name, value in busy_ms(spans).items()}
 
 

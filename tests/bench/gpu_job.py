@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,29 @@ class BestLoop:
         indices = self._order[self._position : self._position + self._micro_batch]
         self._position += self._micro_batch
         return self._job.batch(indices, self._torch.device("cpu"))
+
+
+def spans_of(work: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """Name, begin and end in milliseconds of all that the GPU does in `work`; watching the host too would slow it."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    with profile(activities=[activity]) as trace:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    kernels = [event for event in trace.events() or () if event.device_type.name == "CUDA"]
+    return [(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3) for event in kernels]
+
+
+def profiled(work: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
+    """Nanoseconds on the GPU and number of what it did, by name."""
+    nanoseconds, count = Counter[str](), Counter[str]()
+    for name, begin_ms, end_ms in spans_of(work):
+        nanoseconds[name] += round(1e6 * (end_ms - begin_ms))
+        count[name] += 1
+    return nanoseconds, count
 
 
 def first_order(directory: Path, size: str, tier: Any, num_steps: int) -> SlotOrder:

@@ -103,12 +103,8 @@ def dials(table: Any) -> dict[str, list[Row]]:
     """What each trial ran with, one stretch of alike steps after the other."""
     found: dict[str, list[Row]] = {}
     for trial, mine in table.groupby("trial_id"):
-        keys = [
-            (int(micro), int(accum), str(tier), bool(flags // 4 % 2))
-            for micro, accum, tier, flags in zip(
-                mine["micro_batch"], mine["grad_accum"], mine["tier"], mine["flags"], strict=True
-            )
-        ]
+        columns = (mine["micro_batch"], mine["grad_accum"], mine["tier"].astype(str), mine["flags"] // 4 % 2 == 1)
+        keys = list(zip(*(column.tolist() for column in columns), strict=True))
         begin, rows = 0, []
         for key, group in itertools.groupby(keys):
             stretch = mine.iloc[begin : begin + len(list(group))]

@@ -117,8 +117,7 @@ class NoiseMeter:
     def begin_replayed(self, step: int) -> PairPart | None:
         """Called before a replayed step, which cannot be cut: its part in a pair of steps, None for most."""
         held_step, self._held_step = self._held_step, None
-        is_early = self.mean.count < EARLY_DRAWS
-        phase = step % (REPLAYED_EARLY_PERIOD_STEPS if is_early else REPLAYED_PERIOD_STEPS)
+        phase = step % (REPLAYED_EARLY_PERIOD_STEPS if self._is_early else REPLAYED_PERIOD_STEPS)
         if step < FIRST_STEP or phase > 1:
             return None
         if phase == 0:
@@ -173,7 +172,11 @@ class NoiseMeter:
         )
 
     @property
+    def _is_early(self) -> bool:
+        return self.mean.count < EARLY_DRAWS
+
+    @property
     def _period(self) -> int:
-        if self.mean.count < EARLY_DRAWS:
+        if self._is_early:
             return EARLY_PERIOD_STEPS
         return PERIOD_STEPS if self.mean.count < ENOUGH_DRAWS else QUIET_PERIOD_STEPS

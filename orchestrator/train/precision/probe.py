@@ -147,8 +147,7 @@ def _dot_sum(halves: tuple[list[Tensor], list[Tensor]]) -> Tensor:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put random state and buffers (running means of batch norms) back afterwards; gradients are dropped."""
-    for param in model.parameters():
-        param.grad = None  # of the step before, or the memory of a recorded one: nothing may be added to it
+    model.zero_grad()  # of the step before, or the memory of a recorded one: nothing may be added to it
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -158,5 +157,4 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-            for param in model.parameters():
-                param.grad = None
+            model.zero_grad()

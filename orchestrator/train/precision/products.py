@@ -8,7 +8,7 @@ fp32. Deliberately ignorant of models, ranks and of when a tier changes; asked b
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -29,24 +29,14 @@ def fp32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, keeps_weight: bool = False) -> Tensor:
     """All three products of the layer in bf16."""
-    return half_linear(x, weight, bias, torch.bfloat16)
+    return half_linear(x, weight, bias, torch.bfloat16, keeps_weight=keeps_weight)
 
 
-def fp16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def fp16_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, keeps_weight: bool = False) -> Tensor:
     """All three products of the layer in fp16; gradients need the loss scaled."""
-    return half_linear(x, weight, bias, torch.float16)
-
-
-def bf16_linear_that_keeps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same; the cast weight is kept for the backward pass."""
-    return half_linear(x, weight, bias, torch.bfloat16, keeps_weight=True)
-
-
-def fp16_linear_that_keeps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same; the cast weight is kept for the backward pass."""
-    return half_linear(x, weight, bias, torch.float16, keeps_weight=True)
+    return half_linear(x, weight, bias, torch.float16, keeps_weight=keeps_weight)
 
 
 TIER_FUNCTIONS: dict[Tier, LinearFunction] = {
@@ -58,9 +48,10 @@ TIER_FUNCTIONS: dict[Tier, LinearFunction] = {
     Tier.INT8: int8.int8_linear,
 }
 _KEEPING: dict[LinearFunction, LinearFunction] = {
-    bf16_linear: bf16_linear_that_keeps,
-    fp16_linear: fp16_linear_that_keeps,
+    bf16_linear: partial(bf16_linear, keeps_weight=True),
+    fp16_linear: partial(fp16_linear, keeps_weight=True),
 }
+"""The same with the cast weight kept for the backward pass."""
 
 
 @cache

@@ -118,7 +118,7 @@ class TrialCosts:
 
         def run(tier: Tier) -> None:
             timed.mean_gradient(batch, tier)
-            self._drop_gradients()
+            timed.model.zero_grad()
 
         comparison = self._open = self._open or Comparison(self._base, tier, self._device)
         with undisturbed(timed.model, self._device):
@@ -162,20 +162,16 @@ class TrialCosts:
                 work = partial(self._timed.add_gradient, batch, tier)
                 try:
                     recorder.rehearse(work)
-                    self._drop_gradients()  # so that the recording has its own and needs nobody to keep them
+                    self._timed.model.zero_grad()  # so that the recording has its own and needs nobody to keep them
                     replays[tier] = recorder.record(work)
                 except Exception as error:  # whatever a model does that a graph cannot hold
                     logger.info("calibration of %s without a graph: %s", tier, str(error).partition("\n")[0])
                 finally:
-                    self._drop_gradients()
+                    self._timed.model.zero_grad()
             seconds = time_replays(replays)
         return {
             tier: replace(cost, step_s=min(seconds.get(tier, cost.step_s), cost.step_s)) for tier, cost in costs.items()
         }
-
-    def _drop_gradients(self) -> None:
-        for param in self._timed.model.parameters():
-            param.grad = None
 
     def _from_first(self, value: _Told) -> _Told:
         """The first rank's value, on every rank."""

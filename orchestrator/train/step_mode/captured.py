@@ -171,13 +171,13 @@ class CapturedStep:
         """Drop all recordings, and the gradients in them."""
         self._recordings.clear()
         self._pair.drop()
-        self._clear_grads()
+        self._model.zero_grad()
 
     def _record(self, batch: Batch) -> _Recording:
         static = tuple(torch.empty_like(part, device=self._device).copy_(part) for part in batch)
         counted: list[int] = []
         self._recorder.rehearse(lambda: counted.append(self._micro(static, is_first=True)))
-        self._clear_grads()
+        self._model.zero_grad()
         first = self._recorder.record(lambda: counted.append(self._micro(static, is_first=True)))
         grads = [(param, param.grad) for param in self._model.parameters()]
         finish = self._recorder.record(self._finish)
@@ -187,7 +187,7 @@ class CapturedStep:
             PairPart.HOLD: self._recorder.record(self._pair.hold),
             PairPart.COMPARE: self._recorder.record(partial(self._pair.compare, self._products)),
         }
-        self._clear_grads()
+        self._model.zero_grad()
         return _Recording(
             batch=static,
             staging=Staging(batch, MAX_FLYING + 1, self._device),
@@ -201,7 +201,7 @@ class CapturedStep:
     def _micro(self, batch: Batch, *, is_first: bool) -> int:
         """Forward and backward of one micro-batch; returns its loss elements."""
         if is_first:
-            self._clear_grads()  # so that the backward pass writes gradients instead of adding to them
+            self._model.zero_grad()  # so that the backward pass writes gradients instead of adding to them
         terms = self._job.loss(self._model, batch)
         (terms.loss_sum * self._scale).backward()  # type: ignore[no-untyped-call]
         loss_sum = terms.loss_sum.detach()
@@ -226,10 +226,6 @@ class CapturedStep:
         """Make the recording's gradients those of the model, for whoever reads them."""
         for param, grad in recording.grads:
             param.grad = grad
-
-    def _clear_grads(self) -> None:
-        for param in self._model.parameters():
-            param.grad = None
 
 
 @contextlib.contextmanager
