@@ -253,6 +253,7 @@ class ControlPlane:
                 "gpu_words": "" if ready is None else ready.words,
                 "memory_fraction": config.devices.memory_fraction,
                 "step_mode": config.devices.step_mode,
+                "trials_per_slot": max(1.0, config.search.num_trials / config.search.num_slots),
             },
             storage_path=str(self._run_dir / "slots"),
         )

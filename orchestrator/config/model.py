@@ -362,8 +362,8 @@ class DevicesSection(Section):
     memory_fraction: float | None = Field(
         default=None, gt=0, le=1, description="most of a GPU's memory that one rank's allocator may take; null: no cap"
     )
-    step_mode: Literal["auto", "eager", "graph"] = Field(
-        default="auto", description="how steps are executed on a GPU; auto: measured, the faster one stays"
+    step_mode: Literal["auto", "eager", "graph", "compiled"] = Field(
+        default="auto", description="how steps are executed on a GPU; auto: measured, the fastest one stays"
     )
 
 

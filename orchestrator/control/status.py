@@ -155,7 +155,7 @@ class StatusWriter:
             "amount": None if line is None or line.applied is None else line.applied.amount,
             "step_mode": None
             if view is None or view.is_replayed is None
-            else ("graph" if view.is_replayed else "eager"),
+            else ("compiled" if view.is_compiled else "graph" if view.is_replayed else "eager"),
             "enforced_by": None if slot is None or slot.hello is None else slot.hello.enforced_by,
             "checks": [asdict(check) for _, check in sorted(state.checks.get(trial.trial_id, {}).items())],
             **_dials(settings, state.spec.start_on(trial.size) if trial.size else state.spec.start),

@@ -62,8 +62,13 @@ FLAG_APPLIED = 2
 FLAG_GRAPH = 4
 FLAG_ROLLED_BACK = 8
 FLAG_UNSETTLED = 16
+FLAG_COMPILED = 32
 """Non-finite and skipped; an allocation was applied before it; replayed from a graph; began at an earlier state; in
-another step mode than steps with these dials will have, or while that is being found out."""
+another step mode than steps with these dials will have, or while that is being found out; of compiled kernels, where it
+was replayed."""
+
+MODE_FLAGS = FLAG_GRAPH | FLAG_COMPILED
+"""The step mode."""
 
 StepArray = npt.NDArray[np.void]
 

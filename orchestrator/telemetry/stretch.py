@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, FLAG_UNSETTLED, StepArray
+from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, FLAG_UNSETTLED, MODE_FLAGS, StepArray
 
 SETTINGS = ("generation", "cores", "tier", "micro_batch", "grad_accum", "num_workers")
 """Fields of a record that say under which dials a step ran."""
@@ -48,8 +48,8 @@ def ordinary(rows: StepArray) -> StepArray:
 
 def changes_of(rows: StepArray) -> npt.NDArray[np.intp]:
     """Indices of the last row before each change of dials or step mode; `rows` must not be empty."""
-    is_replayed = rows["flags"] & FLAG_GRAPH
-    changes = is_replayed[1:] != is_replayed[:-1]
+    mode = rows["flags"] & MODE_FLAGS
+    changes = mode[1:] != mode[:-1]
     for name in SETTINGS:
         changes |= rows[name][1:] != rows[name][:-1]
     return np.flatnonzero(changes)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from orchestrator.telemetry.record import (
     FLAG_APPLIED,
+    FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
     FLAG_SKIPPED,
@@ -159,7 +160,7 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
     unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
     _mark(codes, "tier", np.isin(rows["tier"], unknown))
-    known = FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH | FLAG_ROLLED_BACK | FLAG_UNSETTLED
+    known = FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH | FLAG_ROLLED_BACK | FLAG_UNSETTLED | FLAG_COMPILED
     _mark(codes, "flags", flags > known)
 
 

@@ -16,9 +16,11 @@ import numpy as np
 from orchestrator.share.verification import Usage
 from orchestrator.telemetry import validation
 from orchestrator.telemetry.record import (
+    FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
     FLAG_SKIPPED,
+    MODE_FLAGS,
     STEP_DTYPE,
     StepArray,
     tier_of,
@@ -82,6 +84,7 @@ class WindowView:
         grad_sq: last estimate of |G|^2, of the same row.
         straggler_ratio: slowest rank's median busy time over that of all ranks; 1 for one rank.
         is_replayed: whether the last step was replayed from a CUDA graph; None before the first.
+        is_compiled: whether it was of compiled kernels.
         is_stale: whether rank 0 has been silent for too long.
         is_suspect: whether so many rows were refused that the rest should not be relied on either.
         num_refused: rows refused so far.
@@ -101,6 +104,7 @@ class WindowView:
     grad_sq: float | None
     straggler_ratio: float
     is_replayed: bool | None
+    is_compiled: bool
     is_stale: bool
     is_suspect: bool
     num_refused: int
@@ -185,6 +189,7 @@ class TrialWindow:
         self._updated_s: float | None = None
         self._step = self._num_samples = self._cursor = self._generation = 0
         self._is_replayed: bool | None = None
+        self._is_compiled = False
         self._has_rows = False
         self._loss: float | None = None
         self._noise: tuple[float, float] | None = None
@@ -264,6 +269,7 @@ class TrialWindow:
             grad_sq=grad_sq,
             straggler_ratio=self._straggler_ratio(),
             is_replayed=self._is_replayed,
+            is_compiled=self._is_compiled,
             is_stale=now_s - self._heard_at_s > silence_s,
             is_suspect=self._judged >= _MIN_JUDGED and self._judged_bad > self._max_refused_ratio * self._judged,
             num_refused=self._num_refused,
@@ -303,6 +309,7 @@ class TrialWindow:
         self._cursor = int(last["cursor"]) + int(last["num_samples"])
         self._generation = int(last["generation"])
         self._is_replayed = bool(int(last["flags"]) & FLAG_GRAPH)
+        self._is_compiled = bool(int(last["flags"]) & FLAG_COMPILED)
         self._updated_s = float(_end_s(rows[-1:])[0])
         self._pending.add(rows)
         self._recent.add(rows)
@@ -410,7 +417,7 @@ def _same_settings(rows: StepArray) -> Iterator[StepArray]:
     groups: dict[tuple[float, ...], list[StepArray]] = {}
     # Settings change rarely: cutting at changes leaves a handful of runs to group, not thousands of rows.
     for run in np.split(rows, changes_of(rows) + 1):
-        key = (*(run[name][0].item() for name in SETTINGS), int(run["flags"][0]) & FLAG_GRAPH)
+        key = (*(run[name][0].item() for name in SETTINGS), int(run["flags"][0]) & MODE_FLAGS)
         groups.setdefault(key, []).append(run)
     for runs in groups.values():
         yield np.concatenate(runs)

@@ -44,7 +44,8 @@ class Ranks:
     """Where a process stands in its worker group. `group` is the side group for small agreements.
 
     `step_mode` is how its steps are executed, where that can be chosen; `recorder` makes what records them, None for
-    CUDA graphs. `stall` times its steps.
+    CUDA graphs. `trials_ahead` is how many trials of its kind the process is expected to serve, this one included.
+    `stall` times its steps.
     """
 
     rank: int
@@ -54,15 +55,23 @@ class Ranks:
     mesh: DeviceMesh | None = None
     step_mode: StepMode = StepMode.AUTO
     recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None
+    trials_ahead: float = 1.0
     stall: Stall = field(default_factory=Stall, compare=False)
 
 
 class Groups:
     """A side group for agreements and a mesh to shard over, beside the default group, which is only met in."""
 
-    def __init__(self, rank: int, world_size: int, device: torch.device, step_mode: StepMode = StepMode.AUTO) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        step_mode: StepMode = StepMode.AUTO,
+        trials_ahead: float = 1.0,
+    ) -> None:
         self._rank, self._world_size, self._device = rank, world_size, device
-        self._step_mode = step_mode
+        self._step_mode, self._trials_ahead = step_mode, trials_ahead
         self._train: dist.ProcessGroup | None = None
         self._connections: dict[int, tuple[Address, Address]] = {}
         self._is_aborted = False
@@ -109,7 +118,13 @@ class Groups:
 
     def _open(self) -> Ranks:
         if self._world_size == 1:
-            return Ranks(rank=self._rank, world_size=1, device=self._device, step_mode=self._step_mode)
+            return Ranks(
+                rank=self._rank,
+                world_size=1,
+                device=self._device,
+                step_mode=self._step_mode,
+                trials_ahead=self._trials_ahead,
+            )
         before = _open_sockets()
         group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._train, self._is_aborted = dist.new_group(timeout=TIMEOUT), False

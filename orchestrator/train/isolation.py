@@ -29,6 +29,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 _UNREADABLE = "unreadable"
+_HARMLESS = ("tqdm_monitor", "Dummy-", "InductorSubproc", "subproc_worker_timer")
+"""Beginnings of the names of threads that are no trial's: tqdm's, which watches progress bars for good; those that
+Python did not start, such as autograd's, once they have called it; and torch.compile's, which end soon after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,11 @@ def _signal_handlers() -> dict[int, Any]:
 def _threads() -> dict[int, str]:
     """Names of the living Python threads by identifier, without the caller's."""
     own = threading.get_ident()
-    return {t.ident: t.name for t in threading.enumerate() if t.ident is not None and t.ident != own}
+    return {
+        t.ident: t.name
+        for t in threading.enumerate()
+        if t.ident not in {None, own} and not t.name.startswith(_HARMLESS)
+    }
 
 
 def _children() -> dict[int, str]:

@@ -31,6 +31,7 @@ from orchestrator.errors import ApplyError, OutOfMemoryError
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import (
     FLAG_APPLIED,
+    FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
     FLAG_SKIPPED,
@@ -383,7 +384,8 @@ class TrialLoop:
         settings, grant = stepper.settings, self._grant
         assert grant is not None
         flags = (FLAG_SKIPPED if result.is_skipped else 0) | (FLAG_APPLIED if times.switch_s else 0)
-        flags |= FLAG_GRAPH if result.mode is StepMode.GRAPH else 0
+        flags |= FLAG_GRAPH if result.mode.is_replayed else 0
+        flags |= FLAG_COMPILED if result.mode is StepMode.COMPILED else 0
         flags |= 0 if stepper.is_settled_on(result.mode) else FLAG_UNSETTLED
         flags |= FLAG_ROLLED_BACK if self._is_rolled_back else 0
         self._is_rolled_back = False

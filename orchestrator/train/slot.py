@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,6 +35,7 @@ from orchestrator.train.ray_link import RayLink
 from orchestrator.train.read_ahead import reading
 from orchestrator.train.serve import LOGGED, Server
 from orchestrator.train.step_mode.choice import StepMode
+from orchestrator.train.step_mode.compiled import set_up
 from orchestrator.train.stepper import Stepper
 from policies.plan import DeviceId
 from policies.snapshot import DeviceKind, DeviceView
@@ -51,9 +53,12 @@ def slot_loop(config: dict[str, Any]) -> None:
     """
     for name in LOGGED:
         logging.getLogger(name).setLevel(config["log_level"])
+    # Beside the runs, so that the next one of the same kind need not compile again.
+    set_up(Path(config["warm_up"].directory).parents[2] / ".compiled")
     context = ray.train.get_context()
     step_mode = StepMode(config["step_mode"])
-    groups = Groups(context.get_world_rank(), context.get_world_size(), _own_device(), step_mode)
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    groups = Groups(rank, world_size, _own_device(), step_mode, config["trials_per_slot"])
     ranks = groups.ranks
     joined_wall_s = time.time()
     share, words = _share(config, ranks)

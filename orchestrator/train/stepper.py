@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from jobs import job_info
 from jobs.data import Indices, micro_batches, rank_slice
 from jobs.job import Job, LossTerms
 from orchestrator.control.orders import TrialOrder
 from orchestrator.train import checkpoint, fsdp
-from orchestrator.train.batch.learning_rate import LearningRate, ScalingRule, Schedule, Shape, apply
+from orchestrator.train.batch.learning_rate import LearningRate, apply
 from orchestrator.train.batch.meter import NoiseMeter
+from orchestrator.train.batch.schedule import schedule_of
 from orchestrator.train.flat_state import version_of
 from orchestrator.train.groups import Ranks
 from orchestrator.train.offload import Offload
@@ -30,6 +30,7 @@ from orchestrator.train.precision.loss_scale import LossScale
 from orchestrator.train.precision.tiers import install, lowered, set_tier
 from orchestrator.train.read_ahead import first_cursor, take
 from orchestrator.train.step_mode.choice import ModeChoice, StepMode
+from orchestrator.train.step_mode.compiled import Compilation
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.step_mode.replay import (
     CPU,
@@ -40,6 +41,7 @@ from orchestrator.train.step_mode.replay import (
     open_replay,
     refusal,
     refusal_of,
+    result_of,
 )
 from orchestrator.train.step_result import StepResult
 from policies.plan import Settings
@@ -49,12 +51,6 @@ from policies.tier import Tier, tier_facts
 logger = logging.getLogger(__name__)
 
 MAX_GRAD_NORM = 1.0
-WARMUP_STEPS = 20
-# A job names the rule of its optimizer; AdaScale is the linear one as long as noise prevails, and less beyond that.
-_RULES = {"sqrt": ScalingRule.SQRT, "linear": ScalingRule.ADASCALE}
-
-RAMP_STEPS = 50
-"""Steps at the start batch over which a larger batch brings in its larger learning rate (50-100 in practice)."""
 
 
 class Stepper:
@@ -79,13 +75,16 @@ class Stepper:
         is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
         whole = refusal(ranks.world_size, self.optimizer, is_possible=is_possible)
         self._modes = ModeChoice(ranks.step_mode, whole, refusal_of)
+        self._compilation = Compilation(job, self.model)
+        self._lowered = Lowered(self)
         self._replay: Replay | None = None
         self.offload = Offload(self.model, self.optimizer)
         self._has_stepped = False
         self._unsaid: list[StepResult] = []
         self.is_torn = False
         self._noise = NoiseMeter(self.model, self.optimizer, ranks.world_size)
-        self._rate = LearningRate.start(self._schedule(), order.start.global_batch)
+        base_lr = float(self.optimizer.param_groups[0]["lr"])
+        self._rate = LearningRate.start(schedule_of(order, base_lr), order.start.global_batch)
         set_tier(self.model, order.start.tier)
         self._exchange(order.start.tier)
         # Every rank built the same model from the same seed; what it draws from here on (dropout) is its own.
@@ -107,9 +106,13 @@ class Stepper:
         In graph mode results come some steps later. When one says that it was skipped, those behind it did nothing and
         the stepper is back where that one began.
         """
-        if self._has_stepped and self._modes.mode(self._dials) is StepMode.GRAPH:
-            results = self._launch()
-            if results is not None:
+        if self._has_stepped and self._modes.mode(self._dials).is_replayed:
+            if self._settle_modes():
+                results, self._unsaid = self._unsaid, []
+                return results
+            launched = self._launch(self._modes.mode(self._dials))
+            if launched is not None:
+                results, self._unsaid = [*self._unsaid, *launched], []
                 return results
         self._unsaid += self.settle()  # kept if this step raises
         if not any(result.is_skipped for result in self._unsaid):
@@ -128,8 +131,9 @@ class Stepper:
     def rehearse(self) -> None:
         """Do two more steps in the mode that is wished for, and wait for them: for a warm-up."""
         self._has_stepped = True
-        for _ in range(0 if self._modes.refusal or self._ranks.step_mode is StepMode.EAGER else 2):
-            self._launch()
+        for _ in range(2 if self.may_replay else 0):
+            mode = self._modes.mode(self._dials)
+            self._launch(mode if mode.is_replayed else StepMode.GRAPH)
         self.settle()
 
     def settle(self) -> list[StepResult]:
@@ -355,14 +359,41 @@ class Stepper:
         with lowered(tier, self._ranks.device):
             return self.job.loss(model, batch)
 
-    def _launch(self) -> list[StepResult] | None:
-        """One step in graph mode; None where it cannot be recorded, and nothing was done."""
+    def compiled_loss(self, model: nn.Module, batch: tuple[Tensor, ...], tier: Tier) -> LossTerms:
+        """What `loss` does, by kernels that torch.compile made."""
+        with lowered(tier, self._ranks.device):
+            return self._compilation.loss(model, batch)
+
+    def _settle_modes(self) -> bool:
+        """Compile if that is worth it, and let go of a mode that was found slower; whether a step came back skipped."""
+        loser = self._modes.take_loser(self._dials)
+        step_s = self._modes.may_compile(self._dials)
+        left = self._order.samples_per_report * self._order.max_reports - self.cursor.position
+        steps_left = self._ranks.trials_ahead * left / self.settings.global_batch
+        is_due = step_s is not None and self._compilation.is_due(self._dials, steps_left * step_s)
+        if loser is None and not is_due:
+            return False
+        self._unsaid += self.settle()
+        if loser is not None and self._replay is not None:
+            self._compilation.saves(self._dials, loser[1])
+            self._replay.captured.drop((self.settings.tier, loser[0]))
+        is_skipped = any(result.is_skipped for result in self._unsaid)
+        if is_due and not is_skipped:
+            indices, _ = take(self.job, self.cursor, self.settings, self._ranks)
+            parts = micro_batches(indices, self.settings.micro_batch)
+            first = self.job.batch(parts[0].tolist(), CPU)
+            if self._prepared(first, len(parts), StepMode.COMPILED) is not None:
+                self._modes.race(self._dials)
+        return is_skipped
+
+    def _launch(self, mode: StepMode) -> list[StepResult] | None:
+        """One step that is replayed; None where it cannot be recorded, and nothing was done."""
         settings = self.settings
         indices, cursor = take(self.job, self.cursor, settings, self._ranks)
         began_s = time.monotonic()
         batches = [self.job.batch(part.tolist(), CPU) for part in micro_batches(indices, settings.micro_batch)]
         data_s = time.monotonic() - began_s
-        replay = self._prepared(batches)
+        replay = self._prepared(batches[0], len(batches), mode)
         if replay is None:
             return None
         rate = self._rate.at(self.cursor.position, self._noise.scale)
@@ -373,25 +404,31 @@ class Stepper:
             num_samples=len(indices),
             learning_rate=rate,
             data_s=data_s,
+            mode=mode,
             pair_part=self._noise.begin_replayed(self.step_index),
         )
         replay.launch(step, batches, 1 / self.job.num_elements(len(indices)))
         self.cursor, self.step_index = cursor, self.step_index + 1
         return self._results(replay.collect())
 
-    def _prepared(self, batches: list[tuple[torch.Tensor, ...]]) -> Replay | None:
-        """The replay with a recording for these batches, or None: then the trial stays eager, and says why."""
+    def _prepared(self, batch: tuple[Tensor, ...], num_parts: int, mode: StepMode) -> Replay | None:
+        """The replay with a recording for such batches, or None: then the trial does without the mode, and says why."""
         if self._replay is None:
             make = self._ranks.recorder
             recorder = CudaRecorder() if make is None else make(self.model, self.optimizer)
-            job = cast(Job, Lowered(self))
-            self._replay = open_replay(job, self.model, self.optimizer, recorder, MAX_GRAD_NORM)
+            self._replay = open_replay(cast(Job, self._lowered), self.model, self.optimizer, recorder, MAX_GRAD_NORM)
+        self._lowered.is_compiled = mode is StepMode.COMPILED
+        compiling = self._compilation.measured(self._dials) if self._lowered.is_compiled else None
         try:
-            self._replay.captured.prepare(self.settings.tier, batches[0], len(batches))
+            self._replay.captured.prepare((self.settings.tier, mode), batch, num_parts, compiling)
         except Exception as error:  # whatever a model does that a graph cannot hold
-            self._modes.refuse(f"its step cannot be captured ({type(error).__name__}: {error})".splitlines()[0])
-            logger.warning("step mode: %s", self.mode_words)
             self._replay.captured.forget()
+            reason = f"({type(error).__name__}: {error})".splitlines()[0]
+            if self._lowered.is_compiled:
+                self._modes.not_compiled(self._dials, reason)
+            else:
+                self._modes.refuse(f"its step cannot be captured {reason}")
+            logger.warning("step mode: %s", self.mode_words)
             return None
         return self._replay
 
@@ -401,39 +438,11 @@ class Stepper:
         for each in returned:
             launched = each.launched
             if each.interval_s is not None:
-                self._modes.note(self._dials, StepMode.GRAPH, each.interval_s)
+                self._modes.note(self._dials, launched.mode, each.interval_s)
             if each.is_skipped:
                 self.cursor, self.step_index = launched.cursor, launched.step
                 self._noise.reset()
             else:
                 self._noise.keep(each.noise)
-            results.append(
-                StepResult(
-                    step=launched.step,
-                    position=launched.cursor.position,
-                    mode=StepMode.GRAPH,
-                    is_skipped=each.is_skipped,
-                    num_samples=0 if each.is_skipped else launched.num_samples,
-                    loss=each.loss_sum / max(1, launched.num_elements),
-                    grad_norm=each.grad_norm,
-                    learning_rate=launched.learning_rate,
-                    noise=each.noise,
-                    data_s=launched.data_s,
-                    is_loss_finite=math.isfinite(each.loss_sum),
-                )
-            )
+            results.append(result_of(each))
         return results
-
-    def _schedule(self) -> Schedule:
-        """Constant after a short warm-up; a larger batch brings its larger rate in over some steps of its own."""
-        order = self._order
-        total = order.samples_per_report * order.max_reports
-        return Schedule(
-            base_lr=float(self.optimizer.param_groups[0]["lr"]),
-            base_batch=order.start.global_batch,
-            rule=_RULES[job_info(order.job).learning_rate_rule],
-            shape=Shape.CONSTANT,
-            total_samples=total,
-            warmup_samples=min(WARMUP_STEPS * order.start.global_batch, total // 20),
-            ramp_samples=RAMP_STEPS * order.start.global_batch,
-        )

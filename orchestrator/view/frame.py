@@ -247,8 +247,9 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     ]
     row = _row(cells, columns)
     metric = _metric(trial, shown.metric) if width >= WITH_METRIC else ""
-    mode = "graph steps" if trial.get("step_mode") == "graph" else ""
-    texts = (metric, _held(trial, shown.unit), mode, _resize(trial), _decision(trial))
+    mode = trial.get("step_mode")
+    steps = f"{mode} steps" if mode in {"graph", "compiled"} else ""
+    texts = (metric, _held(trial, shown.unit), steps, _resize(trial), _decision(trial))
     details = "; ".join(text for text in texts if text)
     if width >= WIDE:
         return [_line(f"{row}  {details}", Role.RUNNING, width)]

@@ -141,10 +141,10 @@ def timed_captures() -> Iterator[list[float]]:
 
     record, found = CapturedStep._record, []
 
-    def timed(self: Any, batch: Any) -> Any:
+    def timed(self: Any, batch: Any, compiling: Any) -> Any:
         began_s = time.perf_counter()
         try:
-            return record(self, batch)
+            return record(self, batch, compiling)
         finally:
             found.append(1e3 * (time.perf_counter() - began_s))
 

@@ -53,7 +53,7 @@ def test_fewer_groups_compute_slower(share: SmGroups) -> None:
     assert few > 2.5 * all_of_them
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("mode", ["eager", "graph", "compiled"])
 def test_live_changes_leave_the_losses_alone(share: SmGroups, tmp_path: Path, mode: str) -> None:
     def change(outside: Script) -> None:
         for number, groups in enumerate([(0, 1, 2), (1, 2, 3, 4, 5), (7,), (0, 1, 2)]):

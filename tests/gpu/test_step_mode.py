@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from jobs import build_job
-from orchestrator.telemetry.record import FLAG_GRAPH
+from orchestrator.telemetry.record import FLAG_COMPILED, FLAG_GRAPH
 from orchestrator.train.groups import Ranks
+from orchestrator.train.isolation import ProcessState
 from orchestrator.train.precision.calibrate import time_replays
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.recorder import CudaRecorder
@@ -47,6 +48,38 @@ def test_graph_steps_train_as_eager_ones_do(tmp_path: Path) -> None:
     np.testing.assert_allclose(graph["loss"][:40], eager["loss"][:40], rtol=1e-4)
     np.testing.assert_allclose(graph["loss"][40:], eager["loss"][40:], rtol=5e-3)
     np.testing.assert_allclose(graph["grad_norm"][:40], eager["grad_norm"][:40], rtol=1e-3)
+
+
+def test_compiled_steps_train_as_eager_ones_do_and_leave_nothing_behind(tmp_path: Path) -> None:
+    def change(outside: Script) -> None:
+        outside.at(20, lambda now: replace(now, grant=grant(2, micro_batch=4, grad_accum=2)))
+        outside.at(40, lambda now: replace(now, grant=grant(3, tier=Tier.BF16)))
+
+    eager = run_ours(language_order(tmp_path / "e"), mode="eager", script=change).records
+    clean = ProcessState.capture()
+    compiled = run_ours(language_order(tmp_path / "c"), mode="compiled", script=change).records
+    assert clean.leaks() == ()
+    assert (compiled["flags"][1:] & FLAG_COMPILED).all()
+    np.testing.assert_array_equal(compiled["cursor"], eager["cursor"])
+    np.testing.assert_allclose(compiled["loss"][:40], eager["loss"][:40], rtol=1e-3)
+    np.testing.assert_allclose(compiled["loss"][40:], eager["loss"][40:], rtol=1e-2)
+    np.testing.assert_allclose(compiled["grad_norm"][:40], eager["grad_norm"][:40], rtol=5e-3)
+
+
+def test_a_model_that_cannot_be_compiled_is_replayed_as_it_is(tmp_path: Path) -> None:
+    one = stepper(tmp_path, StepMode.COMPILED)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def nothing(_module: object, _inputs: object) -> None:
+        """What torch must not look into."""
+
+    one.model.register_forward_pre_hook(nothing)
+    results = [result for _ in range(6) for result in one.advance()]
+    # The step at which it failed was done all the same.
+    assert [result.mode for result in results[:2]] == [StepMode.EAGER] * 2
+    assert {result.mode for result in results[2:]} == {StepMode.GRAPH}
+    assert one.mode_words.startswith("graph; not compiled: (")
+    assert all(np.isfinite(result.loss) for result in results)
 
 
 def stepper(tmp_path: Path, mode: StepMode) -> Stepper:

@@ -83,7 +83,7 @@ class CapturedStep:
     ) -> None:
         self._job, self._model, self._optimizer = job, model, optimizer
         self._device, self._max_norm, self._recorder = device, max_norm, recorder
-        self._recordings: dict[object, _Recording] = {}
+        self._recordings: dict[tuple[int, object, object], _Recording] = {}
         self._scale = torch.zeros((), device=device)
         self._scale_held = 0.0
         # What a graph writes must live as long as the graph, which knows addresses only; hence members, no locals. What
@@ -109,25 +109,32 @@ class CapturedStep:
         """Steps launched whose values have not been read."""
         return len(self._readout)
 
-    def prepare(self, key: object, batch: Batch, num_parts: int) -> None:
+    def prepare(
+        self,
+        key: object,
+        batch: Batch,
+        num_parts: int,
+        compiling: contextlib.AbstractContextManager[object] | None = None,
+    ) -> None:
         """Record what `launch` needs for that key, unless it was; the state of the trial does not change.
 
         Args:
-            key: the dials that change what is executed.
+            key: the dials and the mode that change what is executed.
             batch: a batch as `launch` will bring, on the host.
             num_parts: micro-batches per step.
+            compiling: surrounds what is done the first time if that compiles, and so waits for the device; else None.
 
         Raises:
             Exception: whatever the device or the model says against it; nothing is kept.
         """
-        key = (self._recorder.place, key, tuple((part.shape, part.dtype) for part in batch))
-        recording = self._recordings.pop(key, None)
+        full = (self._recorder.place, key, tuple((part.shape, part.dtype) for part in batch))
+        recording = self._recordings.pop(full, None)
         if recording is None:
-            recording = self._record(batch)
+            recording = self._record(batch, compiling)
         if num_parts > 1 and recording.following is None:
             self._bind(recording)
             recording.following = self._recorder.record(partial(self._following, recording.batch))
-        self._recordings[key] = recording  # the newest last
+        self._recordings[full] = recording  # the newest last
         while len(self._recordings) > MAX_RECORDINGS:
             del self._recordings[next(iter(self._recordings))]
 
@@ -167,15 +174,23 @@ class CapturedStep:
             self._readout.pop()
         self._halted.zero_()
 
+    def drop(self, key: object) -> None:
+        """Let go of what was recorded for that key, on any stream and of any shape; no step may be on its way."""
+        for known in [known for known in self._recordings if known[1] == key]:
+            del self._recordings[known]
+
     def forget(self) -> None:
         """Drop all recordings, and the gradients in them."""
         self._recordings.clear()
         self._pair.drop()
         self._model.zero_grad()
 
-    def _record(self, batch: Batch) -> _Recording:
+    def _record(self, batch: Batch, compiling: contextlib.AbstractContextManager[object] | None) -> _Recording:
         static = tuple(torch.empty_like(part, device=self._device).copy_(part) for part in batch)
         counted: list[int] = []
+        if compiling is not None:
+            with compiling:
+                self._recorder.rehearse(lambda: counted.append(self._micro(static, is_first=True)), may_wait=True)
         self._recorder.rehearse(lambda: counted.append(self._micro(static, is_first=True)))
         self._model.zero_grad()
         first = self._recorder.record(lambda: counted.append(self._micro(static, is_first=True)))

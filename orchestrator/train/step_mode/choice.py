@@ -4,7 +4,8 @@ For each combination of dials a few eager steps are timed and then a few replaye
 eager steps are faster is believed only when it was seen several times over: a replayed step launches what an eager one
 does and is hardly ever the slower one, but beside busy trials a few of either may look so, and a trial that stays eager
 by mistake takes up to several times as long. A model, optimizer or device that cannot be recorded stays eager, and says
-why. Pure bookkeeping: no torch, no clock; called by the stepper.
+why. Where the stepper had replayed steps compiled, these are timed against the others in turn. Pure bookkeeping: no
+torch, no clock; called by the stepper.
 """
 
 from __future__ import annotations
@@ -26,13 +27,58 @@ NUM_GRAPH = 6
 MAX_ROUNDS = 3
 """How often eager steps must have been the faster ones."""
 
+NUM_RACES = 3
+"""How often compiled steps are timed against others; the mode that was faster more often stays."""
+
 
 class StepMode(StrEnum):
-    """How steps are executed; `auto` measures."""
+    """How steps are executed; `auto` measures. Compiled steps are replayed too, of kernels that torch.compile made."""
 
     AUTO = "auto"
     EAGER = "eager"
     GRAPH = "graph"
+    COMPILED = "compiled"
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the GPU is given whole steps."""
+        return self in {StepMode.GRAPH, StepMode.COMPILED}
+
+
+@dataclass(slots=True)
+class _Race:
+    """Steps replayed as they are against compiled ones, in turn."""
+
+    graph: list[float] = field(default_factory=list)
+    compiled: list[float] = field(default_factory=list)
+    savings: list[float] = field(default_factory=list)
+
+    @property
+    def next_mode(self) -> StepMode:
+        """Compiled ones first."""
+        return StepMode.COMPILED if len(self.compiled) < NUM_GRAPH else StepMode.GRAPH
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is known which are faster."""
+        return len(self.savings) == NUM_RACES
+
+    @property
+    def saving(self) -> float:
+        """Part of a replayed step that compiling saves."""
+        return statistics.median(self.savings)
+
+    def note(self, mode: StepMode, seconds: float) -> None:
+        """Take in a step."""
+        kept = self.compiled if mode is StepMode.COMPILED else self.graph
+        # A step on its way when the other kind began comes back late, and belongs to no turn.
+        if mode is self.next_mode and len(kept) < NUM_GRAPH:
+            kept.append(seconds)
+        if len(self.graph) == NUM_GRAPH:
+            self.savings.append(1 - statistics.median(self.compiled) / statistics.median(self.graph))
+            if not self.is_over:
+                self.graph.clear()
+                self.compiled.clear()
 
 
 @dataclass(slots=True)
@@ -43,10 +89,20 @@ class _Times:
     graph: list[float] = field(default_factory=list)
     num_rounds: int = 0
     chosen: StepMode | None = None
+    race: _Race | None = None
+    loser: StepMode | None = None
+    not_compiled: str = ""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the mode stays, as far as is known."""
+        return self.chosen is not None and (self.race is None or self.race.is_over)
 
     @property
     def next_mode(self) -> StepMode:
         """The chosen mode; before that the one to be timed."""
+        if self.race is not None and not self.race.is_over:
+            return self.race.next_mode
         if self.chosen is not None:
             return self.chosen
         is_eager_next = self._is_over or len(self.eager) < NUM_EAGER
@@ -54,7 +110,13 @@ class _Times:
 
     def note(self, mode: StepMode, seconds: float) -> None:
         """Take in a step, unless enough is known."""
-        if self.chosen is not None:
+        if self.race is not None and not self.race.is_over:
+            self.race.note(mode, seconds)
+            if self.race.is_over:
+                is_faster = self.race.saving > 0
+                self.chosen = StepMode.COMPILED if is_faster else StepMode.GRAPH
+                self.loser = StepMode.GRAPH if is_faster else StepMode.COMPILED
+        if self.chosen is not None or mode is StepMode.COMPILED:
             return
         if self._is_over:
             self.eager.clear()
@@ -101,7 +163,35 @@ class ModeChoice:
             return StepMode.EAGER
         if self._wish is StepMode.GRAPH:
             return StepMode.GRAPH
-        return self._times.setdefault(key, _Times()).next_mode
+        times = self._times.setdefault(key, _Times())
+        if self._wish is StepMode.COMPILED:
+            return StepMode.GRAPH if times.not_compiled else StepMode.COMPILED
+        return times.next_mode
+
+    def may_compile(self, key: object) -> float | None:
+        """Seconds per step of the replayed steps that might be compiled; None where they are not to be."""
+        times = self._times.get(key)
+        if self._wish is not StepMode.AUTO or times is None or times.chosen is not StepMode.GRAPH:
+            return None
+        if times.race is not None or times.not_compiled:
+            return None
+        return statistics.median(times.graph)
+
+    def race(self, key: object) -> None:
+        """Compiled steps are there; time them against the others."""
+        self._times[key].race = _Race()
+
+    def not_compiled(self, key: object, reason: str) -> None:
+        """Steps of these dials cannot be compiled."""
+        self._times[key].not_compiled = reason
+
+    def take_loser(self, key: object) -> tuple[StepMode, float] | None:
+        """Once after a race: the mode that will not be used again, and what part of a step compiling saves."""
+        times = self._times.get(key)
+        if times is None or times.loser is None or times.race is None:
+            return None
+        loser, times.loser = times.loser, None
+        return loser, times.race.saving
 
     def note(self, key: object, mode: StepMode, seconds: float) -> None:
         """A step of these dials took so long."""
@@ -110,20 +200,22 @@ class ModeChoice:
     def is_settled(self, key: object) -> bool:
         """Whether the mode of these dials is known and stays."""
         is_given = self._wish is not StepMode.AUTO or self._why_not(key) is not None
-        return is_given or self._times.get(key, _Times()).chosen is not None
+        return is_given or self._times.get(key, _Times()).is_settled
 
     def measured(self, key: object, settings: Settings) -> StepModeView | None:
         """The mode of these dials, `settings` in full, and the times it was chosen by; None where not measured."""
         times = self._times.get(key, _Times())
-        if self._wish is not StepMode.AUTO or self._why_not(key) is not None or times.chosen is None:
+        if self._wish is not StepMode.AUTO or self._why_not(key) is not None or not times.is_settled:
             return None
         return StepModeView(
             tier=settings.tier,
             micro_batch=settings.micro_batch,
             grad_accum=settings.grad_accum,
-            is_replayed=times.chosen is StepMode.GRAPH,
+            is_replayed=times.chosen is not StepMode.EAGER,
             eager_s=min(times.eager),
-            replayed_s=statistics.median(times.graph),
+            replayed_s=statistics.median(
+                times.race.compiled if times.race is not None and times.chosen is StepMode.COMPILED else times.graph
+            ),
         )
 
     def words(self, key: object) -> str:
@@ -132,12 +224,15 @@ class ModeChoice:
         refusal = self._why_not(key)
         if refusal is not None:
             return f"eager: {refusal}"
-        times = self._times.get(key)
-        if self._wish is not StepMode.AUTO or times is None:
-            return f"{mode}: as asked for"
+        times = self._times.get(key, _Times())
+        why_not = f"; not compiled: {times.not_compiled}" if times.not_compiled else ""
+        if self._wish is not StepMode.AUTO:
+            return f"{mode}: as asked for{why_not}" if mode is self._wish else f"{mode}{why_not}"
         eager = f"{1e3 * min(times.eager):.2f} ms" if times.eager else "not measured"
         graph = f"{1e3 * statistics.median(times.graph):.2f} ms" if times.graph else "not measured"
-        return f"{mode}: eager {eager}, graph {graph} per step"
+        race = times.race
+        compiled = "" if race is None or not race.is_over else f", compiled {1 - race.saving:.2f} of graph"
+        return f"{mode}: eager {eager}, graph {graph} per step{compiled}{why_not}"
 
     def _why_not(self, key: object) -> str | None:
         """Why steps with these dials cannot be replayed, None if they may."""

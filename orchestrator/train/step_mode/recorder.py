@@ -31,11 +31,15 @@ class Recorder(Protocol):
         """
         ...
 
-    def rehearse(self, work: Callable[[], None]) -> None:
+    def rehearse(self, work: Callable[[], None], *, may_wait: bool = False) -> None:
         """Execute `work` once as if it were recorded, so that what cannot be recorded fails here and harms nothing.
 
+        Args:
+            work: what will be recorded.
+            may_wait: whether it may wait for the device this once.
+
         Raises:
-            Exception: it waits for the device.
+            Exception: it waits for the device and may not.
         """
         ...
 
@@ -95,14 +99,14 @@ class CudaRecorder:
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def rehearse(self, work: Callable[[], None]) -> None:
+    def rehearse(self, work: Callable[[], None], *, may_wait: bool = False) -> None:
         """Also loads the kernels and workspaces that a capture must not load."""
         state = torch.cuda.get_rng_state()
         before = torch.cuda.get_sync_debug_mode()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch says that it does not find every wait
-                torch.cuda.set_sync_debug_mode("error")
+                torch.cuda.set_sync_debug_mode("default" if may_wait else "error")
             work()
         finally:
             torch.cuda.set_sync_debug_mode(before)

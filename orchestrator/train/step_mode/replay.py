@@ -6,6 +6,7 @@ the news that all behind it did nothing; `Returned.is_skipped` says so and the s
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,7 +21,9 @@ from jobs.job import Job, LossTerms
 from orchestrator.train.batch.meter import PairPart
 from orchestrator.train.batch.noise import NoiseEstimate, RecordedPair
 from orchestrator.train.step_mode.captured import MAX_FLYING, Batch, CapturedStep
+from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.recorder import Recorder
+from orchestrator.train.step_result import StepResult
 from policies.plan import Settings
 from policies.tier import Tier
 
@@ -36,6 +39,10 @@ class _Trial(Protocol):
         """The forward pass in a tier."""
         ...
 
+    def compiled_loss(self, model: nn.Module, batch: tuple[torch.Tensor, ...], tier: Tier) -> LossTerms:
+        """The same, compiled."""
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class Launched:
@@ -46,6 +53,7 @@ class Launched:
     num_samples: int
     learning_rate: float
     data_s: float
+    mode: StepMode
     num_elements: int = 0
     pair_part: PairPart | None = None
 
@@ -113,6 +121,24 @@ class Replay:
         return results
 
 
+def result_of(each: Returned) -> StepResult:
+    """What a step that came back did."""
+    launched = each.launched
+    return StepResult(
+        step=launched.step,
+        position=launched.cursor.position,
+        mode=launched.mode,
+        is_skipped=each.is_skipped,
+        num_samples=0 if each.is_skipped else launched.num_samples,
+        loss=each.loss_sum / max(1, launched.num_elements),
+        grad_norm=each.grad_norm,
+        learning_rate=launched.learning_rate,
+        noise=each.noise,
+        data_s=launched.data_s,
+        is_loss_finite=math.isfinite(each.loss_sum),
+    )
+
+
 def refusal(world_size: int, optimizer: torch.optim.Optimizer, *, is_possible: bool) -> str | None:
     """Why steps of such a trial cannot be replayed, None if they may; `is_possible` says whether the device could."""
     if not is_possible:
@@ -132,14 +158,16 @@ def refusal_of(dials: object) -> str | None:
 
 
 class Lowered:
-    """A trial's job as a recorder sees it: its loss in the tier the trial has."""
+    """A trial's job as a recorder sees it: its loss in the tier the trial has, compiled or not."""
 
     def __init__(self, trial: _Trial) -> None:
         self._trial = trial
+        self.is_compiled = False
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, ...]) -> LossTerms:
         """The forward pass in the present tier; without a cache of cast weights, which a graph must not hold."""
-        return self._trial.loss(model, batch, self._trial.settings.tier)
+        forward = self._trial.compiled_loss if self.is_compiled else self._trial.loss
+        return forward(model, batch, self._trial.settings.tier)
 
 
 def open_replay(

@@ -133,7 +133,7 @@ LIES = {
     "samples negative": ("num_samples", -32, "samples"),
     "tier unknown": ("tier", 7, "tier"),
     "tier negative": ("tier", -1, "tier"),
-    "flag unknown": ("flags", 32, "flags"),
+    "flag unknown": ("flags", 64, "flags"),
     "share above one": ("share", 1.5, "share"),
     "share not a number": ("share", np.nan, "share"),
     "cores infinite": ("cores", np.inf, "share"),

@@ -40,7 +40,7 @@ class CallAgain:
 
         return self._replay_of(work, recorded) if self.keeps_work else _nothing
 
-    def rehearse(self, work: Callable[[], None]) -> None:
+    def rehearse(self, work: Callable[[], None], *, may_wait: bool = False) -> None:
         rng = torch.get_rng_state()
         work()
         torch.set_rng_state(rng)

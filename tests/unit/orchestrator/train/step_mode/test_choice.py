@@ -4,7 +4,14 @@ import itertools
 
 import pytest
 
-from orchestrator.train.step_mode.choice import MAX_ROUNDS, NUM_EAGER, NUM_GRAPH, ModeChoice, StepMode
+from orchestrator.train.step_mode.choice import (
+    MAX_ROUNDS,
+    NUM_EAGER,
+    NUM_GRAPH,
+    NUM_RACES,
+    ModeChoice,
+    StepMode,
+)
 from policies.plan import Settings
 from policies.tier import Tier
 
@@ -57,3 +64,66 @@ def test_replays_that_come_back_after_the_choice_change_nothing() -> None:
     for _ in range(10):
         choice.note(KEY, StepMode.GRAPH, 1.0)
     assert choice.mode(KEY) is StepMode.EAGER
+
+
+def raced(compiled_s: list[float], graph_s: float = 4.0) -> ModeChoice:
+    """A race in which compiled steps take so long in each turn."""
+    choice = ModeChoice(StepMode.AUTO, None)
+    take(choice, NUM_EAGER + NUM_GRAPH, eager_s=9.0, graph_s=graph_s)
+    assert choice.may_compile(KEY) == graph_s
+    choice.race(KEY)
+    for turn in range(NUM_RACES):
+        for mode in (StepMode.COMPILED, StepMode.GRAPH):
+            assert not choice.is_settled(KEY)
+            for _ in range(NUM_GRAPH):
+                assert choice.mode(KEY) is mode
+                choice.note(KEY, mode, compiled_s[turn] if mode is StepMode.COMPILED else graph_s)
+    return choice
+
+
+def test_compiled_steps_stay_where_they_are_faster_more_often() -> None:
+    choice = raced([3.0, 5.0, 3.0])
+    assert choice.is_settled(KEY)
+    assert choice.mode(KEY) is StepMode.COMPILED
+    assert choice.take_loser(KEY) == (StepMode.GRAPH, 0.25)
+    assert choice.take_loser(KEY) is None
+    found = choice.measured(KEY, SETTINGS)
+    assert found is not None
+    assert (found.is_replayed, found.eager_s, found.replayed_s) == (True, 9.0, 3.0)
+    assert choice.words(KEY) == "compiled: eager 9000.00 ms, graph 4000.00 ms per step, compiled 0.75 of graph"
+    assert choice.may_compile(KEY) is None, "it is done"
+
+
+def test_compiled_steps_that_are_slower_are_left() -> None:
+    choice = raced([5.0, 3.0, 5.0])
+    assert choice.mode(KEY) is StepMode.GRAPH
+    assert choice.take_loser(KEY) == (StepMode.COMPILED, -0.25)
+    assert choice.may_compile(KEY) is None
+
+
+def test_steps_that_come_back_late_belong_to_no_turn() -> None:
+    choice = ModeChoice(StepMode.AUTO, None)
+    take(choice, NUM_EAGER + NUM_GRAPH, eager_s=9.0, graph_s=4.0)
+    choice.race(KEY)
+    for _ in range(NUM_RACES):
+        for mode, late in ((StepMode.COMPILED, StepMode.GRAPH), (StepMode.GRAPH, StepMode.COMPILED)):
+            choice.note(KEY, late, 1000.0)
+            for _ in range(NUM_GRAPH):
+                choice.note(KEY, mode, 3.0 if mode is StepMode.COMPILED else 4.0)
+    assert choice.take_loser(KEY) == (StepMode.GRAPH, 0.25)
+
+
+@pytest.mark.parametrize("wish", [StepMode.EAGER, StepMode.GRAPH])
+def test_nothing_is_compiled_where_another_mode_is_asked_for(wish: StepMode) -> None:
+    choice = ModeChoice(wish, None)
+    take(choice, 30, eager_s=9.0, graph_s=4.0)
+    assert choice.mode(KEY) is wish
+    assert choice.may_compile(KEY) is None
+
+
+def test_compiled_steps_that_were_asked_for_and_cannot_be_had_are_replayed_as_they_are() -> None:
+    choice = ModeChoice(StepMode.COMPILED, None)
+    assert choice.mode(KEY) is StepMode.COMPILED
+    choice.not_compiled(KEY, "(Unsupported: a hook)")
+    assert choice.mode(KEY) is StepMode.GRAPH
+    assert choice.words(KEY) == "graph; not compiled: (Unsupported: a hook)"

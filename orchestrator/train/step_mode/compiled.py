@@ -1,0 +1,263 @@
+"""Whether the steps of a trial are worth compiling, and their loss as kernels that torch.compile makes.
+
+A replayed step of a small model is bound by its many small kernels, also beside others on the same GPU; compiled,
+norms, activations, casts and losses become a few. That costs seconds, in which the trial's neighbours have the GPU to
+themselves; a first compilation on a node costs more than later ones, because torch keeps its result on disk. So one
+trial of a kind compiles, the others go on replaying and follow when it is done; and none does whose remaining steps
+would not win the time back. A slot serves trials in
+turn, and one of a kind it knows compiles nothing. Called by the stepper, between two steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from types import FunctionType
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from jobs.job import Job, LossTerms
+
+logger = logging.getLogger(__name__)
+
+EXPECTED_SAVING = 0.25
+"""Part of a replayed step that compiling saves, until it was measured: 0.34 of a 7 M language model's alone on an H200,
+0.24 beside others, 0.28 of a 34 M one's alone."""
+
+FIRST_S = 15.0
+"""What a first compilation takes, until it was measured: 15 s of a 7 M language model beside three that train."""
+
+AGAIN_PART = 0.3
+"""Part of that which a compilation takes of what another process has compiled, until it was measured."""
+
+STEADY_PART = 0.2
+"""Part of what compiling takes for which dials must have stayed: a tier or batch may be left again at once."""
+
+_LOOK_AGAIN_S = 0.2
+_MAX_FUNCTIONS = 16
+_MAX_PROCESSES = 8
+"""In which torch compiles kernels; a 7 M language model took 27 s in one, beside three others that trained."""
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""torch's own variable: where it keeps what it compiled."""
+
+_own_s: dict[str, float] = {}
+"""Seconds of the newest compilation of each kind in this process."""
+
+_savings: dict[str, float] = {}
+"""Part of a step that each kind has saved by it, where this process has measured that."""
+
+
+def _loss(job: Job, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
+    terms = job.loss(model, batch)
+    return terms.loss_sum, terms.num_elements
+
+
+@lru_cache(maxsize=_MAX_FUNCTIONS)
+def _function(kind: str, num_processes: int) -> Callable[[Job, nn.Module, tuple[Tensor, ...]], tuple[Tensor, int]]:
+    """The compiled loss of one kind of trial, which must be traceable as a whole.
+
+    torch keeps what it compiled per code object, and gives up on one with too many variants: each kind has its own.
+    """
+    code = _loss.__code__.replace(co_name=f"loss_{kind}")
+    options: dict[str, Any] = {"compile_threads": num_processes}
+    compiled: Any = torch.compile(FunctionType(code, globals()), fullgraph=True, options=options)
+    return compiled  # type: ignore[no-any-return]
+
+
+class Compilation:
+    """Decides when the steps of one trial are compiled, and measures what that takes.
+
+    Args:
+        job, model: of the trial.
+        clock: seconds.
+    """
+
+    def __init__(self, job: Job, model: nn.Module, clock: Callable[[], float] = time.monotonic) -> None:
+        self._job, self._model, self._clock = job, model, clock
+        self._look_s = 0.0
+        self._dials: object = None
+        self._since_s = 0.0
+        self._turn: IO[str] | None = None
+        self._num_processes = 1
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> LossTerms:
+        """The loss of the job, compiled; the first call for a model's shapes compiles.
+
+        Raises:
+            Exception: whatever torch says against it.
+        """
+        loss_sum, num_elements = _function(_kind_of(self._job, model), self._num_processes)(self._job, model, batch)
+        return LossTerms(loss_sum=loss_sum, num_elements=num_elements)
+
+    def is_due(self, dials: object, remaining_s: float) -> bool:
+        """Whether to compile now, for steps that would take so long in all without.
+
+        Args:
+            dials: that change what is executed.
+            remaining_s: seconds of the steps to come, replayed as they are, also those of later trials of this process.
+        """
+        now_s = self._clock()
+        if dials != self._dials:
+            self._dials, self._since_s, self._look_s = dials, now_s, now_s
+        if now_s < self._look_s:
+            return False
+        self._look_s = now_s + _LOOK_AGAIN_S
+        name = self._name(dials)
+        cost_s = self._cost_s(name)
+        is_worth = remaining_s * _savings.get(name, EXPECTED_SAVING) > cost_s
+        return is_worth and now_s - self._since_s >= STEADY_PART * cost_s and self._is_my_turn(name)
+
+    @contextlib.contextmanager
+    def measured(self, dials: object) -> Iterator[None]:
+        """Compile within; others of this node that are about to do the same see it, and what it took."""
+        name, began_s = self._name(dials), self._clock()
+        known, is_own, saving = self._known(name), name in _own_s, _savings.get(name, EXPECTED_SAVING)
+        if not known and not is_own:
+            # Starting them takes as long as reading what others have compiled; a trial keeps to what it began with.
+            self._num_processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        _savings[name] = 0.0  # if this raises, later trials of this process need not try again
+        try:
+            with _as_it_was():
+                yield
+        finally:
+            self._end_turn()
+            _stop_compilers()
+        _savings[name] = saving
+        seconds = _own_s[name] = self._clock() - began_s
+        if not is_own:
+            self._tell(name, known, seconds)
+
+    def _tell(self, name: str, known: dict[str, float], seconds: float) -> None:
+        """Note for the other processes of this node what it took."""
+        known["again_s" if known else "first_s"] = seconds
+        with contextlib.suppress(OSError):  # then others take it for the first time; the disk may be full
+            path = self._path(name, "json")
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(known))
+            part.replace(path)
+
+    def saves(self, dials: object, part: float) -> None:
+        """What was measured: by which part steps with these dials are shorter, compiled."""
+        _savings[self._name(dials)] = part
+
+    def _cost_s(self, name: str) -> float:
+        """What compiling would take this process."""
+        if name in _own_s:
+            return _own_s[name]
+        known = self._known(name)
+        return known.get("again_s", AGAIN_PART * known.get("first_s", 0.0)) if known else FIRST_S
+
+    def _known(self, name: str) -> dict[str, float]:
+        """What processes of this node have noted."""
+        try:
+            found = json.loads(self._path(name, "json").read_text())
+        except (OSError, ValueError):
+            return {}
+        pairs = found.items() if isinstance(found, dict) else ()
+        return {key: float(value) for key, value in pairs if isinstance(value, int | float)}
+
+    def _is_my_turn(self, name: str) -> bool:
+        """Whether nobody else of this node is doing it for the first time; then this process is, and others wait."""
+        if self._turn is not None or name in _own_s or self._known(name):
+            return True
+        try:
+            self._turn = self._path(name, "lock").open("a")
+            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
+        except BlockingIOError:
+            self._end_turn()
+            return False
+        except OSError as error:  # then each does it for itself
+            logger.info("compiling without telling others: %s", error)
+        return True
+
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.close()
+            self._turn = None
+
+    def _path(self, name: str, kind: str) -> Path:
+        """Beside what torch keeps: both go together."""
+        directory = Path(os.environ.get(CACHE, tempfile.gettempdir())) / f"compiled-{os.getuid()}"
+        with contextlib.suppress(OSError):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory / f"{name}.{kind}"
+
+    def _name(self, dials: object) -> str:
+        return f"{_kind_of(self._job, self._model)}-{_digest(str(dials))}"
+
+
+def set_up(directory: Path) -> None:
+    """Let torch keep what it compiles there, where the user says nothing else, and start no compilers by itself."""
+    os.environ.setdefault(CACHE, str(directory))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def _stop_compilers() -> None:
+    """End the processes and threads in which torch compiles: a trial leaves none behind, or its slot starts afresh.
+
+    torch has no public way to do so. These names are those of torch 2.11 to 2.13; where one is missing the slot opens
+    again after the trial.
+    """
+    module: Any = sys.modules.get("torch._inductor.async_compile")
+    stop = getattr(module, "shutdown_compile_workers", None)
+    if stop is not None:
+        stop()
+    threads = getattr(getattr(module, "AsyncCompile", None), "pool", None)
+    if threads is not None and hasattr(threads, "cache_info") and threads.cache_info().currsize:
+        threads().shutdown()
+        threads.cache_clear()
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Put back what torch changes in the process when it compiles, and keep its hints to itself."""
+    environment, path, limit = dict(os.environ), list(sys.path), sys.getrecursionlimit()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.path[:] = path
+        sys.setrecursionlimit(limit)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def _kind_of(job: Job, model: nn.Module) -> str:
+    """What the kernels depend on: torch, the device, the job, every parameter's shape, and hooks."""
+    params = list(model.named_parameters())
+    device = params[0][1].device if params else torch.device("cpu")
+    shapes = [(name, tuple(param.shape), str(param.dtype)) for name, param in params]
+    # torch takes what it compiled for a model with the same layers also for one with other hooks. There is no public
+    # way to list them; a module without these tables has none that could be told apart.
+    hooks = [
+        (name, getattr(hook, "__qualname__", type(hook).__qualname__))
+        for name, module in model.named_modules()
+        for table in ("_forward_pre_hooks", "_forward_hooks")
+        for hook in getattr(module, table, {}).values()
+    ]
+    return _digest(f"{torch.__version__} {_name_of(device)} {job.name} {shapes} {hooks}")
+
+
+@cache
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

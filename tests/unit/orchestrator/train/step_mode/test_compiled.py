@@ -1,0 +1,261 @@
+"""When steps are compiled, who does it first, and that a compiled trial trains as the others do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from jobs import JOB_INFO, build_job
+from jobs.job import Job
+from orchestrator.train.step_mode import compiled
+from orchestrator.train.step_mode.choice import StepMode
+from orchestrator.train.step_mode.compiled import FIRST_S, STEADY_PART, Compilation
+from orchestrator.train.stepper import Stepper
+from policies.tier import Tier
+from tests.unit.orchestrator.train.links import ONE_RANK
+from tests.unit.orchestrator.train.step_mode.test_replay import REPLAYED, run, stepper
+
+DIALS = (8, 1, Tier.BF16)
+LONG_S = 1e6
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A node and a process that have compiled nothing; kernels are torch's own, without a C++ compiler."""
+    monkeypatch.setenv(compiled.CACHE, str(tmp_path / "kernels"))
+    monkeypatch.setattr(compiled, "_own_s", {})
+    monkeypatch.setattr(compiled, "_savings", {})
+    compile_whole = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, fullgraph, options: compile_whole(  # noqa: ARG005
+            function, fullgraph=fullgraph, backend="aot_eager"
+        ),
+    )
+    compiled._function.cache_clear()
+    yield tmp_path / "kernels"
+    compiled._function.cache_clear()
+    torch.compiler.reset()
+
+
+def job_and_model() -> tuple[Job, nn.Module]:
+    job = build_job("mlp", {})
+    return job, job.build_model()
+
+
+def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, this is one of the same node that has compiled nothing itself."""
+    monkeypatch.setattr(compiled, "_own_s", {})
+    monkeypatch.setattr(compiled, "_savings", {})
+
+
+def steady(job: Job, model: nn.Module) -> tuple[Compilation, Clock]:
+    """A trial whose dials have stayed long enough."""
+    clock = Clock()
+    one = Compilation(job, model, clock)
+    assert not one.is_due(DIALS, LONG_S), "the dials may turn at once"
+    clock.now_s = FIRST_S
+    return one, clock
+
+
+def test_only_what_wins_its_time_back_is_compiled() -> None:
+    one, clock = steady(*job_and_model())
+    enough_s = FIRST_S / compiled.EXPECTED_SAVING
+    assert not one.is_due(DIALS, 0.9 * enough_s)
+    clock.now_s += 1
+    assert one.is_due(DIALS, 1.1 * enough_s)
+
+
+def test_dials_that_have_just_turned_are_not_compiled() -> None:
+    one, clock = steady(*job_and_model())
+    assert not one.is_due((16, 1, Tier.BF16), LONG_S)
+    clock.now_s += 0.9 * STEADY_PART * FIRST_S
+    assert not one.is_due((16, 1, Tier.BF16), LONG_S)
+    clock.now_s += 0.2 * STEADY_PART * FIRST_S
+    assert one.is_due((16, 1, Tier.BF16), LONG_S)
+
+
+def test_one_process_of_a_node_compiles_first_and_the_others_follow_at_less_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job, model = job_and_model()
+    first, first_clock = steady(job, model)
+    other, other_clock = steady(job, model)
+    assert first.is_due(DIALS, LONG_S)
+    assert not other.is_due(DIALS, LONG_S), "the first one is at it"
+    with first.measured(DIALS):
+        first_clock.now_s += 20.0
+    another_process(monkeypatch)
+    other_clock.now_s += 1.0
+    again_s = compiled.AGAIN_PART * 20.0
+    assert not other.is_due(DIALS, 0.9 * again_s / compiled.EXPECTED_SAVING)
+    other_clock.now_s += 1.0
+    assert other.is_due(DIALS, 1.1 * again_s / compiled.EXPECTED_SAVING)
+    with other.measured(DIALS):
+        other_clock.now_s += 2.0
+    another_process(monkeypatch)
+    third, clock = steady(job, model)
+    assert third.is_due(DIALS, 2.1 / compiled.EXPECTED_SAVING), "what the second one took is what counts"
+    assert clock.now_s == FIRST_S
+
+
+def test_a_process_that_dies_while_it_compiles_keeps_nobody_from_it() -> None:
+    job, model = job_and_model()
+    first, _ = steady(job, model)
+    assert first.is_due(DIALS, LONG_S)
+    del first  # as the kernel closes what a dead process had open
+    other, _ = steady(job, model)
+    assert other.is_due(DIALS, LONG_S)
+
+
+def test_what_could_not_be_compiled_is_not_tried_again_by_the_next_trial() -> None:
+    job, model = job_and_model()
+    first, _ = steady(job, model)
+    with pytest.raises(RuntimeError, match="no"), first.measured(DIALS):
+        raise RuntimeError("no")
+    assert not steady(job, model)[0].is_due(DIALS, LONG_S)
+
+
+def test_what_saved_nothing_is_not_compiled_again_and_what_saved_much_sooner() -> None:
+    job, model = job_and_model()
+    first, _ = steady(job, model)
+    first.saves(DIALS, -0.1)
+    assert not steady(job, model)[0].is_due(DIALS, LONG_S)
+    first.saves(DIALS, 0.5)
+    assert steady(job, model)[0].is_due(DIALS, 1.1 * FIRST_S / 0.5)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"first_s": "long"}', '{"again_s": null}'])
+def test_a_note_that_cannot_be_read_counts_as_none(place: Path, text: str) -> None:
+    job, model = job_and_model()
+    one, clock = steady(job, model)
+    with one.measured(DIALS):
+        clock.now_s += 20.0
+    notes = list(place.rglob("*.json"))
+    assert len(notes) == 1
+    notes[0].write_text(text)
+    compiled._own_s.clear()
+    other, _ = steady(job, model)
+    assert not other.is_due(DIALS, 0.9 * FIRST_S / compiled.EXPECTED_SAVING)
+
+
+def test_a_directory_that_cannot_be_written_is_no_reason_not_to_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(compiled.CACHE, str(tmp_path / "file" / "kernels"))
+    one, _ = steady(*job_and_model())
+    assert one.is_due(DIALS, LONG_S)
+    with one.measured(DIALS):
+        pass
+
+
+def test_the_process_is_left_as_it_was() -> None:
+    one, _ = steady(*job_and_model())
+    environment, path, limit = dict(os.environ), list(sys.path), sys.getrecursionlimit()
+    with one.measured(DIALS):
+        os.environ["LEFT_BEHIND"] = "1"
+        sys.path.append("/left/behind")
+        sys.setrecursionlimit(limit + 1)
+    assert (dict(os.environ), sys.path, sys.getrecursionlimit()) == (environment, path, limit)
+
+
+def test_models_that_differ_in_a_hook_only_share_no_kernels() -> None:
+    job, model = job_and_model()
+    before = compiled._kind_of(job, model)
+    model.register_forward_pre_hook(lambda _module, _inputs: None)
+    assert compiled._kind_of(job, model) != before
+
+
+@pytest.mark.parametrize("name", sorted(JOB_INFO))
+def test_the_loss_of_every_job_but_one_can_be_compiled_as_a_whole(name: str) -> None:
+    job = build_job(name, {})
+    job.prepare()
+    torch.manual_seed(0)
+    model = job.build_model()
+    batch = job.batch(list(range(4)), torch.device("cpu"))
+    state = torch.get_rng_state()
+    wanted = job.loss(model, batch)
+    torch.set_rng_state(state)
+    if name == "speech":  # CTC makes alignments whose number depends on the words
+        with pytest.raises(Exception, match="ctc_loss"):
+            Compilation(job, model).loss(model, batch)
+        return
+    found = Compilation(job, model).loss(model, batch)
+    assert found.num_elements == wanted.num_elements
+    torch.testing.assert_close(found.loss_sum, wanted.loss_sum, rtol=1e-4, atol=1e-4)
+
+
+def taking(one: Stepper, seconds: dict[StepMode, float]) -> None:
+    """Let steps of each mode take so long, as far as the choice is told."""
+    note = one._modes.note
+
+    def told(key: object, mode: StepMode, seconds_really: float) -> None:
+        note(key, mode, seconds[mode])
+
+    one._modes.note = told  # type: ignore[method-assign, assignment]
+
+
+def compiling_at_once(one: Stepper) -> Stepper:
+    """Without waiting for dials to stay."""
+    one._order = replace(one._order, max_reports=10**9)
+    one._compilation._since_s = -LONG_S
+    one._compilation._dials = one._dials
+    return one
+
+
+def test_compiled_steps_train_as_eager_ones_do(tmp_path: Path) -> None:
+    wanted = run(stepper(ONE_RANK, tmp_path), 40)
+    one = stepper(replace(REPLAYED, step_mode=StepMode.COMPILED), tmp_path)
+    found = run(one, 40)
+    assert {result.mode for result in found[1:]} == {StepMode.COMPILED}
+    np.testing.assert_allclose([r.loss for r in found], [r.loss for r in wanted], rtol=1e-5)
+    assert one.mode_words == "compiled: as asked for"
+
+
+def test_a_trial_compiles_by_itself_and_keeps_the_faster_mode(tmp_path: Path) -> None:
+    wanted = run(stepper(ONE_RANK, tmp_path), 120)
+    one = compiling_at_once(stepper(replace(REPLAYED, step_mode=StepMode.AUTO), tmp_path))
+    taking(one, {StepMode.EAGER: 3.0, StepMode.GRAPH: 2.0, StepMode.COMPILED: 1.0})
+    found = run(one, 120)
+    assert [r.step for r in found] == list(range(120))
+    assert {r.mode for r in found[:3]} == {StepMode.EAGER}
+    assert {r.mode for r in found[-20:]} == {StepMode.COMPILED}
+    np.testing.assert_allclose([r.loss for r in found], [r.loss for r in wanted], rtol=1e-5)
+    assert "compiled 0.50 of graph" in one.mode_words
+    assert one._replay is not None
+    assert one._replay.captured.num_recordings == 1, "that of the slower mode is dropped"
+    assert list(compiled._savings.values()) == [0.5]
+
+
+def test_a_model_that_cannot_be_compiled_is_replayed_as_it_is(tmp_path: Path) -> None:
+    one = compiling_at_once(stepper(replace(REPLAYED, step_mode=StepMode.AUTO), tmp_path))
+    taking(one, dict.fromkeys(StepMode, 1.0))
+    one.model.register_forward_pre_hook(partial(torch.compiler.disable, recursive=False)(_nothing))
+    found = run(one, 60)
+    assert [r.step for r in found] == list(range(60))
+    assert {r.mode for r in found[-20:]} == {StepMode.GRAPH}
+    assert "; not compiled: (Unsupported" in one.mode_words
+    assert "\n" not in one.mode_words
+
+
+def _nothing(_module: object, _inputs: object) -> None:
+    """What torch must not look into."""
