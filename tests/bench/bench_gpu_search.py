@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ ARMS = {
     "ours_batch": "the batch turns, in bf16",
     "ours_tier": "the tier turns, at one batch",
     "ours_fixed": "one batch, in bf16",
+    "ours_graph": "as ours_all, nothing compiled",
     "ours_eager": "as ours_fixed, kernel by kernel",
     "ours_alone": "as ours_all, one trial at a time",
     "stock_1": "a trial a card",
@@ -42,12 +44,14 @@ ARMS = {
     "expert_1/4": "as stock_1/4, the loop one CUDA graph",
 }
 
+STEP_MODES = {"ours_graph": "graph", "ours_eager": "eager"}
+
 
 def run_file(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     """Ours: the run file of an arm."""
     turns_batch, turns_tier = (
-        arm in {"ours_all", "ours_batch", "ours_alone"},
-        arm in {"ours_all", "ours_tier", "ours_alone"},
+        arm in {"ours_all", "ours_graph", "ours_batch", "ours_alone"},
+        arm in {"ours_all", "ours_graph", "ours_tier", "ours_alone"},
     )
     dearest = "fp32" if given.rehearse else "tf32"
     return {
@@ -72,7 +76,7 @@ def run_file(arm: str, given: argparse.Namespace) -> dict[str, Any]:
             "precision": {"enabled": turns_tier, "tiers": [dearest, "bf16"] if turns_tier else ["bf16"]},
         },
         "policy": {"name": "goodput" if turns_batch or turns_tier else "static"},
-        "devices": {"use": "cpu" if given.rehearse else "gpu", "step_mode": "eager" if arm == "ours_eager" else "auto"},
+        "devices": {"use": "cpu" if given.rehearse else "gpu", "step_mode": STEP_MODES.get(arm, "auto")},
     }
 
 
@@ -103,10 +107,20 @@ def run_ours(arm: str, given: argparse.Namespace) -> dict[str, Any]:
         "learning_rates": [entry["params"]["lr"] for entry in entries if entry["kind"] == "trial_queued"],
         "num_samples": sum(entry["num_samples"] for entry in entries if entry["kind"] == "trial_ended"),
         "graph_ratio": float((steps["flags"] // 4 % 2).mean()) if "flags" in steps else None,
+        "compiled_s": compiled_s(given.directory),
         "median_step_ms": 1e3 * float(steps["step_s"].median()),
         "max_memory_bytes": int(steps["memory_bytes"].max()),
         "timeline": whole(given.directory / arm),
     }
+
+
+def compiled_s(storage: Path) -> list[dict[str, float]]:
+    """Seconds of the first and of the newest further compilation of each kind of step, as slots noted them.
+
+    Without TORCHINDUCTOR_CACHE_DIR every arm begins with nothing compiled.
+    """
+    directory = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", storage / ".compiled"))
+    return [json.loads(note.read_text()) for note in sorted(directory.glob("compiled-*/*.json"))]
 
 
 def size_of(given: argparse.Namespace) -> dict[str, Any]:

@@ -31,21 +31,24 @@ PROFILED = 40
 SHARES = (tuple(range(8)), tuple(range(12)), tuple(range(4)), tuple(range(4, 15)), tuple(range(8, 15)))
 
 
-def step_times(size: str, tier_name: str, settings: Options, directory: Path) -> dict[str, Any]:
-    """Seconds per step by hand and ours, alternating, so many times each."""
+def step_times(size: str, tier_name: str, settings: Options, directory: Path, *, is_compiled: bool) -> dict[str, Any]:
+    """Seconds per step by hand and ours, alternating, so many times each; with kernels of torch.compile or without."""
+    from orchestrator.telemetry.record import FLAG_COMPILED, FLAG_GRAPH
     from policies.tier import Tier
 
     num_steps = 60 if settings.is_quick else {"7M": 800, "34M": 300, "98M": 160}[size]
     tier = Tier(tier_name)
     hand, ours, words = [], [], ""
     for number in range(settings.repeats):
-        loop = BestLoop(size, tier_name)
+        loop = BestLoop(size, tier_name, is_compiled=is_compiled)
         loop.run(num_steps // 4)
         hand.append(loop.run(num_steps // 2))
         del loop
-        outside = run_ours(first_order(directory / f"{size}-{tier_name}-{number}", size, tier, num_steps))
+        first = first_order(directory / f"{size}-{tier_name}-{is_compiled}-{number}", size, tier, num_steps)
+        outside = run_ours(first, mode="compiled" if is_compiled else "auto")
         ours.append(seconds_per_step(outside.records, num_steps // 2))
-        words = "graph" if outside.records["flags"][-1] & 4 else "eager"
+        flags = int(outside.records["flags"][-1])
+        words = "compiled" if flags & FLAG_COMPILED else "graph" if flags & FLAG_GRAPH else "eager"
     return {"size": size, "tier": tier_name, "hand_s": hand, "ours_s": ours, "mode": words}
 
 
@@ -182,14 +185,19 @@ def against_hand(report: Report, directory: Path) -> None:
     for size in SIZES:
         for tier_name in ("tf32", "bf16"):
             with tf32() if tier_name == "tf32" else contextlib.nullcontext():
-                found = step_times(size, tier_name, report.options, directory)
+                found = step_times(size, tier_name, report.options, directory, is_compiled=False)
                 found["kernels"] = kernels(size, tier_name, directory)
-            steps.append(found)
+                compiled = step_times(size, tier_name, report.options, directory, is_compiled=True)
+            steps += [found, compiled]
             ratios = [mine / other for mine, other in zip(found["ours_s"], found["hand_s"], strict=True)]
             name = f"step of {size} {tier_name} ({found['mode']}), ours / best by hand"
             met = f"<= {STEP_TARGET}"
             report.add(median_figure(name, ratios, "x", target=met, is_met=lambda v, _l, _h: v <= STEP_TARGET))
             report.add(median_figure("  ours", [1e3 * s for s in found["ours_s"]], "ms"))
+            ratios = [mine / other for mine, other in zip(compiled["ours_s"], compiled["hand_s"], strict=True)]
+            report.add(median_figure(f"  ours / by hand, both compiled ({compiled['mode']})", ratios, "x"))
+            ratios = [mine / other for mine, other in zip(compiled["ours_s"], found["hand_s"], strict=True)]
+            report.add(median_figure("  ours compiled / best by hand", ratios, "x"))
             for mine, told in found["kernels"].items():
                 report.add(median_figure(f"  the GPU works, {mine}", [told["busy_ms"]], "ms"))
             torch.cuda.empty_cache()

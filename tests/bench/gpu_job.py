@@ -53,10 +53,11 @@ def tf32() -> Iterator[None]:
 class BestLoop:
     """The hand-written loop. `form` is 'tf32' or 'bf16' (autocast); call it inside `tf32()` for the former.
 
-    `seed` is that of the model and of the order of samples; `params` go to the job.
+    `seed` is that of the model and of the order of samples; `is_compiled` has torch.compile make the kernels of the
+    loss; `params` go to the job.
     """
 
-    def __init__(self, size: str, form: str, *, seed: int = 0, **params: Any) -> None:
+    def __init__(self, size: str, form: str, *, seed: int = 0, is_compiled: bool = False, **params: Any) -> None:
         import numpy as np
         import torch
 
@@ -68,6 +69,7 @@ class BestLoop:
         self.optimizer = self._job.build_optimizer(self.model)
         self._order = np.random.default_rng(seed).permutation(self._job.num_train_samples)
         self._position, self._form = 0, form
+        self._loss_of = torch.compile(self._loss_sum, fullgraph=True) if is_compiled else self._loss_sum
         for group in self.optimizer.param_groups:
             group["capturable"] = True
         first = self._host_batch()
@@ -137,11 +139,15 @@ class BestLoop:
         torch = self._torch
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=self._form == "bf16", cache_enabled=False):
-            terms = self._job.loss(self.model, tuple(self._static))
-        (terms.loss_sum / terms.num_elements).backward()
+            loss_sum, num_elements = self._loss_of(tuple(self._static))
+        (loss_sum / num_elements).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
-        return terms.loss_sum.detach()
+        return loss_sum.detach()
+
+    def _loss_sum(self, batch: Any) -> Any:
+        terms = self._job.loss(self.model, batch)
+        return terms.loss_sum, terms.num_elements
 
     def _host_batch(self) -> Any:
         if self._position + self._micro_batch > len(self._order):
