@@ -57,6 +57,9 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _own_s: dict[str, float] = {}
 """Seconds of the newest compilation of each kind in this process."""
 
+_num_processes: dict[str, int] = {}
+"""In how many each kind is compiled, from its first time in this process on: torch compiles anew for another number."""
+
 _savings: dict[str, float] = {}
 """Part of a step that each kind has saved by it, where this process has measured that."""
 
@@ -92,7 +95,6 @@ class Compilation:
         self._dials: object = None
         self._since_s = 0.0
         self._turn: IO[str] | None = None
-        self._num_processes = 1
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> LossTerms:
         """The loss of the job, compiled; the first call for a model's shapes compiles.
@@ -100,7 +102,8 @@ class Compilation:
         Raises:
             Exception: whatever torch says against it.
         """
-        loss_sum, num_elements = _function(_kind_of(self._job, model), self._num_processes)(self._job, model, batch)
+        kind = _kind_of(self._job, model)
+        loss_sum, num_elements = _function(kind, _num_processes.setdefault(kind, 1))(self._job, model, batch)
         return LossTerms(loss_sum=loss_sum, num_elements=num_elements)
 
     def is_due(self, dials: object, remaining_s: float) -> bool:
@@ -127,8 +130,9 @@ class Compilation:
         name, began_s = self._name(dials), self._clock()
         known, is_own, saving = self._known(name), name in _own_s, _savings.get(name, EXPECTED_SAVING)
         if not known and not is_own:
-            # Starting them takes as long as reading what others have compiled; a trial keeps to what it began with.
-            self._num_processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
+            # Starting them takes as long as reading what others have compiled.
+            num_processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
+            _num_processes.setdefault(_kind_of(self._job, self._model), num_processes)
         _savings[name] = 0.0  # if this raises, later trials of this process need not try again
         try:
             with _as_it_was():

@@ -40,8 +40,7 @@ class Clock:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A node and a process that have compiled nothing; kernels are torch's own, without a C++ compiler."""
     monkeypatch.setenv(compiled.CACHE, str(tmp_path / "kernels"))
-    monkeypatch.setattr(compiled, "_own_s", {})
-    monkeypatch.setattr(compiled, "_savings", {})
+    another_process(monkeypatch)
     compile_whole = torch.compile
     monkeypatch.setattr(
         torch,
@@ -63,8 +62,8 @@ def job_and_model() -> tuple[Job, nn.Module]:
 
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, this is one of the same node that has compiled nothing itself."""
-    monkeypatch.setattr(compiled, "_own_s", {})
-    monkeypatch.setattr(compiled, "_savings", {})
+    for name in ("_own_s", "_num_processes", "_savings"):
+        monkeypatch.setattr(compiled, name, {})
 
 
 def steady(job: Job, model: nn.Module) -> tuple[Compilation, Clock]:
@@ -115,6 +114,20 @@ def test_one_process_of_a_node_compiles_first_and_the_others_follow_at_less_cost
     third, clock = steady(job, model)
     assert third.is_due(DIALS, 2.1 / compiled.EXPECTED_SAVING), "what the second one took is what counts"
     assert clock.now_s == FIRST_S
+
+
+def test_a_second_trial_of_a_slot_compiles_nothing() -> None:
+    for number in range(2):
+        job, model = job_and_model()
+        job.prepare()
+        one = Compilation(job, model)
+        with one.measured(DIALS):
+            one.loss(model, job.batch(range(8), torch.device("cpu"))).loss_sum.backward()  # type: ignore[no-untyped-call]
+        if number == 0:
+            num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            assert num_graphs > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
+    assert compiled._function.cache_info().misses == 1
 
 
 def test_a_process_that_dies_while_it_compiles_keeps_nobody_from_it() -> None:
