@@ -366,16 +366,17 @@ class Stepper:
 
     def _settle_modes(self) -> bool:
         """Compile if that is worth it, and let go of a mode that was found slower; whether a step came back skipped."""
+        kernels = self.settings.micro_batch, self.settings.tier
         loser = self._modes.take_loser(self._dials)
         step_s = self._modes.may_compile(self._dials)
         left = self._order.samples_per_report * self._order.max_reports - self.cursor.position
         steps_left = self._ranks.trials_ahead * left / self.settings.global_batch
-        is_due = step_s is not None and self._compilation.is_due(self._dials, steps_left * step_s)
+        is_due = step_s is not None and self._compilation.is_due(kernels, steps_left * step_s)
         if loser is None and not is_due:
             return False
         self._unsaid += self.settle()
         if loser is not None and self._replay is not None:
-            self._compilation.saves(self._dials, loser[1])
+            self._compilation.saves(kernels, loser[1])
             self._replay.captured.drop((self.settings.tier, loser[0]))
         is_skipped = any(result.is_skipped for result in self._unsaid)
         if is_due and not is_skipped:
@@ -418,7 +419,8 @@ class Stepper:
             recorder = CudaRecorder() if make is None else make(self.model, self.optimizer)
             self._replay = open_replay(cast(Job, self._lowered), self.model, self.optimizer, recorder, MAX_GRAD_NORM)
         self._lowered.is_compiled = mode is StepMode.COMPILED
-        compiling = self._compilation.measured(self._dials) if self._lowered.is_compiled else None
+        kernels = self.settings.micro_batch, self.settings.tier
+        compiling = self._compilation.measured(kernels) if self._lowered.is_compiled else None
         try:
             self._replay.captured.prepare((self.settings.tier, mode), batch, num_parts, compiling)
         except Exception as error:  # whatever a model does that a graph cannot hold

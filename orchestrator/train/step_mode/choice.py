@@ -182,8 +182,11 @@ class ModeChoice:
         self._times[key].race = _Race()
 
     def not_compiled(self, key: object, reason: str) -> None:
-        """Steps of these dials cannot be compiled."""
-        self._times[key].not_compiled = reason
+        """Steps of these dials cannot be compiled, or no longer: on another stream they are recorded anew."""
+        times = self._times[key]
+        times.not_compiled, times.race, times.loser = reason, None, None
+        if times.chosen is StepMode.COMPILED:
+            times.chosen = StepMode.GRAPH
 
     def take_loser(self, key: object) -> tuple[StepMode, float] | None:
         """Once after a race: the mode that will not be used again, and what part of a step compiling saves."""

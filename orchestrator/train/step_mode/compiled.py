@@ -110,7 +110,7 @@ class Compilation:
         """Whether to compile now, for steps that would take so long in all without.
 
         Args:
-            dials: that change what is executed.
+            dials: that change the kernels of a forward and backward pass.
             remaining_s: seconds of the steps to come, replayed as they are, also those of later trials of this process.
         """
         now_s = self._clock()

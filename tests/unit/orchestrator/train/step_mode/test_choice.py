@@ -113,6 +113,21 @@ def test_steps_that_come_back_late_belong_to_no_turn() -> None:
     assert choice.take_loser(KEY) == (StepMode.GRAPH, 0.25)
 
 
+@pytest.mark.parametrize("num_raced", [0, 1, 2 * NUM_RACES * NUM_GRAPH])
+def test_compiled_steps_that_cannot_be_recorded_any_more_are_left(num_raced: int) -> None:
+    choice = ModeChoice(StepMode.AUTO, None)
+    take(choice, NUM_EAGER + NUM_GRAPH, eager_s=9.0, graph_s=4.0)
+    choice.race(KEY)
+    for _ in range(num_raced):
+        mode = choice.mode(KEY)
+        choice.note(KEY, mode, 3.0 if mode is StepMode.COMPILED else 4.0)
+    choice.not_compiled(KEY, "(RuntimeError: another stream)")
+    assert choice.mode(KEY) is StepMode.GRAPH
+    assert choice.is_settled(KEY)
+    assert choice.take_loser(KEY) is None
+    assert choice.may_compile(KEY) is None
+
+
 @pytest.mark.parametrize("wish", [StepMode.EAGER, StepMode.GRAPH])
 def test_nothing_is_compiled_where_another_mode_is_asked_for(wish: StepMode) -> None:
     choice = ModeChoice(wish, None)

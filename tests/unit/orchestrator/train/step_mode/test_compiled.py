@@ -24,7 +24,7 @@ from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK
 from tests.unit.orchestrator.train.step_mode.test_replay import REPLAYED, run, stepper
 
-DIALS = (8, 1, Tier.BF16)
+DIALS = (8, Tier.BF16)
 LONG_S = 1e6
 
 
@@ -85,11 +85,11 @@ def test_only_what_wins_its_time_back_is_compiled() -> None:
 
 def test_dials_that_have_just_turned_are_not_compiled() -> None:
     one, clock = steady(*job_and_model())
-    assert not one.is_due((16, 1, Tier.BF16), LONG_S)
+    assert not one.is_due((16, Tier.BF16), LONG_S)
     clock.now_s += 0.9 * STEADY_PART * FIRST_S
-    assert not one.is_due((16, 1, Tier.BF16), LONG_S)
+    assert not one.is_due((16, Tier.BF16), LONG_S)
     clock.now_s += 0.2 * STEADY_PART * FIRST_S
-    assert one.is_due((16, 1, Tier.BF16), LONG_S)
+    assert one.is_due((16, Tier.BF16), LONG_S)
 
 
 def test_one_process_of_a_node_compiles_first_and_the_others_follow_at_less_cost(
@@ -231,7 +231,7 @@ def compiling_at_once(one: Stepper) -> Stepper:
     """Without waiting for dials to stay."""
     one._order = replace(one._order, max_reports=10**9)
     one._compilation._since_s = -LONG_S
-    one._compilation._dials = one._dials
+    one._compilation._dials = (one.settings.micro_batch, one.settings.tier)
     return one
 
 
