@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,7 +104,7 @@ class ProcessState:
         for setting in _SETTINGS:
             if setting.read() != self.settings[setting.name]:
                 setting.write(self.settings[setting.name])
-        self._restore_environment()
+        restore_environment(self.environment)
         self._restore_signals()
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -112,13 +112,6 @@ class ProcessState:
             torch.cuda.reset_peak_memory_stats()
         seed_generators(seed)
         return self.leaks()
-
-    def _restore_environment(self) -> None:
-        for name in os.environ.keys() - self.environment.keys():
-            del os.environ[name]
-        for name, value in self.environment.items():
-            if os.environ.get(name) != value:
-                os.environ[name] = value
 
     def _restore_signals(self) -> None:
         # Python sets handlers in the main thread only; elsewhere a changed handler stays in `leaks()`.
@@ -143,6 +136,15 @@ def seed_generators(seed: int) -> None:
 def _signal_handlers() -> dict[int, Any]:
     """The handler of every signal, by number."""
     return {int(number): signal.getsignal(number) for number in signal.valid_signals()}
+
+
+def restore_environment(environment: Mapping[str, str]) -> None:
+    """Make the environment variables those, and no others."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _threads() -> dict[int, str]:

@@ -36,13 +36,15 @@ def language_order(directory: Path, num_steps: int = 60) -> Any:
     return replace(first, trial=replace(first.trial, job="language", params=LANGUAGE, max_reports=1))
 
 
-def test_graph_steps_train_as_eager_ones_do(tmp_path: Path) -> None:
-    def change(outside: Script) -> None:
-        outside.at(20, lambda now: replace(now, grant=grant(2, micro_batch=4, grad_accum=2)))
-        outside.at(40, lambda now: replace(now, grant=grant(3, tier=Tier.BF16)))
+def turn_batch_and_tier(outside: Script) -> None:
+    """The batch is cut in two at step 20, and the tier turns at step 40."""
+    outside.at(20, lambda now: replace(now, grant=grant(2, micro_batch=4, grad_accum=2)))
+    outside.at(40, lambda now: replace(now, grant=grant(3, tier=Tier.BF16)))
 
-    eager = run_ours(language_order(tmp_path / "e"), mode="eager", script=change).records
-    graph = run_ours(language_order(tmp_path / "g"), mode="graph", script=change).records
+
+def test_graph_steps_train_as_eager_ones_do(tmp_path: Path) -> None:
+    eager = run_ours(language_order(tmp_path / "e"), mode="eager", script=turn_batch_and_tier).records
+    graph = run_ours(language_order(tmp_path / "g"), mode="graph", script=turn_batch_and_tier).records
     assert (graph["flags"][1:] & FLAG_GRAPH).all()
     np.testing.assert_array_equal(graph["cursor"], eager["cursor"])
     np.testing.assert_allclose(graph["loss"][:40], eager["loss"][:40], rtol=1e-4)
@@ -51,13 +53,9 @@ def test_graph_steps_train_as_eager_ones_do(tmp_path: Path) -> None:
 
 
 def test_compiled_steps_train_as_eager_ones_do_and_leave_nothing_behind(tmp_path: Path) -> None:
-    def change(outside: Script) -> None:
-        outside.at(20, lambda now: replace(now, grant=grant(2, micro_batch=4, grad_accum=2)))
-        outside.at(40, lambda now: replace(now, grant=grant(3, tier=Tier.BF16)))
-
-    eager = run_ours(language_order(tmp_path / "e"), mode="eager", script=change).records
+    eager = run_ours(language_order(tmp_path / "e"), mode="eager", script=turn_batch_and_tier).records
     clean = ProcessState.capture()
-    compiled = run_ours(language_order(tmp_path / "c"), mode="compiled", script=change).records
+    compiled = run_ours(language_order(tmp_path / "c"), mode="compiled", script=turn_batch_and_tier).records
     assert clean.leaks() == ()
     assert (compiled["flags"][1:] & FLAG_COMPILED).all()
     np.testing.assert_array_equal(compiled["cursor"], eager["cursor"])
