@@ -66,7 +66,10 @@ def stop_rule(scheduler: Scheduler) -> StopRule | None:
     match scheduler:
         case AshaScheduler():
             return StopRule(
-                name="asha", grace_reports=scheduler.grace_reports, reduction_factor=scheduler.reduction_factor
+                name="asha",
+                grace_reports=scheduler.grace_reports,
+                reduction_factor=scheduler.reduction_factor,
+                rung_patience=scheduler.rung_patience,
             )
         case MedianScheduler():
             return StopRule(name="median", grace_reports=scheduler.grace_reports, min_trials=scheduler.min_trials)

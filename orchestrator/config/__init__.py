@@ -3,9 +3,9 @@
 `load_config` gives a `ResolvedRun` or one `ConfigError` with every problem in it; `require_fit` holds it against this
 machine. Imports neither torch nor ray.
 
-`source` reads YAML with lines, `overrides` lays `--set` over it, `model` has the fields, `checks` what must hold
-between them, `machine` what the machine must offer, `problems` and `words` make the messages, `render` writes YAML, and
-`resolve` puts it all together.
+`source` reads YAML with lines, `overrides` lays `--set` over it, `model` has the fields and `values` their types,
+`checks` what must hold between them, `machine` what the machine must offer, `problems` and `words` make the messages,
+`render` writes YAML, and `resolve` puts it all together.
 """
 
 from orchestrator.config.machine import Machine, this_machine
@@ -17,7 +17,6 @@ from orchestrator.config.model import (
     Distribution,
     FifoScheduler,
     JobSection,
-    ParamValue,
     PolicySection,
     PrecisionDial,
     RunConfig,
@@ -28,6 +27,7 @@ from orchestrator.config.model import (
     TrialSection,
 )
 from orchestrator.config.resolve import ResolvedRun, fit_problems, load_config, require_fit
+from orchestrator.config.values import ParamValue
 
 __all__ = [
     "AshaScheduler",

@@ -14,15 +14,9 @@ import sys
 from collections.abc import Iterator
 
 from jobs.table import JOB_INFO, check_param
-from orchestrator.config.model import (
-    AshaScheduler,
-    Distribution,
-    MedianScheduler,
-    ParamValue,
-    PbtScheduler,
-    RunConfig,
-)
+from orchestrator.config.model import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, RunConfig
 from orchestrator.config.source import KeyPath
+from orchestrator.config.values import ParamValue
 from orchestrator.config.words import did_you_mean, printable, seen
 from policies.tier import by_cost, is_cheaper
 

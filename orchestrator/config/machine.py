@@ -15,8 +15,9 @@ from pathlib import Path
 from jobs.extras import fault_of
 from jobs.table import job_info
 from orchestrator.config.checks import Finding
-from orchestrator.config.model import ParamValue, RunConfig
+from orchestrator.config.model import RunConfig
 from orchestrator.config.source import KeyPath
+from orchestrator.config.values import ParamValue
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
 from orchestrator.hardware import this_device

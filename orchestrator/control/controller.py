@@ -104,6 +104,8 @@ class Controller:
         """Report `index` of a trial, or its end; None while it is pending. Asking grants the trial that report."""
         trial = self.state.lifecycle.trials[trial_id]
         if index < len(trial.reports):
+            if not self._is_interrupted and not self.state.may_tell(trial, index):
+                return None
             is_last = trial.state.is_final and index == len(trial.reports) - 1
             is_last |= index == self.state.spec.max_reports - 1  # Tune need not ask once more to learn that
             return Answer(state=trial.state, report=trial.reports[index], reason=trial.reason, is_last=is_last)
@@ -113,6 +115,7 @@ class Controller:
             return Answer(state=trial.state, reason="the run was interrupted", is_last=True)
         if trial.credit <= index:
             trial.credit = index + 1
+            self.state.telling.began(trial_id, self.state.clock.now_s())
             self._refresh(trial)
         return None
 
@@ -315,7 +318,8 @@ class Controller:
 
     def take_changes(self) -> tuple[set[str], set[TrialId]]:
         """Slots and trials whose waiters have something to read; forgotten by this call."""
-        changes = self.state.changed_slots, self.state.changed_trials
+        waited = self.state.telling.ready(self.state.clock.now_s())
+        changes = self.state.changed_slots, self.state.changed_trials | waited
         self.state.changed_slots, self.state.changed_trials = set(), set()
         return changes
 
@@ -409,6 +413,7 @@ class Controller:
         self.state.log("result", trial_id=trial.trial_id, **fields)
         self.state.journal.sync()
         self.telemetry.append_results([{"trial_id": trial.trial_id, "attempt": trial.attempt, **fields}])
+        self.state.telling.reached(trial, self.state.clock.now_s())
         self.state.changed_trials.add(trial.trial_id)
 
     def _log_left(self, trial: Trial | None) -> None:

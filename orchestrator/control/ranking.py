@@ -54,9 +54,18 @@ class Ranking:
         """Note the newest report of a trial."""
         if self._rule is None or self._rule.name == "pbt":
             return
-        value = self._mean(trial, self._rule) if self._rule.name == "median" else self._loss(trial.reports[-1])
+        value = self._mean(trial, self._rule) if self._rule.name == "median" else self.loss_of(trial.reports[-1])
         if value is not None:
             insort(self._values[len(trial.reports)], value)
+
+    def loss_of(self, report: Report) -> float | None:
+        """The metric as a loss; infinite where it diverged, None where the report has none."""
+        value = report.metrics.get(self._spec.metric)
+        if value is None:
+            return None
+        if not math.isfinite(value):
+            return math.inf
+        return value if self._spec.mode == "min" else -value
 
     def outlooks(self, trials: Iterable[Trial], everybody: Iterable[Trial]) -> dict[TrialId, Outlook]:
         """The outlook of some trials; `everybody` are all of the search."""
@@ -64,7 +73,7 @@ class Ranking:
             return {trial.trial_id: _NOTHING for trial in trials}
         population: list[float] = []
         if self._rule.name == "pbt":
-            newest = (self._loss(t.reports[-1]) for t in everybody if t.reports and not t.state.is_final)
+            newest = (self.loss_of(t.reports[-1]) for t in everybody if t.reports and not t.state.is_final)
             population = sorted(loss for loss in newest if loss is not None)
         return {trial.trial_id: self._outlook(trial, self._rule, population) for trial in trials}
 
@@ -78,7 +87,7 @@ class Ranking:
             return Outlook(None, samples)
         if rule.name == "median":
             return Outlook(self._by_median(trial, rule), samples)
-        loss = self._loss(trial.reports[-1])
+        loss = self.loss_of(trial.reports[-1])
         if loss is None:
             return Outlook(None, samples)
         if rule.name == "pbt":
@@ -100,7 +109,7 @@ class Ranking:
         """Successive halving. Those that reported since the last rung are those that get as far as the next."""
         num_reports, factor = len(trial.reports), rule.reduction_factor
         last = max((rung for rung in self._rungs if rung <= num_reports), default=0)
-        judged = self._loss(trial.reports[last - 1]) if last else None
+        judged = self.loss_of(trial.reports[last - 1]) if last else None
         if judged is not None and (last == num_reports or len(self._values[num_reports]) < factor):
             return chance_after_rung(self._values[last], judged, factor)
         return chance(place(self._values[num_reports], loss), 1 / factor)
@@ -111,25 +120,16 @@ class Ranking:
         num_others = len(means) - (own is not None)
         if num_others < max(1, rule.min_trials):
             return MOST
-        losses = (self._loss(report) for report in trial.reports)
+        losses = (self.loss_of(report) for report in trial.reports)
         best = min((loss for loss in losses if loss is not None), default=math.inf)
         num_better = round(place(means, best) * len(means))  # its own mean is never better than its best
         return chance(num_better / num_others, 0.5)
 
     def _mean(self, trial: Trial, rule: StopRule) -> float | None:
         """Mean of the losses since the trial's grace; None where there is none, or it is not finite."""
-        losses = [self._loss(report) for report in trial.reports[rule.grace_reports - 1 :]]
+        losses = [self.loss_of(report) for report in trial.reports[rule.grace_reports - 1 :]]
         known = [loss for loss in losses if loss is not None]
         return math.fsum(known) / len(known) if known and all(map(math.isfinite, known)) else None
-
-    def _loss(self, report: Report) -> float | None:
-        """The metric as a loss; infinite where it diverged, None where the report has none."""
-        value = report.metrics.get(self._spec.metric)
-        if value is None:
-            return None
-        if not math.isfinite(value):
-            return math.inf
-        return value if self._spec.mode == "min" else -value
 
 
 def _by_quantile(population: Sequence[float], loss: float, rule: StopRule) -> float:

@@ -17,11 +17,14 @@ from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
 from orchestrator.control.orders import Report, SlotOp, SlotOrder
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.spec import RunSpec
+from orchestrator.control.telling import Telling
 from orchestrator.share.verification import Check, Subject
 from orchestrator.telemetry.window import TrialWindow
 from policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
 from policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, TrialId
 from policies.snapshot import DeviceKind, DeviceView, Override, StepModeView
+
+_WORTH_SAYING_S = 0.1
 
 
 class RunState:
@@ -46,6 +49,7 @@ class RunState:
         step_modes: how the steps of each running trial are executed, where it measured both ways.
         checks: the newest check of each kind of every running trial's share.
         ranking: where trials stand in the search.
+        telling: reports that wait to be told to the search.
         paces: of trials that leave for another group: their pace, and the gain that the move was predicted to bring.
     """
 
@@ -57,6 +61,7 @@ class RunState:
         )
         self.ledger = Ledger()
         self.ranking = Ranking(spec)
+        self.telling = Telling(spec.stop_rule, spec.max_reports, self.lifecycle.trials, self.ranking)
         self.plan: Plan = EMPTY_PLAN
         self.devices: dict[DeviceId, DeviceView] = {}
         self.nodes: dict[str, str] = {}
@@ -110,6 +115,14 @@ class RunState:
             self.ranking.take(trial)
         return is_new
 
+    def may_tell(self, trial: Trial, index: int) -> bool:
+        """Whether the search is told of a report now; it may have to wait for those of other trials."""
+        told = self.telling.tell(trial, index, self.clock.now_s())
+        if told is not None and (told.place or told.held_s > _WORTH_SAYING_S):
+            self.log("told", trial_id=trial.trial_id, index=index, place=told.place, held_s=told.held_s)
+            trial.story.append(f"report {index} told after {told.held_s:.1f} s, behind {told.place} others at its rung")
+        return told is not None
+
     def set_devices(self, devices: tuple[DeviceView, ...]) -> None:
         """Add devices that a worker group brought."""
         for device in devices:
@@ -129,6 +142,7 @@ class RunState:
         now_s, num_workers = self.clock.now_s(), len(slot.hello.placement)
         shape = self.spec.shape(trial.params)
         trial.began_at_s = now_s
+        self.telling.began(trial.trial_id, now_s)
         trial.is_resized = trial.num_workers is not None and trial.size not in {0, num_workers}
         trial.size, trial.wish = num_workers, None
         self._forget_grant(trial)

@@ -1,0 +1,275 @@
+"""In which order the search is told of reports that reach a rung together, and how long one waits for the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.control.journal import FILE_NAME, read
+from orchestrator.control.orders import Status, StopMode
+from orchestrator.control.spec import StopRule
+from policies.plan import TrialId
+from tests.unit.orchestrator.control.worlds import Worker, World
+
+STRETCH_S = 8.0
+PATIENCE = 0.25
+LATEST_S = PATIENCE * STRETCH_S
+
+
+def asha(factor: int = 2, patience: float = PATIENCE) -> StopRule:
+    return StopRule(name="asha", grace_reports=1, reduction_factor=factor, rung_patience=patience)
+
+
+@dataclass
+class Search:
+    """Asks for the reports of its trials as Tune's stand-ins do, and judges each as ASHA does."""
+
+    world: World
+    factor: int = 2
+    workers: dict[TrialId, Worker] = field(default_factory=dict)
+    told: list[TrialId] = field(default_factory=list)
+    passed: list[TrialId] = field(default_factory=list)
+    judged: dict[int, list[float]] = field(default_factory=dict)
+
+    def begin(self, *names: str) -> None:
+        for name in names:
+            trial_id = TrialId(name)
+            self.workers[trial_id] = self.world.attach(f"slot-{name}")
+            self.world.controller.submit(trial_id, {})
+            self.world.controller.answer(trial_id, 0)
+        self.world.decide()
+        for worker in self.workers.values():
+            worker.obey(1)
+
+    def report(self, name: str, loss: float, index: int = 0) -> None:
+        self.workers[TrialId(name)].report(index, loss)
+
+    def ask(self, name: str, index: int = 0) -> bool:
+        """Whether the search is told of that report now; a trial that is told is judged at once."""
+        trial_id = TrialId(name)
+        answer = self.world.controller.answer(trial_id, index)
+        if answer is None or answer.report is None:
+            return False
+        self.told.append(trial_id)
+        recorded, loss = self.judged.setdefault(index, []), answer.report.metrics["val_loss"]
+        is_worse = bool(recorded) and loss > float(np.percentile(recorded, 100 / self.factor))
+        recorded.append(loss)
+        if is_worse:
+            self.world.controller.release(trial_id)
+        else:
+            self.passed.append(trial_id)
+            self.world.controller.answer(trial_id, index + 1)
+        return True
+
+    def ask_woken(self, index: int = 0) -> None:
+        """Ask for those that the actor wakes, until it wakes nobody who was not told."""
+        while True:
+            _, woken = self.world.controller.take_changes()
+            if not [name for name in sorted(woken) if name not in self.told and self.ask(name, index)]:
+                return
+
+
+def search(path: Path, factor: int = 2, patience: float = PATIENCE) -> Search:
+    return Search(World(path / "run", stop_rule=asha(factor, patience)), factor)
+
+
+def test_a_trial_that_diverged_and_came_first_does_not_pass(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b", "c", "d")
+    found.world.clock.advance(STRETCH_S)
+    for name, loss in (("c", 2.34), ("b", 1.09), ("a", 1.03), ("d", 2.31)):
+        found.report(name, loss)
+        found.world.clock.advance(0.3)
+        found.ask_woken()
+    assert found.told == ["a", "d", "c", "b"]
+    assert found.passed == ["a", "b"]
+
+
+def test_without_patience_they_are_told_as_they_come(tmp_path: Path) -> None:
+    found = search(tmp_path, patience=0.0)
+    found.begin("a", "b")
+    found.world.clock.advance(STRETCH_S)
+    found.report("b", 2.0)
+    assert found.ask("b")
+    found.report("a", 1.0)
+    assert found.ask("a")
+    assert found.passed == ["b", "a"]
+
+
+def test_a_report_waits_no_longer_than_its_patience(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b")
+    began_s = found.world.clock.now_s()
+    found.world.clock.advance(STRETCH_S)
+    found.report("b", 2.0)
+    assert not found.ask("b")
+    waits_s = PATIENCE * (found.world.clock.now_s() - began_s)
+    found.world.clock.advance(0.9 * waits_s)
+    assert not found.ask("b")
+    found.world.clock.advance(0.2 * waits_s)
+    found.ask_woken()
+    assert found.told == ["b"]
+    entry = next(entry for entry in read(found.world.run_dir / FILE_NAME) if entry["kind"] == "told")
+    assert (entry["trial_id"], entry["place"]) == ("b", 0)
+    assert entry["held_s"] == pytest.approx(1.1 * waits_s, rel=0.1)
+
+
+def test_nobody_waits_for_a_trial_that_began_later_or_has_left(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b")
+    found.world.clock.advance(2 * LATEST_S)
+    found.begin("c")
+    found.world.clock.advance(STRETCH_S)
+    found.workers[TrialId("b")].finish(Status.FAILED, "its data is gone")
+    found.report("a", 2.0)
+    assert found.ask("a")
+
+
+def test_the_next_is_told_when_the_one_before_was_judged_or_has_kept_silent_for_long(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    controller = found.world.controller
+    found.begin("a", "b", "c")
+    found.world.clock.advance(STRETCH_S)
+    for name, loss in (("c", 3.0), ("b", 2.0), ("a", 1.0)):
+        found.report(name, loss)
+    assert [controller.answer(TrialId(name), 0) is None for name in "cba"] == [True, True, False]
+    assert controller.answer(TrialId("c"), 0) is None, "the search has not said what becomes of the best"
+    controller.answer(TrialId("a"), 1)
+    assert TrialId("c") in controller.take_changes()[1]
+    assert controller.answer(TrialId("c"), 0) is not None
+    assert controller.answer(TrialId("b"), 0) is None
+    found.world.clock.advance(2.1)
+    assert controller.answer(TrialId("b"), 0) is not None
+
+
+def test_who_comes_while_others_are_told_is_told_behind_them(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    controller = found.world.controller
+    found.begin("a", "b", "c")
+    found.world.clock.advance(STRETCH_S)
+    found.report("b", 2.0)
+    found.report("c", 3.0)
+    found.world.clock.advance(STRETCH_S)
+    assert controller.answer(TrialId("b"), 0) is not None
+    found.report("a", 1.0)
+    controller.answer(TrialId("b"), 1)
+    assert controller.answer(TrialId("a"), 0) is None
+    assert controller.answer(TrialId("c"), 0) is not None
+    controller.release(TrialId("c"))
+    assert controller.answer(TrialId("a"), 0) is not None
+
+
+def test_a_report_that_was_told_is_told_again_to_whoever_asks_again(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b")
+    found.world.clock.advance(STRETCH_S)
+    found.report("a", 1.0)
+    found.report("b", 2.0)
+    found.ask_woken()
+    assert len(found.told) == 2
+    for name in ("a", "b"):
+        assert found.world.controller.answer(TrialId(name), 0) is not None
+
+
+def test_who_is_stopped_while_it_waits_holds_nobody_up(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b", "c")
+    found.world.clock.advance(STRETCH_S)
+    found.report("a", 1.0)
+    found.report("b", 2.0)
+    assert not found.ask("b")
+    found.world.controller.release(TrialId("a"))
+    found.world.controller.stop_trial(TrialId("c"), StopMode.DISCARD)
+    assert found.ask("b")
+
+
+def test_an_interrupted_run_lets_nobody_wait(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b")
+    found.world.clock.advance(STRETCH_S)
+    found.report("b", 2.0)
+    assert not found.ask("b")
+    found.world.controller.interrupt()
+    assert found.world.controller.answer(TrialId("b"), 0) is not None
+
+
+def test_a_restarted_actor_tells_what_waited(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b")
+    found.world.clock.advance(STRETCH_S)
+    found.report("b", 2.0)
+    assert not found.ask("b")
+    found.world.restart()
+    assert found.ask("b")
+
+
+def test_a_rung_that_has_judged_enough_keeps_nobody_waiting(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b", "c", "d")
+    found.world.clock.advance(STRETCH_S)
+    for number, name in enumerate("abcd"):
+        found.report(name, float(number))
+    found.ask_woken()
+    assert len(found.told) == 4
+    found.begin("e", "f")
+    found.world.clock.advance(STRETCH_S)
+    found.report("f", 0.5)
+    assert found.ask("f")
+
+
+def test_a_report_between_two_rungs_is_told_at_once_and_so_is_one_that_has_no_loss(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b")
+    for index in (0, 1, 2):
+        found.world.clock.advance(STRETCH_S)
+        found.report("a", 1.0, index)
+        found.world.clock.advance(STRETCH_S)
+        assert found.ask("a", index)
+    found.report("b", float("nan"))
+    assert found.ask("b"), "the worst there is, and nobody else is there to be told first"
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("num_trials", [2, 3, 4, 5])
+def test_in_whatever_order_they_come_one_in_so_many_passes(tmp_path: Path, factor: int, num_trials: int) -> None:
+    """At most one in `factor`, the best among them, and none that one which was stopped is better than."""
+    names = "abcde"[:num_trials]
+    outcomes = set()
+    for number, order in enumerate(permutations(range(num_trials))):
+        if number % (1 + num_trials**2 // 8):
+            continue  # a part of the many orders of five is enough
+        found = search(tmp_path / str(number), factor)
+        found.begin(*names)
+        found.world.clock.advance(STRETCH_S)
+        for rank in order:
+            found.report(names[rank], float(rank))
+        found.ask_woken()
+        assert len(found.told) == num_trials
+        outcomes.add(tuple(sorted(found.passed)))
+    assert len(outcomes) == 1, "who passes does not depend on who came first"
+    (passed,) = outcomes
+    assert passed == tuple(names[: len(passed)])
+    assert 1 <= len(passed) <= -(-num_trials // factor)
+
+
+@given(losses=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=8, unique=True), factor=st.sampled_from([2, 3, 4]))
+def test_the_best_passes_and_no_more_than_the_rule_lets(
+    tmp_path_factory: pytest.TempPathFactory, losses: list[float], factor: int
+) -> None:
+    found = search(tmp_path_factory.mktemp("asha"), factor)
+    names = [f"t{number}" for number in range(len(losses))]
+    found.begin(*names)
+    found.world.clock.advance(STRETCH_S)
+    for name, loss in zip(names, losses, strict=True):
+        found.report(name, loss)
+    found.ask_woken()
+    best_first = [name for _, name in sorted(zip(losses, names, strict=True))]
+    assert sorted(found.told) == sorted(names)
+    assert set(found.passed) == set(best_first[: len(found.passed)])
+    assert 1 <= len(found.passed) <= -(-len(losses) // factor)
