@@ -11,7 +11,7 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from orchestrator.share import ShareMechanism
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.device_fault import is_device_fault
-from orchestrator.train.groups import Groups
+from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState, seed_generators
 from orchestrator.train.link import Link
 from orchestrator.train.loop import TrialLoop
@@ -66,6 +66,7 @@ class Server:
     Attributes:
         clean: the process before its first trial.
         build: makes the job of a trial.
+        begun: trials that it has been given.
     """
 
     groups: Groups
@@ -74,6 +75,7 @@ class Server:
     share: ShareMechanism
     clean: ProcessState
     build: Callable[[TrialOrder], Job] = job_of
+    begun: set[TrialId] = field(default_factory=set)
 
     def serve(self) -> None:
         """Run the trials this slot is given until it is told to close.
@@ -114,7 +116,7 @@ class Server:
                 seed_generators(trial.seed)
                 with reading(self.build(trial)) as job:
                     job.prepare()
-                    loop = TrialLoop(order, job, self.groups.ranks, self.boundary, self.link, self.share)
+                    loop = TrialLoop(order, job, self._ranks_of(trial), self.boundary, self.link, self.share)
                     outcome = loop.run()
             except Exception as error:
                 logger.exception("trial %s failed", trial.trial_id)
@@ -132,6 +134,12 @@ class Server:
                     self.groups.break_off()  # the others wait for this rank in a collective that it will never enter
             logger.info("trial %s attempt %d ends: %s", trial.trial_id, trial.attempt, outcome.status)
             return outcome
+
+    def _ranks_of(self, trial: TrialOrder) -> Ranks:
+        """The ranks for a trial, which has fewer trials behind it in this process than the one before had."""
+        self.begun.add(trial.trial_id)
+        ranks = self.groups.ranks
+        return replace(ranks, trials_ahead=max(1.0, ranks.trials_ahead - len(self.begun) + 1))
 
     def _is_alone(self) -> bool:
         """Whether another rank has gone: what this one raised then is no mistake of the trial."""

@@ -30,7 +30,7 @@ from orchestrator.train.precision.loss_scale import LossScale
 from orchestrator.train.precision.tiers import install, lowered, set_tier
 from orchestrator.train.read_ahead import first_cursor, take
 from orchestrator.train.step_mode.choice import ModeChoice, StepMode
-from orchestrator.train.step_mode.compiled import Compilation
+from orchestrator.train.step_mode.compiled import Ahead, Compilation
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.step_mode.replay import (
     CPU,
@@ -75,7 +75,8 @@ class Stepper:
         is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
         whole = refusal(ranks.world_size, self.optimizer, is_possible=is_possible)
         self._modes = ModeChoice(ranks.step_mode, whole, refusal_of)
-        self._compilation = Compilation(job, self.model)
+        per_report, num_reports = order.samples_per_report, order.max_reports
+        self._compilation = Compilation(job, self.model, Ahead(per_report, num_reports, ranks.trials_ahead))
         self._lowered = Lowered(self)
         self._replay: Replay | None = None
         self.offload = Offload(self.model, self.optimizer)
@@ -368,10 +369,8 @@ class Stepper:
         """Compile if that is worth it, and let go of a mode that was found slower; whether a step came back skipped."""
         kernels = self.settings.micro_batch, self.settings.tier
         loser = self._modes.take_loser(self._dials)
-        step_s = self._modes.may_compile(self._dials)
-        left = self._order.samples_per_report * self._order.max_reports - self.cursor.position
-        steps_left = self._ranks.trials_ahead * left / self.settings.global_batch
-        is_due = step_s is not None and self._compilation.is_due(kernels, steps_left * step_s)
+        step_s, batch = self._modes.may_compile(self._dials), self.settings.global_batch
+        is_due = step_s is not None and self._compilation.is_due(kernels, step_s / batch, self.cursor.position)
         if loser is None and not is_due:
             return False
         self._unsaid += self.settle()

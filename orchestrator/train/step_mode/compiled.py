@@ -4,8 +4,8 @@ A replayed step of a small model is bound by its many small kernels, also beside
 norms, activations, casts and losses become a few. That costs seconds, in which the trial's neighbours have the GPU to
 themselves; a first compilation on a node costs more than later ones, because torch keeps its result on disk. So one
 trial of a kind compiles, the others go on replaying and follow when it is done; and none does whose remaining steps
-would not win the time back. A slot serves trials in
-turn, and one of a kind it knows compiles nothing. Called by the stepper, between two steps.
+would not win the time back, or whose first report it would put off for long. A slot serves trials in turn, and
+one of a kind it knows compiles nothing. Called by the stepper, between two steps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from types import FunctionType
@@ -45,6 +46,14 @@ FIRST_S = 15.0
 AGAIN_PART = 0.3
 """Part of that which a compilation takes of what another process has compiled, until it was measured."""
 
+OWN_S = 0.5
+"""What it takes a process that has compiled for a trial of the kind before, until it was measured: torch finds it
+done, and the step is recorded anew."""
+
+REPORT_PART = 0.25
+"""Part of the time to a trial's first report by which compiling may put it off. Otherwise it is done behind that
+report: there the search compares the trial with those that began with it, and stops some of them."""
+
 STEADY_PART = 0.2
 """Part of what compiling takes for which dials must have stayed: a tier or batch may be left again at once."""
 
@@ -58,7 +67,7 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """torch's own variable: where it keeps what it compiled."""
 
 _own_s: dict[str, float] = {}
-"""Seconds of the newest compilation of each kind in this process."""
+"""What the next trial of each kind is expected to take, of kinds that this process has compiled for."""
 
 _num_processes: dict[str, int] = {}
 """In how many each kind is compiled, from its first time in this process on: torch compiles anew for another number."""
@@ -84,16 +93,32 @@ def _function(kind: str, num_processes: int) -> Callable[[Job, nn.Module, tuple[
     return compiled  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What a trial has ahead of it when it begins.
+
+    Attributes:
+        samples_per_report: samples between two of its reports.
+        max_reports: reports it makes if nobody stops it.
+        num_trials: trials of its kind that its process is expected to serve, this one included.
+    """
+
+    samples_per_report: int
+    max_reports: int
+    num_trials: float = 1.0
+
+
 class Compilation:
     """Decides when the steps of one trial are compiled, and measures what that takes.
 
     Args:
         job, model: of the trial.
+        ahead: what it would be done for.
         clock: seconds.
     """
 
-    def __init__(self, job: Job, model: nn.Module, clock: Callable[[], float] = time.monotonic) -> None:
-        self._job, self._model, self._clock = job, model, clock
+    def __init__(self, job: Job, model: nn.Module, ahead: Ahead, clock: Callable[[], float] = time.monotonic) -> None:
+        self._job, self._model, self._ahead, self._clock = job, model, ahead, clock
         self._look_s = 0.0
         self._dials: object = None
         self._since_s = 0.0
@@ -109,12 +134,13 @@ class Compilation:
         loss_sum, num_elements = _function(kind, _num_processes.setdefault(kind, 1))(self._job, model, batch)
         return LossTerms(loss_sum=loss_sum, num_elements=num_elements)
 
-    def is_due(self, dials: object, remaining_s: float) -> bool:
-        """Whether to compile now, for steps that would take so long in all without.
+    def is_due(self, dials: object, sample_s: float, position: int) -> bool:
+        """Whether to compile now.
 
         Args:
             dials: that change the kernels of a forward and backward pass.
-            remaining_s: seconds of the steps to come, replayed as they are, also those of later trials of this process.
+            sample_s: seconds per sample, replayed as it is.
+            position: samples that the trial has seen.
         """
         now_s = self._clock()
         if dials != self._dials:
@@ -123,8 +149,12 @@ class Compilation:
             return False
         self._look_s = now_s + _LOOK_AGAIN_S
         name = self._name(dials)
-        cost_s = self._cost_s(name)
-        is_worth = remaining_s * _savings.get(name, EXPECTED_SAVING) > cost_s
+        cost_s, ahead = self._cost_s(name), self._ahead
+        is_compared = position < ahead.samples_per_report and ahead.max_reports > 1
+        if is_compared and cost_s > REPORT_PART * ahead.samples_per_report * sample_s:
+            return False
+        left_s = ahead.num_trials * (ahead.samples_per_report * ahead.max_reports - position) * sample_s
+        is_worth = left_s * _savings.get(name, EXPECTED_SAVING) > cost_s
         return is_worth and now_s - self._since_s >= STEADY_PART * cost_s and self._is_my_turn(name)
 
     @contextlib.contextmanager
@@ -144,7 +174,8 @@ class Compilation:
             self._end_turn()
             _stop_compilers()
         _savings[name] = saving
-        seconds = _own_s[name] = self._clock() - began_s
+        seconds = self._clock() - began_s
+        _own_s[name] = seconds if is_own else OWN_S
         if not is_own:
             self._tell(name, known, seconds)
 

@@ -7,6 +7,7 @@ import random
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, Tria
 from orchestrator.errors import WorkerGroupError
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray
 from orchestrator.train.boundary import Boundary
-from orchestrator.train.groups import Groups
+from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
+from orchestrator.train.loop import TrialLoop
 from orchestrator.train.serve import Server
 from policies.plan import TrialId
 from tests.unit.orchestrator.train.links import FakeShare, Script, order
@@ -75,7 +77,7 @@ class SlotScript(Script):
         self.version += 1
 
 
-def serve(tmp_path: Path, jobs: list[Job]) -> SlotScript:
+def serve(tmp_path: Path, jobs: list[Job], groups: Groups | None = None) -> SlotScript:
     """Serve a trial for each job, one after the other, in this process."""
     orders = []
     for number in range(len(jobs)):
@@ -90,7 +92,7 @@ def serve(tmp_path: Path, jobs: list[Job]) -> SlotScript:
     boundary = Boundary(script, 0, 1, None)
     clean = ProcessState.capture()
     Server(
-        groups=Groups(0, 1, torch.device("cpu")),
+        groups=groups or Groups(0, 1, torch.device("cpu")),
         boundary=boundary,
         link=script,
         share=FakeShare(),
@@ -155,6 +157,21 @@ class TwoRanks(Groups):
 
     def is_broken(self, timeout_ms: int) -> bool:
         return self._is_other_gone
+
+
+def test_each_trial_has_fewer_trials_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is worth doing for all that a process is expected to serve is worth less for its last ones."""
+    seen = []
+
+    class NotedLoop(TrialLoop):
+        def __init__(self, order: SlotOrder, job: Job, ranks: Ranks, *rest: Any) -> None:
+            seen.append(ranks.trials_ahead)
+            super().__init__(order, job, ranks, *rest)
+
+    monkeypatch.setattr("orchestrator.train.serve.TrialLoop", NotedLoop)
+    groups = Groups(0, 1, torch.device("cpu"), trials_ahead=2.5)
+    assert len(serve(tmp_path, [job(MlpJob) for _ in range(4)], groups).outcomes) == 4
+    assert seen == [2.5, 1.5, 1.0, 1.0]
 
 
 class BrokenJob(MlpJob):

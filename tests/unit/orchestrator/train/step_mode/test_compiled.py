@@ -18,7 +18,7 @@ from jobs import JOB_INFO, build_job
 from jobs.job import Job
 from orchestrator.train.step_mode import compiled
 from orchestrator.train.step_mode.choice import StepMode
-from orchestrator.train.step_mode.compiled import FIRST_S, STEADY_PART, Compilation
+from orchestrator.train.step_mode.compiled import FIRST_S, OWN_S, REPORT_PART, STEADY_PART, Ahead, Compilation
 from orchestrator.train.stepper import Stepper
 from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK
@@ -26,6 +26,8 @@ from tests.unit.orchestrator.train.step_mode.test_replay import REPLAYED, run, s
 
 DIALS = (8, Tier.BF16)
 LONG_S = 1e6
+WHOLE = Ahead(1, 1)
+"""A trial of one sample, so that the seconds of a sample are those of all there is to come."""
 
 
 class Clock:
@@ -66,11 +68,11 @@ def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(compiled, name, {})
 
 
-def steady(job: Job, model: nn.Module) -> tuple[Compilation, Clock]:
+def steady(job: Job, model: nn.Module, ahead: Ahead = WHOLE) -> tuple[Compilation, Clock]:
     """A trial whose dials have stayed long enough."""
     clock = Clock()
-    one = Compilation(job, model, clock)
-    assert not one.is_due(DIALS, LONG_S), "the dials may turn at once"
+    one = Compilation(job, model, ahead, clock)
+    assert not one.is_due(DIALS, LONG_S, 0), "the dials may turn at once"
     clock.now_s = FIRST_S
     return one, clock
 
@@ -78,18 +80,44 @@ def steady(job: Job, model: nn.Module) -> tuple[Compilation, Clock]:
 def test_only_what_wins_its_time_back_is_compiled() -> None:
     one, clock = steady(*job_and_model())
     enough_s = FIRST_S / compiled.EXPECTED_SAVING
-    assert not one.is_due(DIALS, 0.9 * enough_s)
+    assert not one.is_due(DIALS, 0.9 * enough_s, 0)
     clock.now_s += 1
-    assert one.is_due(DIALS, 1.1 * enough_s)
+    assert one.is_due(DIALS, 1.1 * enough_s, 0)
 
 
 def test_dials_that_have_just_turned_are_not_compiled() -> None:
     one, clock = steady(*job_and_model())
-    assert not one.is_due((16, Tier.BF16), LONG_S)
+    assert not one.is_due((16, Tier.BF16), LONG_S, 0)
     clock.now_s += 0.9 * STEADY_PART * FIRST_S
-    assert not one.is_due((16, Tier.BF16), LONG_S)
+    assert not one.is_due((16, Tier.BF16), LONG_S, 0)
     clock.now_s += 0.2 * STEADY_PART * FIRST_S
-    assert one.is_due((16, Tier.BF16), LONG_S)
+    assert one.is_due((16, Tier.BF16), LONG_S, 0)
+
+
+@pytest.mark.parametrize("part", [0.9, 1.1])
+def test_a_first_report_is_not_put_off_for_long(part: float) -> None:
+    """There the search compares the trial with those that began with it; behind it nothing is put off."""
+    ahead = Ahead(1000, 100)
+    sample_s = part * FIRST_S / REPORT_PART / ahead.samples_per_report
+    job, model = job_and_model()
+    one, clock = steady(job, model, ahead)
+    assert one.is_due(DIALS, sample_s, 999) is (part > 1)
+    clock.now_s += 1
+    assert one.is_due(DIALS, sample_s, 1000)
+    del one  # as if its process had ended: it is its turn no more
+    only, _ = steady(job, model, Ahead(1000, 1, num_trials=100))
+    assert only.is_due(DIALS, sample_s, 0), "nothing is compared where the first report is the last"
+
+
+def test_the_next_trial_of_a_slot_is_expected_to_compile_nothing_and_then_what_was_measured() -> None:
+    job, model = job_and_model()
+    for cost_s in (FIRST_S, OWN_S, 3.0):
+        one, clock = steady(job, model)
+        assert not one.is_due(DIALS, 0.9 * cost_s / compiled.EXPECTED_SAVING, 0)
+        clock.now_s += 1
+        assert one.is_due(DIALS, 1.1 * cost_s / compiled.EXPECTED_SAVING, 0)
+        with one.measured(DIALS):
+            clock.now_s += 3.0
 
 
 def test_one_process_of_a_node_compiles_first_and_the_others_follow_at_less_cost(
@@ -98,21 +126,21 @@ def test_one_process_of_a_node_compiles_first_and_the_others_follow_at_less_cost
     job, model = job_and_model()
     first, first_clock = steady(job, model)
     other, other_clock = steady(job, model)
-    assert first.is_due(DIALS, LONG_S)
-    assert not other.is_due(DIALS, LONG_S), "the first one is at it"
+    assert first.is_due(DIALS, LONG_S, 0)
+    assert not other.is_due(DIALS, LONG_S, 0), "the first one is at it"
     with first.measured(DIALS):
         first_clock.now_s += 20.0
     another_process(monkeypatch)
     other_clock.now_s += 1.0
     again_s = compiled.AGAIN_PART * 20.0
-    assert not other.is_due(DIALS, 0.9 * again_s / compiled.EXPECTED_SAVING)
+    assert not other.is_due(DIALS, 0.9 * again_s / compiled.EXPECTED_SAVING, 0)
     other_clock.now_s += 1.0
-    assert other.is_due(DIALS, 1.1 * again_s / compiled.EXPECTED_SAVING)
+    assert other.is_due(DIALS, 1.1 * again_s / compiled.EXPECTED_SAVING, 0)
     with other.measured(DIALS):
         other_clock.now_s += 2.0
     another_process(monkeypatch)
     third, clock = steady(job, model)
-    assert third.is_due(DIALS, 2.1 / compiled.EXPECTED_SAVING), "what the second one took is what counts"
+    assert third.is_due(DIALS, 2.1 / compiled.EXPECTED_SAVING, 0), "what the second one took is what counts"
     assert clock.now_s == FIRST_S
 
 
@@ -120,7 +148,7 @@ def test_a_second_trial_of_a_slot_compiles_nothing() -> None:
     for number in range(2):
         job, model = job_and_model()
         job.prepare()
-        one = Compilation(job, model)
+        one = Compilation(job, model, WHOLE)
         with one.measured(DIALS):
             one.loss(model, job.batch(range(8), torch.device("cpu"))).loss_sum.backward()  # type: ignore[no-untyped-call]
         if number == 0:
@@ -133,10 +161,10 @@ def test_a_second_trial_of_a_slot_compiles_nothing() -> None:
 def test_a_process_that_dies_while_it_compiles_keeps_nobody_from_it() -> None:
     job, model = job_and_model()
     first, _ = steady(job, model)
-    assert first.is_due(DIALS, LONG_S)
+    assert first.is_due(DIALS, LONG_S, 0)
     del first  # as the kernel closes what a dead process had open
     other, _ = steady(job, model)
-    assert other.is_due(DIALS, LONG_S)
+    assert other.is_due(DIALS, LONG_S, 0)
 
 
 def test_what_could_not_be_compiled_is_not_tried_again_by_the_next_trial() -> None:
@@ -144,16 +172,16 @@ def test_what_could_not_be_compiled_is_not_tried_again_by_the_next_trial() -> No
     first, _ = steady(job, model)
     with pytest.raises(RuntimeError, match="no"), first.measured(DIALS):
         raise RuntimeError("no")
-    assert not steady(job, model)[0].is_due(DIALS, LONG_S)
+    assert not steady(job, model)[0].is_due(DIALS, LONG_S, 0)
 
 
 def test_what_saved_nothing_is_not_compiled_again_and_what_saved_much_sooner() -> None:
     job, model = job_and_model()
     first, _ = steady(job, model)
     first.saves(DIALS, -0.1)
-    assert not steady(job, model)[0].is_due(DIALS, LONG_S)
+    assert not steady(job, model)[0].is_due(DIALS, LONG_S, 0)
     first.saves(DIALS, 0.5)
-    assert steady(job, model)[0].is_due(DIALS, 1.1 * FIRST_S / 0.5)
+    assert steady(job, model)[0].is_due(DIALS, 1.1 * FIRST_S / 0.5, 0)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"first_s": "long"}', '{"again_s": null}'])
@@ -167,7 +195,7 @@ def test_a_note_that_cannot_be_read_counts_as_none(place: Path, text: str) -> No
     notes[0].write_text(text)
     compiled._own_s.clear()
     other, _ = steady(job, model)
-    assert not other.is_due(DIALS, 0.9 * FIRST_S / compiled.EXPECTED_SAVING)
+    assert not other.is_due(DIALS, 0.9 * FIRST_S / compiled.EXPECTED_SAVING, 0)
 
 
 def test_a_directory_that_cannot_be_written_is_no_reason_not_to_compile(
@@ -176,7 +204,7 @@ def test_a_directory_that_cannot_be_written_is_no_reason_not_to_compile(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(compiled.CACHE, str(tmp_path / "file" / "kernels"))
     one, _ = steady(*job_and_model())
-    assert one.is_due(DIALS, LONG_S)
+    assert one.is_due(DIALS, LONG_S, 0)
     with one.measured(DIALS):
         pass
 
@@ -210,9 +238,9 @@ def test_the_loss_of_every_job_but_one_can_be_compiled_as_a_whole(name: str) -> 
     torch.set_rng_state(state)
     if name == "speech":  # CTC makes alignments whose number depends on the words
         with pytest.raises(Exception, match="ctc_loss"):
-            Compilation(job, model).loss(model, batch)
+            Compilation(job, model, WHOLE).loss(model, batch)
         return
-    found = Compilation(job, model).loss(model, batch)
+    found = Compilation(job, model, WHOLE).loss(model, batch)
     assert found.num_elements == wanted.num_elements
     torch.testing.assert_close(found.loss_sum, wanted.loss_sum, rtol=1e-4, atol=1e-4)
 
@@ -229,7 +257,7 @@ def taking(one: Stepper, seconds: dict[StepMode, float]) -> None:
 
 def compiling_at_once(one: Stepper) -> Stepper:
     """Without waiting for dials to stay."""
-    one._order = replace(one._order, max_reports=10**9)
+    one._compilation._ahead = Ahead(1, 10**12)
     one._compilation._since_s = -LONG_S
     one._compilation._dials = (one.settings.micro_batch, one.settings.tier)
     return one
