@@ -1,9 +1,10 @@
 """The telemetry of a run on disk: Arrow segments while it goes on, one Parquet file per segment afterwards.
 
 A segment is an Arrow IPC stream that only its writer appends to; whoever reads it at any instant gets every whole batch
-and a note about a torn tail. A new writer (a restarted actor) begins new segments and leaves the old ones alone.
-Compaction renames a complete Parquet file into place before its segment is removed, so that every row is in at least
-one of the two; a row that is in both is a duplicate, and duplicates are dropped on reading.
+and a note about a torn tail. A batch whose checksum differs is torn too: blocks that a crash kept from the disk read as
+zeros, and Arrow takes zeros for numbers. A new writer (a restarted actor) begins new segments and leaves the old ones
+alone. Compaction renames a complete Parquet file into place before its segment is removed, so that every row is in at
+least one of the two; a row that is in both is a duplicate, and duplicates are dropped on reading.
 
 Knows nothing of plans or trials. Written by the controller's event loop, read by `telemetry.load` and `view.verify`.
 """
@@ -33,6 +34,7 @@ from orchestrator.telemetry.tables import (
     TableKind,
     check_columns,
     check_version,
+    checksum,
     conform,
     row_batch,
     step_batch,
@@ -46,6 +48,11 @@ MAX_BUFFERED_ROWS = 1_000_000
 _FLUSH_ROWS = 1 << 16
 _ROW_GROUP_ROWS = 1 << 18
 _SEGMENT, _PARQUET = ".arrows", ".parquet"
+
+_CHECKSUM = b"orchestrator.crc32"
+_IN_EVERY_BATCH = b"in every batch"
+"""What the head of a segment says of `_CHECKSUM`: a tear that takes a batch may take its checksum with it. Segments of
+older writers have neither."""
 
 
 class _Segment:
@@ -62,7 +69,7 @@ class _Segment:
         """Append one batch; after a failure the segment is given up and the next batch opens a new one."""
         try:
             stream = self._stream or self._open()
-            stream.write_batch(batch)
+            stream.write_batch(batch, custom_metadata={_CHECKSUM: checksum(batch)})
             self._num_batches += 1
         except OSError:
             self._give_up()
@@ -90,7 +97,9 @@ class _Segment:
                 number += 1
         self._path, self._num_batches = path, 0
         self._file = pa.OSFile(str(path), "wb")  # unbuffered, and it raises on a write the disk cut short
-        self._stream = pa.ipc.new_stream(self._file, SCHEMAS[self._kind])
+        schema = SCHEMAS[self._kind]
+        schema = schema.with_metadata({**schema.metadata, _CHECKSUM: _IN_EVERY_BATCH})
+        self._stream = pa.ipc.new_stream(self._file, schema)
         return self._stream
 
     def _give_up(self) -> None:
@@ -312,10 +321,11 @@ def _grouped(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
 
 
 def _batches(path: Path, notes: list[str]) -> Iterator[pa.RecordBatch]:
-    """Whole batches of a segment; a torn tail ends it with a note."""
-    if path.stat().st_size == 0:
+    """Whole batches of a segment, as they were written; what is torn is left out with a note."""
+    size = path.stat().st_size  # its writer may add to it meanwhile
+    if size == 0:
         return
-    num_rows = 0
+    num_rows, changed_at = 0, []
     with pa.OSFile(str(path), "rb") as file:
         try:
             reader = pa.ipc.open_stream(file)
@@ -323,17 +333,39 @@ def _batches(path: Path, notes: list[str]) -> Iterator[pa.RecordBatch]:
             notes.append(f"{path.name}: no readable head ({_short(error)})")
             return
         check_version(reader.schema, str(path))
+        is_sealed = _CHECKSUM in (reader.schema.metadata or {})
         while True:
             try:
-                batch = reader.read_next_batch()
-                batch.validate(full=True)
+                batch, metadata = reader.read_next_batch_with_custom_metadata()
+                is_whole = _is_as_written(batch, dict(metadata or {}), is_sealed)
             except StopIteration:
-                return
-            except (pa.ArrowException, OSError) as error:
+                if file.tell() < size:  # a head of zeros, which a crash leaves too, is Arrow's mark of the end
+                    notes.append(f"{path.name}: torn after {num_rows} rows (there is more behind its end)")
+                break
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 notes.append(f"{path.name}: torn after {num_rows} rows ({_short(error)})")
-                return
-            num_rows += batch.num_rows
-            yield batch
+                break
+            if is_whole:
+                num_rows += batch.num_rows
+                yield batch
+            else:
+                changed_at.append(num_rows)
+    if changed_at:
+        words = f"batches that are not as they were written: {len(changed_at)}"
+        notes.append(f"{path.name}: torn after {changed_at[0]} rows ({words})")
+
+
+def _is_as_written(batch: pa.RecordBatch, metadata: Mapping[bytes, bytes], is_sealed: bool) -> bool:
+    """Whether a batch that could be read has the rows it was written with.
+
+    Raises:
+        UnicodeDecodeError: the head that names its columns is torn.
+    """
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return not (is_sealed or _CHECKSUM in metadata) or metadata.get(_CHECKSUM) == checksum(batch)
 
 
 def _read_parquet(path: Path, notes: list[str]) -> pa.Table | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import TelemetryError
 from orchestrator.telemetry import store
 from orchestrator.telemetry.record import STEP_DTYPE
 from orchestrator.telemetry.store import TelemetryWriter, compact, read_table
-from orchestrator.telemetry.tables import SCHEMAS, StepRows, TableKind, step_batch
+from orchestrator.telemetry.tables import SCHEMAS, StepRows, TableKind, row_batch, step_batch
 from tests.run_directory import records
 
 
@@ -112,24 +113,129 @@ def test_resent_device_and_result_rows_are_kept_once(tmp_path: Path, kind: Table
     assert read_table(tmp_path, kind).table.num_rows == 1
 
 
-@settings(max_examples=60, deadline=None)
-@given(cut=st.floats(0.0, 1.0), noise=st.binary(max_size=16))
-def test_a_torn_tail_costs_only_the_batch_it_tore(
-    tmp_path_factory: pytest.TempPathFactory, cut: float, noise: bytes
-) -> None:
-    directory = tmp_path_factory.mktemp("torn")
+def segment(directory: Path, trials: Sequence[str]) -> tuple[Path, list[int], list[dict[str, Any]]]:
+    """A segment of one batch of ten rows per trial of `trials`; also where each batch ends, and the rows as sent."""
     writer = TelemetryWriter(directory)
-    ends = []
-    for seq in range(0, 40, 10):
-        writer.append_steps("a", 0, 0, records(10, seq=seq))
+    ends, sent = [], []
+    for number, trial in enumerate(trials):
+        part = records(10, seq=10 * number)
+        part["memory_bytes"] = 1 << 30  # the column a tear reaches first; zeros must not be right by chance
+        writer.append_steps(trial, 0, 0, part)
         writer.flush()
         (path,) = directory.iterdir()
         ends.append(path.stat().st_size)
+        sent += step_batch([StepRows(trial_id=trial, attempt=0, rank=0, records=part)]).to_pylist()
+    return path, ends, sent
+
+
+def rows_left(directory: Path, sent: list[dict[str, Any]]) -> int:
+    """Number of rows that are read, after a check that they are the first ones sent, whole batches, and as sent."""
+    read = steps(directory).to_pylist()
+    assert read == sent[: len(read)]
+    assert len(read) % 10 == 0
+    return len(read)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch=st.integers(0, 3), num_torn=st.integers(0, 5000), noise=st.binary(max_size=16))
+@example(batch=0, num_torn=11, noise=bytes(10) + b"\x01")  # once changed the last number of that batch and was read so
+def test_a_torn_tail_costs_only_the_batch_it_tore(
+    tmp_path_factory: pytest.TempPathFactory, batch: int, num_torn: int, noise: bytes
+) -> None:
+    directory = tmp_path_factory.mktemp("torn")
+    path, ends, sent = segment(directory, "aaaa")
     written = path.read_bytes()
-    torn = written[: round(ends[-1] * cut)] + noise
+    torn = written[: max(0, ends[batch] - num_torn)] + noise
     path.write_bytes(torn)
     whole = sum(torn[:end] == written[:end] for end in ends)  # what is torn off may be zeros, and so may the noise
-    assert steps(directory)["seq"].to_pylist() == list(range(10 * whole))
+    assert rows_left(directory, sent) >= 10 * whole  # more only where nothing but padding was torn
+
+
+NEVER_WRITTEN = bytes(1 << 12)
+"""A block that a crash kept from the disk although the file had grown by it; longer than a batch of ten rows."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(place=st.floats(0.0, 1.0, exclude_max=True), damage=st.binary(min_size=1, max_size=1) | st.just(NEVER_WRITTEN))
+def test_a_changed_byte_or_block_is_never_read_as_values(
+    tmp_path_factory: pytest.TempPathFactory, place: float, damage: bytes
+) -> None:
+    directory = tmp_path_factory.mktemp("changed")
+    path, ends, sent = segment(directory, "abb")  # the second batch also brings another name
+    written = path.read_bytes()
+    changed = bytearray(written)
+    start = ends[0] + int(place * (ends[-1] - ends[0]))
+    changed[start : start + len(damage)] = damage
+    path.write_bytes(changed)
+    read = steps(directory).to_pylist()
+    by_batch = [sent[number : number + 10] for number in range(0, len(sent), 10)]
+    assert read == [row for rows in by_batch if rows[0] in read for row in rows], "whole batches, as they were sent"
+    for rows, end in zip(by_batch, ends, strict=True):
+        assert rows[0] in read or changed[:end] != written[:end], "what comes before the damage is there"
+
+
+def test_a_changed_number_costs_its_batch_and_none_behind_it(tmp_path: Path) -> None:
+    path, ends, sent = segment(tmp_path, "aaaa")
+    content = path.read_bytes()
+    place = content.index((1 << 30).to_bytes(8, "little"), ends[0])
+    path.write_bytes(content[:place] + b"\x01" + content[place + 1 :])
+    assert steps(tmp_path).to_pylist() == sent[:10] + sent[20:]
+    (note,) = read_table(tmp_path, TableKind.STEPS).notes
+    assert "torn after 10 rows (batches that are not as they were written: 1)" in note
+    compact(tmp_path)
+    assert steps(tmp_path).to_pylist() == sent[:10] + sent[20:]
+
+
+def test_blocks_of_zeros_behind_whole_batches_are_noted(tmp_path: Path) -> None:
+    path, ends, sent = segment(tmp_path, "aaa")
+    path.write_bytes(path.read_bytes()[: ends[1]] + NEVER_WRITTEN)
+    assert rows_left(tmp_path, sent) == 20
+    (note,) = read_table(tmp_path, TableKind.STEPS).notes
+    assert "torn after 20 rows (there is more behind its end)" in note
+
+
+@pytest.mark.parametrize("is_key", [True, False])
+def test_a_batch_that_lost_its_checksum_is_torn(tmp_path: Path, is_key: bool) -> None:
+    path, ends, sent = segment(tmp_path, "aa")
+    content = path.read_bytes()
+    reader = pa.ipc.open_stream(content)
+    reader.read_next_batch()
+    ((key, value),) = reader.read_next_batch_with_custom_metadata().custom_metadata.items()
+    lost = key if is_key else value
+    assert content.count(lost, ends[0]) == 1
+    path.write_bytes(content[: ends[0]] + content[ends[0] : -1].replace(lost, bytes(len(lost))) + b"\x01")
+    assert "torn after 10 rows" in read_table(tmp_path, TableKind.STEPS).notes[0]
+    compact(tmp_path)
+    assert rows_left(tmp_path, sent) == 10
+
+
+@pytest.mark.parametrize("damaged", [b"loss_norm", b"\xff" * 9])
+def test_a_column_under_another_name_is_torn(tmp_path: Path, damaged: bytes) -> None:
+    path, _, sent = segment(tmp_path, "a")
+    content = path.read_bytes()
+    assert content.count(b"grad_norm") == 1
+    path.write_bytes(content.replace(b"grad_norm", damaged))
+    assert rows_left(tmp_path, sent) == 0
+
+
+BATCHES = {
+    TableKind.STEPS: step_batch([StepRows(trial_id="a", attempt=0, rank=0, records=records(3))]),
+    TableKind.DEVICES: row_batch(TableKind.DEVICES, [{"device_id": "d", "t_s": 1.0}, {"device_id": "d", "t_s": 2.0}]),
+    TableKind.RESULTS: row_batch(TableKind.RESULTS, [{"trial_id": "a", "index": 0, "metrics": {"x": 1.0, "y": None}}]),
+}
+
+
+@pytest.mark.parametrize("kind", TableKind)
+def test_a_segment_from_before_there_were_checksums_is_read(tmp_path: Path, kind: TableKind) -> None:
+    batch = BATCHES[kind]
+    with (
+        pa.OSFile(str(tmp_path / f"{kind}-00001.arrows"), "wb") as file,
+        pa.ipc.new_stream(file, SCHEMAS[kind]) as stream,
+    ):
+        stream.write_batch(batch)
+    read = read_table(tmp_path, kind)
+    assert read.table.to_pylist() == batch.to_pylist()
+    assert not read.notes
 
 
 def test_a_torn_segment_is_noted_and_does_not_break_the_others(tmp_path: Path) -> None:
@@ -226,7 +332,7 @@ def test_closing_on_a_full_disk_says_what_was_lost(tmp_path: Path, monkeypatch: 
 class TornStream:
     """Stands for a stream whose last write was cut short."""
 
-    def write_batch(self, batch: pa.RecordBatch) -> None:
+    def write_batch(self, batch: pa.RecordBatch, custom_metadata: object) -> None:
         raise OSError(28, "No space left on device")
 
     def close(self) -> None: ...
