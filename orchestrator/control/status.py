@@ -160,6 +160,7 @@ class StatusWriter:
             "checks": [asdict(check) for _, check in sorted(state.checks.get(trial.trial_id, {}).items())],
             **_dials(settings, state.spec.start_on(trial.size) if trial.size else state.spec.start),
             "resize_to": trial.moves_to or (None if trial.wish is None else trial.wish[0]),
+            "waits_at_rung": state.telling.is_waiting(trial.trial_id),
             "tier_layers": self._tier_layers(trial, settings),
             "decision": self._decision(trial),
             "time_left_s": _time_left_s(trial, state.spec.target_samples - num_samples, throughput),

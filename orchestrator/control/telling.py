@@ -114,6 +114,10 @@ class Telling:
         rung.num_told += 1
         return told
 
+    def is_waiting(self, trial_id: TrialId) -> bool:
+        """Whether a report of the trial waits for those of others."""
+        return any(trial_id in rung.held for rung in self._rungs.values())
+
     def ready(self, now_s: float) -> set[TrialId]:
         """Those that wait and need not any more."""
         return {

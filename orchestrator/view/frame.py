@@ -249,7 +249,8 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     metric = _metric(trial, shown.metric) if width >= WITH_METRIC else ""
     mode = trial.get("step_mode")
     steps = f"{mode} steps" if mode in {"graph", "compiled"} else ""
-    texts = (metric, _held(trial, shown.unit), steps, _resize(trial), _decision(trial))
+    waits = "waits at its rung for others" if trial.get("waits_at_rung") is True else ""
+    texts = (metric, _held(trial, shown.unit), steps, _resize(trial), waits, _decision(trial))
     details = "; ".join(text for text in texts if text)
     if width >= WIDE:
         return [_line(f"{row}  {details}", Role.RUNNING, width)]

@@ -16,7 +16,6 @@ from orchestrator.control.orders import Status, StopMode
 from orchestrator.control.resizing import REFUSED_PATIENCES
 from orchestrator.control.status import StatusWriter
 from orchestrator.view.explain import explain, render
-from orchestrator.view.frame import build_frame
 from orchestrator.view.verify import verify
 from policies.plan import DeviceId, TrialId
 from policies.snapshot import DeviceKind, DeviceView
@@ -46,14 +45,6 @@ def stages(world: World) -> list[tuple[object, object]]:
     return [(entry["stage"], entry["num_workers"]) for entry in entries(world, "trial_resize")]
 
 
-def shown(world: World) -> str:
-    """The live table."""
-    status = StatusWriter(world.controller.state).now()
-    return "\n".join(
-        line.text for line in build_frame(status, width=200, max_rows=50, now_s=world.clock.wall_s()).lines
-    )
-
-
 def dumps(entry: dict[str, object]) -> str:
     return json.dumps(entry, separators=(",", ":"))
 
@@ -79,7 +70,7 @@ def test_a_trial_grows_and_shrinks_without_losing_a_sample(world: World) -> None
     assert world.controller.slots_to_open() == (2,)
     world.controller.expect_slot("slot-x0", 2)
     assert world.controller.slots_to_open() == (), "it is on its way"
-    assert "2 ranks on their way" in shown(world)
+    assert "2 ranks on their way" in world.shown()
     train_until(world, one, 160)  # meanwhile the trial goes on
     two = world.attach("slot-x0", 2)
     trial = world.controller.state.lifecycle.trials[T0]
@@ -108,7 +99,7 @@ def test_a_trial_grows_and_shrinks_without_losing_a_sample(world: World) -> None
     answer = verify(world.run_dir)
     assert answer["violations"] == []
     assert answer["checked"]["attempts"] == 3
-    assert "workers 2 changes" in shown(world)
+    assert "workers 2 changes" in world.shown()
     story = render(explain(world.run_dir, None))
     assert "ranks wanted after" in story
     assert "goes on with 2 ranks" in story

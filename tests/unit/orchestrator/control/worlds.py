@@ -22,7 +22,9 @@ from orchestrator.control.orders import (
     Status,
 )
 from orchestrator.control.spec import RunSpec, StopRule
+from orchestrator.control.status import StatusWriter
 from orchestrator.telemetry.record import STEP_DTYPE, TIERS, pack
+from orchestrator.view.frame import build_frame
 from policies import build_policy
 from policies.plan import DeviceId, Settings, TrialId
 from policies.policy import Policy
@@ -230,6 +232,12 @@ class World:
         if snapshot is not None:
             self.controller.decider.accept(snapshot, self.policy.decide(snapshot))
         self.controller.publish_offers()
+
+    def shown(self) -> str:
+        """The live table."""
+        status = StatusWriter(self.controller.state).now()
+        frame = build_frame(status, width=200, max_rows=50, now_s=self.clock.wall_s())
+        return "\n".join(line.text for line in frame.lines)
 
     def held(self) -> float:
         return self.controller.state.ledger.held(DEVICE.device_id)
