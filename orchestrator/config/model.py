@@ -91,7 +91,7 @@ class AshaScheduler(Section):
     )
     reduction_factor: int = Field(default=2, ge=2, le=100, description="at a rung one in this many trials goes on")
     rung_patience: float = Field(
-        default=0.25, ge=0, le=1, description="part of a report's time that it waits at a rung for those begun with it"
+        default=0.25, ge=0, le=1, description="part of a report's time that it waits at a rung for others about to come"
     )
 
 

@@ -61,7 +61,7 @@ class RunState:
         )
         self.ledger = Ledger()
         self.ranking = Ranking(spec)
-        self.telling = Telling(spec.stop_rule, spec.max_reports, self.lifecycle.trials, self.ranking)
+        self.telling = Telling(spec.stop_rule, spec.max_reports, self.lifecycle.trials, self.ranking, self.left_s)
         self.plan: Plan = EMPTY_PLAN
         self.devices: dict[DeviceId, DeviceView] = {}
         self.nodes: dict[str, str] = {}
@@ -122,6 +122,15 @@ class RunState:
             self.log("told", trial_id=trial.trial_id, index=index, place=told.place, held_s=told.held_s)
             trial.story.append(f"report {index} told after {told.held_s:.1f} s, behind {told.place} others at its rung")
         return told is not None
+
+    def left_s(self, trial: Trial) -> float | None:
+        """Seconds of steps that a running trial has left until its next report, at the pace that was seen."""
+        window = self.windows.get(trial.trial_id)
+        seen = None if window is None else window.view(self.clock.now_s())
+        if seen is None or not seen.throughput_per_s:
+            return None
+        due = (len(trial.reports) + 1) * self.spec.samples_per_report
+        return max(0, due - seen.num_samples) / seen.throughput_per_s
 
     def set_devices(self, devices: tuple[DeviceView, ...]) -> None:
         """Add devices that a worker group brought."""

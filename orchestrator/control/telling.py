@@ -3,17 +3,17 @@
 Successive halving as Ray Tune runs it judges a trial by those that reached its rung before it, and lets the first one
 pass whatever it is. Trials that began together reach a rung within seconds of each other, in any order: told as they
 come, one that diverged may run to its end because it was first, and the worse those at a rung are, the more pass it. So
-a report at a rung waits for the trials that began with its own, for a part of the time that it took, and they are told
-in an order in which the rule keeps its word, each as soon as the one before was judged: the best; those that are not
-among the best of `factor` (rounded up), which it stops; the rest, which it then lets pass. Who passes does not depend
-on who came first, and never is it more of them than the rule says. Once a rung has judged enough, nobody waits.
+a report at a rung waits for the trials that are about to reach it, for a part of the time that it took itself, and they
+are told in an order in which the rule keeps its word, each as soon as the one before was judged: the best; those that
+are not among the best of `factor` (rounded up), which it stops; the rest, which it then lets pass. Who passes does not
+depend on who came first, and never is it more of them than the rule says. Once a rung has judged enough, nobody waits.
 
 Asked by `RunState` whenever a stand-in wants a report. What waits is not in the journal: after a restart it is told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.control.lifecycle import Trial, TrialState
@@ -68,12 +68,18 @@ class Telling:
         max_reports: of a trial that runs to its end.
         trials: all of the search, as they are at any time.
         ranking: knows the loss of a report.
+        left_s: seconds of steps that a running trial has left until its next report, None where that is not known.
     """
 
     def __init__(
-        self, rule: StopRule | None, max_reports: int, trials: Mapping[TrialId, Trial], ranking: Ranking
+        self,
+        rule: StopRule | None,
+        max_reports: int,
+        trials: Mapping[TrialId, Trial],
+        ranking: Ranking,
+        left_s: Callable[[Trial], float | None],
     ) -> None:
-        self._trials, self._ranking = trials, ranking
+        self._trials, self._ranking, self._left_s = trials, ranking, left_s
         self._factor, self._part = 1, 0.0
         self._rungs: dict[int, _Rung] = {}
         if rule is not None and rule.name == "asha" and rule.rung_patience > 0:
@@ -131,7 +137,9 @@ class Telling:
         if self._is_leaving(trial_id):
             return True
         if not rung.order:
-            if now_s < rung.until_s and any(self._is_coming(trial, number, rung) for trial in self._trials.values()):
+            if now_s < rung.until_s and any(
+                self._is_coming(trial, number, rung, now_s) for trial in self._trials.values()
+            ):
                 return False
             rung.order = self._order_of(rung)
             rung.since_s = max(rung.since_s, now_s)
@@ -147,16 +155,16 @@ class Telling:
         num_passing = -(-len(best_first) // self._factor)
         return best_first[:1] + best_first[num_passing:] + best_first[1:num_passing]
 
-    def _is_coming(self, trial: Trial, number: int, rung: _Rung) -> bool:
-        """Whether a trial began so that it reaches the rung in time, if it is as fast as the one that waits."""
-        began_s = self._began_s.get(trial.trial_id)
-        return (
-            began_s is not None
-            and trial.state is TrialState.RUNNING
-            and trial.stop is StopMode.NONE
-            and len(trial.reports) == number - 1
-            and began_s + rung.stretch_s <= rung.until_s
-        )
+    def _is_coming(self, trial: Trial, number: int, rung: _Rung, now_s: float) -> bool:
+        """Whether a trial reaches the rung in time: by its own pace, or if it is as fast as the one that waits."""
+        is_on_its_way = trial.state is TrialState.RUNNING and trial.stop is StopMode.NONE
+        if not is_on_its_way or len(trial.reports) != number - 1:
+            return False
+        left_s = self._left_s(trial)
+        if left_s is None:
+            began_s = self._began_s.get(trial.trial_id)
+            return began_s is not None and began_s + rung.stretch_s <= rung.until_s
+        return now_s + left_s <= rung.until_s
 
     def _is_judged(self, trial_id: TrialId, number: int) -> bool:
         """Whether the search has let the trial go on from the rung, or stopped it."""

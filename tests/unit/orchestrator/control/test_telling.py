@@ -45,7 +45,11 @@ class Search:
             self.world.controller.answer(trial_id, 0)
         self.world.decide()
         for worker in self.workers.values():
-            worker.obey(1)
+            worker.obey(0)  # no step yet, so that no pace is known
+
+    def train(self, name: str, num_steps: int, step_s: float) -> None:
+        """Steps of 8 samples, of which a report takes 100."""
+        self.workers[TrialId(name)].obey(num_steps, step_s)
 
     def report(self, name: str, loss: float, index: int = 0) -> None:
         self.workers[TrialId(name)].report(index, loss)
@@ -131,6 +135,32 @@ def test_nobody_waits_for_a_trial_that_began_later_or_has_left(tmp_path: Path) -
     found.workers[TrialId("b")].finish(Status.FAILED, "its data is gone")
     found.report("a", 2.0)
     assert found.ask("a")
+
+
+@pytest.mark.parametrize(("num_steps", "waits"), [(90, True), (50, False)])
+def test_a_trial_whose_pace_is_known_is_waited_for_if_that_brings_it_in_time(
+    tmp_path: Path, num_steps: int, waits: bool
+) -> None:
+    """Behind 8 s one has a tenth of its way left, the other half of it; 2 s are waited at most."""
+    found = search(tmp_path)
+    found.begin("a", "b")
+    step_s = STRETCH_S / num_steps
+    found.train("b", num_steps, step_s)
+    found.report("a", 1.0)
+    assert found.ask("a") is not waits
+
+
+def test_who_is_about_to_come_is_waited_for_whenever_it_began(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a")
+    found.world.clock.advance(STRETCH_S)
+    found.begin("b")
+    found.train("b", 99, 0.01)
+    found.report("a", 2.0)
+    assert not found.ask("a")
+    found.report("b", 1.0)
+    found.ask_woken()
+    assert found.told == ["b", "a"]
 
 
 def test_the_next_is_told_when_the_one_before_was_judged_or_has_kept_silent_for_long(tmp_path: Path) -> None:
