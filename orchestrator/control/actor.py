@@ -30,6 +30,8 @@ from policies.plan import TrialId
 logger = logging.getLogger(__name__)
 
 POLL_S = 20.0
+_LOOK_S = 1.0
+"""Who waits looks so often: a report may be told after a time, without anything having happened."""
 _SLOW_PERIOD_S = 1.0
 _STORE_DELAY_S = 0.005
 
@@ -248,9 +250,10 @@ class PolicyActor:
             event = self._events[key]
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
-                await asyncio.wait_for(event.wait(), max(0.0, left_s))
+                await asyncio.wait_for(event.wait(), max(0.0, min(left_s, _LOOK_S)))
             except TimeoutError:
-                return None
+                if left_s <= _LOOK_S:
+                    return None
         return found
 
     async def _store(self) -> None:
@@ -273,19 +276,25 @@ class PolicyActor:
                 await asyncio.wait_for(self._wake.wait(), self._period_s)
             self._wake.clear()
             try:
-                await self._decide()
-                if loop.time() >= next_slow_s:
-                    next_slow_s = loop.time() + _SLOW_PERIOD_S
-                    self._controller.decider.settle_gains()
-                    self._controller.checks.observe()
-                    self._controller.close_idle_slots()
-                    self._controller.admit()
-                    self._controller.telemetry.append_devices(self._status.sample_devices())
-                    self._controller.telemetry.flush()
-                    self._status.write()
+                try:
+                    await self._decide()
+                    if loop.time() >= next_slow_s:
+                        next_slow_s = loop.time() + _SLOW_PERIOD_S
+                        self._look_after_all()
+                finally:
+                    self._after()
             except Exception:
                 logger.exception("a tick failed; the plan in force stays")
-            self._after()
+
+    def _look_after_all(self) -> None:
+        """What is done about once a second."""
+        self._controller.decider.settle_gains()
+        self._controller.checks.observe()
+        self._controller.close_idle_slots()
+        self._controller.admit()
+        self._controller.telemetry.append_devices(self._status.sample_devices())
+        self._controller.telemetry.flush()
+        self._status.write()
 
     async def _decide(self) -> None:
         """One decision: snapshot, policy in its own thread with a deadline, plan."""

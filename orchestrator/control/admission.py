@@ -70,7 +70,12 @@ class Admission:
             self._peaks[shape] = max(self._peaks.get(shape, 0), view.memory_bytes or 0)
         if len(shapes) > 1:
             return is_news
-        rates = [None if view.is_stale else view.throughput_per_s for view in views]
+        # The speed of one that waits for others is that of before, while these have its part of the card.
+        waits = [state.telling.is_waiting(trial.trial_id) for trial in running]
+        rates = [
+            None if view.is_stale or is_waiting else view.throughput_per_s
+            for view, is_waiting in zip(views, waits, strict=True)
+        ]
         # A sum says something of so many trials a GPU only where all GPUs have as many.
         per_gpu, rest = divmod(self._num_ranks(running), len(gpus))
         dials = {self._dials(trial) for trial in running}

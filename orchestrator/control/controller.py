@@ -91,6 +91,7 @@ class Controller:
             state.log("recovered", start_id=start_id, are_workers_gone=are_workers_gone)
             if are_workers_gone:
                 forget_workers(state)
+                state.telling.begin_again()
         state.journal.sync()
 
     # The search.
@@ -103,10 +104,12 @@ class Controller:
     def answer(self, trial_id: TrialId, index: int) -> Answer | None:
         """Report `index` of a trial, or its end; None while it is pending. Asking grants the trial that report."""
         trial = self.state.lifecycle.trials[trial_id]
+        self.state.telling.wants(trial_id, index)
         if index < len(trial.reports):
             if not self._is_interrupted and not self.state.may_tell(trial, index):
                 return None
-            is_last = trial.state.is_final and index == len(trial.reports) - 1
+            has_failed = trial.state is TrialState.FAILED  # which the search learns when it asks once more
+            is_last = trial.state.is_final and not has_failed and index == len(trial.reports) - 1
             is_last |= index == self.state.spec.max_reports - 1  # Tune need not ask once more to learn that
             return Answer(state=trial.state, report=trial.reports[index], reason=trial.reason, is_last=is_last)
         if trial.state.is_final:
@@ -140,6 +143,7 @@ class Controller:
 
     def release(self, trial_id: TrialId) -> None:
         """The search's stand-in of a trial has gone; the trial ends, unless the whole run is only interrupted."""
+        self.state.telling.released(trial_id)
         if not self._is_interrupted:
             self.stop_trial(trial_id, StopMode.DISCARD)
 

@@ -143,6 +143,10 @@ def _take_out(state: RunState, trial: Trial) -> None:
         state.end_trial(trial.trial_id)
 
 
+def _told(state: RunState, entry: Entry) -> None:
+    state.telling.recovered(TrialId(entry["trial_id"]), entry["index"])
+
+
 def _result(state: RunState, entry: Entry) -> None:
     trial = state.lifecycle.trials[TrialId(entry["trial_id"])]
     metrics = {key: float("nan") if value is None else value for key, value in entry["metrics"].items()}
@@ -240,6 +244,7 @@ _ACTIONS: dict[str, Callable[[RunState, Entry], None]] = {
     "trial_continued": _continued,
     "trial_ended": _ended,
     "result": _result,
+    "told": _told,
     "plan": _plan,
     "offer": _offer,
     "ack": _ack,

@@ -23,8 +23,7 @@ class StopRule:
         reduction_factor: of asha and hyperband: one in so many goes on from a rung.
         min_trials: of median: trials that a median is taken of, at least.
         quantile: of pbt: part of the population that takes up the state of others.
-        rung_patience: of asha: part of the time that a report took which it waits, at a rung, for trials that began
-            with its own.
+        rung_patience: of asha: part of the time that a report took which it waits at a rung for others about to come.
     """
 
     name: str

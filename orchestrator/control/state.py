@@ -24,8 +24,6 @@ from policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
 from policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, TrialId
 from policies.snapshot import DeviceKind, DeviceView, Override, StepModeView
 
-_WORTH_SAYING_S = 0.1
-
 
 class RunState:
     """Everything the actor knows of one run.
@@ -118,7 +116,7 @@ class RunState:
     def may_tell(self, trial: Trial, index: int) -> bool:
         """Whether the search is told of a report now; it may have to wait for those of other trials."""
         told = self.telling.tell(trial, index, self.clock.now_s())
-        if told is not None and (told.place or told.held_s > _WORTH_SAYING_S):
+        if told is not None and told.is_judged:
             self.log("told", trial_id=trial.trial_id, index=index, place=told.place, held_s=told.held_s)
             trial.story.append(f"report {index} told after {told.held_s:.1f} s, behind {told.place} others at its rung")
         return told is not None

@@ -291,7 +291,7 @@ def _compact_one(path: Path, kind: TableKind) -> None:
     notes: list[str] = []
     num_rows = 0
     try:
-        with pq.ParquetWriter(partial, SCHEMAS[kind], compression="zstd") as writer:
+        with pq.ParquetWriter(partial, SCHEMAS[kind], compression="zstd", write_page_checksum=True) as writer:
             for part in _grouped(_batches(path, notes)):
                 writer.write_table(conform(part, kind))
                 num_rows += part.num_rows
@@ -370,8 +370,8 @@ def _is_as_written(batch: pa.RecordBatch, metadata: Mapping[bytes, bytes], is_se
 
 def _read_parquet(path: Path, notes: list[str]) -> pa.Table | None:
     try:
-        table = pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as error:
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         notes.append(f"{path.name}: unreadable ({_short(error)})")
         return None
     check_version(table.schema, str(path))

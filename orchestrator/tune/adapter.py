@@ -6,6 +6,7 @@ API: `Trainable`, `Callback`, `Stopper`.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -53,9 +54,12 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
         actor: str = "",
         namespace: str = "",
         is_foreign: bool = False,
+        worst: tuple[str, float] | None = None,
     ) -> None:
         """Take over a trial's configuration; nothing is started yet.
 
+        `worst` is the name of the metric, and what the search is told where a trial has diverged and its metric is no
+        number: Ray Tune's schedulers compare with it, and a comparison with NaN stops nobody.
         `is_foreign` says that the search is the user's own: it may take up trials again that it let stop or fail.
 
         Raises:
@@ -63,6 +67,7 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
         """
         self._name, self._namespace, self._is_foreign = actor, namespace, is_foreign
         self._handle: Any = None
+        self._worst = worst
         require_untouched(self.trial_resources)
         self._begin(config)
 
@@ -86,6 +91,8 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
         self._index += 1
         report = answer.report
         self._last = {**report.metrics, "num_samples": report.num_samples, "step": report.step}
+        if self._worst is not None and not math.isfinite(self._last.get(self._worst[0], 0.0)):
+            self._last[self._worst[0]] = self._worst[1]
         return {**self._last, "done": answer.is_last}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 _DIRECTORY = "tune"
 _STATE_PREFIX = "experiment_state"
+_WORST = 1e30
+"""For a metric that is no number: worse than any, and still one that percentiles and means can be taken of."""
+
 _SNAPSHOT_PERIOD_S = 2.0
 """As `orchestrator.cluster` tells Tune."""
 
@@ -116,8 +119,9 @@ class Search:
     def _tuner(self, actor_name: str, namespace: str) -> tune.Tuner:
         search = self._config.search
         part = PIN_HEAD[HEAD] if self._is_simple else sliver(search.num_slots, ray.available_resources().get(HEAD, 0.0))
+        worst = (self._metric, -_WORST if self._mode == "max" else _WORST)
         trainable = tune.with_resources(
-            tune.with_parameters(SlotTrial, actor=actor_name, namespace=namespace), {HEAD: part}
+            tune.with_parameters(SlotTrial, actor=actor_name, namespace=namespace, worst=worst), {HEAD: part}
         )
         if not self._is_simple and tune.Tuner.can_restore(self._directory):
             return tune.Tuner.restore(self._directory, trainable=trainable, resume_errored=False)

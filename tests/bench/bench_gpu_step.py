@@ -179,6 +179,8 @@ def extra_ms(records: Any, period: int, num_ahead: int, like: Any = None) -> Any
 
 def against_hand(report: Report, directory: Path) -> None:
     """Seconds per step of every size and tier against the best loop by hand; behind that, both compiled."""
+    import torch
+
     found: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for is_compiled in (False, True):
         for size in SIZES:
@@ -205,6 +207,7 @@ def against_hand(report: Report, directory: Path) -> None:
                     "steps": [{"is_compiled": key[-1], **each} for key, each in found.items()],
                 }
                 report.write()  # one that takes too long must not take the others with it
+                torch.cuda.empty_cache()
 
 
 def _ratios(ours: dict[str, Any], hand: dict[str, Any]) -> list[float]:

@@ -75,6 +75,28 @@ def test_every_decision_can_be_explained(undisturbed: tuple[Started, int, str]) 
     assert answer["applied"]
 
 
+def test_of_trials_that_reach_a_rung_together_the_better_goes_on_whoever_came_first(tmp_path: Path) -> None:
+    search = {
+        "space": {"lr": {"grid": [10.0, 0.02]}},
+        "num_trials": 2,
+        "max_concurrent": 2,
+        "algorithm": "grid",
+        "scheduler": {"name": "asha", "rung_patience": 1.0},
+    }
+    run = start("run", str(run_file(tmp_path / "run.yaml", search=search)), run_dir=tmp_path / "runs" / "r")
+    code, output = run.end()
+    assert code == 0, output
+    told = [(entry["trial_id"], entry["index"], entry["place"]) for entry in run.of("told")]
+    assert told[:2] == [("trial-00001", 0, 0), ("trial-00000", 0, 1)], "the better first"
+    losses = {entry["trial_id"]: entry["metrics"]["val_loss"] for entry in run.of("result") if entry["index"] == 0}
+    assert losses["trial-00001"] < losses["trial-00000"]
+    assert {trial["trial_id"]: trial["state"] for trial in run.status["trials"]} == {
+        "trial-00000": "stopped",
+        "trial-00001": "done",
+    }
+    assert violations(run.run_dir) == []
+
+
 def test_a_finished_run_is_neither_started_nor_resumed_again(
     undisturbed: tuple[Started, int, str], tmp_path: Path
 ) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from orchestrator.control.orders import SlotHello
 from policies.plan import DeviceId, TrialId
@@ -70,6 +73,24 @@ def test_a_large_trial_is_not_joined_by_another(tmp_path: Path) -> None:
     world = with_trials(tmp_path, 2)
     know_peak(world, 90 << 30)
     assert running(world) == ["t0"]
+
+
+def test_one_that_waits_at_its_rung_says_nothing_of_what_trials_make_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last speed is that of before, and the others have its part of the card meanwhile."""
+    world = with_trials(tmp_path, 2)
+    know_peak(world, 4 << 30)
+    state, seen = world.controller.state, []
+    view = SimpleNamespace(is_stale=False, throughput_per_s=10.0, memory_bytes=1)
+    for trial_id in ("t0", "t1"):
+        monkeypatch.setitem(state.windows, TrialId(trial_id), SimpleNamespace(view=lambda _now_s: view))
+    monkeypatch.setattr(state.telling, "is_waiting", lambda trial_id: trial_id == "t1")
+    monkeypatch.setattr(
+        world.controller.admission._knee, "observe", lambda _now_s, _key, rates, *_rest: seen.append(rates)
+    )
+    world.controller.admission.observe()
+    assert seen == [[10.0, None]]
 
 
 OTHER = replace(GPU, device_id=DeviceId("cuda:y"))

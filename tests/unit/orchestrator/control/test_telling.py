@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.journal import FILE_NAME, read
+from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Status, StopMode
 from orchestrator.control.spec import StopRule
 from policies.plan import TrialId
@@ -218,7 +219,26 @@ def test_who_is_stopped_while_it_waits_holds_nobody_up(tmp_path: Path) -> None:
     assert not found.ask("b")
     found.world.controller.release(TrialId("a"))
     found.world.controller.stop_trial(TrialId("c"), StopMode.DISCARD)
+    found.world.clock.advance(0.3)
     assert found.ask("b")
+
+
+def test_who_was_stopped_while_it_waited_keeps_later_ones_from_nothing(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a")
+    found.world.clock.advance(STRETCH_S)
+    found.report("a", 1.0)
+    found.world.controller.release(TrialId("a"))
+    found.world.controller.take_changes()  # nobody is there to ask
+    found.world.clock.advance(STRETCH_S)
+    found.begin("c", "d")
+    found.world.clock.advance(STRETCH_S)
+    found.report("c", 3.0)
+    assert not found.ask("c"), "the other is waited for as ever"
+    found.report("d", 2.0)
+    found.ask_woken()
+    assert found.told == ["d", "c"]
+    assert found.passed == ["d"]
 
 
 def test_an_interrupted_run_lets_nobody_wait(tmp_path: Path) -> None:
@@ -239,6 +259,77 @@ def test_a_restarted_actor_tells_what_waited(tmp_path: Path) -> None:
     assert not found.ask("b")
     found.world.restart()
     assert found.ask("b")
+
+
+def test_a_search_that_is_started_anew_judges_as_it_did_the_first_time(tmp_path: Path) -> None:
+    """Told in any other order, a trial that had passed would be stopped, and what it has trained would be lost."""
+    found = search(tmp_path)
+    found.begin("a", "b", "c", "d")
+    found.world.clock.advance(STRETCH_S)
+    for name, loss in (("a", 1.0), ("b", 2.0), ("c", 3.0), ("d", 4.0)):
+        found.report(name, loss)
+    found.ask_woken()
+    assert (found.told, found.passed) == (["a", "c", "d", "b"], ["a", "b"])
+    for start in ("s2", "s3"):
+        found.world.start_id = start
+        found.world.restart()
+        again = Search(found.world)
+        for _ in range(4):
+            for name in "dbca":
+                if name not in again.told:
+                    again.ask(name)
+        assert (again.told, again.passed) == (["a", "c", "d", "b"], ["a", "b"])
+
+
+def test_a_search_that_is_started_anew_waits_for_nobody_for_long(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    found.begin("a", "b")
+    found.world.clock.advance(STRETCH_S)
+    found.report("a", 1.0)
+    found.report("b", 2.0)
+    found.ask_woken()
+    found.world.start_id = "s2"
+    found.world.restart()
+    again = Search(found.world)
+    assert not again.ask("b"), "it was told behind the other"
+    found.world.clock.advance(9.0)
+    assert not again.ask("b")
+    found.world.clock.advance(2.0)
+    assert again.ask("b")
+
+
+def test_where_a_rung_has_judged_others_what_they_were_counts(tmp_path: Path) -> None:
+    """Behind a poor first one more pass than one in two; still it makes no difference who came first."""
+    outcomes = set()
+    for number, order in enumerate(permutations((1.0, 1.5, 1.6))):
+        found = search(tmp_path / str(number))
+        found.begin("x")
+        found.world.clock.advance(STRETCH_S)
+        found.report("x", 3.0)
+        found.ask_woken()
+        found.begin("a", "b", "c")
+        found.world.clock.advance(STRETCH_S)
+        names = {1.0: "a", 1.5: "b", 1.6: "c"}
+        for loss in order:
+            found.report(names[loss], loss)
+        found.ask_woken()
+        outcomes.add(tuple(sorted(found.passed)))
+    assert outcomes == {("a", "b", "c", "x")}
+
+
+def test_a_trial_that_fails_while_its_report_waits_has_failed_for_the_search_too(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    controller = found.world.controller
+    found.begin("a", "b")
+    found.world.clock.advance(STRETCH_S)
+    found.report("a", 1.0)
+    found.workers[TrialId("a")].finish(Status.FAILED, "its data is gone")
+    answer = controller.answer(TrialId("a"), 0)
+    assert answer is not None
+    assert not answer.is_last
+    answer = controller.answer(TrialId("a"), 1)
+    assert answer is not None
+    assert (answer.state, answer.report, answer.reason) == (TrialState.FAILED, None, "its data is gone")
 
 
 def test_a_rung_that_has_judged_enough_keeps_nobody_waiting(tmp_path: Path) -> None:
