@@ -30,7 +30,7 @@ from orchestrator.train.precision.loss_scale import LossScale
 from orchestrator.train.precision.tiers import install, lowered, set_tier
 from orchestrator.train.read_ahead import first_cursor, take
 from orchestrator.train.step_mode.choice import ModeChoice, StepMode
-from orchestrator.train.step_mode.compiled import Ahead, Compilation
+from orchestrator.train.step_mode.compiled import Compilation, ahead_of
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.step_mode.replay import (
     CPU,
@@ -75,8 +75,7 @@ class Stepper:
         is_possible = ranks.device.type == "cuda" or ranks.recorder is not None
         whole = refusal(ranks.world_size, self.optimizer, is_possible=is_possible)
         self._modes = ModeChoice(ranks.step_mode, whole, refusal_of)
-        per_report, num_reports = order.samples_per_report, order.max_reports
-        self._compilation = Compilation(job, self.model, Ahead(per_report, num_reports, ranks.trials_ahead))
+        self._compilation = Compilation(job, self.model, ahead_of(order, ranks.trials_ahead))
         self._lowered = Lowered(self)
         self._replay: Replay | None = None
         self.offload = Offload(self.model, self.optimizer)

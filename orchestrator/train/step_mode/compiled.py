@@ -31,8 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from jobs.job import Job, LossTerms
+from orchestrator.control.orders import TrialOrder
 from orchestrator.names import write_atomically
 from orchestrator.train.isolation import restore_environment
+from policies.tier import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,9 @@ that its first thousand steps took 31 s; a thousand take 3."""
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """torch's own variable: where it keeps what it compiled."""
 
+Dials = tuple[int, Tier]
+"""Micro-batch and tier."""
+
 _own_s: dict[str, float] = {}
 """What the next trial of each kind is expected to take, of kinds that this process has compiled for."""
 
@@ -74,7 +79,10 @@ _num_processes: dict[str, int] = {}
 """In how many each kind is compiled, from its first time in this process on: torch compiles anew for another number."""
 
 _savings: dict[str, float] = {}
-"""Part of a step that each kind has saved by it, where this process has measured that."""
+"""Part of a step that each kind has saved by it at a micro-batch, where this process has measured that."""
+
+_refused: set[str] = set()
+"""Kinds that could not be compiled."""
 
 
 def _loss(job: Job, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
@@ -102,11 +110,24 @@ class Ahead:
         samples_per_report: samples between two of its reports.
         max_reports: reports it makes if nobody stops it.
         num_trials: trials of its kind that its process is expected to serve, this one included.
+        turns_batch: whether its micro-batch may change. Then it is compiled for any, so that it need not be done anew.
     """
 
     samples_per_report: int
     max_reports: int
     num_trials: float = 1.0
+    turns_batch: bool = False
+
+
+def ahead_of(order: TrialOrder, num_trials: float) -> Ahead:
+    """What a trial of that order has ahead of it."""
+    limits = order.limits
+    return Ahead(
+        samples_per_report=order.samples_per_report,
+        max_reports=order.max_reports,
+        num_trials=num_trials,
+        turns_batch=limits.min_global_batch < limits.max_global_batch,
+    )
 
 
 class Compilation:
@@ -121,7 +142,7 @@ class Compilation:
     def __init__(self, job: Job, model: nn.Module, ahead: Ahead, clock: Callable[[], float] = time.monotonic) -> None:
         self._job, self._model, self._ahead, self._clock = job, model, ahead, clock
         self._look_s = 0.0
-        self._dials: object = None
+        self._dials: Dials | None = None
         self._since_s = 0.0
         self._turn: IO[str] | None = None
 
@@ -131,15 +152,18 @@ class Compilation:
         Raises:
             Exception: whatever torch says against it.
         """
-        kind = _kind_of(self._job, model)
+        kind = self._kind(model)
+        if self._ahead.turns_batch:
+            for part in batch:
+                _with_any_length(part)
         loss_sum, num_elements = _function(kind, _num_processes.setdefault(kind, 1))(self._job, model, batch)
         return LossTerms(loss_sum=loss_sum, num_elements=num_elements)
 
-    def is_due(self, dials: object, sample_s: float, position: int) -> bool:
+    def is_due(self, dials: Dials, sample_s: float, position: int) -> bool:
         """Whether to compile now.
 
         Args:
-            dials: that change the kernels of a forward and backward pass.
+            dials: micro-batch and tier, which change the kernels of a forward and backward pass.
             sample_s: seconds per sample, replayed as it is.
             position: samples that the trial has seen.
         """
@@ -155,26 +179,26 @@ class Compilation:
         if is_compared and cost_s > REPORT_PART * ahead.samples_per_report * sample_s:
             return False
         left_s = ahead.num_trials * (ahead.samples_per_report * ahead.max_reports - position) * sample_s
-        is_worth = left_s * _savings.get(name, EXPECTED_SAVING) > cost_s
+        is_worth = name not in _refused and left_s * self._saving(dials) > cost_s
         return is_worth and now_s - self._since_s >= STEADY_PART * cost_s and self._is_my_turn(name)
 
     @contextlib.contextmanager
-    def measured(self, dials: object) -> Iterator[None]:
+    def measured(self, dials: Dials) -> Iterator[None]:
         """Compile within; others of this node that are about to do the same see it, and what it took."""
         name, began_s = self._name(dials), self._clock()
-        known, is_own, saving = self._known(name), name in _own_s, _savings.get(name, EXPECTED_SAVING)
+        known, is_own = self._known(name), name in _own_s
         if not known and not is_own:
             # Starting them takes as long as reading what others have compiled.
             num_processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
-            _num_processes.setdefault(_kind_of(self._job, self._model), num_processes)
-        _savings[name] = 0.0  # if this raises, later trials of this process need not try again
+            _num_processes.setdefault(self._kind(self._model), num_processes)
+        _refused.add(name)  # if this raises, later trials of this process need not try again
         try:
             with _as_it_was():
                 yield
         finally:
             self._end_turn()
             _stop_compilers()
-        _savings[name] = saving
+        _refused.discard(name)
         seconds = self._clock() - began_s
         _own_s[name] = seconds if is_own else OWN_S
         if not is_own:
@@ -186,9 +210,12 @@ class Compilation:
         with contextlib.suppress(OSError):  # then others take it for the first time; the disk may be full
             write_atomically(self._path(name, "json"), json.dumps(known))
 
-    def saves(self, dials: object, part: float) -> None:
+    def saves(self, dials: Dials, part: float) -> None:
         """What was measured: by which part steps with these dials are shorter, compiled."""
-        _savings[self._name(dials)] = part
+        _savings[f"{self._kind(self._model)} {dials}"] = part
+
+    def _saving(self, dials: Dials) -> float:
+        return _savings.get(f"{self._kind(self._model)} {dials}", EXPECTED_SAVING)
 
     def _cost_s(self, name: str) -> float:
         """What compiling would take this process."""
@@ -232,8 +259,26 @@ class Compilation:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return directory / f"{name}.{kind}"
 
-    def _name(self, dials: object) -> str:
-        return f"{_kind_of(self._job, self._model)}-{_digest(str(dials))}"
+    def _name(self, dials: Dials) -> str:
+        """Of what is compiled at once. torch compiles anew for a micro-batch of one sample, whatever it was told."""
+        micro_batch, tier = dials
+        what = (micro_batch == 1, tier) if self._ahead.turns_batch else dials
+        return f"{self._kind(self._model)}-{_digest(str(what))}"
+
+    def _kind(self, model: nn.Module) -> str:
+        return _kind_of(self._job, model) + ("n" if self._ahead.turns_batch else "")
+
+
+def _with_any_length(part: Tensor) -> None:
+    """Have torch compile for any first dimension of a tensor, if the model lets it; otherwise it does so at the second.
+
+    The public way, `torch.compile(dynamic=True)`, leaves no dimension fixed, which some models here are compiled twice
+    for; this function is in torch's guide to dynamic shapes (2.11 to 2.13), and where it is missing nothing is lost but
+    a second compilation.
+    """
+    mark = getattr(getattr(torch, "_dynamo", None), "maybe_mark_dynamic", None)
+    if mark is not None and part.dim():
+        mark(part, 0)
 
 
 def set_up(directory: Path) -> None:

@@ -16,9 +16,11 @@ from torch import nn
 
 from jobs import JOB_INFO, build_job
 from jobs.job import Job
+from orchestrator.train.precision.tiers import lowered
 from orchestrator.train.step_mode import compiled
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.compiled import FIRST_S, OWN_S, REPORT_PART, STEADY_PART, Ahead, Compilation
+from orchestrator.train.step_result import StepResult
 from orchestrator.train.stepper import Stepper
 from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK
@@ -66,6 +68,7 @@ def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, this is one of the same node that has compiled nothing itself."""
     for name in ("_own_s", "_num_processes", "_savings"):
         monkeypatch.setattr(compiled, name, {})
+    monkeypatch.setattr(compiled, "_refused", set())
 
 
 def steady(job: Job, model: nn.Module, ahead: Ahead = WHOLE) -> tuple[Compilation, Clock]:
@@ -184,6 +187,65 @@ def test_what_saved_nothing_is_not_compiled_again_and_what_saved_much_sooner() -
     assert steady(job, model)[0].is_due(DIALS, 1.1 * FIRST_S / 0.5, 0)
 
 
+ANY = replace(WHOLE, turns_batch=True)
+LARGER = (32, Tier.BF16)
+
+
+def test_what_is_compiled_for_any_batch_costs_nothing_more_with_the_next_one() -> None:
+    job, model = job_and_model()
+    for ahead, cost_s in ((WHOLE, FIRST_S), (ANY, OWN_S)):
+        one, clock = steady(job, model, ahead)
+        with one.measured(DIALS):
+            clock.now_s += 20.0
+        assert not one.is_due(LARGER, 0.9 * cost_s / compiled.EXPECTED_SAVING, 0)
+        clock.now_s += FIRST_S
+        assert not one.is_due(LARGER, 0.9 * cost_s / compiled.EXPECTED_SAVING, 0)
+        clock.now_s += 1.0
+        assert one.is_due(LARGER, 1.1 * cost_s / compiled.EXPECTED_SAVING, 0)
+        one._end_turn()
+
+
+def test_what_saves_nothing_with_one_batch_may_do_so_with_another() -> None:
+    job, model = job_and_model()
+    first, _ = steady(job, model, ANY)
+    first.saves(LARGER, -0.1)
+    other, clock = steady(job, model, ANY)
+    assert other.is_due(DIALS, LONG_S, 0)
+    assert not other.is_due(LARGER, LONG_S, 0)
+    clock.now_s += FIRST_S
+    assert not other.is_due(LARGER, LONG_S, 0)
+
+
+def test_what_cannot_be_compiled_for_any_batch_is_not_tried_with_another() -> None:
+    job, model = job_and_model()
+    first, _ = steady(job, model, ANY)
+    with pytest.raises(RuntimeError, match="no"), first.measured(DIALS):
+        raise RuntimeError("no")
+    other, clock = steady(job, model, ANY)
+    assert not other.is_due(LARGER, LONG_S, 0)
+    clock.now_s += FIRST_S
+    assert not other.is_due(LARGER, LONG_S, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in JOB_INFO if name != "speech"])
+def test_one_compilation_is_enough_for_a_trial_whose_batch_turns(name: str) -> None:
+    """Two of a model in which a fixed batch is computed with; `speech` cannot be compiled as a whole."""
+    job = build_job(name, {})
+    job.prepare()
+    model = job.build_model()
+    one, num_graphs = Compilation(job, model, ANY), []
+    torch._dynamo.utils.counters.clear()
+    for size in (8, 32, 12, 64):
+        batch = job.batch(range(size), torch.device("cpu"))
+        with lowered(Tier.FP32, torch.device("cpu")):
+            found, wanted = one.loss(model, batch), job.loss(model, batch)
+        assert found.num_elements == wanted.num_elements
+        torch.testing.assert_close(found.loss_sum, wanted.loss_sum)
+        num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert num_graphs[1:] == [num_graphs[1]] * 3
+    assert num_graphs[0] == num_graphs[1] or name in {"tissue", "genome"}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"first_s": "long"}', '{"again_s": null}'])
 def test_a_note_that_cannot_be_read_counts_as_none(place: Path, text: str) -> None:
     job, model = job_and_model()
@@ -285,6 +347,24 @@ def test_a_trial_compiles_by_itself_and_keeps_the_faster_mode(tmp_path: Path) ->
     assert one._replay is not None
     assert one._replay.captured.num_recordings == 1, "that of the slower mode is dropped"
     assert list(compiled._savings.values()) == [0.5]
+
+
+def test_a_batch_turns_in_compiled_steps_without_compiling_anew(tmp_path: Path) -> None:
+    torch._dynamo.utils.counters.clear()
+    modes = StepMode.GRAPH, StepMode.COMPILED
+    trials = [stepper(replace(REPLAYED, step_mode=mode), tmp_path) for mode in modes]
+    found: list[list[StepResult]] = [[], []]
+    for micro_batch in (8, 16, 8, 32):
+        for trial, results in zip(trials, found, strict=True):
+            trial.turn(replace(trial.settings, micro_batch=micro_batch))
+            results.extend(run(trial, 20))
+    for mode, results in zip(modes, found, strict=True):
+        assert {result.mode for result in results} == {StepMode.EAGER, mode}
+    wanted, compiled_ones = found
+    assert [r.position for r in compiled_ones] == [r.position for r in wanted]
+    assert [r.learning_rate for r in compiled_ones] == pytest.approx([r.learning_rate for r in wanted], rel=1e-4)
+    np.testing.assert_allclose([r.loss for r in compiled_ones], [r.loss for r in wanted], rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_model_that_cannot_be_compiled_is_replayed_as_it_is(tmp_path: Path) -> None:
