@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from bisect import insort
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,14 @@ import numpy as np
 from policies.simulator.job import Job
 from policies.simulator.workload import Submission, Workload
 from policies.survival import bounded, chance_after_rung, rungs
+
+
+def stops(recorded: Sequence[float], loss: float, reduction_factor: int) -> bool:
+    """Whether asynchronous successive halving stops a trial at a rung, where these losses were judged before it.
+
+    As Ray Tune's does: the first one passes, and then whoever is not worse than the quantile of those before.
+    """
+    return bool(recorded) and loss > float(np.percentile(recorded, 100 / reduction_factor))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +119,7 @@ class AshaSearch:
             return None
         index = self.spec.rungs.index(report)
         recorded = self._recorded[index]
-        is_worse = bool(recorded) and loss > float(np.percentile(recorded, 100 / self.spec.reduction_factor))
+        is_worse = stops(recorded, loss, self.spec.reduction_factor)
         insort(recorded, loss)
         self._ranks[name] = (index, loss)
         if is_worse:

@@ -27,6 +27,8 @@ from orchestrator.control.ranking import Ranking
 from orchestrator.control.spec import StopRule
 from orchestrator.control.telling import Telling
 from policies.plan import TrialId
+from policies.simulator.search import stops
+from policies.survival import rungs
 from tests.bench.results_file import RESULTS, Figure, Report, bootstrap_interval, options
 
 RECORDED = RESULTS / "gpu_search_nvidia-h200_2026-11-29_rungs.jsonl"
@@ -83,7 +85,7 @@ class Search:
         rule = StopRule(name="asha", reduction_factor=setting.factor, rung_patience=self.patience)
         spec: Any = SimpleNamespace(stop_rule=None, metric="loss", mode="min")
         self.telling = Telling(rule, setting.max_reports, self.trials, Ranking(spec), self._due)
-        self.rungs = {setting.factor**power for power in range(20)} & set(range(1, setting.max_reports))
+        self.rungs = rungs(1, setting.factor, setting.max_reports)
 
     def run(self) -> dict[str, float]:
         """Reports, seconds, and how much worse the best of those that ran to their end is than the best there was."""
@@ -160,7 +162,7 @@ class Search:
         is_worse = False
         if number in self.rungs:
             recorded = self.judged[number]
-            is_worse = bool(recorded) and loss > float(np.nanpercentile(recorded, 100 / self.setting.factor))
+            is_worse = stops(recorded, loss, self.setting.factor)
             recorded.append(loss)
         if number == self.setting.max_reports or is_worse:
             trial.state, trial.stop = TrialState.STOPPED, StopMode.DISCARD

@@ -78,7 +78,7 @@ _own_s: dict[str, float] = {}
 _num_processes: dict[str, int] = {}
 """In how many each kind is compiled, from its first time in this process on: torch compiles anew for another number."""
 
-_savings: dict[str, float] = {}
+_savings: dict[tuple[str, int], float] = {}
 """Part of a step that each kind has saved by it at a micro-batch, where this process has measured that."""
 
 _refused: set[str] = set()
@@ -179,7 +179,7 @@ class Compilation:
         if is_compared and cost_s > REPORT_PART * ahead.samples_per_report * sample_s:
             return False
         left_s = ahead.num_trials * (ahead.samples_per_report * ahead.max_reports - position) * sample_s
-        is_worth = name not in _refused and left_s * self._saving(dials) > cost_s
+        is_worth = name not in _refused and left_s * _savings.get((name, dials[0]), EXPECTED_SAVING) > cost_s
         return is_worth and now_s - self._since_s >= STEADY_PART * cost_s and self._is_my_turn(name)
 
     @contextlib.contextmanager
@@ -212,10 +212,7 @@ class Compilation:
 
     def saves(self, dials: Dials, part: float) -> None:
         """What was measured: by which part steps with these dials are shorter, compiled."""
-        _savings[f"{self._kind(self._model)} {dials}"] = part
-
-    def _saving(self, dials: Dials) -> float:
-        return _savings.get(f"{self._kind(self._model)} {dials}", EXPECTED_SAVING)
+        _savings[self._name(dials), dials[0]] = part
 
     def _cost_s(self, name: str) -> float:
         """What compiling would take this process."""

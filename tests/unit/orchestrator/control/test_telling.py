@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Status, StopMode
 from orchestrator.control.spec import StopRule
 from policies.plan import TrialId
+from policies.simulator.search import stops
 from tests.unit.orchestrator.control.worlds import Worker, World
 
 STRETCH_S = 8.0
@@ -63,7 +63,7 @@ class Search:
             return False
         self.told.append(trial_id)
         recorded, loss = self.judged.setdefault(index, []), answer.report.metrics["val_loss"]
-        is_worse = bool(recorded) and loss > float(np.percentile(recorded, 100 / self.factor))
+        is_worse = stops(recorded, loss, self.factor)
         recorded.append(loss)
         if is_worse:
             self.world.controller.release(trial_id)
@@ -82,6 +82,33 @@ class Search:
 
 def search(path: Path, factor: int = 2, patience: float = PATIENCE) -> Search:
     return Search(World(path / "run", stop_rule=asha(factor, patience)), factor)
+
+
+def at_their_rung(path: Path, factor: int = 2, **losses: float) -> Search:
+    """A search whose trials began together and have reported in this order; nobody was told yet."""
+    found = search(path, factor)
+    found.begin(*sorted(losses))
+    found.world.clock.advance(STRETCH_S)
+    for name, loss in losses.items():
+        found.report(name, loss)
+    return found
+
+
+def waiting(path: Path) -> Search:
+    """Trial b waits for a."""
+    found = search(path)
+    found.begin("a", "b")
+    found.world.clock.advance(STRETCH_S)
+    found.report("b", 2.0)
+    assert not found.ask("b")
+    return found
+
+
+def anew(found: Search, start_id: str) -> Search:
+    """The same search, when the whole run was started again."""
+    found.world.start_id = start_id
+    found.world.restart()
+    return Search(found.world)
 
 
 def test_a_trial_that_diverged_and_came_first_does_not_pass(tmp_path: Path) -> None:
@@ -165,12 +192,8 @@ def test_who_is_about_to_come_is_waited_for_whenever_it_began(tmp_path: Path) ->
 
 
 def test_the_next_is_told_when_the_one_before_was_judged_or_has_kept_silent_for_long(tmp_path: Path) -> None:
-    found = search(tmp_path)
+    found = at_their_rung(tmp_path, c=3.0, b=2.0, a=1.0)
     controller = found.world.controller
-    found.begin("a", "b", "c")
-    found.world.clock.advance(STRETCH_S)
-    for name, loss in (("c", 3.0), ("b", 2.0), ("a", 1.0)):
-        found.report(name, loss)
     assert [controller.answer(TrialId(name), 0) is None for name in "cba"] == [True, True, False]
     assert controller.answer(TrialId("c"), 0) is None, "the search has not said what becomes of the best"
     controller.answer(TrialId("a"), 1)
@@ -199,11 +222,7 @@ def test_who_comes_while_others_are_told_is_told_behind_them(tmp_path: Path) -> 
 
 
 def test_a_report_that_was_told_is_told_again_to_whoever_asks_again(tmp_path: Path) -> None:
-    found = search(tmp_path)
-    found.begin("a", "b")
-    found.world.clock.advance(STRETCH_S)
-    found.report("a", 1.0)
-    found.report("b", 2.0)
+    found = at_their_rung(tmp_path, a=1.0, b=2.0)
     found.ask_woken()
     assert len(found.told) == 2
     for name in ("a", "b"):
@@ -242,38 +261,24 @@ def test_who_was_stopped_while_it_waited_keeps_later_ones_from_nothing(tmp_path:
 
 
 def test_an_interrupted_run_lets_nobody_wait(tmp_path: Path) -> None:
-    found = search(tmp_path)
-    found.begin("a", "b")
-    found.world.clock.advance(STRETCH_S)
-    found.report("b", 2.0)
-    assert not found.ask("b")
+    found = waiting(tmp_path)
     found.world.controller.interrupt()
     assert found.world.controller.answer(TrialId("b"), 0) is not None
 
 
 def test_a_restarted_actor_tells_what_waited(tmp_path: Path) -> None:
-    found = search(tmp_path)
-    found.begin("a", "b")
-    found.world.clock.advance(STRETCH_S)
-    found.report("b", 2.0)
-    assert not found.ask("b")
+    found = waiting(tmp_path)
     found.world.restart()
     assert found.ask("b")
 
 
 def test_a_search_that_is_started_anew_judges_as_it_did_the_first_time(tmp_path: Path) -> None:
     """Told in any other order, a trial that had passed would be stopped, and what it has trained would be lost."""
-    found = search(tmp_path)
-    found.begin("a", "b", "c", "d")
-    found.world.clock.advance(STRETCH_S)
-    for name, loss in (("a", 1.0), ("b", 2.0), ("c", 3.0), ("d", 4.0)):
-        found.report(name, loss)
+    found = at_their_rung(tmp_path, a=1.0, b=2.0, c=3.0, d=4.0)
     found.ask_woken()
     assert (found.told, found.passed) == (["a", "c", "d", "b"], ["a", "b"])
     for start in ("s2", "s3"):
-        found.world.start_id = start
-        found.world.restart()
-        again = Search(found.world)
+        again = anew(found, start)
         for _ in range(4):
             for name in "dbca":
                 if name not in again.told:
@@ -282,15 +287,9 @@ def test_a_search_that_is_started_anew_judges_as_it_did_the_first_time(tmp_path:
 
 
 def test_a_search_that_is_started_anew_waits_for_nobody_for_long(tmp_path: Path) -> None:
-    found = search(tmp_path)
-    found.begin("a", "b")
-    found.world.clock.advance(STRETCH_S)
-    found.report("a", 1.0)
-    found.report("b", 2.0)
+    found = at_their_rung(tmp_path, a=1.0, b=2.0)
     found.ask_woken()
-    found.world.start_id = "s2"
-    found.world.restart()
-    again = Search(found.world)
+    again = anew(found, "s2")
     assert not again.ask("b"), "it was told behind the other"
     found.world.clock.advance(9.0)
     assert not again.ask("b")
@@ -333,11 +332,7 @@ def test_a_trial_that_fails_while_its_report_waits_has_failed_for_the_search_too
 
 
 def test_a_rung_that_has_judged_enough_keeps_nobody_waiting(tmp_path: Path) -> None:
-    found = search(tmp_path)
-    found.begin("a", "b", "c", "d")
-    found.world.clock.advance(STRETCH_S)
-    for number, name in enumerate("abcd"):
-        found.report(name, float(number))
+    found = at_their_rung(tmp_path, a=0.0, b=1.0, c=2.0, d=3.0)
     found.ask_woken()
     assert len(found.told) == 4
     found.begin("e", "f")
@@ -367,11 +362,7 @@ def test_in_whatever_order_they_come_one_in_so_many_passes(tmp_path: Path, facto
     for number, order in enumerate(permutations(range(num_trials))):
         if number % (1 + num_trials**2 // 8):
             continue  # a part of the many orders of five is enough
-        found = search(tmp_path / str(number), factor)
-        found.begin(*names)
-        found.world.clock.advance(STRETCH_S)
-        for rank in order:
-            found.report(names[rank], float(rank))
+        found = at_their_rung(tmp_path / str(number), factor, **{names[rank]: float(rank) for rank in order})
         found.ask_woken()
         assert len(found.told) == num_trials
         outcomes.add(tuple(sorted(found.passed)))
@@ -385,12 +376,8 @@ def test_in_whatever_order_they_come_one_in_so_many_passes(tmp_path: Path, facto
 def test_the_best_passes_and_no_more_than_the_rule_lets(
     tmp_path_factory: pytest.TempPathFactory, losses: list[float], factor: int
 ) -> None:
-    found = search(tmp_path_factory.mktemp("asha"), factor)
     names = [f"t{number}" for number in range(len(losses))]
-    found.begin(*names)
-    found.world.clock.advance(STRETCH_S)
-    for name, loss in zip(names, losses, strict=True):
-        found.report(name, loss)
+    found = at_their_rung(tmp_path_factory.mktemp("asha"), factor, **dict(zip(names, losses, strict=True)))
     found.ask_woken()
     best_first = [name for _, name in sorted(zip(losses, names, strict=True))]
     assert sorted(found.told) == sorted(names)
