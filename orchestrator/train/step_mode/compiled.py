@@ -66,6 +66,10 @@ _MAX_PROCESSES = 8
 """In which torch compiles kernels. In one, beside three others that trained, it held a 7 M language model up so long
 that its first thousand steps took 31 s; a thousand take 3."""
 
+_BATCH_BOUND = "triton.mix_order_reduction"
+"""An option of torch.compile that, where it is on, has kernels depend on whether a tensor has 5 Mi elements: those of a
+34 M language model, compiled for any batch, held up to 31 samples only."""
+
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """torch's own variable: where it keeps what it compiled."""
 
@@ -91,13 +95,17 @@ def _loss(job: Job, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 @lru_cache(maxsize=_MAX_FUNCTIONS)
-def _function(kind: str, num_processes: int) -> Callable[[Job, nn.Module, tuple[Tensor, ...]], tuple[Tensor, int]]:
+def _function(
+    kind: str, num_processes: int, is_for_any_batch: bool
+) -> Callable[[Job, nn.Module, tuple[Tensor, ...]], tuple[Tensor, int]]:
     """The compiled loss of one kind of trial, which must be traceable as a whole.
 
     torch keeps what it compiled per code object, and gives up on one with too many variants: each kind has its own.
     """
     code = _loss.__code__.replace(co_name=f"loss_{kind}")
     options: dict[str, Any] = {"compile_threads": num_processes}
+    if is_for_any_batch and _BATCH_BOUND in torch._inductor.list_options():
+        options[_BATCH_BOUND] = False
     compiled: Any = torch.compile(FunctionType(code, globals()), fullgraph=True, options=options)
     return compiled  # type: ignore[no-any-return]
 
@@ -156,7 +164,8 @@ class Compilation:
         if self._ahead.turns_batch:
             for part in batch:
                 _with_any_length(part)
-        loss_sum, num_elements = _function(kind, _num_processes.setdefault(kind, 1))(self._job, model, batch)
+        num_processes = _num_processes.setdefault(kind, 1)
+        loss_sum, num_elements = _function(kind, num_processes, self._ahead.turns_batch)(self._job, model, batch)
         return LossTerms(loss_sum=loss_sum, num_elements=num_elements)
 
     def is_due(self, dials: Dials, sample_s: float, position: int) -> bool:
@@ -280,7 +289,11 @@ def _with_any_length(part: Tensor) -> None:
 
 def set_up(directory: Path) -> None:
     """Let torch keep what it compiles there, where the user says nothing else, and start no compilers by itself."""
-    os.environ.setdefault(CACHE, str(directory))
+    given = Path(os.environ.get(CACHE, ""))
+    # Importing torch's compiler sets the variable, to such a directory: that is no wish of the user's.
+    is_torchs_own = given.parent == Path(tempfile.gettempdir()) and given.name.startswith("torchinductor_")
+    if is_torchs_own or not given.name:
+        os.environ[CACHE] = str(directory)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 

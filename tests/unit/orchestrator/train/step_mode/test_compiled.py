@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -244,6 +245,46 @@ def test_one_compilation_is_enough_for_a_trial_whose_batch_turns(name: str) -> N
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert num_graphs[1:] == [num_graphs[1]] * 3
     assert num_graphs[0] == num_graphs[1] or name in {"tissue", "genome"}
+
+
+@pytest.mark.parametrize("ahead", [WHOLE, ANY])
+def test_kernels_for_any_batch_do_without_what_binds_them_to_sizes(
+    ahead: Ahead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def compile_nothing(function: object, fullgraph: bool, options: dict[str, object]) -> object:
+        assert fullgraph
+        seen.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    job, model = job_and_model()
+    Compilation(job, model, ahead).loss(model, job.batch(range(4), torch.device("cpu")))
+    wanted: dict[str, object] = {"triton.mix_order_reduction": False} if ahead.turns_batch else {}
+    assert seen == [{"compile_threads": 1, **wanted}]
+    assert wanted.keys() <= set(torch._inductor.list_options())
+
+
+@pytest.mark.parametrize("given", [None, "theirs"])
+def test_kernels_lie_where_the_user_says_or_beside_the_runs(given: str | None, tmp_path: Path) -> None:
+    """Importing a slot's modules sets torch's variable by itself, which counts as nothing said."""
+    script = (
+        "import os, sys, orchestrator.train.slot as slot; from pathlib import Path; before = os.environ[sys.argv[1]]"
+    )
+    script += "; slot.set_up(Path(sys.argv[2])); print(before, os.environ[sys.argv[1]])"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop(compiled.CACHE)
+    if given is not None:
+        environment[compiled.CACHE] = str(tmp_path / given)
+    command = [sys.executable, "-c", script, compiled.CACHE, str(tmp_path / "runs" / ".compiled")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    before, after = map(Path, done.stdout.split())
+    if given is None:
+        assert before.name.startswith("torchinductor_")
+        assert after == tmp_path / "runs" / ".compiled"
+    else:
+        assert before == after == tmp_path / given
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"first_s": "long"}', '{"again_s": null}'])
