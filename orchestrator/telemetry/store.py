@@ -36,6 +36,7 @@ from orchestrator.telemetry.tables import (
     check_version,
     checksum,
     conform,
+    names_version,
     row_batch,
     step_batch,
 )
@@ -331,6 +332,9 @@ def _batches(path: Path, notes: list[str]) -> Iterator[pa.RecordBatch]:
             reader = pa.ipc.open_stream(file)
         except (pa.ArrowException, OSError) as error:
             notes.append(f"{path.name}: no readable head ({_short(error)})")
+            return
+        if not names_version(reader.schema):
+            notes.append(f"{path.name}: no readable head (it names no version)")
             return
         check_version(reader.schema, str(path))
         is_sealed = _CHECKSUM in (reader.schema.metadata or {})

@@ -138,9 +138,9 @@ def checksum(batch: pa.RecordBatch) -> bytes:
     """CRC-32 of the rows of a batch in hex, the same before it is written and after it was read.
 
     It is taken of the body of Arrow's own message, where slices begin at zero and a null mask without a null is gone,
-    and of what one has to know to read that body: names, the number of rows, and which columns have a mask.
+    and of what one has to know to read that body: names, types, the number of rows, and which columns have a mask.
     """
-    form: list[object] = [batch.num_rows, batch.schema.names]
+    form: list[object] = [batch.num_rows, batch.schema.names, [str(kind) for kind in batch.schema.types]]
     for column in batch.columns:
         form.append(column.null_count)
         if pa.types.is_dictionary(column.type):
@@ -176,6 +176,11 @@ def check_version(schema: pa.Schema, origin: str) -> None:
             f"{origin} has telemetry schema {text.decode('ascii', 'replace')}; allowed: 1..{SCHEMA_VERSION};"
             " read it with the version of the orchestrator that wrote it"
         )
+
+
+def names_version(schema: pa.Schema) -> bool:
+    """Whether a file says of which schema it is; a head that does not is torn, or not ours."""
+    return bool((schema.metadata or {}).get(_SCHEMA_KEY, b"").isdigit())
 
 
 def conform(table: pa.Table, kind: TableKind) -> pa.Table:
