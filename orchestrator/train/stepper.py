@@ -383,6 +383,7 @@ class Stepper:
             first = self.job.batch(parts[0].tolist(), CPU)
             if self._prepared(first, len(parts), StepMode.COMPILED) is not None:
                 self._modes.race(self._dials)
+        self._compilation.end_turn()
         return is_skipped
 
     def _launch(self, mode: StepMode) -> list[StepResult] | None:

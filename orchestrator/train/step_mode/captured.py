@@ -134,6 +134,7 @@ class CapturedStep:
         if num_parts > 1 and recording.following is None:
             self._bind(recording)
             recording.following = self._recorder.record(partial(self._following, recording.batch))
+            self._model.zero_grad()  # an eager step would add to the gradients that the graphs write
         self._recordings[full] = recording  # the newest last
         while len(self._recordings) > MAX_RECORDINGS:
             del self._recordings[next(iter(self._recordings))]

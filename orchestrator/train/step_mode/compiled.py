@@ -153,7 +153,7 @@ class Compilation:
         self._look_s = 0.0
         self._dials: Dials | None = None
         self._since_s = 0.0
-        self._turn: IO[str] | None = None
+        self._turn: tuple[str, IO[str]] | None = None
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> LossTerms:
         """The loss of the job, compiled; the first call for a model's shapes compiles.
@@ -205,18 +205,19 @@ class Compilation:
         try:
             with _as_it_was():
                 yield
+            _refused.discard(name)
+            seconds = self._clock() - began_s
+            _own_s[name] = seconds if is_own else OWN_S
+            if not is_own:
+                self._tell(name, is_first=not known, seconds=seconds)
         finally:
-            self._end_turn()
+            self.end_turn()  # behind the note: whoever gets the next one finds it
             _stop_compilers()
-        _refused.discard(name)
-        seconds = self._clock() - began_s
-        _own_s[name] = seconds if is_own else OWN_S
-        if not is_own:
-            self._tell(name, known, seconds)
 
-    def _tell(self, name: str, known: dict[str, float], seconds: float) -> None:
+    def _tell(self, name: str, *, is_first: bool, seconds: float) -> None:
         """Note for the other processes of this node what it took."""
-        known["again_s" if known else "first_s"] = seconds
+        known = self._known(name)
+        known["first_s" if is_first and "first_s" not in known else "again_s"] = seconds
         with contextlib.suppress(OSError):  # then others take it for the first time; the disk may be full
             write_atomically(self._path(name, "json"), json.dumps(known))
 
@@ -242,21 +243,27 @@ class Compilation:
 
     def _is_my_turn(self, name: str) -> bool:
         """Whether nobody else of this node is doing it for the first time; then this process is, and others wait."""
+        if self._turn is not None and self._turn[0] != name:
+            self.end_turn()
         if self._turn is not None or name in _own_s or self._known(name):
             return True
         try:
-            self._turn = self._path(name, "lock").open("a")
-            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
+            self._turn = name, self._path(name, "lock").open("a")
+            fcntl.flock(self._turn[1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
         except BlockingIOError:
-            self._end_turn()
+            self.end_turn()
             return False
         except OSError as error:  # then each does it for itself
             logger.info("compiling without telling others: %s", error)
+        if self._known(name):  # somebody has ended just before; at the next look it is known what it costs
+            self.end_turn()
+            return False
         return True
 
-    def _end_turn(self) -> None:
+    def end_turn(self) -> None:
+        """Let others compile; call it where `is_due` said yes and nothing was compiled after all."""
         if self._turn is not None:
-            self._turn.close()
+            self._turn[1].close()
             self._turn = None
 
     def _path(self, name: str, kind: str) -> Path:

@@ -48,11 +48,16 @@ class CallAgain:
     @staticmethod
     def _replay_of(work: Callable[[], None], recorded: dict[nn.Parameter, Any]) -> Callable[[], None]:
         def replay() -> None:
+            bound = {param: param.grad for param in recorded}
+            for param, grad in recorded.items():
+                param.grad = grad
             work()
             for param, grad in recorded.items():
                 if grad is not None and param.grad is not grad:
                     assert param.grad is not None
-                    param.grad = grad.copy_(param.grad)
+                    grad.copy_(param.grad)
+            for param, grad in bound.items():  # a graph runs no Python: what `.grad` was it stays
+                param.grad = grad
 
         return replay
 

@@ -148,6 +148,62 @@ def test_one_process_of_a_node_compiles_first_and_the_others_follow_at_less_cost
     assert clock.now_s == FIRST_S
 
 
+def test_whoever_gets_the_next_turn_finds_the_note_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending compilers takes a second, in which others look."""
+    job, model = job_and_model()
+    first, first_clock = steady(job, model)
+    other, other_clock = steady(job, model)
+    assert first.is_due(DIALS, LONG_S, 0)
+    seen = []
+
+    def look() -> None:
+        monkeypatch.setattr(compiled, "_own_s", {})  # as another process
+        other_clock.now_s += 1.0
+        again_s = compiled.AGAIN_PART * 20.0
+        seen.append(other.is_due(DIALS, 0.9 * again_s / compiled.EXPECTED_SAVING, 0))
+
+    monkeypatch.setattr(compiled, "_stop_compilers", look)
+    with first.measured(DIALS):
+        first_clock.now_s += 20.0
+    assert seen == [False], "it reads for what that costs"
+    assert other._known(other._name(DIALS)) == {"first_s": 20.0}
+
+
+def test_a_turn_that_comes_just_behind_the_first_compilation_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, model = job_and_model()
+    one, clock = steady(job, model)
+    told = {"first_s": 20.0}
+    answers = iter([{}, {}, told])  # the note is written between the look at it and the lock
+    monkeypatch.setattr(one, "_known", lambda _name: dict(next(answers, told)))
+    assert not one.is_due(DIALS, LONG_S, 0)
+    assert one._turn is None
+    clock.now_s += 1.0
+    assert one.is_due(DIALS, LONG_S, 0)
+
+
+def test_a_note_of_a_first_compilation_stays() -> None:
+    one, _ = steady(*job_and_model())
+    one._tell(one._name(DIALS), is_first=True, seconds=16.0)
+    one._tell(one._name(DIALS), is_first=True, seconds=3.0)
+    assert one._known(one._name(DIALS)) == {"first_s": 16.0, "again_s": 3.0}
+
+
+def test_a_turn_is_that_of_one_kind_and_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, model = job_and_model()
+    (one, clock), (other, other_clock) = steady(job, model), steady(job, model)
+    assert one.is_due(DIALS, LONG_S, 0)
+    turned = DIALS[0], Tier.FP32
+    for each in (one, other):
+        assert not each.is_due(turned, LONG_S, 0)
+    for each_clock in (clock, other_clock):
+        each_clock.now_s += FIRST_S
+    assert other.is_due(turned, LONG_S, 0)
+    assert not one.is_due(turned, LONG_S, 0), "it had the turn of the tier before"
+    other.end_turn()
+    clock.now_s += 1.0
+    assert one.is_due(turned, LONG_S, 0)
+
+
 def test_a_second_trial_of_a_slot_compiles_nothing() -> None:
     for number in range(2):
         job, model = job_and_model()
@@ -203,7 +259,7 @@ def test_what_is_compiled_for_any_batch_costs_nothing_more_with_the_next_one() -
         assert not one.is_due(LARGER, 0.9 * cost_s / compiled.EXPECTED_SAVING, 0)
         clock.now_s += 1.0
         assert one.is_due(LARGER, 1.1 * cost_s / compiled.EXPECTED_SAVING, 0)
-        one._end_turn()
+        one.end_turn()
 
 
 def test_what_saves_nothing_with_one_batch_may_do_so_with_another() -> None:

@@ -73,6 +73,22 @@ def test_replayed_steps_train_as_eager_ones_do(tmp_path: Path, changes: dict[str
     assert [r.step for r in found if r.noise is not None] == [33, 49, 65]
 
 
+@pytest.mark.parametrize("grad_accum", [1, 2, 4])
+def test_eager_steps_behind_replayed_ones_begin_without_their_gradients(tmp_path: Path, grad_accum: int) -> None:
+    """Dials that are new to a trial begin with a few eager steps, where both modes are measured."""
+    ranks = ONE_RANK, replace(REPLAYED, step_mode=StepMode.AUTO)
+    changes = {"micro_batch": 8 // grad_accum, "grad_accum": grad_accum}
+    eager, replayed = (stepper(each, tmp_path, **changes) for each in ranks)
+    wanted, found = run(eager, 12), run(replayed, 12)
+    for one, results in ((eager, wanted), (replayed, found)):
+        one.turn(replace(one.settings, micro_batch=2, grad_accum=8))
+        results.extend(run(one, 12))
+    assert StepMode.GRAPH in {r.mode for r in found[:12]}
+    assert found[12].mode is StepMode.EAGER
+    np.testing.assert_allclose([r.loss for r in found], [r.loss for r in wanted], rtol=1e-5)
+    np.testing.assert_allclose([r.grad_norm for r in found], [r.grad_norm for r in wanted], rtol=1e-4)
+
+
 def casts_in(work: Callable[[], object]) -> int:
     """How many tensors are cast, single numbers not counted."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
