@@ -46,11 +46,27 @@ def start(resolved: ResolvedRun, *, plain: bool | None = None) -> int:
         UnfitEnvironmentError: Ray does not start.
     """
     require_fit(resolved)
+    make_run_dir(resolved)
+    return _Driver(resolved, resolved.run_dir).execute(plain)
+
+
+def make_run_dir(resolved: ResolvedRun) -> None:
+    """The directory of a new run, with its run file.
+
+    Raises:
+        ConfigError: it cannot be made there.
+    """
     run_dir = resolved.run_dir
-    run_dir.mkdir(parents=True, mode=0o700)
-    (run_dir / "control").mkdir()
-    write_atomically(run_dir / "run.yaml", resolved.to_yaml(with_origins=True))
-    return _Driver(resolved, run_dir).execute(plain)
+    try:
+        run_dir.mkdir(parents=True, mode=0o700)
+        (run_dir / "control").mkdir()
+        write_atomically(run_dir / "run.yaml", resolved.to_yaml(with_origins=True))
+    except FileExistsError:
+        raise ConfigError(f"{run_dir} exists already; allowed: another name, or `orchestrator resume`") from None
+    except OSError as error:
+        raise ConfigError(
+            f"storage: {run_dir} cannot be made ({error.strerror}); allowed: a directory that you may write to"
+        ) from None
 
 
 def resume(run_dir: Path, *, plain: bool | None = None) -> int:
@@ -64,11 +80,22 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
         raise ConfigError(f"{run_dir} holds no run.yaml and is no run directory; see: orchestrator list")
     if status is not None and status.get("state") == "done":
         raise ConfigError(f"the run in {run_dir} is done; nothing to resume")
+    if not _has_journal(run_dir) and (any(run_dir.glob("trials/*")) or (status or {}).get("trials")):
+        raise ConfigError(
+            f"{run_dir / JOURNAL_NAME} is empty or gone although trials ran: what they had done is not known;"
+            " allowed: a run with its journal. Restore it, or begin a new run under another name"
+        )
     place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
     resolved = load_config(run_dir / "run.yaml", place)
     require_fit(resolved, is_new=False)
     (run_dir / "control" / "stop").unlink(missing_ok=True)
     return _Driver(resolved, run_dir).execute(plain)
+
+
+def _has_journal(run_dir: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (run_dir / JOURNAL_NAME).stat().st_size > 0
+    return False
 
 
 def _load_torch() -> None:
@@ -201,6 +228,7 @@ def single_driver(run_dir: Path) -> Iterator[None]:
     """
     import fcntl
 
+    (run_dir / "control").mkdir(exist_ok=True)  # empty directories get lost in some copies
     with (run_dir / "control" / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -140,8 +140,13 @@ def _trial_states(trials: object) -> list[str]:
     return [str(row.get("state", "")).lower() if isinstance(row, dict) else str(row).lower() for row in rows]
 
 
-def find_run(run: str, storage: Path) -> Path:
+def find_run(run: str, storage: Path, *, may_be_new: bool = False) -> Path:
     """The run directory that a command's argument names: a path, or a name below `storage`.
+
+    Args:
+        run: what was said.
+        storage: where runs are.
+        may_be_new: whether a run that was broken off before its first status will do.
 
     Raises:
         ConfigError: there is none; the message names the run that was probably meant.
@@ -158,7 +163,8 @@ def find_run(run: str, storage: Path) -> Path:
         runs = f"existing: {', '.join(known[:10])}" if known else "there are no runs there"
         what = f"no run '{printable(run, 80)}'{where}; {runs}{did_you_mean(Path(run).name, known)}"
         raise ConfigError(f"{what} (--storage names another directory)")
-    if not (run_dir / STATUS_FILE).is_file():
+    is_new = may_be_new and (run_dir / "run.yaml").is_file()
+    if not is_new and not (run_dir / STATUS_FILE).is_file():
         what = f"{printable(str(run_dir), 200)} is no run directory: it has no {STATUS_FILE}"
         raise ConfigError(f"{what}; give the name of a run or the directory that `run` printed last")
     return run_dir

@@ -105,7 +105,7 @@ def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float) ->
 @click.option("--plain", is_flag=True, help="One line every few seconds instead of the live table.")
 def resume(run: str, storage: Path, plain: bool) -> int:
     """Go on with RUN from its last checkpoints; finished trials are not run again."""
-    run_dir = opened(run, storage)
+    run_dir = opened(run, storage, may_be_new=True)
     from orchestrator.run import resume as resume_run
 
     return int(resume_run(run_dir, plain=plain or None))

@@ -28,13 +28,13 @@ storage_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-def opened(run: str, storage: Path) -> Path:
+def opened(run: str, storage: Path, *, may_be_new: bool = False) -> Path:
     """The run directory of a RUN argument.
 
     Raises:
         ConfigError: there is no such run.
     """
-    return find_run(run, storage)
+    return find_run(run, storage, may_be_new=may_be_new)
 
 
 def print_json(answer: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Deliberately thin: files are read in `orchestrator.simulate`, what happens is in
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.commands.shared import json_option, opened, print_json, storage_option
-from orchestrator.errors import PlanError
+from orchestrator.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
     from policies.simulator import Summary
@@ -99,6 +100,9 @@ def _workload(target: str, plot: Path | None, as_json: bool, options: dict[str, 
     cluster = inputs.cluster_of(str(options["cluster"]), events if isinstance(events, Path) else None)
     applications = inputs.applications_of(tables if isinstance(tables, Path) else None)
     workload = inputs.workload_of(target, applications, seed)
+    for option in ("horizon", "interval"):
+        if isinstance(value := options[option], float) and math.isnan(value):
+            raise ConfigError(f"--{option} is nan; allowed: a number")
     horizon = options["horizon"]
     horizon_s = horizon * 3600 if isinstance(horizon, float) else float("inf")
     interval = options["interval"]

@@ -132,7 +132,7 @@ class PolicyActor:
             logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
             return True
         self._after()
-        if events.records:
+        if events.records or events.reports:
             await self._store()  # what is answered must survive this process; the sender repeats what is not
         return is_current
 

@@ -410,15 +410,15 @@ class Controller:
         state.wants_decision = True
 
     def _take_report(self, trial: Trial, report: Report) -> None:
-        if not self.state.take_report(trial, report):
-            return
-        fields = asdict(report)
-        fields["metrics"] = {key: _finite(value) for key, value in report.metrics.items()}
-        self.state.log("result", trial_id=trial.trial_id, **fields)
-        self.state.journal.sync()
+        is_new = self.state.take_report(trial, report)
+        fields = asdict(report) | {"metrics": {key: _finite(value) for key, value in report.metrics.items()}}
+        # One that comes again too: an actor that died may have had it in the journal alone. Reading drops a second.
         self.telemetry.append_results([{"trial_id": trial.trial_id, "attempt": trial.attempt, **fields}])
-        self.state.telling.reached(trial, self.state.clock.now_s())
-        self.state.changed_trials.add(trial.trial_id)
+        if is_new:
+            self.state.log("result", trial_id=trial.trial_id, **fields)
+            self.state.journal.sync()
+            self.state.telling.reached(trial, self.state.clock.now_s())
+            self.state.changed_trials.add(trial.trial_id)
 
     def _log_left(self, trial: Trial | None) -> None:
         """Journal what a trial that left its slot is now, and let it go on if the search has asked for that."""

@@ -156,7 +156,10 @@ class Telling:
             rung.back_s.setdefault(trial_id, now_s)
             if not self._is_turn_again(trial_id, index + 1, rung, now_s):
                 return None
-            rung.again.remove(trial_id)
+            # Those before it that never came back: not each of the others shall wait for them anew.
+            before = rung.again[: rung.again.index(trial_id)]
+            gone = {each for each in before if each not in rung.back_s}
+            rung.again = [each for each in rung.again if each != trial_id and each not in gone]
             return self._note(trial_id, rung, now_s, Told(is_judged=trial_id not in rung.told))
         if trial_id not in rung.held:
             return Told()

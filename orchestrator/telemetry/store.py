@@ -11,6 +11,7 @@ Knows nothing of plans or trials. Written by the controller's event loop, read b
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections import deque
@@ -288,12 +289,14 @@ def compact(directory: Path) -> None:
 
 def _compact_one(path: Path, kind: TableKind) -> None:
     target = path.with_suffix(_PARQUET)
+    if target.exists():  # whole, or it would not have that name; the segment may have come back torn after a crash
+        return _remove(path)
     partial = path.with_suffix(".partial")
     notes: list[str] = []
     num_rows = 0
     try:
         with pq.ParquetWriter(partial, SCHEMAS[kind], compression="zstd", write_page_checksum=True) as writer:
-            for part in _grouped(_batches(path, notes)):
+            for part in _grouped(_batches(path, notes, is_last_chance=True)):
                 writer.write_table(conform(part, kind))
                 num_rows += part.num_rows
         if num_rows:
@@ -304,7 +307,12 @@ def _compact_one(path: Path, kind: TableKind) -> None:
         partial.unlink(missing_ok=True)
     for note in notes:
         logger.warning("telemetry.torn %s", note)
+    _remove(path)
+
+
+def _remove(path: Path) -> None:
     path.unlink()
+    _sync(path.parent)
 
 
 def _grouped(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
@@ -321,8 +329,12 @@ def _grouped(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(pending).unify_dictionaries()
 
 
-def _batches(path: Path, notes: list[str]) -> Iterator[pa.RecordBatch]:
-    """Whole batches of a segment, as they were written; what is torn is left out with a note."""
+def _batches(path: Path, notes: list[str], *, is_last_chance: bool = False) -> Iterator[pa.RecordBatch]:
+    """Whole batches of a segment, as they were written; what is torn is left out with a note.
+
+    Raises:
+        OSError: with `is_last_chance`, the disk or the memory failed, which says nothing about the file.
+    """
     size = path.stat().st_size  # its writer may add to it meanwhile
     if size == 0:
         return
@@ -331,6 +343,7 @@ def _batches(path: Path, notes: list[str]) -> Iterator[pa.RecordBatch]:
         try:
             reader = pa.ipc.open_stream(file)
         except (pa.ArrowException, OSError) as error:
+            _reraise(error, is_last_chance)
             notes.append(f"{path.name}: no readable head ({_short(error)})")
             return
         if not names_version(reader.schema):
@@ -347,6 +360,7 @@ def _batches(path: Path, notes: list[str]) -> Iterator[pa.RecordBatch]:
                     notes.append(f"{path.name}: torn after {num_rows} rows (there is more behind its end)")
                 break
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                _reraise(error, is_last_chance)
                 notes.append(f"{path.name}: torn after {num_rows} rows ({_short(error)})")
                 break
             if is_whole:
@@ -357,6 +371,14 @@ def _batches(path: Path, notes: list[str]) -> Iterator[pa.RecordBatch]:
     if changed_at:
         words = f"batches that are not as they were written: {len(changed_at)}"
         notes.append(f"{path.name}: torn after {changed_at[0]} rows ({words})")
+
+
+def _reraise(error: Exception, is_last_chance: bool) -> None:
+    """Arrow says of torn files that they are invalid, or raises an OSError of its own, without a number."""
+    if is_last_chance and isinstance(error, MemoryError):
+        raise OSError(errno.ENOMEM, str(error)) from error
+    if is_last_chance and isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def _is_as_written(batch: pa.RecordBatch, metadata: Mapping[bytes, bytes], is_sealed: bool) -> bool:

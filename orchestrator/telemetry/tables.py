@@ -35,7 +35,8 @@ class TableKind(StrEnum):
 KEYS: dict[TableKind, tuple[str, ...]] = {
     TableKind.STEPS: ("trial_id", "attempt", "rank", "seq"),
     TableKind.DEVICES: ("device_id", "t_s"),
-    TableKind.RESULTS: ("trial_id", "index"),
+    # A trial that takes up the state of another goes back to fewer reports, and makes some a second time.
+    TableKind.RESULTS: ("trial_id", "attempt", "index"),
 }
 """What identifies a row; a second row of the same key is a resend and is dropped on reading."""
 

@@ -23,8 +23,7 @@ from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.config.render import scalar
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.names import write_atomically
-from orchestrator.run import log_end, single_driver
+from orchestrator.run import log_end, make_run_dir, single_driver
 from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.admission import HEAD, require_tested_ray, sliver
@@ -81,9 +80,7 @@ def _run_dir(resolved: ResolvedRun, *, is_resumed: bool) -> Path:
             raise ConfigError(f"{run_dir} holds no run.yaml; leave resume=True out to begin a new run")
         (run_dir / "control" / "stop").unlink(missing_ok=True)
         return run_dir
-    run_dir.mkdir(parents=True, mode=0o700)
-    (run_dir / "control").mkdir()
-    write_atomically(run_dir / "run.yaml", resolved.to_yaml(with_origins=True))
+    make_run_dir(resolved)
     return run_dir
 
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 PLAIN_PERIOD_S = 5.0
 """Seconds between two plain lines."""
 
-EXIT_CODES = {"done": 0, "failed": 1, "interrupted": 130}
+EXIT_CODES = {"done": 0, "failed": 1, "interrupted": 130, "lost": 1}
 """What following a run to its end returns, by the state it ended in."""
 
 STYLES = {
@@ -238,7 +238,8 @@ def watch(run_dir: Path, once: bool, *, out: TextIO | None = None) -> int:
         out: where to; None is standard output.
 
     Returns:
-        0 when the run is done or `once`, 1 when it failed, 130 when it was interrupted or the user pressed Ctrl-C.
+        0 when the run is done or `once`, 1 when it failed or its driver is gone, 130 when it was interrupted or the
+        user pressed Ctrl-C.
 
     Raises:
         ConfigError: there is no status to show.
@@ -252,9 +253,15 @@ def watch(run_dir: Path, once: bool, *, out: TextIO | None = None) -> int:
         )
     if once:
         width = shutil.get_terminal_size().columns
+        status = {**status, "state": run_dirs.state_of(run_dir, status)}
         stream.write(build_frame(status, width=width, max_rows=1 << 30, now_s=time.time()).text + "\n")
         return 0
-    view = LiveView(lambda: run_dirs.read_status(run_dir), out=stream)
+
+    def look() -> dict[str, Any] | None:
+        found = run_dirs.read_status(run_dir)
+        return None if found is None else {**found, "state": run_dirs.state_of(run_dir, found)}
+
+    view = LiveView(look, out=stream)
     try:
         return EXIT_CODES[view.follow(EXIT_CODES)]
     except KeyboardInterrupt:

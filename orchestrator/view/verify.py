@@ -22,6 +22,7 @@ from orchestrator.telemetry.history import (
     PlanCommitted,
     Reported,
     RunBegun,
+    RunEnded,
     ShareChecked,
     TrialQueued,
     read_history,
@@ -93,6 +94,11 @@ def _journal(run_dir: Path, history: History, notes: list[str]) -> Iterator[Find
     """Damaged lines; a torn last one is expected of a run that goes on or crashed, and costs nothing."""
     for damage in history.damage:
         yield Finding(code=Code.JOURNAL_TORN, text=f"journal: {damage}")
+    state = (read_status(run_dir) or {}).get("state")
+    if state in {"done", "failed", "interrupted"} and not any(history.of(RunEnded)):
+        yield Finding(code=Code.JOURNAL_TORN, text=f"journal: the run is {state}, and its last word is missing")
+    if history.entries and next(history.of(RunBegun), None) is None:
+        yield Finding(code=Code.JOURNAL_TORN, text="journal: its head is missing")
     if not history.torn_tail_bytes:
         return
     text = f"journal: the last line is torn ({history.torn_tail_bytes} bytes)"

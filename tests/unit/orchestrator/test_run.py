@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchestrator import run
+from orchestrator.config import ResolvedRun, load_config
+from orchestrator.errors import ConfigError
 
 
 class Policy:
@@ -38,3 +42,42 @@ def test_a_trial_that_is_leaving_its_slot_when_the_search_is_over_is_waited_for(
 def test_a_trial_that_never_leaves_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_LEAVE_S", 0.0)
     assert run._last_states(SimpleNamespace(policy=Policy(["running"]))) == ["running"]  # type: ignore[arg-type]
+
+
+def resolved_run(storage: Path) -> ResolvedRun:
+    (storage.parent / "run.yaml").write_text(f"name: one\nstorage: {storage}\njob: {{name: mlp}}\n")
+    return load_config(storage.parent / "run.yaml", [])
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"storage: .* cannot be made \(Not a directory\); allowed: a directory"):
+        run.make_run_dir(resolved_run(tmp_path / "file"))
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    with pytest.raises(ConfigError, match="exists already"):
+        run.make_run_dir(resolved)
+
+
+@pytest.mark.parametrize("trace", ["trials", "status"])
+@pytest.mark.parametrize("journal", [None, ""])
+def test_a_run_whose_journal_is_lost_does_not_begin_from_its_start(
+    tmp_path: Path, trace: str, journal: str | None
+) -> None:
+    """It would train finished trials again, and mix their records with those that are there."""
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    if trace == "trials":
+        (resolved.run_dir / "trials" / "trial-00000").mkdir(parents=True)
+    else:
+        status = {"state": "interrupted", "trials": [{"trial_id": "trial-00000"}]}
+        (resolved.run_dir / "status.json").write_text(json.dumps(status))
+    if journal is not None:
+        (resolved.run_dir / "journal.jsonl").write_text(journal)
+    with pytest.raises(ConfigError, match=r"journal\.jsonl is empty or gone although trials ran"):
+        run.resume(resolved.run_dir)
+
+
+def test_a_run_directory_that_lost_its_empty_folders_can_be_held(tmp_path: Path) -> None:
+    with run.single_driver(tmp_path):
+        assert (tmp_path / "control" / "lock").exists()

@@ -137,3 +137,13 @@ def test_waiting_gives_up_after_its_time_or_with_its_driver(tmp_path: Path) -> N
     assert clock.now_s() == pytest.approx(3, abs=0.2)
     set_pid(run_dir, dead_pid())
     assert wait_until_ended(run_dir, 3, now_s=clock.now_s, sleep=clock.advance) is StopResult.DRIVER_GONE
+
+
+def test_a_run_that_was_broken_off_before_its_first_status_can_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ConfigError, match=r"it has no status\.json"):
+        find_run("new", tmp_path, may_be_new=True)
+    (tmp_path / "new" / "run.yaml").write_text("")
+    assert find_run("new", tmp_path, may_be_new=True) == tmp_path / "new"
+    with pytest.raises(ConfigError, match=r"it has no status\.json"):
+        find_run("new", tmp_path)

@@ -14,6 +14,8 @@ from orchestrator.control.journal import FILE_NAME, read
 from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Status, StopMode
 from orchestrator.control.spec import StopRule
+from orchestrator.telemetry.store import read_table
+from orchestrator.telemetry.tables import TableKind
 from policies.plan import TrialId
 from policies.simulator.search import stops
 from tests.unit.orchestrator.control.worlds import Worker, World
@@ -295,6 +297,31 @@ def test_a_search_that_is_started_anew_waits_for_nobody_for_long(tmp_path: Path)
     assert not again.ask("b")
     found.world.clock.advance(2.0)
     assert again.ask("b")
+
+
+def test_those_that_come_back_do_not_each_wait_for_one_that_does_not(tmp_path: Path) -> None:
+    found = at_their_rung(tmp_path, a=0.0, b=1.0, c=2.0, d=3.0, e=4.0, f=5.0)
+    found.ask_woken()
+    others = found.told[1:]
+    again = anew(found, "s2")
+    for _ in range(24):
+        for name in others:
+            if name not in again.told:
+                again.ask(name)
+        found.world.clock.advance(0.5)
+    assert again.told == others, "in the order of before, after one wait"
+
+
+def test_a_report_that_only_the_journal_had_when_the_actor_died_is_in_the_table_too(tmp_path: Path) -> None:
+    found = at_their_rung(tmp_path, a=1.0, b=2.0)
+    found.world.restart()
+    for name, loss in (("a", 1.0), ("b", 2.0)):
+        found.report(name, loss)
+    controller = found.world.controller
+    controller.telemetry.flush()
+    rows = read_table(Path(found.world.spec.run_dir) / "telemetry", TableKind.RESULTS).table.to_pylist()
+    assert [(row["trial_id"], row["index"]) for row in rows] == [("a", 0), ("b", 0)]
+    assert [len(trial.reports) for trial in controller.state.lifecycle.trials.values()] == [1, 1]
 
 
 def test_where_a_rung_has_judged_others_what_they_were_counts(tmp_path: Path) -> None:

@@ -160,6 +160,8 @@ def test_nodes_may_leave_and_come_back(run: Run, tmp_path: Path) -> None:
         (("jobs.csv", "--policy", POLICY, "--set", "share"), "'share' is no parameter; allowed: KEY=VALUE"),
         (("jobs.csv", "--events", "jobs.csv"), "jobs.csv:1: column 'node' is missing"),
         (("jobs.csv", "--interval", "0"), "--interval"),
+        (("jobs.csv", "--interval", "nan"), "--interval is nan"),
+        (("jobs.csv", "--horizon", "nan"), "--horizon is nan"),
         (("philly-lik",), "did you mean 'philly-like'?"),
         (("nowhere",), "nowhere"),
     ],

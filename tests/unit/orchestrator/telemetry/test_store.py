@@ -311,6 +311,48 @@ def test_a_crash_between_rename_and_removal_duplicates_nothing(tmp_path: Path) -
     assert steps(tmp_path).num_rows == 10
 
 
+def test_a_segment_that_comes_back_torn_does_not_replace_what_was_compacted(tmp_path: Path) -> None:
+    path, ends, sent = segment(tmp_path, "aaaaa")
+    content = path.read_bytes()
+    compact(tmp_path)
+    path.write_bytes(content[: ends[1]])  # a crash had undone its removal, and its last blocks never reached the disk
+    assert steps(tmp_path).to_pylist() == sent
+    compact(tmp_path)
+    assert suffixes(tmp_path) == [".parquet"]
+    assert steps(tmp_path).to_pylist() == sent
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), pa.ArrowMemoryError("malloc failed")])
+def test_a_disk_or_memory_that_fails_while_compacting_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    _, _, sent = segment(tmp_path, "aaaaa")
+    looks = []
+
+    def fail_at_the_second(batch: pa.RecordBatch, metadata: object, is_sealed: bool) -> bool:
+        looks.append(batch)
+        if len(looks) == 2:
+            raise error
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_is_as_written", fail_at_the_second)
+        with pytest.raises(TelemetryError, match="the segment was kept"):
+            compact(tmp_path)
+    assert suffixes(tmp_path) == [".arrows"]
+    assert steps(tmp_path).to_pylist() == sent
+
+
+def test_reports_that_a_later_attempt_makes_again_are_kept_beside_the_first(tmp_path: Path) -> None:
+    writer = TelemetryWriter(tmp_path)
+    rows = [{"trial_id": "a", "attempt": attempt, "index": 4} for attempt in (0, 1, 1)]
+    writer.append_results(rows)
+    writer.flush()
+    found = read_table(tmp_path, TableKind.RESULTS)
+    assert [row["attempt"] for row in found.table.to_pylist()] == [0, 1]
+    assert found.num_duplicates == 1
+
+
 def test_a_crash_inside_compaction_leaves_the_segment_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = TelemetryWriter(tmp_path)
     writer.append_steps("a", 0, 0, records(10))

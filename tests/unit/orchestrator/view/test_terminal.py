@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import run_dirs
 from orchestrator.clock import ManualClock
 from orchestrator.errors import ConfigError
 from orchestrator.view import terminal
@@ -193,6 +194,18 @@ def test_a_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(threading.Event, "wait", wait)
     assert watch(tmp_path, False, out=io.StringIO()) == 0
     assert looks == [1.0, 1.0, 1.0]
+
+
+def test_watching_ends_where_the_driver_is_gone_without_a_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, state="running")
+    monkeypatch.setattr(run_dirs, "is_driver_gone", lambda _run_dir: True)
+    for once, code in ((True, 0), (False, 1)):
+        out = io.StringIO()
+        assert watch(tmp_path, once, out=out) == code
+        assert "lost" in out.getvalue()
+        assert "running plan" not in out.getvalue()
 
 
 def test_ctrl_c_ends_the_watching_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,16 @@ def test_the_answer_is_plain_json_with_the_promised_keys(tmp_path: Path) -> None
     assert violation == {"code": "leak", "text": "the run left behind 2 actors", "trial_id": None, "generation": None}
 
 
+@pytest.mark.parametrize(("lost", "words"), [(slice(-1, None), "last word"), (slice(1), "head")])
+def test_a_journal_that_lost_its_end_or_its_head_is_torn(tmp_path: Path, lost: slice, words: str) -> None:
+    run = healthy_run(tmp_path)
+    del run.entries[lost]
+    run_dir = run.write()
+    (run_dir / "status.json").write_text('{"state": "done"}')
+    violations = verify(run_dir)["violations"]
+    assert any(v["code"] == "journal_torn" and words in v["text"] for v in violations), violations
+
+
 def test_a_directory_that_is_no_run_is_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run directory"):
         verify(tmp_path)
