@@ -80,11 +80,7 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
         raise ConfigError(f"{run_dir} holds no run.yaml and is no run directory; see: orchestrator list")
     if status is not None and status.get("state") == "done":
         raise ConfigError(f"the run in {run_dir} is done; nothing to resume")
-    if not _has_journal(run_dir) and (any(run_dir.glob("trials/*")) or (status or {}).get("trials")):
-        raise ConfigError(
-            f"{run_dir / JOURNAL_NAME} is empty or gone although trials ran: what they had done is not known;"
-            " allowed: a run with its journal. Restore it, or begin a new run under another name"
-        )
+    require_history(run_dir)
     place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
     resolved = load_config(run_dir / "run.yaml", place)
     require_fit(resolved, is_new=False)
@@ -92,10 +88,21 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
     return _Driver(resolved, run_dir).execute(plain)
 
 
-def _has_journal(run_dir: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return (run_dir / JOURNAL_NAME).stat().st_size > 0
-    return False
+def require_history(run_dir: Path) -> None:
+    """Refuse to begin a run from its start whose trials have run already.
+
+    Raises:
+        ConfigError: its journal is empty or gone.
+    """
+    journal = run_dir / JOURNAL_NAME
+    if journal.exists() and journal.stat().st_size:
+        return
+    status = read_status(run_dir / STATUS_NAME) or {}
+    if any(path.name != "warm-up" for path in run_dir.glob("trials/*")) or status.get("trials"):
+        raise ConfigError(
+            f"{journal} is empty or gone although trials ran: what they had done is not known;"
+            " allowed: a run with its journal. Restore it, or begin a new run under another name"
+        )
 
 
 def _load_torch() -> None:

@@ -7,6 +7,7 @@ their trials are still there and go on; when the whole run starts anew, running 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from orchestrator.control.continuation import rebase
@@ -27,8 +28,17 @@ def recover(state: RunState, entries: Iterable[Entry]) -> None:
     for entry in entries:
         action = _ACTIONS.get(entry["kind"])
         if action is not None:
-            action(state, entry)
+            action(state, moved(entry, Path(state.spec.run_dir)))
     state.wants_decision = True
+
+
+def moved(entry: Entry, run_dir: Path) -> Entry:
+    """The entry with its checkpoint where it is now, if the run's directory was moved or copied since."""
+    checkpoint = entry.get("checkpoint")
+    if not checkpoint or Path(checkpoint).is_relative_to(run_dir):
+        return entry
+    _, has_trials, inside = checkpoint.rpartition("/trials/")
+    return {**entry, "checkpoint": str(run_dir / "trials" / inside)} if has_trials else entry
 
 
 def forget_workers(state: RunState) -> None:

@@ -23,7 +23,7 @@ from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.config.render import scalar
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.run import log_end, make_run_dir, single_driver
+from orchestrator.run import log_end, make_run_dir, require_history, single_driver
 from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.admission import HEAD, require_tested_ray, sliver
@@ -78,6 +78,7 @@ def _run_dir(resolved: ResolvedRun, *, is_resumed: bool) -> Path:
     if is_resumed:
         if not (run_dir / "run.yaml").exists():
             raise ConfigError(f"{run_dir} holds no run.yaml; leave resume=True out to begin a new run")
+        require_history(run_dir)
         (run_dir / "control" / "stop").unlink(missing_ok=True)
         return run_dir
     make_run_dir(resolved)
