@@ -144,6 +144,7 @@ class _Driver:
         view = LiveView(lambda: read_status(self._run_dir / STATUS_NAME), plain=plain)
         uses_gpus = self._config.devices.use != "cpu"
         with (
+            self._signals(is_starting=True),
             single_driver(self._run_dir),
             ray_cluster(self._config.cluster, self._plane.namespace, uses_gpus=uses_gpus),
         ):
@@ -212,11 +213,13 @@ class _Driver:
         return stop_request(self._run_dir)
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Count interrupts while the run goes on; installed after `ray.init`, which installs its own."""
+    def _signals(self, *, is_starting: bool = False) -> Iterator[None]:
+        """Count interrupts; around `ray.init`, which does not survive one, and behind it, since it installs its own."""
 
         def note(_number: int, _frame: object) -> None:
             self._num_signals += 1
+            if is_starting:
+                os.write(2, b"interrupted: the run ends as soon as Ray has started\n")
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,3 +83,17 @@ def test_a_run_whose_journal_is_lost_does_not_begin_from_its_start(
 def test_a_run_directory_that_lost_its_empty_folders_can_be_held(tmp_path: Path) -> None:
     with run.single_driver(tmp_path):
         assert (tmp_path / "control" / "lock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_ray_starts_is_taken_up_later(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """It had left processes, a cluster without slots, or a core dump."""
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    before = signal.getsignal(number)
+    with driver._signals(is_starting=True):
+        os.kill(os.getpid(), number)
+        assert "the run ends as soon as Ray has started" in capfd.readouterr().err
+    assert driver._wish_to_stop() == "graceful"
+    assert signal.getsignal(number) is before
