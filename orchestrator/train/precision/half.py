@@ -2,7 +2,7 @@
 
 Compiled, those of 16 bits are plain casts and a product: torch.compile sees what is kept and cast, and fuses it, and
 torch keeps on disk only what it made of graphs without such functions. A process that reads them from there, instead
-of tracing the model's backward pass again, is ready in a third of the time.
+of tracing the model's backward pass again, is ready in a third of the time (34 M language model on an H200, alone).
 
 Takes (input, weight, bias) as `torch.nn.functional.linear` does. Weights stay fp32 masters and their gradients arrive
 in fp32. Called by `PrecisionLinear.forward` through `products`; ignorant of models, ranks and of when a tier changes.
