@@ -63,38 +63,7 @@ def ray_cluster(
     # Unix sockets allow 107 bytes of path; a directory of its own keeps other clusters of this machine out of sight.
     temporary = tempfile.mkdtemp(prefix="orch-", dir="/tmp") if is_own else None
     try:
-        try:
-            if temporary is not None:
-                num_gpus = {"num_gpus": 0} if not uses_gpus else {}
-                port = _free_port()
-                os.environ["RAY_TMPDIR"] = temporary
-                # Ray's own clean-up of a dead slot asks the State API, and cannot find it by itself beside another
-                # cluster.
-                os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-                ray.init(
-                    address="local",
-                    num_cpus=cluster.num_cpus or len(os.sched_getaffinity(0)),
-                    **num_gpus,
-                    namespace=namespace,
-                    include_dashboard=True,  # it serves the State API
-                    dashboard_port=port,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    configure_logging=False,
-                )
-            else:
-                environment = {"env_vars": dict(_ENVIRONMENT)}
-                ray.init(
-                    address=cluster.address,
-                    namespace=namespace,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    runtime_env=environment,
-                )
-        except Exception as error:
-            raise UnfitEnvironmentError(
-                f"Ray does not start at address {cluster.address!r}: {error}; see: orchestrator doctor"
-            ) from error
+        _start(cluster, namespace, temporary, uses_gpus=uses_gpus)
         yield
     finally:  # also where somebody interrupts the start
         ray.shutdown()
@@ -102,6 +71,45 @@ def ray_cluster(
             os.environ.pop("RAY_TMPDIR", None)
             os.environ.pop("RAY_API_SERVER_ADDRESS", None)
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start(cluster: ClusterSection, namespace: str, temporary: str | None, *, uses_gpus: bool) -> None:
+    """Start Ray in that directory, or connect to a running cluster where there is none.
+
+    Raises:
+        UnfitEnvironmentError: it does not start or cannot be reached.
+    """
+    try:
+        if temporary is not None:
+            num_gpus = {"num_gpus": 0} if not uses_gpus else {}
+            port = _free_port()
+            os.environ["RAY_TMPDIR"] = temporary
+            # Ray's own clean-up of a dead slot asks the State API, and cannot find it by itself beside another cluster.
+            os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+            ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus or len(os.sched_getaffinity(0)),
+                **num_gpus,
+                namespace=namespace,
+                include_dashboard=True,  # it serves the State API
+                dashboard_port=port,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        else:
+            environment = {"env_vars": dict(_ENVIRONMENT)}
+            ray.init(
+                address=cluster.address,
+                namespace=namespace,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=environment,
+            )
+    except Exception as error:
+        raise UnfitEnvironmentError(
+            f"Ray does not start at address {cluster.address!r}: {error}; see: orchestrator doctor"
+        ) from error
 
 
 def _free_port() -> int:

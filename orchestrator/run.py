@@ -59,7 +59,6 @@ def make_run_dir(resolved: ResolvedRun) -> None:
     run_dir = resolved.run_dir
     try:
         run_dir.mkdir(parents=True, mode=0o700)
-        (run_dir / "control").mkdir()
         write_atomically(run_dir / "run.yaml", resolved.to_yaml(with_origins=True))
     except FileExistsError:
         raise ConfigError(f"{run_dir} exists already; allowed: another name, or `orchestrator resume`") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.shared import json_option, opened, print_json, run_argument, storage_option
+from orchestrator.commands.shared import NumberRange, json_option, opened, print_json, run_argument, storage_option
 from orchestrator.errors import ConfigError
 from orchestrator.run_dirs import (
     ENDED_STATES,
@@ -71,9 +71,7 @@ def watch(run: str, storage: Path, once: bool) -> int:
 @storage_option
 @click.option("--now", is_flag=True, help="Do not wait for checkpoints; work since the last one is lost.")
 @click.option("--no-wait", is_flag=True, help="Write the request and return at once.")
-@click.option(
-    "--timeout-s", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Seconds to wait at most."
-)
+@click.option("--timeout-s", type=NumberRange(min=0), default=300.0, show_default=True, help="Seconds to wait at most.")
 def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float) -> int:
     """Stop RUN: its trials checkpoint, its processes end, and `resume` can go on with it."""
     run_dir = opened(run, storage)

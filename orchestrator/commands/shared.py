@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,22 @@ storage_option = click.option(
     help="Directory in which RUN is looked for by name.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+class NumberRange(click.FloatRange):
+    """As click's, which takes `nan`: it compares with no bound, and nothing is ever later than it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        """The number.
+
+        Raises:
+            click.BadParameter: it is none, or out of range.
+        """
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            name = "the value" if param is None else param.opts[0]
+            self.fail(f"{name} is nan; allowed: a number", param, ctx)
+        return number
 
 
 def opened(run: str, storage: Path, *, may_be_new: bool = False) -> Path:

@@ -5,15 +5,14 @@ Deliberately thin: files are read in `orchestrator.simulate`, what happens is in
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.commands.shared import json_option, opened, print_json, storage_option
-from orchestrator.errors import ConfigError, PlanError
+from orchestrator.commands.shared import NumberRange, json_option, opened, print_json, storage_option
+from orchestrator.errors import PlanError
 
 if TYPE_CHECKING:
     from policies.simulator import Summary
@@ -36,11 +35,11 @@ Examples:
 )
 @click.option("--cluster", default="16x4", show_default=True, help="NODESxDEVICES[:type@speed$price], joined by '+'.")
 @click.option(
-    "--interval", type=click.FloatRange(1, 86_400), default=60.0, show_default=True, help="Seconds between decisions."
+    "--interval", type=NumberRange(1, 86_400), default=60.0, show_default=True, help="Seconds between decisions."
 )
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Seed of what is drawn.")
 @click.option(
-    "--horizon", type=click.FloatRange(0, min_open=True), metavar="HOURS", help="Simulated hours after which to stop."
+    "--horizon", type=NumberRange(0, min_open=True), metavar="HOURS", help="Simulated hours after which to stop."
 )
 @click.option("--tables", type=click.Path(path_type=Path), metavar="DIR", help="Job tables: a folder per application.")
 @click.option(
@@ -100,9 +99,6 @@ def _workload(target: str, plot: Path | None, as_json: bool, options: dict[str, 
     cluster = inputs.cluster_of(str(options["cluster"]), events if isinstance(events, Path) else None)
     applications = inputs.applications_of(tables if isinstance(tables, Path) else None)
     workload = inputs.workload_of(target, applications, seed)
-    for option in ("horizon", "interval"):
-        if isinstance(value := options[option], float) and math.isnan(value):
-            raise ConfigError(f"--{option} is nan; allowed: a number")
     horizon = options["horizon"]
     horizon_s = horizon * 3600 if isinstance(horizon, float) else float("inf")
     interval = options["interval"]

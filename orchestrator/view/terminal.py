@@ -244,8 +244,13 @@ def watch(run_dir: Path, once: bool, *, out: TextIO | None = None) -> int:
     Raises:
         ConfigError: there is no status to show.
     """
+
+    def look() -> dict[str, Any] | None:
+        found = run_dirs.read_status(run_dir)
+        return None if found is None else {**found, "state": run_dirs.state_of(run_dir, found)}
+
     stream = sys.stdout if out is None else out
-    status = run_dirs.read_status(run_dir)
+    status = look()
     if status is None:
         raise ConfigError(
             f"{run_dir} has no readable {run_dirs.STATUS_FILE};"
@@ -253,14 +258,8 @@ def watch(run_dir: Path, once: bool, *, out: TextIO | None = None) -> int:
         )
     if once:
         width = shutil.get_terminal_size().columns
-        status = {**status, "state": run_dirs.state_of(run_dir, status)}
         stream.write(build_frame(status, width=width, max_rows=1 << 30, now_s=time.time()).text + "\n")
         return 0
-
-    def look() -> dict[str, Any] | None:
-        found = run_dirs.read_status(run_dir)
-        return None if found is None else {**found, "state": run_dirs.state_of(run_dir, found)}
-
     view = LiveView(look, out=stream)
     try:
         return EXIT_CODES[view.follow(EXIT_CODES)]

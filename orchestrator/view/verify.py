@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.control.journal import SPARE_REASON
-from orchestrator.run_dirs import read_status
+from orchestrator.run_dirs import ENDED_STATES, read_status
 from orchestrator.share.verification import SPEED_TOLERANCE, Verdict, judge_speed
 from orchestrator.telemetry.history import (
     Acknowledged,
@@ -95,14 +95,14 @@ def _journal(run_dir: Path, history: History, notes: list[str]) -> Iterator[Find
     for damage in history.damage:
         yield Finding(code=Code.JOURNAL_TORN, text=f"journal: {damage}")
     state = (read_status(run_dir) or {}).get("state")
-    if state in {"done", "failed", "interrupted"} and not any(history.of(RunEnded)):
+    if state in ENDED_STATES and not any(history.of(RunEnded)):
         yield Finding(code=Code.JOURNAL_TORN, text=f"journal: the run is {state}, and its last word is missing")
     if history.entries and next(history.of(RunBegun), None) is None:
         yield Finding(code=Code.JOURNAL_TORN, text="journal: its head is missing")
     if not history.torn_tail_bytes:
         return
     text = f"journal: the last line is torn ({history.torn_tail_bytes} bytes)"
-    if (read_status(run_dir) or {}).get("state") in {"done", "failed", "interrupted"}:
+    if state in ENDED_STATES:
         yield Finding(code=Code.JOURNAL_TORN, text=f"{text} although the run ended")
     else:
         notes.append(f"{text}: cut off by a crash or still being written, in either case not acted upon")

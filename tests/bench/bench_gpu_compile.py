@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.bench.gpu_job import SIZES, job_of
+from tests.bench.gpu_job import SIZES
+from tests.bench.hand_trials import TINY
 from tests.bench.orchestrated import scratch
 from tests.bench.results_file import ROOT, Report, median_figure, options, say
 
 BATCHES = (16, 32)
-TINY = {"width": 32, "layers": 2, "heads": 2, "context": 32}
 
 
 def compile_here(size: str) -> dict[str, float]:
@@ -33,7 +33,7 @@ def compile_here(size: str) -> dict[str, float]:
     from policies.tier import Tier
 
     device, tier = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Tier.BF16
-    job = job_of(size) if size in SIZES else build_job("language", TINY)
+    job = build_job("language", SIZES[size][0] if size in SIZES else TINY)
     job.prepare()
     with device:
         model = job.build_model()

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from tests.bench.gpu_job import MAX_GRAD_NORM, SIZES
+from tests.bench.hand_trials import TINY
 from tests.bench.results_file import ROOT, commit, machine, say
 from tests.bench.run_timeline import whole
 
@@ -125,7 +126,7 @@ def compiled_s(storage: Path) -> list[dict[str, float]]:
 
 def size_of(given: argparse.Namespace) -> dict[str, Any]:
     """Parameters of the job: of the size, or tiny on cores."""
-    return {"width": 32, "layers": 2, "heads": 2, "context": 32} if given.rehearse else SIZES[given.size][0]
+    return TINY if given.rehearse else SIZES[given.size][0]
 
 
 def train_by_hand(config: dict[str, Any]) -> None:

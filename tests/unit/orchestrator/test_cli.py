@@ -248,6 +248,15 @@ def test_an_unknown_run_is_the_users_mistake_with_a_suggestion(run: Run, command
     assert run(command, "../../etc")[0] == 2
 
 
+def test_a_time_to_wait_that_is_no_number_is_a_users_mistake(run: Run) -> None:
+    """Nothing is later than it: it would be waited for ever."""
+    make_run("demo")
+    code, _, err = run("stop", "demo", "--timeout-s", "nan")
+    assert code == 2
+    assert "--timeout-s is nan; allowed: a number" in err
+    assert not (Path("runs") / "demo" / "control").exists(), "nobody was asked to stop"
+
+
 def test_stop_writes_the_request_and_names_the_next_step(run: Run) -> None:
     run_dir = make_run("demo")
     code, out, _ = run("stop", "demo", "--no-wait")
