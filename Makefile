@@ -14,7 +14,7 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test unit check fix gpu bench clean
+.PHONY: help install demo test unit lint check fix gpu bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,8 +31,8 @@ $(BIN)/python:
 	echo "or name one: make PYTHON=/path/to/python3.11" >&2; \
 	exit 1
 
-$(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[jobs,test,dev]'
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[jobs,huggingface,lightning,test,dev]'
 	@touch $@
 
 install: $(STAMP) ## make .venv with everything in it; every other target does so when needed
@@ -46,10 +46,12 @@ test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, ch
 unit: $(STAMP) ## unit tests only: no Ray, seconds
 	$(PYTEST) tests/unit
 
-check: $(STAMP) ## format, lint, types and unit tests, before every commit
+lint: $(STAMP) ## format, lint and types, about a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint ## the same and unit tests, before every commit
 	$(PYTEST) tests/unit
 
 fix: $(STAMP) ## format the code and repair what the linter can

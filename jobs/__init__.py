@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from jobs.table import JOB_INFO, JobInfo, check_param, complete_params, job_info
+from orchestrator.jobs.table import JOB_INFO, JobInfo, check_param, complete_params, job_info
 
 if TYPE_CHECKING:
-    from jobs.job import Job
+    from orchestrator.jobs.job import Job
 
 __all__ = ["JOB_INFO", "JobInfo", "build_job", "check_param", "complete_params", "job_info"]
 
@@ -24,6 +24,6 @@ def build_job(job: str, params: Mapping[str, object]) -> Job:
         ValueError: unknown job or parameter, wrong type, out of range, or values that do not go together.
     """
     complete = complete_params(job, params)
-    from jobs.classes import JOBS
+    from orchestrator.jobs.classes import JOBS
 
     return JOBS[job](**complete)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobs.genome import GenomeJob
-from jobs.image import ImageJob
-from jobs.job import Job
-from jobs.language import LanguageJob
-from jobs.mlp import MlpJob
-from jobs.speech import SpeechJob
-from jobs.tissue import TissueJob
+from orchestrator.jobs.genome import GenomeJob
+from orchestrator.jobs.image import ImageJob
+from orchestrator.jobs.job import Job
+from orchestrator.jobs.language import LanguageJob
+from orchestrator.jobs.mlp import MlpJob
+from orchestrator.jobs.speech import SpeechJob
+from orchestrator.jobs.tissue import TissueJob
 
 JOBS: dict[str, Callable[..., Job]] = {
     "language": LanguageJob,

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jobs.folder import existing_folder, files_below, read_files
-from jobs.folder import is_held_out as is_one_of
-from jobs.remember import remembered
+from orchestrator.jobs.folder import existing_folder, files_below, read_files
+from orchestrator.jobs.folder import is_held_out as is_one_of
+from orchestrator.jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.data import Indices
-from jobs.genome_data import NUM_LETTERS, Genome, area_under_curve, from_folder, planted
-from jobs.job import LossTerms, SampleReader
-from jobs.optim import adamw
-from jobs.vision import group_norm
+from orchestrator.jobs.data import Indices
+from orchestrator.jobs.genome_data import NUM_LETTERS, Genome, area_under_curve, from_folder, planted
+from orchestrator.jobs.job import LossTerms, SampleReader
+from orchestrator.jobs.optim import adamw
+from orchestrator.jobs.vision import group_norm
 
 BETAS = (0.9, 0.95)
 EVAL_BATCH = 256

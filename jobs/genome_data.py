@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from jobs.folder import STOP, existing_folder, files_below, read_files
-from jobs.remember import remembered
+from orchestrator.jobs.folder import STOP, existing_folder, files_below, read_files
+from orchestrator.jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.data import Indices
-from jobs.image_data import LabelledImages, digits, from_folder, has_cifar, shapes
-from jobs.image_files import LoadedPictures, look_through
-from jobs.job import LossTerms, SampleReader
-from jobs.optim import adamw
-from jobs.vision import ResidualNet, VisionTransformer
+from orchestrator.jobs.data import Indices
+from orchestrator.jobs.image_data import LabelledImages, digits, from_folder, has_cifar, shapes
+from orchestrator.jobs.image_files import LoadedPictures, look_through
+from orchestrator.jobs.job import LossTerms, SampleReader
+from orchestrator.jobs.optim import adamw
+from orchestrator.jobs.vision import ResidualNet, VisionTransformer
 
 BETAS = (0.9, 0.95)
 EVAL_BATCH = 128

@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from jobs.extras import load_extra
-from jobs.folder import existing_folder, read_files
-from jobs.pictures import Bytes, class_files, read_image, usable
-from jobs.remember import remembered
+from orchestrator.jobs.extras import load_extra
+from orchestrator.jobs.folder import existing_folder, read_files
+from orchestrator.jobs.pictures import Bytes, class_files, read_image, usable
+from orchestrator.jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 

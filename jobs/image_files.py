@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.folder import existing_folder
-from jobs.image_data import FOLDER_SIZE, mean_and_std
-from jobs.loading import MapLoader
-from jobs.pictures import Bytes, PictureDataset, check_header, class_files, evenly, read_image, usable
-from jobs.remember import remembered
+from orchestrator.jobs.folder import existing_folder
+from orchestrator.jobs.image_data import FOLDER_SIZE, mean_and_std
+from orchestrator.jobs.loading import MapLoader
+from orchestrator.jobs.pictures import Bytes, PictureDataset, check_header, class_files, evenly, read_image, usable
+from orchestrator.jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 

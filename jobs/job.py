@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from jobs.data import Indices
-from jobs.loading import SampleReader
-from jobs.table import JobInfo
+from orchestrator.jobs.data import Indices
+from orchestrator.jobs.loading import SampleReader
+from orchestrator.jobs.table import JobInfo
 
 __all__ = ["Job", "JobInfo", "LossTerms", "SampleReader"]
 

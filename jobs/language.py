@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.corpus import Corpus, as_tensor, load_corpus, standard_library
-from jobs.data import Indices
-from jobs.job import LossTerms, SampleReader
-from jobs.loading import StreamReader
-from jobs.optim import adamw
-from jobs.text_stream import TextStream, open_text
-from jobs.transformer import INIT_STD, Block, init_weights
+from orchestrator.jobs.corpus import Corpus, as_tensor, load_corpus, standard_library
+from orchestrator.jobs.data import Indices
+from orchestrator.jobs.job import LossTerms, SampleReader
+from orchestrator.jobs.loading import StreamReader
+from orchestrator.jobs.optim import adamw
+from orchestrator.jobs.text_stream import TextStream, open_text
+from orchestrator.jobs.transformer import INIT_STD, Block, init_weights
 
 NUM_BYTE_VALUES = 256
 EVAL_BATCH = 64

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
-from jobs.data import Indices
+from orchestrator.jobs.data import Indices
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.data import Indices
-from jobs.job import LossTerms, SampleReader
+from orchestrator.jobs.data import Indices
+from orchestrator.jobs.job import LossTerms, SampleReader
 
 NUM_INPUTS = 16
 NUM_CLASSES = 8

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from jobs.extras import load_extra
-from jobs.folder import BROKEN, STOP, broken_file, files_below, is_held_out, read_files
+from orchestrator.jobs.extras import load_extra
+from orchestrator.jobs.folder import BROKEN, STOP, broken_file, files_below, is_held_out, read_files
 
 Bytes = npt.NDArray[np.uint8]
 Value = TypeVar("Value")

@@ -48,7 +48,7 @@ def remembered(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 for name, level, message in heard[-MAX_SAID:]:
                     logging.getLogger(name).log(level, "%s", message)
                 return value
-            listener, logger = _Listener(), logging.getLogger("jobs")
+            listener, logger = _Listener(), logging.getLogger("orchestrator.jobs")
             logger.addHandler(listener)
             try:
                 value = load(*args, **kwargs)

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.data import Indices
-from jobs.job import LossTerms, SampleReader
-from jobs.optim import adamw
-from jobs.speech_data import FLOOR, NUM_MELS, Part, Speech, Words, from_folder, made
-from jobs.transformer import INIT_STD, Block, init_weights
+from orchestrator.jobs.data import Indices
+from orchestrator.jobs.job import LossTerms, SampleReader
+from orchestrator.jobs.optim import adamw
+from orchestrator.jobs.speech_data import FLOOR, NUM_MELS, Part, Speech, Words, from_folder, made
+from orchestrator.jobs.transformer import INIT_STD, Block, init_weights
 
 BETAS = (0.9, 0.98)
 EVAL_BATCH = 32

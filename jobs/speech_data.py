@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from jobs import voices
-from jobs.extras import load_extra
-from jobs.folder import BROKEN, existing_folder, files_below, is_held_out, read_files
-from jobs.remember import remembered
-from jobs.voices import Wave
+from orchestrator.jobs import voices
+from orchestrator.jobs.extras import load_extra
+from orchestrator.jobs.folder import BROKEN, existing_folder, files_below, is_held_out, read_files
+from orchestrator.jobs.remember import remembered
+from orchestrator.jobs.voices import Wave
 
 logger = logging.getLogger(__name__)
 

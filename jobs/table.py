@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jobs.param import (
+from orchestrator.jobs.param import (
     JobInfo,
     Param,
     ParamKind,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from jobs.corpus import as_tensor, check_is_text, files_of, is_held_out, num_train_bytes
-from jobs.folder import read_files
-from jobs.remember import remembered
+from orchestrator.jobs.corpus import as_tensor, check_is_text, files_of, is_held_out, num_train_bytes
+from orchestrator.jobs.folder import read_files
+from orchestrator.jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 

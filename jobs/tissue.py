@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.data import Indices
-from jobs.job import LossTerms, SampleReader
-from jobs.optim import adamw
-from jobs.tissue_data import Tissue, bundled, from_folder, iterate
-from jobs.vision import UNet
+from orchestrator.jobs.data import Indices
+from orchestrator.jobs.job import LossTerms, SampleReader
+from orchestrator.jobs.optim import adamw
+from orchestrator.jobs.tissue_data import Tissue, bundled, from_folder, iterate
+from orchestrator.jobs.vision import UNet
 
 BETAS = (0.9, 0.95)
 EVAL_BATCH = 64

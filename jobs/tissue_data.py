@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from jobs.extras import load_extra
-from jobs.folder import existing_folder, files_below, is_held_out, read_files
-from jobs.pictures import IMAGE_ENDINGS
-from jobs.remember import remembered
+from orchestrator.jobs.extras import load_extra
+from orchestrator.jobs.folder import existing_folder, files_below, is_held_out, read_files
+from orchestrator.jobs.pictures import IMAGE_ENDINGS
+from orchestrator.jobs.remember import remembered
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.transformer import INIT_STD, Block, init_weights
+from orchestrator.jobs.transformer import INIT_STD, Block, init_weights
 
 MAX_GROUPS = 8
 """Groups that GroupNorm cuts channels into, where they divide."""

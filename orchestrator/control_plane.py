@@ -25,10 +25,10 @@ from orchestrator.devices.ray_agents import Agents, gpu_nodes
 from orchestrator.errors import UnfitEnvironmentError, WorkerGroupError
 from orchestrator.node_requests import NodeRequests
 from orchestrator.node_watcher import NodeWatcher, num_slots_with_room, num_workers_with_room
+from orchestrator.policies.plan import TrialId
 from orchestrator.run_spec import gpu_part, middle_params, num_gpus_at_most, run_spec
 from orchestrator.supervisor import SlotSpec, Supervisor
 from orchestrator.tune.admission import PIN_HEAD, require_tested_ray
-from policies.plan import TrialId
 
 logger = logging.getLogger(__name__)
 

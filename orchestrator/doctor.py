@@ -22,9 +22,9 @@ from orchestrator.config.machine import this_machine
 from orchestrator.devices.choice import GpuFacts, GpuShare, choose, gpu_facts
 
 PYTHON_RANGE = ((3, 11), (3, 13))
-# Distribution -> tested range: at least the first, below the second; a test holds it against pyproject.toml.
+# Distribution -> range that is installed: at least the first, below the second; a test holds it against pyproject.toml.
 PACKAGE_RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
-    "torch": ((2, 11), (2, 14)),
+    "torch": ((2, 11), (2, 16)),
     "ray": ((2, 60), (2, 61)),
     "nvidia-ml-py": ((13,), None),
     "pyarrow": ((17,), None),
@@ -34,7 +34,10 @@ PACKAGE_RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
     "pydantic": ((2, 10), None),
     "pyyaml": ((6,), None),
     "rich": ((13, 9), None),
+    "safetensors": ((0, 5), None),
 }
+TESTED_VERSIONS: dict[str, tuple[tuple[int, ...], ...]] = {"torch": ((2, 11), (2, 13), (2, 14))}
+"""The versions inside a range that the test suite ran on (2.11 on GPUs); the README says the same, a test compares."""
 # What Ray's State API and dashboard, Train and Tune need beyond ray itself.
 STATE_API_MODULES = ("aiohttp", "aiohttp_cors", "grpc", "opencensus", "prometheus_client")
 RAY_EXTRA_MODULES = ("fsspec", "pandas", "requests", "tensorboardX")
@@ -122,6 +125,11 @@ def check_package(name: str, version: str | None) -> Check:
     if high is not None and numbers >= high:
         detail = f"{version} is newer than what is tested"
         return Check(name=name, status=Status.WARN, detail=detail, remedy=f"pip install {wanted}")
+    tested = TESTED_VERSIONS.get(name)
+    if tested is not None and numbers[:2] not in tested:
+        detail = f"{version} was not tested; tested: {', '.join(_dotted(each) for each in tested)}"
+        remedy = f"nothing, if it works; else pip install '{name}=={_dotted(tested[-1])}.*'"
+        return Check(name=name, status=Status.WARN, detail=detail, remedy=remedy)
     return Check(name=name, status=Status.OK, detail=version)
 
 

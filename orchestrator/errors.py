@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from policies.plan import Settings
+from orchestrator.policies.plan import Settings
 
 
 class OrchestratorError(Exception):

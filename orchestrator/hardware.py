@@ -10,7 +10,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from policies.tier import TIER_FACTS, DeviceFacts
+from orchestrator.policies.tier import TIER_FACTS, DeviceFacts
 
 _FLAGS = frozenset(flag for facts in TIER_FACTS.values() for flag in facts.cpu_flags or ())
 

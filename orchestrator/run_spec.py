@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from jobs.table import complete_params, job_info
 from orchestrator.config import ResolvedRun
 from orchestrator.config.machine import this_machine
 from orchestrator.config.model import (
@@ -16,9 +15,10 @@ from orchestrator.config.model import (
     Scheduler,
 )
 from orchestrator.control.spec import RunSpec, StopRule
-from policies.plan import Settings
-from policies.snapshot import DeviceKind, DialLimits, NodeType
-from policies.tier import Tier, auto_tiers
+from orchestrator.jobs.table import complete_params, job_info
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.snapshot import DeviceKind, DialLimits, NodeType
+from orchestrator.policies.tier import Tier, auto_tiers
 
 
 def run_spec(resolved: ResolvedRun) -> RunSpec:

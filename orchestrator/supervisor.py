@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.control.orders import TrialOrder
-from policies.plan import can_split, on_ranks
+from orchestrator.policies.plan import can_split, on_ranks
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from policies.codec import dumps, plan_from, settings_from, snapshot_from, to_jsonable
-from policies.fair_share import FairShare
-from policies.fifo import Fifo
-from policies.fit import (
+from orchestrator.policies.codec import dumps, plan_from, settings_from, snapshot_from, to_jsonable
+from orchestrator.policies.fair_share import FairShare
+from orchestrator.policies.fifo import Fifo
+from orchestrator.policies.fit import (
     NOTHING_FITTED,
     Observation,
     TrialFit,
@@ -26,13 +26,13 @@ from policies.fit import (
     protect,
     update,
 )
-from policies.fluid import Fluid
-from policies.goodput import efficiency, gain
-from policies.goodput_joint import GoodputJoint
-from policies.goodput_policy import Goodput
-from policies.invariants import Violation, check
-from policies.optimus import Optimus
-from policies.plan import (
+from orchestrator.policies.fluid import Fluid
+from orchestrator.policies.goodput import efficiency, gain
+from orchestrator.policies.goodput_joint import GoodputJoint
+from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.invariants import Violation, check
+from orchestrator.policies.optimus import Optimus
+from orchestrator.policies.plan import (
     EMPTY_PLAN,
     Allocation,
     Alternative,
@@ -48,14 +48,23 @@ from policies.plan import (
     effect_of,
     is_same,
 )
-from policies.policy import Policy
-from policies.pollux import Pollux
-from policies.sia import Sia
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType, Override, Quota, Snapshot, TrialView
-from policies.speed import Prediction
-from policies.static import Static
-from policies.tier import NAMED_TIERS, TIER_FACTS, Tier, TierFacts, is_cheaper, tier_facts
-from policies.tiresias import Tiresias
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.pollux import Pollux
+from orchestrator.policies.sia import Sia
+from orchestrator.policies.snapshot import (
+    DeviceKind,
+    DeviceView,
+    DialLimits,
+    NodeType,
+    Override,
+    Quota,
+    Snapshot,
+    TrialView,
+)
+from orchestrator.policies.speed import Prediction
+from orchestrator.policies.static import Static
+from orchestrator.policies.tier import NAMED_TIERS, TIER_FACTS, Tier, TierFacts, is_cheaper, tier_facts
+from orchestrator.policies.tiresias import Tiresias
 
 POLICIES: dict[str, type] = {
     "static": Static,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from policies.plan import Settings
-from policies.snapshot import DialLimits
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.snapshot import DialLimits
 
 
 def most_micro_batch(limits: DialLimits, micro_batch_cap: int | None) -> int:

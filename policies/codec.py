@@ -16,10 +16,10 @@ from enum import Enum
 from functools import cache
 from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from policies.fit import Observation, TrialFit
-from policies.plan import Allocation, Plan, Settings
-from policies.snapshot import DeviceView, DialLimits, Override, Snapshot, TrialView
-from policies.tier import TIER_WORDS, Tier
+from orchestrator.policies.fit import Observation, TrialFit
+from orchestrator.policies.plan import Allocation, Plan, Settings
+from orchestrator.policies.snapshot import DeviceView, DialLimits, Override, Snapshot, TrialView
+from orchestrator.policies.tier import TIER_WORDS, Tier
 
 _T = TypeVar("_T")
 _Reader = Callable[[object, str], object]

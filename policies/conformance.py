@@ -23,13 +23,13 @@ from types import FrameType
 
 import numpy as np
 
-from policies.codec import dumps
-from policies.invariants import check
-from policies.plan import Plan, is_same
-from policies.policy import Policy
-from policies.sample_fleets import after, fleet_world
-from policies.sample_worlds import snapshots
-from policies.snapshot import Snapshot
+from orchestrator.policies.codec import dumps
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import Plan, is_same
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.sample_fleets import after, fleet_world
+from orchestrator.policies.sample_worlds import snapshots
+from orchestrator.policies.snapshot import Snapshot
 
 _NUM_AGAIN = 50
 """Worlds that are decided a second time, in reverse, after all others."""

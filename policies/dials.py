@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from policies.batch import neighbours
-from policies.fit import noise_bounds
-from policies.goodput import efficiency
-from policies.invariants import MAX_ALTERNATIVES
-from policies.ladder import step_ratio
-from policies.plan import Alternative, Settings, TrialId
-from policies.tier import Tier, is_cheaper, is_coarse, tier_facts
-from policies.world import Standing
+from orchestrator.policies.batch import neighbours
+from orchestrator.policies.fit import noise_bounds
+from orchestrator.policies.goodput import efficiency
+from orchestrator.policies.invariants import MAX_ALTERNATIVES
+from orchestrator.policies.ladder import step_ratio
+from orchestrator.policies.plan import Alternative, Settings, TrialId
+from orchestrator.policies.tier import Tier, is_cheaper, is_coarse, tier_facts
+from orchestrator.policies.world import Standing
 
 Bounds = tuple[float, float]
 """The lowest and the highest that the noise scale may be."""

@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from policies.plan import DeviceId, TrialId
-from policies.shares import Claim, climb, components, fill, fits
-from policies.snapshot import Snapshot
-from policies.world import Standing, claim_of, make_room
+from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.shares import Claim, climb, components, fill, fits
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.world import Standing, claim_of, make_room
 
 _EPSILON = 1e-9
 

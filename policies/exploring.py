@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from policies.batch import most_micro_batch
-from policies.fleet import Fleet
-from policies.memory import fits
-from policies.movable import Mover, run
-from policies.plan import Allocation
-from policies.prospects import Prospect, usable_tiers
-from policies.tier import Tier, is_cheaper, tier_facts
+from orchestrator.policies.batch import most_micro_batch
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.memory import fits
+from orchestrator.policies.movable import Mover, run
+from orchestrator.policies.plan import Allocation
+from orchestrator.policies.prospects import Prospect, usable_tiers
+from orchestrator.policies.tier import Tier, is_cheaper, tier_facts
 
 Case = tuple[Mover, Prospect]
 

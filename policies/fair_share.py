@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from policies.movable import Budget, split
-from policies.plan import Allocation, Plan
-from policies.snapshot import Snapshot
-from policies.water_fill import MAX_PER_DEVICE, water_fill
-from policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
+from orchestrator.policies.movable import Budget, split
+from orchestrator.policies.plan import Allocation, Plan
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.water_fill import MAX_PER_DEVICE, water_fill
+from orchestrator.policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

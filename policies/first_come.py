@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from policies.fleet import Fleet
-from policies.movable import Budget, Mover, keep, run, wait
-from policies.placing import as_wished, in_order, realise
-from policies.plan import Allocation
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.movable import Budget, Mover, keep, run, wait
+from orchestrator.policies.placing import as_wished, in_order, realise
+from orchestrator.policies.plan import Allocation
 
 
 def first_come(movers: tuple[Mover, ...], fleet: Fleet, budget: Budget, *, blocks: bool = True) -> Iterator[Allocation]:

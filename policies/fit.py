@@ -11,12 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from policies.ladder import TierFit
-from policies.memory import MemoryPoint, merge, remember
-from policies.noise import MAX_NOISE_SCALE, NoiseTerms
-from policies.plan import SPARSE, Settings
-from policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
-from policies.tier import Tier, is_cheaper
+from orchestrator.policies.ladder import TierFit
+from orchestrator.policies.memory import MemoryPoint, merge, remember
+from orchestrator.policies.noise import MAX_NOISE_SCALE, NoiseTerms
+from orchestrator.policies.plan import SPARSE, Settings
+from orchestrator.policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
+from orchestrator.policies.tier import Tier, is_cheaper
 
 MAX_CELLS = 48
 MIN_NOISE_ESTIMATES = 10

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from policies.fleet import Fleet
-from policies.movable import Budget, Mover, split
-from policies.plan import Allocation
-from policies.snapshot import Snapshot
-from policies.static import Static
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.movable import Budget, Mover, split
+from orchestrator.policies.plan import Allocation
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.static import Static
 
 
 def with_fixed(

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from policies.plan import DeviceId
-from policies.snapshot import DeviceView
+from orchestrator.policies.plan import DeviceId
+from orchestrator.policies.snapshot import DeviceView
 
 _EPSILON = 1e-9
 

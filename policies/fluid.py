@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.fair_share import FairShare
-from policies.movable import Budget, split
-from policies.plan import Plan
-from policies.snapshot import Snapshot
-from policies.water_fill import MAX_PER_DEVICE, water_fill
-from policies.world import make_plan
+from orchestrator.policies.fair_share import FairShare
+from orchestrator.policies.movable import Budget, split
+from orchestrator.policies.plan import Plan
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.water_fill import MAX_PER_DEVICE, water_fill
+from orchestrator.policies.world import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

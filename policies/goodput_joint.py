@@ -17,20 +17,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from policies.exploring import with_trials_of_tiers
-from policies.fleet import Fleet
-from policies.goodput_policy import Goodput
-from policies.invariants import MAX_ALTERNATIVES
-from policies.movable import Budget, Mover, keep, run, split, wait
-from policies.node_wish import NodeTerms, Worth, wishes
-from policies.node_worth import FleetWorth, SlotWorth, catalogue
-from policies.placing import Given, realise, size_now, trimmed
-from policies.plan import Allocation, Alternative, Plan, Settings, TrialId
-from policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference, usable_tiers
-from policies.resizing import Terms, with_resizes
-from policies.sizing import NONE, Menu, Pool, best_counts, climb_sizes, total
-from policies.snapshot import Snapshot, TrialView
-from policies.world import make_plan
+from orchestrator.policies.exploring import with_trials_of_tiers
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.invariants import MAX_ALTERNATIVES
+from orchestrator.policies.movable import Budget, Mover, keep, run, split, wait
+from orchestrator.policies.node_wish import NodeTerms, Worth, wishes
+from orchestrator.policies.node_worth import FleetWorth, SlotWorth, catalogue
+from orchestrator.policies.placing import Given, realise, size_now, trimmed
+from orchestrator.policies.plan import Allocation, Alternative, Plan, Settings, TrialId
+from orchestrator.policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference, usable_tiers
+from orchestrator.policies.resizing import Terms, with_resizes
+from orchestrator.policies.sizing import NONE, Menu, Pool, best_counts, climb_sizes, total
+from orchestrator.policies.snapshot import Snapshot, TrialView
+from orchestrator.policies.world import make_plan
 
 OBJECTIVES = ("throughput", "fair", "search", "deadline")
 _FRACTIONS = (0.125, 0.25, 0.5)

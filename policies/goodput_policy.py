@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from policies.dials import beginnings, choose, explorers
-from policies.division import Granted, Rules, divide
-from policies.first_come import first_come
-from policies.movable import Budget, split
-from policies.plan import Allocation, Plan, TrialId
-from policies.snapshot import Snapshot
-from policies.tier import Tier
-from policies.world import Standing, allocate, make_plan, read
+from orchestrator.policies.dials import beginnings, choose, explorers
+from orchestrator.policies.division import Granted, Rules, divide
+from orchestrator.policies.first_come import first_come
+from orchestrator.policies.movable import Budget, split
+from orchestrator.policies.plan import Allocation, Plan, TrialId
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.tier import Tier
+from orchestrator.policies.world import Standing, allocate, make_plan, read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

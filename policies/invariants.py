@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from policies.plan import (
+from orchestrator.policies.plan import (
     Allocation,
     Alternative,
     DeviceId,
@@ -25,8 +25,8 @@ from policies.plan import (
     can_split,
     effect_of,
 )
-from policies.snapshot import Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.snapshot import Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 
 TOLERANCE = 1e-9
 MAX_ALTERNATIVES = 8

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policies.tier import Tier, is_cheaper
+from orchestrator.policies.tier import Tier, is_cheaper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

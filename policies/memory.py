@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from policies.tier import Tier
+from orchestrator.policies.tier import Tier
 
 MAX_POINTS = 24
 MARGIN_RATIO = 0.08

@@ -11,10 +11,10 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from policies.batch import most_micro_batch
-from policies.fleet import Fleet, Seats
-from policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, effect_of
-from policies.snapshot import Snapshot, TrialView
+from orchestrator.policies.batch import most_micro_batch
+from orchestrator.policies.fleet import Fleet, Seats
+from orchestrator.policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, effect_of
+from orchestrator.policies.snapshot import Snapshot, TrialView
 
 RESTART_S = 30.0
 """What a restart is assumed to cost a trial that was never restarted."""

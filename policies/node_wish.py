@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from policies.plan import NodeWish
-from policies.snapshot import NodeType, Snapshot
+from orchestrator.policies.plan import NodeWish
+from orchestrator.policies.snapshot import NodeType, Snapshot
 
 SLACK = 0.2
 """A node is let go at this much less than what it takes to ask for it."""

@@ -12,12 +12,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from policies.fit import TrialFit, pool
-from policies.fleet import Fleet
-from policies.plan import DeviceId
-from policies.sizing import Menu, climb_sizes, total
-from policies.snapshot import DeviceKind, DeviceView, NodeType, Snapshot, TrialView
-from policies.throughput import Throughput, prior, solve_throughput
+from orchestrator.policies.fit import TrialFit, pool
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.plan import DeviceId
+from orchestrator.policies.sizing import Menu, climb_sizes, total
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, NodeType, Snapshot, TrialView
+from orchestrator.policies.throughput import Throughput, prior, solve_throughput
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from policies.fixed import with_fixed
-from policies.fleet import Fleet
-from policies.movable import Budget, Mover, keep, run, wait
-from policies.placing import as_wished, realise
-from policies.plan import Allocation, Plan, TrialId
-from policies.prospects import Ask, Prospect, Size, prospects
-from policies.snapshot import Snapshot
-from policies.world import make_plan
+from orchestrator.policies.fixed import with_fixed
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.movable import Budget, Mover, keep, run, wait
+from orchestrator.policies.placing import as_wished, realise
+from orchestrator.policies.plan import Allocation, Plan, TrialId
+from orchestrator.policies.prospects import Ask, Prospect, Size, prospects
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.world import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

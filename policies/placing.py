@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from policies.fleet import Fleet, Seats
-from policies.movable import Budget, Mover, split_batch
-from policies.plan import Settings, TrialId
-from policies.prospects import Size
+from orchestrator.policies.fleet import Fleet, Seats
+from orchestrator.policies.movable import Budget, Mover, split_batch
+from orchestrator.policies.plan import Settings, TrialId
+from orchestrator.policies.prospects import Size
 
 Given = tuple[Seats, float]
 """Devices and the share of each."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
 
-from policies.tier import Tier
+from orchestrator.policies.tier import Tier
 
 TrialId = NewType("TrialId", str)
 DeviceId = NewType("DeviceId", str)

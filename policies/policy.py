@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from policies.plan import Plan
-from policies.snapshot import Snapshot
+from orchestrator.policies.plan import Plan
+from orchestrator.policies.snapshot import Snapshot
 
 
 class Policy(Protocol):

@@ -15,15 +15,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from policies.fixed import with_fixed
-from policies.fleet import Fleet
-from policies.movable import Budget, Mover, keep, run, wait
-from policies.placing import Given, realise, size_now
-from policies.plan import Allocation, Plan, TrialId
-from policies.prospects import Ask, Prospect, Size, prospects
-from policies.sizing import NONE, Menu, best_counts
-from policies.snapshot import Snapshot
-from policies.world import make_plan
+from orchestrator.policies.fixed import with_fixed
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.movable import Budget, Mover, keep, run, wait
+from orchestrator.policies.placing import Given, realise, size_now
+from orchestrator.policies.plan import Allocation, Plan, TrialId
+from orchestrator.policies.prospects import Ask, Prospect, Size, prospects
+from orchestrator.policies.sizing import NONE, Menu, best_counts
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.world import make_plan
 
 _ASK = Ask(pools=False, counts=tuple(range(1, 65)))
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from policies.fit import TrialFit, noise_scale, pool
-from policies.fleet import Fleet
-from policies.ladder import usable
-from policies.movable import Mover, worker_range
-from policies.plan import Settings
-from policies.snapshot import TrialView
-from policies.throughput import Array, Throughput, prior, solve_throughput
-from policies.tier import Tier
+from orchestrator.policies.fit import TrialFit, noise_scale, pool
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.ladder import usable
+from orchestrator.policies.movable import Mover, worker_range
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.snapshot import TrialView
+from orchestrator.policies.throughput import Array, Throughput, prior, solve_throughput
+from orchestrator.policies.tier import Tier
 
 HELD_PART = 0.9
 """Part of the least efficiency that is enough to keep a batch."""

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.batch import most_micro_batch
-from policies.fit import pool
-from policies.movable import restart_cost_s, worker_range
-from policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, can_split, on_ranks
-from policies.snapshot import DeviceKind, DeviceView, Snapshot, TrialView
-from policies.throughput import Throughput, solve_throughput
+from orchestrator.policies.batch import most_micro_batch
+from orchestrator.policies.fit import pool
+from orchestrator.policies.movable import restart_cost_s, worker_range
+from orchestrator.policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, can_split, on_ranks
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, Snapshot, TrialView
+from orchestrator.policies.throughput import Throughput, solve_throughput
 
 GROWTH = 2
 """Ranks are limited to so many times the most that were measured, because waiting is unknown beyond."""

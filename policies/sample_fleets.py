@@ -11,13 +11,13 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
-from policies.fit import Observation, TrialFit, update
-from policies.fleet import Fleet
-from policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
-from policies.policy import Policy
-from policies.sample_worlds import snapshot
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Quota, Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.sample_worlds import snapshot
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Quota, Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 
 _NOW_S = 10_000.0
 _STEPS_PER_WORLD = 40

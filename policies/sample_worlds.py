@@ -10,11 +10,11 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
-from policies.fit import Observation, TrialFit, update
-from policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
-from policies.shares import Claim, fill
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
+from orchestrator.policies.shares import Claim, fill
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 
 
 def snapshots(count: int, first_seed: int = 0) -> Iterator[Snapshot]:

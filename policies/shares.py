@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from policies.plan import DeviceId, TrialId
+from orchestrator.policies.plan import DeviceId, TrialId
 
 _EPSILON = 1e-9
 

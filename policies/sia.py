@@ -14,15 +14,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from policies.fixed import with_fixed
-from policies.fleet import Fleet
-from policies.movable import Budget, Mover, keep, run, wait
-from policies.placing import realise, size_now, trimmed
-from policies.plan import Allocation, Plan, TrialId
-from policies.prospects import Ask, Prospect, Size, prospects
-from policies.sizing import NONE, Menu, climb_sizes
-from policies.snapshot import Snapshot
-from policies.world import make_plan
+from orchestrator.policies.fixed import with_fixed
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.movable import Budget, Mover, keep, run, wait
+from orchestrator.policies.placing import realise, size_now, trimmed
+from orchestrator.policies.plan import Allocation, Plan, TrialId
+from orchestrator.policies.prospects import Ask, Prospect, Size, prospects
+from orchestrator.policies.sizing import NONE, Menu, climb_sizes
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.world import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

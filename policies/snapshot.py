@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from policies.fit import TrialFit
-from policies.plan import SPARSE, DeviceId, Plan, Settings, TrialId
-from policies.tier import Tier
+from orchestrator.policies.fit import TrialFit
+from orchestrator.policies.plan import SPARSE, DeviceId, Plan, Settings, TrialId
+from orchestrator.policies.tier import Tier
 
 
 class DeviceKind(StrEnum):

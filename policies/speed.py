@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-from policies.plan import SPARSE
-from policies.tier import Tier
+from orchestrator.policies.plan import SPARSE
+from orchestrator.policies.tier import Tier
 
 WINDOWS_PER_CELL = 5
 """Windows remembered per cell; their lower median shrugs off two slow ones (paused, contended)."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from policies.first_come import first_come
-from policies.movable import Budget, split
-from policies.plan import Allocation, Plan
-from policies.snapshot import Snapshot
-from policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
+from orchestrator.policies.first_come import first_come
+from orchestrator.policies.movable import Budget, split
+from orchestrator.policies.plan import Allocation, Plan
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from policies.speed import MIN_STEPS, PRIOR_EXPONENT, PRIOR_FLOOR_RATIO, Line, Point, SpeedCell, fit_exponent, fit_line
-from policies.tier import Tier
+from orchestrator.policies.speed import (
+    MIN_STEPS,
+    PRIOR_EXPONENT,
+    PRIOR_FLOOR_RATIO,
+    Line,
+    Point,
+    SpeedCell,
+    fit_exponent,
+    fit_line,
+)
+from orchestrator.policies.tier import Tier
 
 Array = npt.NDArray[np.float64]
 Pace = tuple[Tier, str]

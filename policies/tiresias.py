@@ -15,13 +15,13 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from policies.fixed import with_fixed
-from policies.fleet import Fleet
-from policies.movable import Budget, Mover, keep, run, wait
-from policies.placing import as_wished, in_order, realise
-from policies.plan import Allocation, Plan
-from policies.snapshot import Snapshot
-from policies.world import make_plan
+from orchestrator.policies.fixed import with_fixed
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.movable import Budget, Mover, keep, run, wait
+from orchestrator.policies.placing import as_wished, in_order, realise
+from orchestrator.policies.plan import Allocation, Plan
+from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.world import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from policies.fleet import Fleet
-from policies.movable import Budget, Mover, keep, run, wait, worker_range
-from policies.placing import as_wished, realise
-from policies.plan import Allocation, Settings, TrialId
-from policies.prospects import Size
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.movable import Budget, Mover, keep, run, wait, worker_range
+from orchestrator.policies.placing import as_wished, realise
+from orchestrator.policies.plan import Allocation, Settings, TrialId
+from orchestrator.policies.prospects import Size
 
 MAX_PER_DEVICE = 8
 """Trials on one device at most, where nobody says otherwise."""

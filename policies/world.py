@@ -12,15 +12,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from policies.fit import noise_scale, pool
-from policies.goodput import efficiency, goodput
-from policies.ladder import numerical_efficiency, step_ratio, usable
-from policies.memory import MemoryLine, MemoryPoint, largest_micro_batch, largest_split, solve_line
-from policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
-from policies.shares import Claim, components, fill, fits
-from policies.snapshot import DeviceKind, Snapshot, TrialView
-from policies.speed import Prediction, SpeedModel, response, solve
-from policies.tier import Tier
+from orchestrator.policies.fit import noise_scale, pool
+from orchestrator.policies.goodput import efficiency, goodput
+from orchestrator.policies.ladder import numerical_efficiency, step_ratio, usable
+from orchestrator.policies.memory import MemoryLine, MemoryPoint, largest_micro_batch, largest_split, solve_line
+from orchestrator.policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
+from orchestrator.policies.shares import Claim, components, fill, fits
+from orchestrator.policies.snapshot import DeviceKind, Snapshot, TrialView
+from orchestrator.policies.speed import Prediction, SpeedModel, response, solve
+from orchestrator.policies.tier import Tier
 
 _EPSILON = 1e-9
 _CALIBRATION_DOUBT = 0.05

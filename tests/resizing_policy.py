@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from policies import Allocation, Effect, Plan, Snapshot, Static, TrialView
+from orchestrator.policies import Allocation, Effect, Plan, Snapshot, Static, TrialView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

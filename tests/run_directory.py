@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.telemetry.record import STEP_DTYPE, TIERS, StepArray
-from orchestrator.telemetry.store import TelemetryWriter
-from policies.codec import to_jsonable
-from policies.fit import TrialFit
-from policies.plan import (
+from orchestrator.policies.codec import to_jsonable
+from orchestrator.policies.fit import TrialFit
+from orchestrator.policies.plan import (
     EMPTY_PLAN,
     Allocation,
     Alternative,
@@ -25,8 +23,10 @@ from policies.plan import (
     TrialId,
     effect_of,
 )
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
+from orchestrator.policies.tier import Tier
+from orchestrator.telemetry.record import STEP_DTYPE, TIERS, StepArray
+from orchestrator.telemetry.store import TelemetryWriter
 
 DEVICE = DeviceView(device_id=DeviceId("node0/cpu"), node_id="node0", kind=DeviceKind.CPU, units=2)
 START = Settings(share=0.5, micro_batch=4, grad_accum=1, tier=Tier.FP32, num_workers=2)

@@ -65,8 +65,8 @@ def template(job: str, name: str) -> str:
     Raises:
         ConfigError: there is no such job.
     """
-    from jobs.table import JOB_INFO
     from orchestrator.config.words import did_you_mean, seen
+    from orchestrator.jobs.table import JOB_INFO
 
     if job not in JOB_INFO:
         names = list(JOB_INFO)

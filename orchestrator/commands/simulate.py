@@ -15,7 +15,7 @@ from orchestrator.commands.shared import NumberRange, json_option, opened, print
 from orchestrator.errors import PlanError
 
 if TYPE_CHECKING:
-    from policies.simulator import Summary
+    from orchestrator.policies.simulator import Summary
 
 _DEFAULT_POLICY = "goodput"
 _EPILOG = """\b
@@ -88,8 +88,8 @@ def _run(target: str, plot: Path | None, as_json: bool, options: dict[str, objec
 
 
 def _workload(target: str, plot: Path | None, as_json: bool, options: dict[str, object]) -> int:
+    from orchestrator.policies.simulator import PolicyFaultError, Rules, simulate
     from orchestrator.simulate import inputs
-    from policies.simulator import PolicyFaultError, Rules, simulate
 
     settings, tables, events, seed = (options[name] for name in ("settings", "tables", "events", "seed"))
     assert isinstance(settings, tuple)

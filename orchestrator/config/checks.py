@@ -13,12 +13,12 @@ import re
 import sys
 from collections.abc import Iterator
 
-from jobs.table import JOB_INFO, check_param
 from orchestrator.config.model import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, RunConfig
 from orchestrator.config.source import KeyPath
 from orchestrator.config.values import ParamValue
 from orchestrator.config.words import did_you_mean, printable, seen
-from policies.tier import by_cost, is_cheaper
+from orchestrator.jobs.table import JOB_INFO, check_param
+from orchestrator.policies.tier import by_cost, is_cheaper
 
 Finding = tuple[KeyPath, str]
 _MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*):([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
@@ -253,7 +253,7 @@ def _tiers(config: RunConfig) -> Iterator[Finding]:
 
 
 def _policy(config: RunConfig) -> Iterator[Finding]:
-    from policies import POLICIES
+    from orchestrator.policies import POLICIES
 
     name, path = config.policy.name, ("policy", "name")
     if name in POLICIES:
@@ -273,7 +273,7 @@ def _policy(config: RunConfig) -> Iterator[Finding]:
 
 
 def _policy_params(config: RunConfig, policy: type) -> Iterator[Finding]:
-    from policies import build_policy
+    from orchestrator.policies import build_policy
 
     fields = [field.name for field in dataclasses.fields(policy) if field.init]
     unknown = [name for name in config.policy.params if name not in fields]

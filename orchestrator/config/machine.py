@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.extras import fault_of
-from jobs.table import job_info
 from orchestrator.config.checks import Finding
 from orchestrator.config.model import RunConfig
 from orchestrator.config.source import KeyPath
@@ -21,8 +19,10 @@ from orchestrator.config.values import ParamValue
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
 from orchestrator.hardware import this_device
+from orchestrator.jobs.extras import fault_of
+from orchestrator.jobs.table import job_info
 from orchestrator.names import run_directory
-from policies.tier import DeviceFacts, support_of
+from orchestrator.policies.tier import DeviceFacts, support_of
 
 _PLAIN = DeviceFacts(name="this processor")
 

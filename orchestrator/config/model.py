@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from orchestrator.config.values import FloatBounds, IntBounds, Params, ParamValue, Section, TierList, TierWord, Values
 from orchestrator.config.words import seen
 from orchestrator.names import NAME_PATTERN
-from policies.tier import Tier
+from orchestrator.policies.tier import Tier
 
 
 class JobSection(Section):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic_core import PydanticCustomError
 
 from orchestrator.config.words import did_you_mean, seen
-from policies.tier import NAMED_TIERS, TIER_WORDS, Tier
+from orchestrator.policies.tier import NAMED_TIERS, TIER_WORDS, Tier
 
 ParamValue = bool | int | float | str | None
 

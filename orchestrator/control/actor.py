@@ -24,8 +24,8 @@ from orchestrator.control.rendezvous import Rendezvous
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.status import StatusWriter
 from orchestrator.errors import TelemetryError
-from policies import build_policy
-from policies.plan import TrialId
+from orchestrator.policies import build_policy
+from orchestrator.policies.plan import TrialId
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from orchestrator.control.knee import Knee, affordable
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.state import RunState
 from orchestrator.names import write_atomically
-from policies.snapshot import DeviceKind, DeviceView
-from policies.tier import Tier
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
+from orchestrator.policies.tier import Tier
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,8 @@ from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import CONTEXT_BYTES
 from orchestrator.control.orders import Grant, SlotHello
 from orchestrator.control.state import RunState
+from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.snapshot import DeviceKind
 from orchestrator.share.contention import Contention
 from orchestrator.share.verification import (
     MIN_STEPS,
@@ -26,8 +28,6 @@ from orchestrator.share.verification import (
     judge_memory,
     unobservable,
 )
-from policies.plan import DeviceId, TrialId
-from policies.snapshot import DeviceKind
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 from orchestrator.control.lifecycle import Lifecycle, Trial, TrialState
 from orchestrator.control.orders import Report, Resumption, StopMode
 from orchestrator.control.state import RunState
-from policies.plan import TrialId
+from orchestrator.policies.plan import TrialId
 
 logger = logging.getLogger(__name__)
 

@@ -35,12 +35,12 @@ from orchestrator.control.recovery import forget_workers, recover
 from orchestrator.control.resizing import Resizes
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.state import RunState
+from orchestrator.policies.codec import to_jsonable
+from orchestrator.policies.fit import note_tiers, protect
+from orchestrator.policies.plan import TrialId, changed_dials
+from orchestrator.policies.snapshot import Override
 from orchestrator.telemetry.record import unpack
 from orchestrator.telemetry.store import TelemetryWriter
-from policies.codec import to_jsonable
-from policies.fit import note_tiers, protect
-from policies.plan import TrialId, changed_dials
-from policies.snapshot import Override
 
 logger = logging.getLogger(__name__)
 

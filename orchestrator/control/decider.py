@@ -19,14 +19,14 @@ from orchestrator.control.ranking import Outlook
 from orchestrator.control.resizing import limits_now
 from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
+from orchestrator.policies.codec import to_jsonable
+from orchestrator.policies.fair_share import FairShare
+from orchestrator.policies.fit import update
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import Allocation, Plan, Settings, TrialId, changed_dials, diff, is_same
+from orchestrator.policies.snapshot import Snapshot, TrialView
 from orchestrator.share.verification import judge_speed
 from orchestrator.telemetry.stretch import Stretch
-from policies.codec import to_jsonable
-from policies.fair_share import FairShare
-from policies.fit import update
-from policies.invariants import check
-from policies.plan import Allocation, Plan, Settings, TrialId, changed_dials, diff, is_same
-from policies.snapshot import Snapshot, TrialView
 
 logger = logging.getLogger(__name__)
 

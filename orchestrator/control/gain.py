@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from orchestrator.policies.fit import TrialFit, noise_scale
+from orchestrator.policies.goodput import efficiency
+from orchestrator.policies.plan import TrialId
 from orchestrator.telemetry.stretch import Stretch
-from policies.fit import TrialFit, noise_scale
-from policies.goodput import efficiency
-from policies.plan import TrialId
 
 SETTLE_S = 1.5
 """Seconds of training over which a gain is taken, so that one slow step weighs little."""

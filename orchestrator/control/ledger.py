@@ -10,10 +10,10 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 from orchestrator.control.orders import Grant
+from orchestrator.policies.plan import Allocation, DeviceId, Plan, Settings, TrialId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.share.grouping import assign_groups
 from orchestrator.share.packing import assign_units
-from policies.plan import Allocation, DeviceId, Plan, Settings, TrialId
-from policies.snapshot import DeviceKind, DeviceView
 
 _EPSILON = 1e-9
 

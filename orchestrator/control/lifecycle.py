@@ -17,8 +17,8 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello, Status, StopMode
-from policies.plan import DeviceId, Settings, TrialId
-from policies.snapshot import DeviceKind
+from orchestrator.policies.plan import DeviceId, Settings, TrialId
+from orchestrator.policies.snapshot import DeviceKind
 
 MAX_OVERFLOWS = 3
 """Times that a trial may run out of memory between two reports before it is failed."""

@@ -10,9 +10,9 @@ from typing import TypedDict
 
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.state import RunState
-from policies.memory import solve_line
-from policies.plan import DeviceId, Settings
-from policies.snapshot import DeviceKind
+from orchestrator.policies.memory import solve_line
+from orchestrator.policies.plan import DeviceId, Settings
+from orchestrator.policies.snapshot import DeviceKind
 
 CONTEXT_BYTES = 768 << 20
 """What a process takes of a GPU beside its tensors: the CUDA context, its libraries' kernels, workspaces, buffers."""

@@ -12,8 +12,8 @@ from dataclasses import replace
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.nodes import NodeState
 from orchestrator.control.state import RunState
-from policies.fit import NOTHING_FITTED, inherit
-from policies.snapshot import DeviceView, NodeType, TrialView
+from orchestrator.policies.fit import NOTHING_FITTED, inherit
+from orchestrator.policies.snapshot import DeviceView, NodeType, TrialView
 
 
 def node_type_views(state: RunState) -> tuple[NodeType, ...]:

@@ -15,8 +15,8 @@ from enum import StrEnum
 from orchestrator.control.lifecycle import Slot, SlotState
 from orchestrator.control.orders import StopMode
 from orchestrator.control.state import RunState
-from policies.plan import DeviceId, TrialId
-from policies.snapshot import DeviceKind, DeviceView
+from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
 
 logger = logging.getLogger(__name__)
 

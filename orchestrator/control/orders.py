@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from policies.ladder import TierFit
-from policies.plan import DeviceId, Settings, TrialId
-from policies.snapshot import DeviceView, DialLimits, StepModeView
+from orchestrator.policies.ladder import TierFit
+from orchestrator.policies.plan import DeviceId, Settings, TrialId
+from orchestrator.policies.snapshot import DeviceView, DialLimits, StepModeView
 
 
 class SlotOp(StrEnum):

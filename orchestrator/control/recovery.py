@@ -16,9 +16,9 @@ from orchestrator.control.nodes import NodeState, apply
 from orchestrator.control.orders import Grant, Report, Resumption, SlotHello, StopMode
 from orchestrator.control.resizing import refuse
 from orchestrator.control.state import RunState
-from policies.codec import plan_from, settings_from, snapshot_from
-from policies.plan import DeviceId, TrialId
-from policies.snapshot import DeviceKind, DeviceView, Override
+from orchestrator.policies.codec import plan_from, settings_from, snapshot_from
+from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, Override
 
 Entry = dict[str, Any]
 

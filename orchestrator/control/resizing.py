@@ -16,8 +16,8 @@ from orchestrator.control.gain import Pace, efficiency_of
 from orchestrator.control.lifecycle import SlotState, Trial
 from orchestrator.control.orders import Outcome, Status, StopMode
 from orchestrator.control.state import RunState
-from policies.plan import TrialId, can_split, on_ranks
-from policies.snapshot import DialLimits
+from orchestrator.policies.plan import TrialId, can_split, on_ranks
+from orchestrator.policies.snapshot import DialLimits
 
 logger = logging.getLogger(__name__)
 

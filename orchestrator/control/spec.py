@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from policies.plan import Settings, can_split, on_ranks
-from policies.snapshot import DeviceKind, DialLimits, NodeType
-from policies.tier import Tier
+from orchestrator.policies.plan import Settings, can_split, on_ranks
+from orchestrator.policies.snapshot import DeviceKind, DialLimits, NodeType
+from orchestrator.policies.tier import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,9 @@ from typing import Any
 from orchestrator.control.lifecycle import Trial, TrialState
 from orchestrator.control.node_views import node_type_views
 from orchestrator.control.state import RunState
+from orchestrator.policies.plan import DeviceId, Settings
+from orchestrator.policies.snapshot import DeviceKind
 from orchestrator.telemetry.sampler import DeviceSample, Samplers, open_samplers
-from policies.plan import DeviceId, Settings
-from policies.snapshot import DeviceKind
 
 FILE_NAME = "status.json"
 SCHEMA_VERSION = 1

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 from orchestrator.control.state import RunState
-from policies.fit import Observation
-from policies.plan import TrialId
+from orchestrator.policies.fit import Observation
+from orchestrator.policies.plan import TrialId
 
 
 def completed(state: RunState, trial_id: TrialId, seen: tuple[Observation, ...]) -> tuple[Observation, ...]:

@@ -17,12 +17,19 @@ import numpy as np
 
 from orchestrator.control.journal import FILE_NAME
 from orchestrator.errors import JournalError
-from orchestrator.telemetry.history import History, PlanCommitted, Reported, TrialAssigned, TrialEnded, read_history
-from orchestrator.telemetry.store import read_table
-from orchestrator.telemetry.tables import TableKind
-from policies import Observation, Policy, Snapshot, TrialFit, TrialView, pool, predict_step_s, snapshot_from, update
-from policies.plan import Settings, TrialId
-from policies.simulator import (
+from orchestrator.policies import (
+    Observation,
+    Policy,
+    Snapshot,
+    TrialFit,
+    TrialView,
+    pool,
+    predict_step_s,
+    snapshot_from,
+    update,
+)
+from orchestrator.policies.plan import Settings, TrialId
+from orchestrator.policies.simulator import (
     Application,
     Applications,
     Cluster,
@@ -37,7 +44,10 @@ from policies.simulator import (
     Workload,
     simulate,
 )
-from policies.tier import Tier
+from orchestrator.policies.tier import Tier
+from orchestrator.telemetry.history import History, PlanCommitted, Reported, TrialAssigned, TrialEnded, read_history
+from orchestrator.telemetry.store import read_table
+from orchestrator.telemetry.tables import TableKind
 
 _WINDOW_STEPS = 20
 _DEFAULT_PERIOD_S = 1.0

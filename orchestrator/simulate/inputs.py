@@ -14,8 +14,8 @@ import yaml
 
 from orchestrator.config.words import did_you_mean, printable
 from orchestrator.errors import ConfigError, TraceError
-from policies import Policy, build_policy
-from policies.simulator import (
+from orchestrator.policies import Policy, build_policy
+from orchestrator.policies.simulator import (
     POLLUX_APPLICATIONS,
     Applications,
     Cluster,
@@ -27,7 +27,7 @@ from policies.simulator import (
     read_events,
     read_workload,
 )
-from policies.simulator.tables import Cells, application_from, read_noise, read_speeds
+from orchestrator.policies.simulator.tables import Cells, application_from, read_noise, read_speeds
 
 SYNTHETIC: dict[str, Callable[[Applications, int], Workload]] = {
     "philly-like": lambda applications, seed: philly_like(applications, seed=seed),

@@ -14,8 +14,8 @@ import numpy as np
 from orchestrator.errors import ConfigError, UnfitEnvironmentError
 
 if TYPE_CHECKING:
+    from orchestrator.policies.simulator import Span, Summary
     from orchestrator.simulate.replay import Replay
-    from policies.simulator import Span, Summary
 
 _SECONDS_PER_HOUR = 3600.0
 _WIDTH_INCHES = 11.0

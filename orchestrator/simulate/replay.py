@@ -14,10 +14,10 @@ from typing import Any
 
 from orchestrator.control.journal import SPARE_REASON
 from orchestrator.errors import JournalError, PlanError
+from orchestrator.policies import FairShare, Plan, Policy, Snapshot, dumps, plan_from, snapshot_from, to_jsonable
+from orchestrator.policies.simulator import Guard, PolicyFaultError
 from orchestrator.simulate.inputs import policy_with
 from orchestrator.telemetry.history import GainRealised, History, PlanCommitted, RunBegun, read_history
-from policies import FairShare, Plan, Policy, Snapshot, dumps, plan_from, snapshot_from, to_jsonable
-from policies.simulator import Guard, PolicyFaultError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

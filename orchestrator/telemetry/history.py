@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.errors import ConfigError
-from policies.codec import settings_from
-from policies.plan import DeviceId, Generation, Settings, TrialId
+from orchestrator.policies.codec import settings_from
+from orchestrator.policies.plan import DeviceId, Generation, Settings, TrialId
 
 EntryT = TypeVar("EntryT", bound="Entry")
 

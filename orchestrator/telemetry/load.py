@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from orchestrator.errors import ConfigError
+from orchestrator.policies.codec import plan_from
+from orchestrator.policies.plan import TrialId
 from orchestrator.run_dirs import read_status
 from orchestrator.telemetry.history import (
     GainRealised,
@@ -34,8 +36,6 @@ from orchestrator.telemetry.history import (
 )
 from orchestrator.telemetry.store import read_table
 from orchestrator.telemetry.tables import TableKind
-from policies.codec import plan_from
-from policies.plan import TrialId
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import TelemetryError
-from policies.tier import FixedPoint, Rounding, Tier
+from orchestrator.policies.tier import FixedPoint, Rounding, Tier
 
 SCHEMA_VERSION = 1
 MAX_BATCH_BYTES = 1 << 20

@@ -17,10 +17,10 @@ from typing import ParamSpec, Protocol, TypeVar, cast
 import psutil
 
 from orchestrator.errors import UnfitEnvironmentError
+from orchestrator.policies.plan import DeviceId
 from orchestrator.telemetry.gpm import SILENT, open_gpm
 from orchestrator.telemetry.gpu_processes import read_processes
 from orchestrator.telemetry.patience import Patience
-from policies.plan import DeviceId
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from orchestrator.policies.fit import Observation
 from orchestrator.share.verification import Usage
 from orchestrator.telemetry import validation
 from orchestrator.telemetry.record import (
@@ -28,7 +29,6 @@ from orchestrator.telemetry.record import (
 from orchestrator.telemetry.stretch import SETTINGS, Stretch, changes_of, newest_stretch, ordinary
 from orchestrator.telemetry.usage import UsageMeter
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
-from policies.fit import Observation
 
 MAX_PENDING_ROWS = 16_384
 """Rows kept between two calls of `observations`; beyond, the oldest go."""

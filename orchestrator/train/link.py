@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from orchestrator.control.orders import Ack, Events, Outcome, OverrideReport, Report, SlotOrder, TierReport
+from orchestrator.policies.snapshot import StepModeView
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
-from policies.snapshot import StepModeView
 
 _RECORDS_PER_MESSAGE = 2048
 _MAX_RECORDS_KEPT = 65536

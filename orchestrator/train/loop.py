@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs import job_info
-from jobs.job import Job
 from orchestrator.control.orders import (
     Ack,
     Grant,
@@ -28,6 +26,9 @@ from orchestrator.control.orders import (
     TrialOrder,
 )
 from orchestrator.errors import ApplyError, OutOfMemoryError
+from orchestrator.jobs import job_info
+from orchestrator.jobs.job import Job
+from orchestrator.policies.tier import is_cheaper
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import (
     FLAG_APPLIED,
@@ -49,7 +50,6 @@ from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPl
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_result import StepResult
 from orchestrator.train.stepper import Stepper
-from policies.tier import is_cheaper
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from ray.exceptions import RayError
 from orchestrator.clock import Reading, offset_to
 from orchestrator.control.orders import Events, Outcome, SlotHello, SlotOp, SlotOrder
 from orchestrator.errors import WorkerGroupError
+from orchestrator.policies.plan import TrialId
 from orchestrator.train.link import Outbox
-from policies.plan import TrialId
 
 logger = logging.getLogger(__name__)
 

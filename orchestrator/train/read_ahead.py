@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from jobs.data import Indices, SampleCursor, micro_batches, rank_slice
-from jobs.job import Job
+from orchestrator.jobs.data import Indices, SampleCursor, micro_batches, rank_slice
+from orchestrator.jobs.job import Job
+from orchestrator.policies.plan import Settings
 from orchestrator.train.groups import Ranks
-from policies.plan import Settings
 
 
 def first_cursor(job: Job, seed: int) -> SampleCursor:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from jobs import build_job
-from jobs.job import Job
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
 from orchestrator.errors import OutOfMemoryError, WorkerGroupError
+from orchestrator.jobs import build_job
+from orchestrator.jobs.job import Job
+from orchestrator.policies.plan import TrialId
 from orchestrator.share import ShareMechanism
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
@@ -28,11 +29,10 @@ from orchestrator.train.isolation import ProcessState, seed_generators
 from orchestrator.train.link import Link
 from orchestrator.train.loop import TrialLoop
 from orchestrator.train.read_ahead import reading
-from policies.plan import TrialId
 
 logger = logging.getLogger(__name__)
 
-LOGGED = ("orchestrator", "jobs")
+LOGGED = ("orchestrator",)
 """Packages whose messages go to the log of the trial that is running."""
 
 _FLUSH_TIMEOUT_S = 10.0

@@ -22,9 +22,11 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from jobs import build_job
 from orchestrator.control.orders import Opening, SlotHello
 from orchestrator.errors import ShareError, UnfitEnvironmentError
+from orchestrator.jobs import build_job
+from orchestrator.policies.plan import DeviceId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.share import CpuCores, Mps, ShareMechanism, SmGroups, TimeSlice
 from orchestrator.telemetry.sampler import cuda_device_id
 from orchestrator.train.batch.memory import CudaGauge
@@ -37,8 +39,6 @@ from orchestrator.train.serve import LOGGED, Server
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.compiled import set_up
 from orchestrator.train.stepper import Stepper
-from policies.plan import DeviceId
-from policies.snapshot import DeviceKind, DeviceView
 
 logger = logging.getLogger(__name__)
 

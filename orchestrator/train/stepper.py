@@ -16,9 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from jobs.data import Indices, micro_batches, rank_slice
-from jobs.job import Job, LossTerms
 from orchestrator.control.orders import TrialOrder
+from orchestrator.jobs.data import Indices, micro_batches, rank_slice
+from orchestrator.jobs.job import Job, LossTerms
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.snapshot import StepModeView
+from orchestrator.policies.tier import Tier, tier_facts
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.learning_rate import LearningRate, apply
 from orchestrator.train.batch.meter import NoiseMeter
@@ -44,9 +47,6 @@ from orchestrator.train.step_mode.replay import (
     result_of,
 )
 from orchestrator.train.step_result import StepResult
-from policies.plan import Settings
-from policies.snapshot import StepModeView
-from policies.tier import Tier, tier_facts
 
 logger = logging.getLogger(__name__)
 

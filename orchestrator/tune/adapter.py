@@ -19,8 +19,8 @@ from ray.exceptions import RayError
 from orchestrator.control.controller import Answer
 from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Resumption
+from orchestrator.policies.plan import TrialId
 from orchestrator.tune.admission import require_untouched
-from policies.plan import TrialId
 
 _RETRY_S = 0.25
 _AWAY_LIMIT_S = 60.0

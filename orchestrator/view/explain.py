@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, JournalError
+from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
+from orchestrator.policies.movable import split
+from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
+from orchestrator.policies.snapshot import Snapshot, TrialView
+from orchestrator.policies.world import Standing, read
 from orchestrator.share.verification import Verdict, judge_speed
 from orchestrator.telemetry.history import (
     Acknowledged,
@@ -36,11 +41,6 @@ from orchestrator.view.text import (
     table,
     wrap,
 )
-from policies.codec import plan_from, snapshot_from, to_jsonable
-from policies.movable import split
-from policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
-from policies.snapshot import Snapshot, TrialView
-from policies.world import Standing, read
 
 _WIDTH = 100
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.control.journal import SPARE_REASON
+from orchestrator.policies import FairShare, Plan, Policy, Snapshot, build_policy, dumps, plan_from, snapshot_from
+from orchestrator.policies.plan import Generation
 from orchestrator.run_dirs import ENDED_STATES, read_status
 from orchestrator.share.verification import SPEED_TOLERANCE, Verdict, judge_speed
 from orchestrator.telemetry.history import (
@@ -31,8 +33,6 @@ from orchestrator.telemetry.store import read_table
 from orchestrator.telemetry.tables import TableKind
 from orchestrator.view import verify_grants, verify_steps
 from orchestrator.view.finding import Code, Finding
-from policies import FairShare, Plan, Policy, Snapshot, build_policy, dumps, plan_from, snapshot_from
-from policies.plan import Generation
 
 
 def verify(run_dir: Path) -> dict[str, Any]:

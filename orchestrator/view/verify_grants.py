@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.policies.plan import DeviceId, Generation, Plan, TrialId
 from orchestrator.telemetry.history import (
     Acknowledged,
     Entry,
@@ -27,7 +28,6 @@ from orchestrator.telemetry.history import (
     TrialRequeued,
 )
 from orchestrator.view.finding import Code, Finding
-from policies.plan import DeviceId, Generation, Plan, TrialId
 
 _TOLERANCE = 1e-6
 

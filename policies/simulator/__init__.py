@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from policies.policy import Policy
-from policies.simulator.application import Application, Applications, NoiseCurve
-from policies.simulator.cluster import Cluster, Node, NodeChange, NodeEvent, parse_cluster, read_events
-from policies.simulator.engine import Engine
-from policies.simulator.guard import Guard, PolicyFaultError
-from policies.simulator.job import Job
-from policies.simulator.overseer import Nobody, Overseer
-from policies.simulator.published import POLLUX_APPLICATIONS
-from policies.simulator.record import Calibration, Span
-from policies.simulator.report import JobResult, Summary, summarise
-from policies.simulator.response import Load, Measured, Parametric, Response, Sharing
-from policies.simulator.rows import TableError
-from policies.simulator.rules import Rules
-from policies.simulator.synthetic import helios_like, philly_like
-from policies.simulator.workload import Submission, Workload, read_workload, write_workload
-from policies.simulator.world import job_of
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.simulator.application import Application, Applications, NoiseCurve
+from orchestrator.policies.simulator.cluster import Cluster, Node, NodeChange, NodeEvent, parse_cluster, read_events
+from orchestrator.policies.simulator.engine import Engine
+from orchestrator.policies.simulator.guard import Guard, PolicyFaultError
+from orchestrator.policies.simulator.job import Job
+from orchestrator.policies.simulator.overseer import Nobody, Overseer
+from orchestrator.policies.simulator.published import POLLUX_APPLICATIONS
+from orchestrator.policies.simulator.record import Calibration, Span
+from orchestrator.policies.simulator.report import JobResult, Summary, summarise
+from orchestrator.policies.simulator.response import Load, Measured, Parametric, Response, Sharing
+from orchestrator.policies.simulator.rows import TableError
+from orchestrator.policies.simulator.rules import Rules
+from orchestrator.policies.simulator.synthetic import helios_like, philly_like
+from orchestrator.policies.simulator.workload import Submission, Workload, read_workload, write_workload
+from orchestrator.policies.simulator.world import job_of
 
 __all__ = [
     "POLLUX_APPLICATIONS",

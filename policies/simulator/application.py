@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from policies.goodput import efficiency
-from policies.simulator.response import Load, Response
-from policies.tier import Tier
+from orchestrator.policies.goodput import efficiency
+from orchestrator.policies.simulator.response import Load, Response
+from orchestrator.policies.tier import Tier
 
 
 @dataclass(frozen=True, kw_only=True)

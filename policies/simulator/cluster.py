@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from policies.plan import DeviceId
-from policies.simulator.rows import TableError, read_rows
-from policies.snapshot import DeviceKind, DeviceView
+from orchestrator.policies.plan import DeviceId
+from orchestrator.policies.simulator.rows import TableError, read_rows
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
 
 _GROUP = re.compile(r"(\d{1,6})x(\d{1,4})(?::([a-z0-9_-]{1,24})(?:@([0-9.]{1,12}))?(?:\$([0-9.]{1,12}))?)?")
 _MAX_DEVICES = 200_000

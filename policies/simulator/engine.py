@@ -14,19 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from policies.fit import TrialFit, inherit, update
-from policies.plan import EMPTY_PLAN, Allocation, Effect, Plan, TrialId, effect_of, is_same
-from policies.simulator.application import Applications
-from policies.simulator.cluster import Cluster, NodeChange, NodeEvent
-from policies.simulator.guard import Guard
-from policies.simulator.job import Job
-from policies.simulator.overseer import Nobody, Overseer
-from policies.simulator.record import Span, Timeline
-from policies.simulator.response import Load
-from policies.simulator.rules import Rules
-from policies.simulator.workload import Submission, Workload
-from policies.simulator.world import Devices, job_of, view_of
-from policies.snapshot import Snapshot
+from orchestrator.policies.fit import TrialFit, inherit, update
+from orchestrator.policies.plan import EMPTY_PLAN, Allocation, Effect, Plan, TrialId, effect_of, is_same
+from orchestrator.policies.simulator.application import Applications
+from orchestrator.policies.simulator.cluster import Cluster, NodeChange, NodeEvent
+from orchestrator.policies.simulator.guard import Guard
+from orchestrator.policies.simulator.job import Job
+from orchestrator.policies.simulator.overseer import Nobody, Overseer
+from orchestrator.policies.simulator.record import Span, Timeline
+from orchestrator.policies.simulator.response import Load
+from orchestrator.policies.simulator.rules import Rules
+from orchestrator.policies.simulator.workload import Submission, Workload
+from orchestrator.policies.simulator.world import Devices, job_of, view_of
+from orchestrator.policies.snapshot import Snapshot
 
 _NUM_DRAWS = 4096
 

@@ -10,10 +10,10 @@ import threading
 import traceback
 from dataclasses import dataclass, field
 
-from policies.invariants import check
-from policies.plan import Plan
-from policies.policy import Policy
-from policies.snapshot import Snapshot
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import Plan
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.snapshot import Snapshot
 
 DEFAULT_LIMIT_S = 120.0
 _MAX_VIOLATIONS = 3

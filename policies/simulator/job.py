@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from policies.fit import NOTHING_FITTED, Observation, TrialFit
-from policies.plan import DeviceId, Settings, TrialId
-from policies.simulator.application import Application
-from policies.simulator.response import Load
-from policies.simulator.workload import Submission
-from policies.snapshot import DialLimits
+from orchestrator.policies.fit import NOTHING_FITTED, Observation, TrialFit
+from orchestrator.policies.plan import DeviceId, Settings, TrialId
+from orchestrator.policies.simulator.application import Application
+from orchestrator.policies.simulator.response import Load
+from orchestrator.policies.simulator.workload import Submission
+from orchestrator.policies.snapshot import DialLimits
 
 _ALMOST = 1e-9
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from policies.simulator.job import Job
-from policies.simulator.workload import Submission, Workload
+from orchestrator.policies.simulator.job import Job
+from orchestrator.policies.simulator.workload import Submission, Workload
 
 
 class Overseer(Protocol):

@@ -8,8 +8,8 @@ tuned requests of its workloads. They are rounded fits of those tables, not the 
 
 from __future__ import annotations
 
-from policies.simulator.application import Application, NoiseCurve
-from policies.simulator.response import Parametric
+from orchestrator.policies.simulator.application import Application, NoiseCurve
+from orchestrator.policies.simulator.response import Parametric
 
 _CIFAR10 = Application(
     name="cifar10",  # ResNet-18

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from policies.plan import DeviceId, Plan, TrialId
-from policies.simulator.job import Job
+from orchestrator.policies.plan import DeviceId, Plan, TrialId
+from orchestrator.policies.simulator.job import Job
 
 MAX_CALIBRATIONS = 200_000
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.simulator.cluster import Cluster
-from policies.simulator.engine import Engine
-from policies.simulator.job import Job
-from policies.simulator.record import Calibration, Span
+from orchestrator.policies.simulator.cluster import Cluster
+from orchestrator.policies.simulator.engine import Engine
+from orchestrator.policies.simulator.job import Job
+from orchestrator.policies.simulator.record import Calibration, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from policies.tier import Tier
+from orchestrator.policies.tier import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from policies.snapshot import Quota
+from orchestrator.policies.snapshot import Quota
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

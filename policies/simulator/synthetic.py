@@ -10,8 +10,8 @@ import math
 import random
 from collections.abc import Sequence
 
-from policies.simulator.application import Applications
-from policies.simulator.workload import Submission, Workload
+from orchestrator.policies.simulator.application import Applications
+from orchestrator.policies.simulator.workload import Submission, Workload
 
 PHILLY_MIX = (
     ("cifar10", 0.36),

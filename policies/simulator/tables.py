@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from policies.simulator.application import Application, NoiseCurve
-from policies.simulator.response import Measured, Sharing
-from policies.simulator.rows import Row, TableError, read_rows
-from policies.tier import NAMED_TIERS, Tier
+from orchestrator.policies.simulator.application import Application, NoiseCurve
+from orchestrator.policies.simulator.response import Measured, Sharing
+from orchestrator.policies.simulator.rows import Row, TableError, read_rows
+from orchestrator.policies.tier import NAMED_TIERS, Tier
 
 SPEED_COLUMNS = ("local_bsz", "step_time", "sync_time")
 SPEED_OPTIONAL = ("application", "placement", "num_nodes", "num_replicas")

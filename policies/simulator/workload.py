@@ -12,7 +12,7 @@ import io
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from policies.simulator.rows import Row, TableError, read_rows
+from orchestrator.policies.simulator.rows import Row, TableError, read_rows
 
 REQUIRED = ("name", "time", "application", "num_replicas", "batch_size")
 OPTIONAL = ("user", "priority", "deadline", "length", "stops_at")

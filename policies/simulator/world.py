@@ -9,13 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from policies.plan import DeviceId, Settings, TrialId
-from policies.simulator.application import Application, Applications
-from policies.simulator.cluster import Cluster, Node, NodeEvent
-from policies.simulator.job import Job
-from policies.simulator.response import Load
-from policies.simulator.workload import Submission
-from policies.snapshot import DeviceView, DialLimits, TrialView
+from orchestrator.policies.plan import DeviceId, Settings, TrialId
+from orchestrator.policies.simulator.application import Application, Applications
+from orchestrator.policies.simulator.cluster import Cluster, Node, NodeEvent
+from orchestrator.policies.simulator.job import Job
+from orchestrator.policies.simulator.response import Load
+from orchestrator.policies.simulator.workload import Submission
+from orchestrator.policies.snapshot import DeviceView, DialLimits, TrialView
 
 
 @dataclass(slots=True)

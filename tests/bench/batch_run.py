@@ -11,11 +11,11 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from policies.fit import NOTHING_FITTED, Observation, TrialFit, noise_scale, update
-from policies.goodput_policy import Goodput
-from policies.plan import EMPTY_PLAN, DeviceId, Plan, Settings, TrialId
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.fit import NOTHING_FITTED, Observation, TrialFit, noise_scale, update
+from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, Plan, Settings, TrialId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def stepper_of(order: TrialOrder, device: torch.device, step_mode: str = "eager"
     """The trial's stepper, its model drawn from the trial's seed."""
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
     from orchestrator.train.groups import Ranks
     from orchestrator.train.step_mode.choice import StepMode
     from orchestrator.train.stepper import Stepper
@@ -270,7 +270,7 @@ class _Steering:
 
 def fixed_at(order: TrialOrder, batch: int) -> TrialOrder:
     """The same trial fixed at a batch, with the learning rate that the rule gives it from that of the start batch."""
-    from jobs import job_info
+    from orchestrator.jobs import job_info
     from orchestrator.train.batch.learning_rate import scaled
 
     rule = job_info(order.job).learning_rate_rule

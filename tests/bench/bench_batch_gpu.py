@@ -14,8 +14,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from policies.memory import MemoryPoint, largest_micro_batch, remember, solve_line
-from policies.tier import Tier
+from orchestrator.policies.memory import MemoryPoint, largest_micro_batch, remember, solve_line
+from orchestrator.policies.tier import Tier
 from tests.bench import batch_run
 from tests.bench.gpu_job import SIZES
 from tests.bench.results_file import Figure, Report, chosen_part, options, say

@@ -132,7 +132,7 @@ class AlternatingShare:
                 os.kill(self._plan["actor_pid"], signal.SIGCONT)
 
     def _prepare(self) -> None:
-        from jobs import build_job
+        from orchestrator.jobs import build_job
 
         job = build_job("language", PARAMS)
         job.prepare()

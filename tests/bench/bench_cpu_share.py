@@ -26,7 +26,7 @@ def train(amount: float, seconds: float) -> dict[str, float]:
     """Train under the share in this process; CPU seconds used over those granted."""
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
 
     job = build_job("language", PARAMS)
     job.prepare()

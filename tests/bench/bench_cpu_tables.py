@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import policies.simulator
+from orchestrator.policies import simulator
 from orchestrator.share.cpu_cores import WORKER_ENVIRONMENT
 from tests.bench.results_file import ROOT, Report, machine, median_figure, options, say
 
-MEASURED = Path(policies.simulator.__file__).parent / "measured"
+MEASURED = Path(simulator.__file__).parent / "measured"
 JOBS: dict[str, tuple[dict[str, Any], int]] = {
     "mlp": ({"width": 128, "depth": 3}, 64),
     "language": ({"width": 128, "layers": 2, "context": 64}, 8),
@@ -63,8 +63,8 @@ def lanes(shares: Sequence[float], num_cores: int, tier: str, seconds: float) ->
 
 def serve(job_name: str) -> None:
     """One process: reads a lane a line, trains in it, answers with samples and seconds."""
+    from orchestrator.policies.tier import Tier
     from orchestrator.share.cpu_cores import CpuCores
-    from policies.tier import Tier
     from tests.bench.guarded_trial import Recipe, begin
 
     params, micro_batch = JOBS[job_name]

@@ -140,7 +140,7 @@ def stock_loop(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
 
     torch.set_num_threads(1)
     job = build_job("language", {**PARAMS, "eval_windows": 64})

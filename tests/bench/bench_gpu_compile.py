@@ -27,10 +27,10 @@ def compile_here(size: str) -> dict[str, float]:
     """Seconds of this process for each batch in turn."""
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
+    from orchestrator.policies.tier import Tier
     from orchestrator.train.precision.tiers import install, lowered, set_tier
     from orchestrator.train.step_mode.compiled import Ahead, Compilation
-    from policies.tier import Tier
 
     device, tier = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Tier.BF16
     job = build_job("language", SIZES[size][0] if size in SIZES else TINY)

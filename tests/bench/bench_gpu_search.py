@@ -134,7 +134,7 @@ def train_by_hand(config: dict[str, Any]) -> None:
     import numpy as np
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
 
     torch.manual_seed(SEED)
     job = build_job("language", {**config["params"], "eval_windows": 256, "lr": config["lr"]})

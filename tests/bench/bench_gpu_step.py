@@ -33,8 +33,8 @@ SHARES = (tuple(range(8)), tuple(range(12)), tuple(range(4)), tuple(range(4, 15)
 
 def step_times(size: str, tier_name: str, settings: Options, directory: Path, *, is_compiled: bool) -> dict[str, Any]:
     """Seconds per step by hand and ours, alternating, so many times each; with kernels of torch.compile or without."""
+    from orchestrator.policies.tier import Tier
     from orchestrator.telemetry.record import FLAG_COMPILED, FLAG_GRAPH
-    from policies.tier import Tier
 
     num_steps = 60 if settings.is_quick else {"7M": 800, "34M": 300, "98M": 160}[size]
     tier = Tier(tier_name)
@@ -57,7 +57,7 @@ def kernels(size: str, tier_name: str, directory: Path) -> dict[str, Any]:
 
     Ours is the difference of a long and a short trial, so beginning and end are not in it.
     """
-    from policies.tier import Tier
+    from orchestrator.policies.tier import Tier
 
     def trial(num_steps: int) -> Any:
         where = directory / f"{size}-{tier_name}-kernels-{num_steps}"
@@ -86,9 +86,9 @@ def kernels(size: str, tier_name: str, directory: Path) -> dict[str, Any]:
 
 def switches(size: str, mode: str, settings: Options, directory: Path) -> dict[str, Any]:
     """A trial whose groups change every 20 steps; milliseconds that each change adds, and its losses against none."""
+    from orchestrator.policies.tier import Tier
     from orchestrator.share import SmGroups
     from orchestrator.train.step_mode.captured import MAX_FLYING
-    from policies.tier import Tier
     from tests.unit.orchestrator.train.links import grant
 
     period = PERIOD
@@ -238,8 +238,8 @@ def changes(report: Report, directory: Path) -> None:
 
 def tier_turns(size: str, mode: str, settings: Options, directory: Path) -> dict[str, Any]:
     """A trial whose tier turns between fp32 and bf16 every 20 steps; milliseconds that each turn adds."""
+    from orchestrator.policies.tier import Tier
     from orchestrator.train.step_mode.captured import MAX_FLYING
-    from policies.tier import Tier
     from tests.unit.orchestrator.train.links import grant
 
     count, micro_batch = 10 if settings.is_quick else 60, SIZES[size][1]

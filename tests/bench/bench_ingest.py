@@ -28,9 +28,9 @@ def send(config: dict[str, Any]) -> dict[str, int]:
     import ray
 
     from orchestrator.control.orders import Ack, Events, SlotHello, SlotOp
+    from orchestrator.policies.plan import DeviceId
+    from orchestrator.policies.snapshot import DeviceKind, DeviceView
     from orchestrator.telemetry.record import STEP_DTYPE, pack
-    from policies.plan import DeviceId
-    from policies.snapshot import DeviceKind, DeviceView
 
     actor = ray.get_actor(config["actor"], namespace=config["namespace"])
     slot_id, rows = f"slot-{config['number']}", config["rows"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from jobs import build_job
+from orchestrator.jobs import build_job
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.train import stepper as steppers
 from orchestrator.train.batch.meter import NoiseMeter

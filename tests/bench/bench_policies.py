@@ -29,9 +29,9 @@ ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 def decide(num_trials: int, num_devices: int, repeats: int) -> dict[str, Any]:
     """Seconds of every decision by objective, on one seed a repeat, and the peak memory of this process in GiB."""
-    from policies.goodput_joint import GoodputJoint
-    from policies.invariants import check
-    from policies.sample_fleets import search_world
+    from orchestrator.policies.goodput_joint import GoodputJoint
+    from orchestrator.policies.invariants import check
+    from orchestrator.policies.sample_fleets import search_world
 
     seconds: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
     num_running, num_changed = [], []

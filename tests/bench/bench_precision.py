@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.job import LossTerms
 from orchestrator.hardware import cpu_facts
+from orchestrator.jobs.job import LossTerms
+from orchestrator.policies.tier import Tier, auto_tiers
 from orchestrator.train.precision import products
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.stepper import Stepper
-from policies.tier import Tier, auto_tiers
 from tests.bench.guarded_ranks import run_ranks
 from tests.bench.guarded_trial import Course, Recipe, run
 from tests.bench.results_file import (

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.transformer import Block
+from orchestrator.jobs.transformer import Block
+from orchestrator.policies.ladder import best_usable
+from orchestrator.policies.tier import Tier, real_tiers
 from orchestrator.train.precision.tiers import coverage, facts_of, install, lowered, set_tier
 from orchestrator.train.precision.watch import StepNews
 from orchestrator.train.stepper import Stepper
-from policies.ladder import best_usable
-from policies.tier import Tier, real_tiers
 from tests.bench.gpu_job import profiled
 from tests.bench.guarded_trial import MIN_GAIN, Recipe, begin
 from tests.bench.results_file import Figure, Report, chosen_part, median_figure, options, say

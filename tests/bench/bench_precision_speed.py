@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.job import LossTerms
+from orchestrator.jobs.job import LossTerms
+from orchestrator.policies.tier import Tier
 from orchestrator.train.stepper import Stepper
-from policies.tier import Tier
 from tests.bench.bench_precision import AUTO, LANGUAGE, WIDE, told
 from tests.bench.guarded_trial import Recipe, begin, run
 from tests.bench.results_file import Report, chosen_part, median_figure, options, say

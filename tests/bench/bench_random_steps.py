@@ -11,11 +11,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from policies import POLICIES, build_policy
-from policies.goodput_joint import OBJECTIVES, GoodputJoint
-from policies.invariants import check
-from policies.policy import Policy
-from policies.sample_fleets import walk
+from orchestrator.policies import POLICIES, build_policy
+from orchestrator.policies.goodput_joint import OBJECTIVES, GoodputJoint
+from orchestrator.policies.invariants import check
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.sample_fleets import walk
 from tests.bench.results_file import Figure, Report, options, say
 from tests.unit.policies.promises import broken_promises
 

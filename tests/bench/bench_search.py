@@ -122,7 +122,7 @@ def train_by_hand(config: dict[str, Any]) -> None:
     import numpy as np
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
 
     torch.set_num_threads(1)
     torch.manual_seed(SEED)

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from orchestrator.policies import build_policy
 from orchestrator.simulate.course import Course, course_of, play
-from policies import build_policy
 from tests.bench.results_file import ROOT, Report, median_figure, options, say
 
 DEMO = ROOT / "demo.yaml"

@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import policies.simulator
-from policies import build_policy
-from policies.simulator import (
+from orchestrator import policies
+from orchestrator.policies import build_policy
+from orchestrator.policies.simulator import (
     POLLUX_APPLICATIONS,
     Applications,
     Parametric,
@@ -35,8 +35,8 @@ from policies.simulator import (
     philly_like,
     simulate,
 )
-from policies.simulator.tables import read_sharing, read_tiers
-from policies.tier import Tier
+from orchestrator.policies.simulator.tables import read_sharing, read_tiers
+from orchestrator.policies.tier import Tier
 from tests.bench.results_file import ROOT, Options, Report, chosen_part, median_figure, options, ratio_figure, say
 from tests.bench.simulated_search import MEASURED, searches
 

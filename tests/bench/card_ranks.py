@@ -104,7 +104,7 @@ def _rank(rank: int, plan: RankPlan) -> None:
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
     from orchestrator.train.stepper import Stepper
 
     device = torch.device("cuda", 0) if plan.device == "cuda" else torch.device("cpu")
@@ -161,7 +161,7 @@ def _ranks_of(rank: int, plan: RankPlan, device: torch.device) -> Ranks:
 
 
 def _order(plan: RankPlan) -> TrialOrder:
-    from policies.tier import Tier
+    from orchestrator.policies.tier import Tier
     from tests.unit.orchestrator.train.links import order
 
     trial = order(plan.directory, num_ranks=plan.world_size, samples_per_report=10**9).trial

@@ -30,7 +30,7 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
 
 def job_of(size: str, eval_windows: int = 64, **params: Any) -> Any:
     """The job of a size, its data loaded."""
-    from jobs import build_job
+    from orchestrator.jobs import build_job
 
     job = build_job("language", {**SIZES[size][0], "eval_windows": eval_windows, **params})
     job.prepare()
@@ -204,7 +204,7 @@ def run_ours(
     """One trial in this process; the script it leaves, with the records of its steps."""
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
     from orchestrator.train.groups import Ranks
     from orchestrator.train.step_mode.choice import StepMode
     from tests.unit.orchestrator.train.links import Script, loop

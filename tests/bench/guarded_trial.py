@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from jobs import build_job
 from orchestrator.control.orders import TrialOrder
+from orchestrator.jobs import build_job
+from orchestrator.policies.ladder import best_usable
+from orchestrator.policies.plan import Settings, TrialId
+from orchestrator.policies.snapshot import DialLimits
+from orchestrator.policies.tier import Tier
 from orchestrator.train.groups import Ranks
 from orchestrator.train.precision.calibrate import TierCost
 from orchestrator.train.precision.guard import Move
 from orchestrator.train.precision.tiers import set_tier
 from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPlan
 from orchestrator.train.stepper import Stepper
-from policies.ladder import best_usable
-from policies.plan import Settings, TrialId
-from policies.snapshot import DialLimits
-from policies.tier import Tier
 
 ASK_EVERY = 5
 MIN_GAIN = 0.05

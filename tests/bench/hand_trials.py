@@ -62,7 +62,7 @@ class _EagerLoop:
     def __init__(self) -> None:
         import torch
 
-        from jobs import build_job
+        from orchestrator.jobs import build_job
 
         torch.set_num_threads(1)
         self._job = build_job("language", {**TINY, "eval_windows": 8})

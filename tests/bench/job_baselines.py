@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.data import Indices
-from jobs.genome import GenomeJob
-from jobs.image import ImageJob
-from jobs.image_data import LabelledImages
-from jobs.job import Job
-from jobs.language import LanguageJob
-from jobs.speech import SpeechJob, edit_distance
-from jobs.tissue import TissueJob
+from orchestrator.jobs.data import Indices
+from orchestrator.jobs.genome import GenomeJob
+from orchestrator.jobs.image import ImageJob
+from orchestrator.jobs.image_data import LabelledImages
+from orchestrator.jobs.job import Job
+from orchestrator.jobs.language import LanguageJob
+from orchestrator.jobs.speech import SpeechJob, edit_distance
+from orchestrator.jobs.tissue import TissueJob
 
 Answer = tuple[str, float]
 Floats = npt.NDArray[np.float64]
@@ -164,7 +164,7 @@ def genome(job: Job) -> list[Answer]:
     """Logistic regression on how often each run of four letters occurs; and the exact likelihood ratio, the best."""
     from sklearn.linear_model import LogisticRegression
 
-    from jobs.genome_data import area_under_curve
+    from orchestrator.jobs.genome_data import area_under_curve
 
     assert isinstance(job, GenomeJob)
     data = job.genome
@@ -199,7 +199,7 @@ BASELINES: dict[str, Callable[[Job], list[Answer]]] = {
 
 def answers(job: str, params: dict[str, Any]) -> list[Answer]:
     """All simple answers to a job."""
-    from jobs import build_job
+    from orchestrator.jobs import build_job
 
     built = build_job(job, params)
     built.prepare()

@@ -35,11 +35,11 @@ def train(job: str, seed: int, *, turns: bool, overrides: list[str], directory: 
     """Train a trial of the search file, in the middle of the learning rates that it searches, to its end."""
     import torch
 
-    from jobs import build_job
     from orchestrator.config import load_config
     from orchestrator.control.orders import Grant, Outcome, SlotOp, SlotOrder, Status, StopMode, TrialOrder
+    from orchestrator.jobs import build_job
+    from orchestrator.policies.plan import TrialId
     from orchestrator.run_spec import run_spec
-    from policies.plan import TrialId
     from tests.unit.orchestrator.train.links import Script, loop
 
     resolved = load_config(search_file(job), [each for each in overrides if not each.startswith("lr=")])
@@ -94,7 +94,7 @@ def train(job: str, seed: int, *, turns: bool, overrides: list[str], directory: 
 
 def _turns(micro_batch: int) -> Iterator[dict[str, Any]]:
     """Changes against the start, over and over: every dial goes there and back, the global batch to twice and half."""
-    from policies.tier import Tier
+    from orchestrator.policies.tier import Tier
 
     half, twice = max(1, micro_batch // 2), 2 * micro_batch
     while True:

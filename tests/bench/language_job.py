@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from jobs.job import Job
+    from orchestrator.jobs.job import Job
 
 PARAMS: dict[str, Any] = {"width": 128, "layers": 2, "context": 64}
 """0.47 million parameters: large enough that what scales with parameters (clipping, noise scale) is not for free."""
@@ -145,7 +145,7 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
 
     torch.set_num_threads(1)
     if given.ranks > 1:
@@ -181,7 +181,7 @@ def fastest(blocks: Sequence[dict[str, Any]], which: Sequence[str]) -> str:
 
 def corpus_is_there() -> bool:
     """Whether the text the job trains on can be read; every benchmark needs it."""
-    from jobs.corpus import standard_library
+    from orchestrator.jobs.corpus import standard_library
 
     return Path(standard_library()).is_dir()
 

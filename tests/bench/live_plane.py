@@ -17,7 +17,7 @@ import yaml
 
 from orchestrator.config import load_config
 from orchestrator.control.admission import FILE_NAME as KNEES
-from policies.plan import TrialId
+from orchestrator.policies.plan import TrialId
 from tests.bench.results_file import machine
 
 MAX_UNITS = 64

@@ -42,7 +42,7 @@ def report_cost(given: argparse.Namespace) -> Row:
 def _of(size: str, device_name: str) -> Row:
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
     from orchestrator.train import checkpoint
 
     params, micro_batch = model_of(size)

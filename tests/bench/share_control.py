@@ -48,7 +48,7 @@ def train(units: Sequence[int], num_steps: int, size: str, share: Any) -> Row:
     """One trial on those units: seconds per step in its middle, and its step mode."""
     from dataclasses import replace
 
-    from policies.tier import Tier
+    from orchestrator.policies.tier import Tier
     from tests.bench.gpu_job import first_order, run_ours
 
     device, tier = ("cpu", Tier.FP32) if size == "tiny" else ("cuda", Tier.BF16)

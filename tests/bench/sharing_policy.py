@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from policies import Allocation, Generation, Goodput, Plan, Snapshot, TrialView, effect_of
+from orchestrator.policies import Allocation, Generation, Goodput, Plan, Snapshot, TrialView, effect_of
 
 WHOLE = 15
 """Parts in which shares are told here: the SM groups of an H100 or H200."""

@@ -11,15 +11,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import policies.simulator
-from policies import Allocation, Plan, build_policy, effect_of
-from policies.plan import Generation
-from policies.simulator import Application, NoiseCurve, Parametric, Rules, Summary, parse_cluster, simulate
-from policies.simulator.search import AshaSearch, SearchSpec
-from policies.simulator.tables import read_sharing
+from orchestrator.policies import Allocation, Plan, build_policy, effect_of, simulator
+from orchestrator.policies.plan import Generation
+from orchestrator.policies.simulator import Application, NoiseCurve, Parametric, Rules, Summary, parse_cluster, simulate
+from orchestrator.policies.simulator.search import AshaSearch, SearchSpec
+from orchestrator.policies.simulator.tables import read_sharing
 from tests.bench.results_file import Report, ratio_figure, say
 
-MEASURED = Path(policies.simulator.__file__).parent / "measured"
+MEASURED = Path(simulator.__file__).parent / "measured"
 OURS = "goodput_joint"
 PARTS_OF_A_DEVICE = (2, 4, 8)
 PARAMS = {"objective": "search", "cooldown_s": 10.0}

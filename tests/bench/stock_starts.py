@@ -75,7 +75,7 @@ def _train(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from jobs import build_job
+    from orchestrator.jobs import build_job
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = build_job("language", {**config["params"], "eval_windows": 64, "lr": config["lr"]})

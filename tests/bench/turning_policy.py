@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from policies import Allocation, Generation, Plan, Snapshot, TrialView, effect_of
-from policies.plan import Settings
-from policies.tier import Tier
+from orchestrator.policies import Allocation, Generation, Plan, Snapshot, TrialView, effect_of
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.tier import Tier
 
 DIALS = ("share", "batch", "precision")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from policies import POLICIES, build_policy
-from policies.conformance import check_policy
-from policies.goodput_joint import OBJECTIVES, GoodputJoint
-from policies.invariants import check
-from policies.sample_fleets import after, fleet_world
+from orchestrator.policies import POLICIES, build_policy
+from orchestrator.policies.conformance import check_policy
+from orchestrator.policies.goodput_joint import OBJECTIVES, GoodputJoint
+from orchestrator.policies.invariants import check
+from orchestrator.policies.sample_fleets import after, fleet_world
 
 NUM_WORLDS = 100
 RESTS = ("static", "goodput", "fifo", "goodput_joint")

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from policies.goodput_joint import GoodputJoint
-from policies.movable import split
-from policies.plan import EMPTY_PLAN
-from policies.prospects import Ask, Prospect, Size, prospects, reference
-from policies.sample_fleets import search_world
-from policies.snapshot import Quota, Snapshot
+from orchestrator.policies.goodput_joint import GoodputJoint
+from orchestrator.policies.movable import split
+from orchestrator.policies.plan import EMPTY_PLAN
+from orchestrator.policies.prospects import Ask, Prospect, Size, prospects, reference
+from orchestrator.policies.sample_fleets import search_world
+from orchestrator.policies.snapshot import Quota, Snapshot
 
 highspy: Any = pytest.importorskip("highspy")
 

@@ -6,10 +6,10 @@ from types import FrameType
 
 import pytest
 
-from policies import POLICIES, build_policy
-from policies.conformance import check_policy
-from policies.policy import Policy
-from policies.sample_worlds import snapshot, snapshots
+from orchestrator.policies import POLICIES, build_policy
+from orchestrator.policies.conformance import check_policy
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.sample_worlds import snapshot, snapshots
 
 NUM_WORLDS = 1_000
 

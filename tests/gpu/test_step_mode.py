@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import build_job
+from orchestrator.jobs import build_job
+from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import FLAG_COMPILED, FLAG_GRAPH
 from orchestrator.train.groups import Ranks
 from orchestrator.train.isolation import ProcessState
@@ -19,7 +20,6 @@ from orchestrator.train.precision.calibrate import time_replays
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.stepper import Stepper
-from policies.tier import Tier
 from tests.bench.gpu_job import run_ours
 from tests.unit.orchestrator.train.links import Script, grant, order
 

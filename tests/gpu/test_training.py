@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import build_job
 from orchestrator.control.orders import SlotOrder, Status, StopMode
+from orchestrator.jobs import build_job
+from orchestrator.policies.tier import Tier
 from orchestrator.train.groups import Ranks
-from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order
 
 pytestmark = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from policies import Allocation, Plan, Snapshot
-from policies.goodput_policy import Goodput
-from policies.tier import Tier
+from orchestrator.policies import Allocation, Plan, Snapshot
+from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.tier import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,10 +21,10 @@ from orchestrator.control.lifecycle import SlotState, TrialState
 from orchestrator.control.orders import OverrideReport, Report
 from orchestrator.control.status import StatusWriter
 from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError
+from orchestrator.policies import POLICIES
+from orchestrator.policies.plan import TrialId
 from orchestrator.share import SHARES
 from orchestrator.telemetry.load import RunTables
-from policies import POLICIES
-from policies.plan import TrialId
 from tests.unit.orchestrator.control.worlds import SPOT, World
 
 ROOT = Path(__file__).parents[2]

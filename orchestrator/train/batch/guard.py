@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import OutOfMemoryError
+from orchestrator.policies.memory import largest_micro_batch, largest_split
+from orchestrator.policies.plan import Settings
 from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.groups import Ranks
 from orchestrator.train.step_result import StepResult
 from orchestrator.train.stepper import Stepper
-from policies.memory import largest_micro_batch, largest_split
-from policies.plan import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from policies.goodput import gain
+from orchestrator.policies.goodput import gain
 
 
 class ScalingRule(StrEnum):

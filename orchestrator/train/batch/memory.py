@@ -18,8 +18,8 @@ from typing import Protocol
 import psutil
 import torch
 
-from policies.memory import MemoryLine, MemoryPoint, remember, solve_line
-from policies.plan import Settings
+from orchestrator.policies.memory import MemoryLine, MemoryPoint, remember, solve_line
+from orchestrator.policies.plan import Settings
 
 _SETTLED_STEPS = 2
 """Steps after a change until its peak is there: in the first one optimizer state and workspaces are still to come."""

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from jobs.data import Indices, micro_batches
+from orchestrator.jobs.data import Indices, micro_batches
+from orchestrator.policies.fit import MIN_NOISE_ESTIMATES
+from orchestrator.policies.noise import noise_ratio
 from orchestrator.train import fsdp
 from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, weights_of
 from orchestrator.train.batch.rank_noise import RankNoise
-from policies.fit import MIN_NOISE_ESTIMATES
-from policies.noise import noise_ratio
 
 FIRST_STEP = 20
 """Nothing is measured before: the gradients of an untrained model point the same way, which says nothing of later."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jobs import job_info
 from orchestrator.control.orders import TrialOrder
+from orchestrator.jobs import job_info
 from orchestrator.train.batch.learning_rate import ScalingRule, Schedule, Shape
 
 WARMUP_STEPS = 20

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.hardware import cpu_facts
-from policies.tier import NAMED_TIERS, Tier
+from orchestrator.policies.tier import NAMED_TIERS, Tier
 
 logger = logging.getLogger(__name__)
 

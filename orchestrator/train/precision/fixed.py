@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchestrator.policies.tier import FixedPoint
 from orchestrator.train.precision.half import exact_linear, result_dtype, rows, sum_rows
 from orchestrator.train.precision.rounding import block_scale, round_stochastically, saturates, to_grid
-from policies.tier import FixedPoint
 
 
 def fixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, fixed: FixedPoint) -> Tensor:

@@ -32,8 +32,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from orchestrator.policies.tier import Tier, is_cheaper, is_coarse
 from orchestrator.train.precision.averages import LossAverage, NormAverage
-from policies.tier import Tier, is_cheaper, is_coarse
 
 _MEAN_GAIN, _MIN_MEANS = 0.25, 3
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from orchestrator.hardware import cpu_facts
+from orchestrator.policies.tier import Tier, support_of
 from orchestrator.train.precision.half import exact_linear, filled_rows, result_dtype, sum_rows, unfilled
 from orchestrator.train.precision.rounding import round_stochastically
-from policies.tier import Tier, support_of
 
 ALIGNMENT = 8
 _MIN_ROWS = 24

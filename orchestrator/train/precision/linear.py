@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision.products import LinearFunction, function_of, tier_of_layer
-from policies.tier import Tier
 
 
 class PrecisionLinear(nn.Linear):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from policies.tier import Tier
+from orchestrator.policies.tier import Tier
 
 INITIAL_SCALE = 2.0**16
 GROWTH_STEPS = 2000

@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from orchestrator.policies.tier import Tier
 from orchestrator.train.fsdp import local_part
 from orchestrator.train.precision.guard import Probe
-from policies.tier import Tier
 
 HalfGradient = Callable[[Tier, int], float]
 """Leaves the mean gradient of half 0 or 1 of the probe's samples in `.grad`, not scaled; returns their mean loss."""

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from orchestrator.policies.tier import FixedPoint, Tier, tier_facts
 from orchestrator.train.precision import fp8, int8
 from orchestrator.train.precision.fixed import fixed_linear
 from orchestrator.train.precision.half import half_linear, tf32_linear
-from policies.tier import FixedPoint, Tier, tier_facts
 
 LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from orchestrator.policies.tier import Rounding, Tier
 from orchestrator.train.precision import fp8, int8
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.rounding import saturates
-from policies.tier import Rounding, Tier
 
 _FP16_LARGEST, _FP16_SMALLEST = 65504.0, 2.0**-24
 _FP8_SMALLEST = {fp8.FORWARD: 2.0**-9, fp8.GRADIENT: 2.0**-16}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.tier import FixedPoint, Rounding
+from orchestrator.policies.tier import FixedPoint, Rounding
 
 _TF32_DROPPED_BITS = 13
 _SMALLEST_SCALE = 1e-30

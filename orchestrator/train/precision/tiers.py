@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from orchestrator.hardware import cpu_facts
+from orchestrator.policies.tier import DeviceFacts, Tier, support_of, tier_facts
 from orchestrator.train.precision.attention import ShortAttentionInFp32
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.products import TIER_FUNCTIONS, tier_of_layer
-from policies.tier import DeviceFacts, Tier, support_of, tier_facts
 
 __all__ = [
     "TIER_FUNCTIONS",

@@ -17,11 +17,11 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision.calibrate import Comparison, CostFile, TierCost, time_replays
 from orchestrator.train.precision.probe import undisturbed
 from orchestrator.train.step_mode.recorder import CudaRecorder
-from policies.plan import Settings
-from policies.tier import Tier
 
 logger = logging.getLogger(__name__)
 

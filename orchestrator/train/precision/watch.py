@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from orchestrator.policies.ladder import TierFit
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision import memory_state
 from orchestrator.train.precision.calibrate import TierCost
 from orchestrator.train.precision.guard import Cause, Guard, Move, StepSigns
@@ -29,8 +31,6 @@ from orchestrator.train.precision.range_signs import RangeMeter, has_range
 from orchestrator.train.precision.spending import Spending
 from orchestrator.train.precision.tiers import coverage, is_real
 from orchestrator.train.precision.trial_costs import Timed, TrialCosts
-from policies.ladder import TierFit
-from policies.tier import Tier
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from jobs.job import Job
+from orchestrator.jobs.job import Job
 from orchestrator.train import fsdp
 from orchestrator.train.batch.meter import PairPart
 from orchestrator.train.batch.noise import RecordedPair

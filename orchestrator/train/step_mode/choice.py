@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from policies.plan import Settings
-from policies.snapshot import StepModeView
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.snapshot import StepModeView
 
 NUM_EAGER = 3
 """Eager steps per combination of dials; the first ones also load kernels, so the fastest counts."""

@@ -30,11 +30,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from jobs.job import Job, LossTerms
 from orchestrator.control.orders import TrialOrder
+from orchestrator.jobs.job import Job, LossTerms
 from orchestrator.names import write_atomically
+from orchestrator.policies.tier import Tier
 from orchestrator.train.isolation import restore_environment
-from policies.tier import Tier
 
 logger = logging.getLogger(__name__)
 

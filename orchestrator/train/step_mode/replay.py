@@ -16,16 +16,16 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from jobs.data import SampleCursor
-from jobs.job import Job, LossTerms
+from orchestrator.jobs.data import SampleCursor
+from orchestrator.jobs.job import Job, LossTerms
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.tier import Tier
 from orchestrator.train.batch.meter import PairPart
 from orchestrator.train.batch.noise import NoiseEstimate, RecordedPair
 from orchestrator.train.step_mode.captured import MAX_FLYING, Batch, CapturedStep
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.recorder import Recorder
 from orchestrator.train.step_result import StepResult
-from policies.plan import Settings
-from policies.tier import Tier
 
 CPU = torch.device("cpu")
 

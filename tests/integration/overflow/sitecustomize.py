@@ -26,7 +26,7 @@ class _Finder(MetaPathFinder):
     """Changes `jobs.mlp` when it is imported."""
 
     def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != "jobs.mlp":
+        if fullname != "orchestrator.jobs.mlp":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from policies import (
+from orchestrator.policies import (
     EMPTY_PLAN,
     NOTHING_FITTED,
     DeviceId,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import build_job
-from jobs.corpus import is_held_out
-from jobs.job import Job
+from orchestrator.jobs import build_job
+from orchestrator.jobs.corpus import is_held_out
+from orchestrator.jobs.job import Job
 
 SMALL: dict[str, dict[str, object]] = {
     "mlp": {"num_samples": 256},

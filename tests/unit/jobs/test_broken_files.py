@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import build_job
-from jobs.folder import is_held_out
-from jobs.job import Job
+from orchestrator.jobs import build_job
+from orchestrator.jobs.folder import is_held_out
+from orchestrator.jobs.job import Job
 
 
 @dataclass(frozen=True, kw_only=True)

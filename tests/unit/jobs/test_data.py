@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.data import SampleCursor, epoch_order, micro_batches, rank_slice
+from orchestrator.jobs.data import SampleCursor, epoch_order, micro_batches, rank_slice
 
 steps = st.tuples(st.integers(0, 70), st.integers(1, 5), st.integers(1, 9))
 """Global batch, world size and micro-batch of one step."""

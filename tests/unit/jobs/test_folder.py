@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.extras import load_extra
-from jobs.folder import existing_folder, files_below, is_held_out, read_files
+from orchestrator.jobs.extras import load_extra
+from orchestrator.jobs.folder import existing_folder, files_below, is_held_out, read_files
 
 
 def number(path: Path) -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import build_job
-from jobs.genome import GenomeJob
-from jobs.genome_data import (
+from orchestrator.jobs import build_job
+from orchestrator.jobs.genome import GenomeJob
+from orchestrator.jobs.genome_data import (
     CONSENSUS,
     MOTIF_LENGTH,
     NUM_HELD_OUT,
@@ -180,7 +180,7 @@ def test_long_sequences_are_cut_to_their_middle_and_short_ones_filled_up(
     write_folder(tmp_path)
     text = (tmp_path / "negative.fa").read_text()
     (tmp_path / "negative.fa").write_text(text + ">long\r\nCCCCCAC\r\nGTGGGGG\r\n\r\n>short\nACGT\n")
-    with caplog.at_level("INFO", logger="jobs"):
+    with caplog.at_level("INFO", logger="orchestrator.jobs"):
         genome = from_folder(str(tmp_path), 4, "stop")
     # ACGT once as the middle of the long one, once as the whole of the short one.
     assert torch.cat([genome.train.codes, genome.held_out.codes]).tolist().count([0, 1, 2, 3]) == 2

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from jobs import build_job
-from jobs.image import ImageJob
-from jobs.image_data import SHAPES, LabelledImages, from_folder, shapes
-from jobs.vision import ResidualNet, VisionTransformer, group_norm
+from orchestrator.jobs import build_job
+from orchestrator.jobs.image import ImageJob
+from orchestrator.jobs.image_data import SHAPES, LabelledImages, from_folder, shapes
+from orchestrator.jobs.vision import ResidualNet, VisionTransformer, group_norm
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import torch
 
-from jobs import build_job
-from jobs.data import SampleCursor, micro_batches, rank_slice
-from jobs.image import ImageJob
+from orchestrator.jobs import build_job
+from orchestrator.jobs.data import SampleCursor, micro_batches, rank_slice
+from orchestrator.jobs.image import ImageJob
 
 CPU = torch.device("cpu")
 NAMES = [f"{part}/{name}/{i}.png" for part, count in (("train", 15), ("val", 4)) for name in "ab" for i in range(count)]
@@ -124,7 +124,7 @@ def test_a_picture_that_proves_broken_later_is_named_and_stops_or_counts_without
 def test_loader_processes_end_with_a_process_that_is_killed(pictures: Path) -> None:
     code = f"""
 import sys, time
-from jobs import build_job
+from orchestrator.jobs import build_job
 job = build_job("image", {{"data_dir": {str(pictures)!r}, "size": 8, "loader_processes": 1}})
 job.prepare()
 job.batch([0], __import__("torch").device("cpu"))

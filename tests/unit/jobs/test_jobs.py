@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from jobs.data import SampleCursor, micro_batches, rank_slice
-from jobs.job import Job
-from jobs.table import JOB_INFO
+from orchestrator.jobs.data import SampleCursor, micro_batches, rank_slice
+from orchestrator.jobs.job import Job
+from orchestrator.jobs.table import JOB_INFO
 
 CPU = torch.device("cpu")
 

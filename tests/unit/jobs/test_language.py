@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import build_job
-from jobs.corpus import SKIPPED_FOLDERS, files_of, is_held_out, load_corpus, source_files, standard_library
-from jobs.language import ByteGpt, LanguageJob
+from orchestrator.jobs import build_job
+from orchestrator.jobs.corpus import SKIPPED_FOLDERS, files_of, is_held_out, load_corpus, source_files, standard_library
+from orchestrator.jobs.language import ByteGpt, LanguageJob
 
 CPU = torch.device("cpu")
 README = Path(__file__).parents[3] / "jobs" / "README.md"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.data import SampleCursor, micro_batches, rank_slice
-from jobs.loading import MapLoader, StreamReader
+from orchestrator.jobs.data import SampleCursor, micro_batches, rank_slice
+from orchestrator.jobs.loading import MapLoader, StreamReader
 
 WHAT = ("step", "step", "step", "skipped", "overflow", "commit", "crash")
 events = st.lists(

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from jobs.optim import adamw
+from orchestrator.jobs.optim import adamw
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

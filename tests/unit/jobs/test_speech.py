@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import build_job, voices
-from jobs.folder import is_held_out
-from jobs.speech import SpeechJob, edit_distance
-from jobs.speech_data import HELD_OUT_PER_256, from_folder, log_mel, made, read_sound, resampled
+from orchestrator.jobs import build_job, voices
+from orchestrator.jobs.folder import is_held_out
+from orchestrator.jobs.speech import SpeechJob, edit_distance
+from orchestrator.jobs.speech_data import HELD_OUT_PER_256, from_folder, log_mel, made, read_sound, resampled
 
 CPU = torch.device("cpu")
 RATE = 8000

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import jobs
-from jobs.classes import JOBS
-from jobs.extras import PACKAGES
-from jobs.table import JOB_INFO, JobInfo, Param, ParamKind, check_param, complete_params, did_you_mean
+from orchestrator import jobs
+from orchestrator.jobs.classes import JOBS
+from orchestrator.jobs.extras import PACKAGES
+from orchestrator.jobs.table import JOB_INFO, JobInfo, Param, ParamKind, check_param, complete_params, did_you_mean
 
 
 def test_table_and_classes_name_the_same_jobs() -> None:
@@ -110,7 +110,7 @@ def test_a_row_can_be_written_with_its_three_facts_alone() -> None:
 
 
 def test_importing_the_table_does_not_import_torch() -> None:
-    code = "import sys, jobs, jobs.table; jobs.complete_params('mlp', {}); sys.exit('torch' in sys.modules)"
+    code = "import sys, orchestrator.jobs as jobs; jobs.complete_params('mlp', {}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import build_job
-from jobs.corpus import files_of, is_held_out
-from jobs.data import SampleCursor, micro_batches, rank_slice
-from jobs.language import LanguageJob
+from orchestrator.jobs import build_job
+from orchestrator.jobs.corpus import files_of, is_held_out
+from orchestrator.jobs.data import SampleCursor, micro_batches, rank_slice
+from orchestrator.jobs.language import LanguageJob
 
 CPU = torch.device("cpu")
 SIZE = 17

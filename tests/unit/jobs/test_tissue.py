@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import build_job
-from jobs.folder import is_held_out
-from jobs.tissue import TissueJob
-from jobs.tissue_data import HELD_OUT_PER_256, bundled, from_folder, patches_of
+from orchestrator.jobs import build_job
+from orchestrator.jobs.folder import is_held_out
+from orchestrator.jobs.tissue import TissueJob
+from orchestrator.jobs.tissue_data import HELD_OUT_PER_256, bundled, from_folder, patches_of
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from jobs.table import JOB_INFO
 from orchestrator import cli
 from orchestrator.config import ResolvedRun, load_config
 from orchestrator.errors import PlanError, UnfitEnvironmentError
+from orchestrator.jobs.table import JOB_INFO
 
 ROOT = Path(__file__).parents[3]
 Run = Callable[..., tuple[int, str, str]]

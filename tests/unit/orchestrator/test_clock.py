@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from orchestrator.clock import Reading, boot_id, offset_to, read_clock
 from orchestrator.control.orders import Ack
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import STEP_DTYPE, unpack
 from orchestrator.train.link import Outbox
-from policies.plan import Settings
-from policies.tier import Tier
 
 SETTINGS = Settings(share=1.0, micro_batch=8, grad_accum=1, tier=Tier.FP32, num_workers=1)
 

@@ -15,8 +15,8 @@ from orchestrator.config import Machine, RunConfig, fit_problems, load_config, r
 from orchestrator.config.render import to_yaml
 from orchestrator.config.source import parse
 from orchestrator.errors import ConfigError
+from orchestrator.policies.tier import DeviceFacts, Tier
 from orchestrator.run_spec import allowed_tiers, run_spec
-from policies.tier import DeviceFacts, Tier
 
 Write = Callable[[str], Path]
 ROOT = Path(__file__).parents[3]

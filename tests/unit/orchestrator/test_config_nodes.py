@@ -8,8 +8,8 @@ import pytest
 
 from orchestrator.config import load_config
 from orchestrator.errors import ConfigError
+from orchestrator.policies.snapshot import DeviceKind
 from orchestrator.run_spec import run_spec
-from policies.snapshot import DeviceKind
 
 GOOD = """\
 name: priced

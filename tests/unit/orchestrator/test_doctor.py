@@ -40,7 +40,17 @@ def test_a_version_is_read_up_to_its_first_word(version: str, numbers: tuple[int
 
 @pytest.mark.parametrize(
     ("version", "status"),
-    [("2.13.0+cpu", "ok"), ("2.11.0", "ok"), ("2.14.0", "warn"), ("2.10.9", "fail"), ("", "fail"), (None, "fail")],
+    [
+        ("2.13.0+cpu", "ok"),
+        ("2.11.0", "ok"),
+        ("2.14.1", "ok"),
+        ("2.12.0", "warn"),
+        ("2.15.0", "warn"),
+        ("2.16.0", "warn"),
+        ("2.10.9", "fail"),
+        ("", "fail"),
+        (None, "fail"),
+    ],
 )
 def test_a_package_outside_the_tested_range_is_not_ok(version: str | None, status: str) -> None:
     check = check_package("torch", version)

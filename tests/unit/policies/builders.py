@@ -6,11 +6,21 @@ import dataclasses
 import random
 from collections.abc import Iterable
 
-from policies.fit import NOTHING_FITTED, Observation, TrialFit, update
-from policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId, changed_dials
-from policies.policy import Policy
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.fit import NOTHING_FITTED, Observation, TrialFit, update
+from orchestrator.policies.plan import (
+    EMPTY_PLAN,
+    Allocation,
+    DeviceId,
+    Effect,
+    Generation,
+    Plan,
+    Settings,
+    TrialId,
+    changed_dials,
+)
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 
 DEVICE = DeviceId("cpu-0")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from policies.plan import DeviceId, Plan
-from policies.snapshot import Snapshot
+from orchestrator.policies.plan import DeviceId, Plan
+from orchestrator.policies.snapshot import Snapshot
 
 _TOLERANCE = 1e-9
 

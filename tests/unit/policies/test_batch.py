@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.batch import neighbours
-from policies.plan import Settings
+from orchestrator.policies.batch import neighbours
+from orchestrator.policies.plan import Settings
 from tests.unit.policies.builders import limits, settings
 
 

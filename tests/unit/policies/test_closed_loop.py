@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from policies.goodput_policy import Goodput
-from policies.invariants import check
-from policies.plan import TrialId
-from policies.tier import Tier
+from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import TrialId
+from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import SyntheticWorld, limits, trial
 
 BOTH = (Tier.FP32, Tier.BF16)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.codec import (
+from orchestrator.policies.codec import (
     allocation_from,
     device_from,
     dumps,
@@ -24,11 +24,11 @@ from policies.codec import (
     to_jsonable,
     trial_from,
 )
-from policies.goodput_policy import Goodput
-from policies.plan import Settings
-from policies.sample_worlds import snapshot
-from policies.snapshot import Override
-from policies.tier import NAMED_TIERS, Tier
+from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.sample_worlds import snapshot
+from orchestrator.policies.snapshot import Override
+from orchestrator.policies.tier import NAMED_TIERS, Tier
 from tests.unit.policies.builders import measured, observation, settings, trial
 
 SETTINGS = st.builds(

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies import Plan, Policy, Snapshot, build_policy
-from policies.conformance import Fault, check_policy, sample
-from policies.fair_share import FairShare
-from policies.sample_worlds import snapshots
+from orchestrator.policies import Plan, Policy, Snapshot, build_policy
+from orchestrator.policies.conformance import Fault, check_policy, sample
+from orchestrator.policies.fair_share import FairShare
+from orchestrator.policies.sample_worlds import snapshots
 
 FAIR = FairShare()
 

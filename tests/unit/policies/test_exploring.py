@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 
-from policies.fit import Observation, TrialFit, update
-from policies.goodput_joint import GoodputJoint
-from policies.invariants import check
-from policies.ladder import TierFit
-from policies.memory import MemoryPoint
-from policies.plan import Effect, Plan, Settings
-from policies.sample_fleets import after
-from policies.snapshot import Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.goodput_joint import GoodputJoint
+from orchestrator.policies.invariants import check
+from orchestrator.policies.ladder import TierFit
+from orchestrator.policies.memory import MemoryPoint
+from orchestrator.policies.plan import Effect, Plan, Settings
+from orchestrator.policies.sample_fleets import after
+from orchestrator.policies.snapshot import Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 from tests.unit.policies.test_goodput_joint import UNITS, fit, mover, world
 
 POLICY = GoodputJoint(cooldown_s=60.0)

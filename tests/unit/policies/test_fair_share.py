@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from policies.fair_share import FairShare
-from policies.invariants import check
-from policies.plan import DeviceId, Plan
-from policies.snapshot import Override, Snapshot
+from orchestrator.policies.fair_share import FairShare
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import DeviceId, Plan
+from orchestrator.policies.snapshot import Override, Snapshot
 from tests.unit.policies.builders import in_force, limits, settings, trial, world
 
 

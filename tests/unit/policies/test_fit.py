@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.codec import dumps, fit_from, to_jsonable
-from policies.fit import (
+from orchestrator.policies.codec import dumps, fit_from, to_jsonable
+from orchestrator.policies.fit import (
     MAX_CELLS,
     NOTHING_FITTED,
     Observation,
@@ -21,9 +21,9 @@ from policies.fit import (
     protect,
     update,
 )
-from policies.noise import MAX_NOISE_SCALE
-from policies.speed import WINDOWS_PER_CELL, Prediction
-from policies.tier import NAMED_TIERS, Tier
+from orchestrator.policies.noise import MAX_NOISE_SCALE
+from orchestrator.policies.speed import WINDOWS_PER_CELL, Prediction
+from orchestrator.policies.tier import NAMED_TIERS, Tier
 from tests.unit.policies.builders import measured, observation, settings
 
 

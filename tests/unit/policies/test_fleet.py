@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.fleet import Fleet, in_rank_order
-from policies.plan import DeviceId
-from policies.snapshot import DeviceKind, DeviceView
+from orchestrator.policies.fleet import Fleet, in_rank_order
+from orchestrator.policies.plan import DeviceId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
 
 
 def fleet(*nodes: int, types: tuple[str, ...] = ()) -> Fleet:

@@ -7,14 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.goodput import efficiency, gain, goodput
+from orchestrator.policies.goodput import efficiency, gain, goodput
 
 BATCH = st.integers(1, 2**20)
 NOISE = st.floats(1.0, 2.0**20)
 
 
 @pytest.mark.parametrize(
-    "name", ["policies", "policies.goodput", "policies.ladder", "policies.shares", "policies.speed", "policies.tier"]
+    "name",
+    [
+        "policies",
+        "orchestrator.policies.goodput",
+        "orchestrator.policies.ladder",
+        "orchestrator.policies.shares",
+        "orchestrator.policies.speed",
+        "orchestrator.policies.tier",
+    ],
 )
 def test_the_examples_in_docstrings_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from policies.fit import Observation, TrialFit, update
-from policies.goodput_joint import GoodputJoint
-from policies.invariants import check
-from policies.plan import EMPTY_PLAN, DeviceId, Plan, Settings, TrialId
-from policies.sample_fleets import after
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Quota, Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.goodput_joint import GoodputJoint
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, Plan, Settings, TrialId
+from orchestrator.policies.sample_fleets import after
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Quota, Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import trial
 
 UNITS = 15

@@ -8,12 +8,22 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from policies.invariants import Violation, check
-from policies.plan import Allocation, Alternative, DeviceId, Effect, Generation, Plan, Settings, TrialId, effect_of
-from policies.sample_worlds import snapshot
-from policies.snapshot import Override, Snapshot
-from policies.static import Static
-from policies.tier import Tier
+from orchestrator.policies.invariants import Violation, check
+from orchestrator.policies.plan import (
+    Allocation,
+    Alternative,
+    DeviceId,
+    Effect,
+    Generation,
+    Plan,
+    Settings,
+    TrialId,
+    effect_of,
+)
+from orchestrator.policies.sample_worlds import snapshot
+from orchestrator.policies.snapshot import Override, Snapshot
+from orchestrator.policies.static import Static
+from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import DEVICE, in_force, limits, settings, trial, world
 
 A, B = TrialId("a"), TrialId("b")

@@ -8,11 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.fair_share import FairShare
-from policies.fit import CAP_OBSERVATIONS, NOTHING_FITTED, Observation, TrialFit, capped, inherit, pool, update
-from policies.goodput_policy import Goodput
-from policies.invariants import check
-from policies.memory import (
+from orchestrator.policies.fair_share import FairShare
+from orchestrator.policies.fit import (
+    CAP_OBSERVATIONS,
+    NOTHING_FITTED,
+    Observation,
+    TrialFit,
+    capped,
+    inherit,
+    pool,
+    update,
+)
+from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.invariants import check
+from orchestrator.policies.memory import (
     MARGIN_RATIO,
     MemoryPoint,
     fits,
@@ -22,11 +31,11 @@ from policies.memory import (
     remember,
     solve_line,
 )
-from policies.plan import Settings
-from policies.policy import Policy
-from policies.snapshot import TrialView
-from policies.static import Static
-from policies.tier import Tier
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.snapshot import TrialView
+from orchestrator.policies.static import Static
+from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import in_force, limits, measured, observation, settings, trial, world
 
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 
-from policies.codec import dumps, plan_from, snapshot_from
-from policies.goodput_joint import GoodputJoint
-from policies.invariants import check
-from policies.plan import EMPTY_PLAN, Generation, NodeWish, Plan, is_same, numbers
-from policies.sample_fleets import fleet_world
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType, Snapshot, TrialView
+from orchestrator.policies.codec import dumps, plan_from, snapshot_from
+from orchestrator.policies.goodput_joint import GoodputJoint
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import EMPTY_PLAN, Generation, NodeWish, Plan, is_same, numbers
+from orchestrator.policies.sample_fleets import fleet_world
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType, Snapshot, TrialView
 from tests.unit.policies.builders import device, limits, measured, observation, settings, trial
 
 JOINT = GoodputJoint()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.noise import MAX_NOISE_SCALE, NoiseTerms, above_zero, noise_ratio
+from orchestrator.policies.noise import MAX_NOISE_SCALE, NoiseTerms, above_zero, noise_ratio
 
 NOTHING = NoiseTerms(noise_trace=0.0, grad_sq=0.0, num_estimates=0, scatter=0.0, num_windows=0)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from policies.fleet import Fleet
-from policies.movable import Budget, Mover, split
-from policies.placing import as_wished, in_order, realise, size_now, trimmed
-from policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
-from policies.prospects import Size
-from policies.snapshot import DeviceKind, DeviceView, Quota, Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.movable import Budget, Mover, split
+from orchestrator.policies.placing import as_wished, in_order, realise, size_now, trimmed
+from orchestrator.policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
+from orchestrator.policies.prospects import Size
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, Quota, Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import limits, trial
 
 START = Settings(share=1.0, micro_batch=8, grad_accum=1, tier=Tier.FP32, num_workers=1)

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from policies.plan import EMPTY_PLAN, DeviceId, Effect, TrialId, changed_dials, diff, effect_of, is_same
-from policies.tier import NAMED_TIERS, TIER_FACTS, Tier, is_cheaper
+from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, Effect, TrialId, changed_dials, diff, effect_of, is_same
+from orchestrator.policies.tier import NAMED_TIERS, TIER_FACTS, Tier, is_cheaper
 from tests.unit.policies.builders import DEVICE, in_force, settings, trial, world
 
 ROWS = [trial("a"), trial("b")]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from policies import POLICIES, build_policy
-from policies.codec import dumps
-from policies.goodput_joint import OBJECTIVES, GoodputJoint
-from policies.invariants import check
-from policies.policy import Policy
-from policies.sample_fleets import walk
+from orchestrator.policies import POLICIES, build_policy
+from orchestrator.policies.codec import dumps
+from orchestrator.policies.goodput_joint import OBJECTIVES, GoodputJoint
+from orchestrator.policies.invariants import check
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.sample_fleets import walk
 from tests.unit.policies.promises import broken_promises
 
 NUM_STEPS = 80

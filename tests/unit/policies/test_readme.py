@@ -3,12 +3,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import policies
-from policies.invariants import check
-from policies.plan import is_same
-from policies.policy import Policy
-from policies.sample_worlds import after, snapshots
-from policies.snapshot import Snapshot
+from orchestrator import policies
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import is_same
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.sample_worlds import after, snapshots
+from orchestrator.policies.snapshot import Snapshot
 
 README = Path(policies.__file__).parent / "README.md"
 

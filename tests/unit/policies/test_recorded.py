@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from policies.codec import snapshot_from
-from policies.goodput_policy import Goodput
-from policies.invariants import check
-from policies.plan import TrialId
+from orchestrator.policies.codec import snapshot_from
+from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import TrialId
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "recorded/turned_back.jsonl").read_text().splitlines()]
 

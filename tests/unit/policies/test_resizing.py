@@ -7,15 +7,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.codec import dumps, plan_from
-from policies.conformance import check_policy
-from policies.fit import TrialFit
-from policies.goodput_joint import GoodputJoint
-from policies.invariants import check
-from policies.plan import Allocation, DeviceId, Effect, Plan, Settings, can_split, diff, effect_of, on_ranks
-from policies.sample_worlds import snapshots
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
-from policies.tier import Tier
+from orchestrator.policies.codec import dumps, plan_from
+from orchestrator.policies.conformance import check_policy
+from orchestrator.policies.fit import TrialFit
+from orchestrator.policies.goodput_joint import GoodputJoint
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import (
+    Allocation,
+    DeviceId,
+    Effect,
+    Plan,
+    Settings,
+    can_split,
+    diff,
+    effect_of,
+    on_ranks,
+)
+from orchestrator.policies.sample_worlds import snapshots
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
+from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import in_force, limits, measured, observation, settings, trial, world
 
 POLICY = GoodputJoint(cooldown_s=10.0, horizon_s=600.0)

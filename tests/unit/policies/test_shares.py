@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.plan import DeviceId, TrialId
-from policies.shares import Claim, climb, components, fill, fits
+from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.shares import Claim, climb, components, fill, fits
 
 D0, D1 = DeviceId("d0"), DeviceId("d1")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.sizing import NONE, Menu, Pool, best_counts, climb_sizes, total
+from orchestrator.policies.sizing import NONE, Menu, Pool, best_counts, climb_sizes, total
 
 VALUES = st.floats(min_value=-5, max_value=50, allow_nan=False)
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from policies.invariants import check
-from policies.plan import Effect, Plan, Settings, TrialId
-from policies.snapshot import Override, Snapshot
-from policies.static import Static
-from policies.tier import Tier
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import Effect, Plan, Settings, TrialId
+from orchestrator.policies.snapshot import Override, Snapshot
+from orchestrator.policies.static import Static
+from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import in_force, limits, measured, observation, settings, trial, world
 
 

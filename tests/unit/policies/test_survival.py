@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.survival import LEAST, MOST, chance, chance_after_rung, place, rungs
+from orchestrator.policies.survival import LEAST, MOST, chance, chance_after_rung, place, rungs
 
 LOSSES = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.inf)), min_size=1, max_size=40).map(sorted)
 

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from policies.fit import Observation, TrialFit, update
-from policies.speed import SpeedCell
-from policies.throughput import INTER_OVER_INTRA, Sync, Throughput, prior, solve_throughput
-from policies.tier import Tier
+from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.speed import SpeedCell
+from orchestrator.policies.throughput import INTER_OVER_INTRA, Sync, Throughput, prior, solve_throughput
+from orchestrator.policies.tier import Tier
 
 FLOOR_S, SLOPE_S = 0.02, 0.001
 ALPHA_R_S, BETA_R_S, ALPHA_N_S = 0.03, 0.004, 0.08

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.tier import (
+from orchestrator.policies.tier import (
     NAMED_TIERS,
     DeviceFacts,
     FixedPoint,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from policies.plan import Plan
-from policies.snapshot import Snapshot
+from orchestrator.policies.plan import Plan
+from orchestrator.policies.snapshot import Snapshot
 
 release = threading.Event()
 

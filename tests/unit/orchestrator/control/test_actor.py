@@ -13,7 +13,7 @@ import pytest
 from orchestrator.control.actor import PolicyActor
 from orchestrator.control.journal import read
 from orchestrator.control.orders import Ack, Events, Outcome, Report, SlotHello, SlotOp, SlotOrder, Status
-from policies.plan import TrialId
+from orchestrator.policies.plan import TrialId
 from tests.unit.orchestrator.control import bad_policies
 from tests.unit.orchestrator.control.worlds import DEVICE, spec
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator.control.orders import SlotHello
-from policies.plan import DeviceId, TrialId
-from policies.snapshot import DeviceKind, DeviceView
+from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from tests.unit.orchestrator.control.worlds import World
 
 GPU = DeviceView(

@@ -11,9 +11,9 @@ import pytest
 from orchestrator.control.journal import read
 from orchestrator.control.memory import CONTEXT_BYTES
 from orchestrator.control.status import StatusWriter
+from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.share.verification import Subject, Verdict
-from policies.plan import DeviceId, TrialId
-from policies.snapshot import DeviceKind, DeviceView
 from tests.unit.orchestrator.control.worlds import World
 
 T0, T1 = TrialId("t0"), TrialId("t1")

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Resumption, SlotOp, Status, StopMode
-from policies.plan import TrialId
+from orchestrator.policies.plan import TrialId
 from tests.unit.orchestrator.control.worlds import Worker, World
 
 A, B = TrialId("trial-a"), TrialId("trial-b")

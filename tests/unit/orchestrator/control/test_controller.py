@@ -10,9 +10,9 @@ import pytest
 from orchestrator.control.journal import read
 from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Events, Outcome, OverrideReport, SlotOp, Status, StopMode
-from policies.plan import Plan, Settings, TrialId
-from policies.snapshot import StepModeView
-from policies.tier import Tier
+from orchestrator.policies.plan import Plan, Settings, TrialId
+from orchestrator.policies.snapshot import StepModeView
+from orchestrator.policies.tier import Tier
 from tests.unit.orchestrator.control.worlds import World
 
 T0, T1, T2 = TrialId("t0"), TrialId("t1"), TrialId("t2")

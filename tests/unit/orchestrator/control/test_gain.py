@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.control.gain import LEAST_S, SETTLE_S, GainMean, GainMeter, Pace
+from orchestrator.policies.plan import TrialId
 from orchestrator.telemetry.stretch import Stretch
-from policies.plan import TrialId
 
 T = TrialId("t")
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.control.ledger import Ledger
-from policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
-from policies.snapshot import DeviceKind, DeviceView
-from policies.tier import Tier
+from orchestrator.policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
+from orchestrator.policies.tier import Tier
 
 CARDS = tuple(
     DeviceView(device_id=DeviceId(f"cuda:{name}"), node_id="n", kind=DeviceKind.CUDA, units=15) for name in "ab"

@@ -13,9 +13,9 @@ from orchestrator.control.nodes import NodeOrder, NodeView
 from orchestrator.control.orders import SlotOp, Status, StopMode
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.status import StatusWriter
+from orchestrator.policies.plan import TrialId
 from orchestrator.view.explain import explain, render
 from orchestrator.view.frame import node_texts
-from policies.plan import TrialId
 from tests.unit.orchestrator.control.worlds import DEVICE, SPOT, Worker, World
 
 A = TrialId("trial-a")

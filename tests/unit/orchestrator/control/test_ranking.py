@@ -19,14 +19,14 @@ from orchestrator.config.model import (
 from orchestrator.control.journal import FILE_NAME, read
 from orchestrator.control.orders import Status
 from orchestrator.control.spec import RunSpec, StopRule
+from orchestrator.policies.codec import snapshot_from, to_jsonable
+from orchestrator.policies.plan import TrialId
+from orchestrator.policies.simulator import Job
+from orchestrator.policies.simulator.search import AshaSearch, SearchSpec, loss_of
+from orchestrator.policies.snapshot import TrialView
+from orchestrator.policies.survival import MOST
 from orchestrator.run_spec import stop_rule
 from orchestrator.view.explain import explain, render
-from policies.codec import snapshot_from, to_jsonable
-from policies.plan import TrialId
-from policies.simulator import Job
-from policies.simulator.search import AshaSearch, SearchSpec, loss_of
-from policies.snapshot import TrialView
-from policies.survival import MOST
 from tests.unit.orchestrator.control.worlds import Worker, World
 
 ASHA = AshaScheduler(name="asha", grace_reports=1, reduction_factor=2)

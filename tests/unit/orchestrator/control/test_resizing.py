@@ -15,10 +15,10 @@ from orchestrator.control.lifecycle import SlotState, TrialState
 from orchestrator.control.orders import Status, StopMode
 from orchestrator.control.resizing import REFUSED_PATIENCES
 from orchestrator.control.status import StatusWriter
+from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.view.explain import explain, render
 from orchestrator.view.verify import verify
-from policies.plan import DeviceId, TrialId
-from policies.snapshot import DeviceKind, DeviceView
 from tests.unit.orchestrator.control.worlds import Worker, World
 
 T0, T1, T2 = TrialId("t0"), TrialId("t1"), TrialId("t2")

@@ -11,13 +11,13 @@ from orchestrator.clock import ManualClock
 from orchestrator.control.journal import FILE_NAME, Journal
 from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
-from policies import dumps, snapshot_from
-from policies.codec import to_jsonable
-from policies.fit import Observation, TrialFit, update
-from policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
-from policies.sample_worlds import snapshot
-from policies.snapshot import DeviceKind, DeviceView
-from policies.tier import Tier
+from orchestrator.policies import dumps, snapshot_from
+from orchestrator.policies.codec import to_jsonable
+from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
+from orchestrator.policies.sample_worlds import snapshot
+from orchestrator.policies.snapshot import DeviceKind, DeviceView
+from orchestrator.policies.tier import Tier
 from tests.unit.orchestrator.control.worlds import World, spec
 
 SEEN = Observation(

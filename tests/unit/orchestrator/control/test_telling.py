@@ -14,10 +14,10 @@ from orchestrator.control.journal import FILE_NAME, read
 from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Status, StopMode
 from orchestrator.control.spec import StopRule
+from orchestrator.policies.plan import TrialId
+from orchestrator.policies.simulator.search import stops
 from orchestrator.telemetry.store import read_table
 from orchestrator.telemetry.tables import TableKind
-from policies.plan import TrialId
-from policies.simulator.search import stops
 from tests.unit.orchestrator.control.worlds import Worker, World
 
 STRETCH_S = 8.0

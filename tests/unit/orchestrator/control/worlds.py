@@ -23,13 +23,13 @@ from orchestrator.control.orders import (
 )
 from orchestrator.control.spec import RunSpec, StopRule
 from orchestrator.control.status import StatusWriter
+from orchestrator.policies import build_policy
+from orchestrator.policies.plan import DeviceId, Settings, TrialId
+from orchestrator.policies.policy import Policy
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType
+from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import STEP_DTYPE, TIERS, pack
 from orchestrator.view.frame import build_frame
-from policies import build_policy
-from policies.plan import DeviceId, Settings, TrialId
-from policies.policy import Policy
-from policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType
-from policies.tier import Tier
 
 DEVICE = DeviceView(device_id=DeviceId("cpu:0"), node_id="n0", kind=DeviceKind.CPU, units=2)
 SPOT = NodeType(

@@ -12,10 +12,10 @@ import pytest
 from orchestrator.devices.agent import DeviceAgent
 from orchestrator.devices.choice import GpuFacts, GpuShare
 from orchestrator.errors import ShareError, UnfitEnvironmentError
+from orchestrator.policies.plan import DeviceId
 from orchestrator.run_spec import gpu_part
 from orchestrator.share.mps import MpsFound
 from orchestrator.telemetry.sampler import DeviceSample, Samplers
-from policies.plan import DeviceId
 
 GOOD = GpuFacts(driver_version=13_000, has_bindings=True, running_mps=None, can_start_mps=True, is_mig=False)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import ConfigError, JournalError
+from orchestrator.policies import build_policy
 from orchestrator.simulate.course import course_of, play
-from policies import build_policy
 from tests.run_directory import CHEAPER, RunDirectory, healthy_run, records
 
 

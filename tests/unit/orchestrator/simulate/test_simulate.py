@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from orchestrator import cli
+from orchestrator.policies import build_policy
+from orchestrator.policies.plan import TrialId
 from orchestrator.simulate.replay import replay
-from policies import build_policy
-from policies.plan import TrialId
 from tests.run_directory import RunDirectory, healthy_run
 from tests.unit.orchestrator.control.worlds import World, spec
 from tests.unit.policies.simulator.worlds import FirstFit

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import TelemetryError
+from orchestrator.policies.tier import FixedPoint, Rounding, Tier
 from orchestrator.telemetry.record import MAX_BATCH_BYTES, STEP_DTYPE, TIERS, pack, tier_code, tier_of, unpack
-from policies.tier import FixedPoint, Rounding, Tier
 
 
 @given(st.integers(0, 20), st.randoms(use_true_random=False))

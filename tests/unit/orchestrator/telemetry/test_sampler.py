@@ -8,8 +8,8 @@ from typing import NoReturn
 import pytest
 
 from orchestrator.errors import UnfitEnvironmentError
+from orchestrator.policies.plan import DeviceId
 from orchestrator.telemetry.sampler import CpuSampler, DeviceSample, NvmlSampler, open_samplers
-from policies.plan import DeviceId
 
 GPU = DeviceId("node/cuda:0")
 OTHER = DeviceId("node/cuda:1")

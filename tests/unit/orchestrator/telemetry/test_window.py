@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.policies.fit import Observation
+from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import (
     FLAG_APPLIED,
     FLAG_GRAPH,
@@ -19,8 +21,6 @@ from orchestrator.telemetry.record import (
     unpack,
 )
 from orchestrator.telemetry.window import MAX_PENDING_ROWS, FoldReport, TrialWindow
-from policies.fit import Observation
-from policies.tier import Tier
 
 STEP_S = 0.02
 START_S = 1000.0

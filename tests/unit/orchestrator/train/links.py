@@ -21,15 +21,15 @@ from orchestrator.control.orders import (
     StopMode,
     TrialOrder,
 )
+from orchestrator.policies.plan import Settings, TrialId
+from orchestrator.policies.snapshot import DialLimits
+from orchestrator.policies.tier import Tier
 from orchestrator.share.mechanism import Enforcement
 from orchestrator.telemetry.record import StepArray, unpack
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Outbox
 from orchestrator.train.loop import TrialLoop
-from policies.plan import Settings, TrialId
-from policies.snapshot import DialLimits
-from policies.tier import Tier
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 

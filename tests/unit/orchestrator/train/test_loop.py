@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs import build_job
-from jobs.job import LossTerms
-from jobs.mlp import MlpJob
 from orchestrator.control.orders import SlotOrder, Status, StopMode
 from orchestrator.errors import ApplyError
+from orchestrator.jobs import build_job
+from orchestrator.jobs.job import LossTerms
+from orchestrator.jobs.mlp import MlpJob
+from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_SKIPPED, TIERS
 from orchestrator.train.precision.linear import PrecisionLinear
-from policies.tier import Tier
 from tests.unit.orchestrator.train.links import FakeShare, Script, grant, loop, order
 
 

@@ -14,10 +14,10 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import start_processes
 
-from jobs import build_job
 from orchestrator.control.orders import Status, StopMode
+from orchestrator.jobs import build_job
+from orchestrator.policies.tier import Tier
 from orchestrator.train.groups import Ranks
-from policies.tier import Tier
 from tests.unit.orchestrator.train.links import Script, grant, loop, order
 
 

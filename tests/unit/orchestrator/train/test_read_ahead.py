@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs import build_job
-from jobs.data import Indices, SampleCursor, micro_batches, rank_slice
-from jobs.job import Job, LossTerms
-from jobs.mlp import MlpJob
 from orchestrator.control.orders import SlotOrder, Status, StopMode
+from orchestrator.jobs import build_job
+from orchestrator.jobs.data import Indices, SampleCursor, micro_batches, rank_slice
+from orchestrator.jobs.job import Job, LossTerms
+from orchestrator.jobs.mlp import MlpJob
 from orchestrator.train.groups import Ranks
 from orchestrator.train.read_ahead import reading, take
 from tests.unit.orchestrator.train.links import Script, grant, loop, order, settings

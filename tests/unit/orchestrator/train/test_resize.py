@@ -15,11 +15,11 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import start_processes
 
-from jobs import build_job
 from orchestrator.control.orders import Outcome, SlotOrder, Status, StopMode
+from orchestrator.jobs import build_job
+from orchestrator.policies.plan import on_ranks
 from orchestrator.telemetry.record import StepArray
 from orchestrator.train.groups import Ranks
-from policies.plan import on_ranks
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order
 
 BATCH = 8

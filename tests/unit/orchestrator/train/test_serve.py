@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.job import Job, LossTerms
-from jobs.mlp import MlpJob
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
 from orchestrator.errors import WorkerGroupError
+from orchestrator.jobs.job import Job, LossTerms
+from orchestrator.jobs.mlp import MlpJob
+from orchestrator.policies.plan import TrialId
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.loop import TrialLoop
 from orchestrator.train.serve import Server
-from policies.plan import TrialId
 from tests.unit.orchestrator.train.links import FakeShare, Script, order
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from jobs import build_job
 from orchestrator.control.orders import SlotOrder, Status
-from policies.tier import Tier
+from orchestrator.jobs import build_job
+from orchestrator.policies.tier import Tier
 from tests.unit.orchestrator.train.links import Script, grant, loop, order
 
 SEEDS = range(3)

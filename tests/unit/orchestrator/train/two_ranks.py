@@ -22,13 +22,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from orchestrator.errors import CheckpointError
+from orchestrator.policies.tier import Tier
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.rank_noise import RankNoise
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.loss_scale import LossScale
 from orchestrator.train.precision.probe import ProbeSetup, probe
 from orchestrator.train.precision.tiers import install, set_tier, tiers_in_use
-from policies.tier import Tier
 
 WORLD_SIZE = 2
 NUM_SAMPLES = 12

@@ -12,9 +12,9 @@ from ray.tune.schedulers import ASHAScheduler
 from orchestrator.control.controller import Answer
 from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Report
+from orchestrator.policies.plan import TrialId
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.search import _WORST
-from policies.plan import TrialId
 
 
 def told(value: float, worst: tuple[str, float] | None) -> dict[str, Any]:

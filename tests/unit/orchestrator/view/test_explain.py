@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import ConfigError, JournalError
+from orchestrator.policies.codec import to_jsonable
+from orchestrator.policies.fit import NOTHING_FITTED, Observation, update
+from orchestrator.policies.snapshot import StepModeView
 from orchestrator.view.explain import explain, render
-from policies.codec import to_jsonable
-from policies.fit import NOTHING_FITTED, Observation, update
-from policies.snapshot import StepModeView
 from tests.run_directory import CHEAPER, ONE_RANK, RunDirectory, healthy_run
 
 KEYS = ("generation", "reason", "chosen", "alternatives", "binding", "predicted_gain", "realised_gain", "applied")

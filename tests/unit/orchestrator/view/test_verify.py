@@ -11,10 +11,10 @@ import pytest
 
 from orchestrator.control.journal import SPARE_REASON
 from orchestrator.errors import ConfigError
+from orchestrator.policies import FairShare
+from orchestrator.policies.codec import to_jsonable
+from orchestrator.policies.plan import EMPTY_PLAN, Settings
 from orchestrator.view.verify import verify
-from policies import FairShare
-from policies.codec import to_jsonable
-from policies.plan import EMPTY_PLAN, Settings
 from tests.run_directory import CHEAPER, ONE_RANK, START, RunDirectory, healthy_run, records, snapshot
 
 

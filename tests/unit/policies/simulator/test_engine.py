@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from policies import Plan, TrialId
-from policies.simulator import (
+from orchestrator.policies import Plan, TrialId
+from orchestrator.policies.simulator import (
     Cluster,
     NodeChange,
     NodeEvent,
@@ -18,7 +18,7 @@ from policies.simulator import (
     read_events,
     simulate,
 )
-from policies.snapshot import Quota, Snapshot
+from orchestrator.policies.snapshot import Quota, Snapshot
 from tests.unit.policies.simulator.worlds import ALONE_S, APPLICATIONS, TOY, FirstFit, submissions
 
 EXACT = Rules(interval_s=10.0, restart_s=5.0, step_spread=0.0)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from policies.plan import Plan
-from policies.simulator import PolicyFaultError, Rules, parse_cluster, simulate
-from policies.snapshot import Snapshot
+from orchestrator.policies.plan import Plan
+from orchestrator.policies.simulator import PolicyFaultError, Rules, parse_cluster, simulate
+from orchestrator.policies.snapshot import Snapshot
 from tests.unit.policies.simulator.worlds import APPLICATIONS, FirstFit, submissions
 
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from policies.simulator import TableError
-from policies.simulator.tables import read_sharing, read_tiers
-from policies.tier import Tier
+from orchestrator.policies.simulator import TableError
+from orchestrator.policies.simulator.tables import read_sharing, read_tiers
+from orchestrator.policies.tier import Tier
 from tests.bench.bench_simulator import LIKE, variant
 from tests.bench.simulated_search import MEASURED
 

@@ -6,9 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.simulator import POLLUX_APPLICATIONS, Load, Measured, NoiseCurve, Parametric, Sharing, TableError
-from policies.simulator.tables import application_from, read_noise, read_speeds
-from policies.tier import Tier
+from orchestrator.policies.simulator import (
+    POLLUX_APPLICATIONS,
+    Load,
+    Measured,
+    NoiseCurve,
+    Parametric,
+    Sharing,
+    TableError,
+)
+from orchestrator.policies.simulator.tables import application_from, read_noise, read_speeds
+from orchestrator.policies.tier import Tier
 
 ONE = Load(num_workers=1, num_nodes=1, micro_batch=10, grad_accum=1, tier=Tier.FP32)
 MODEL = Parametric(alpha_c=0.1, beta_c=0.01, alpha_r=0.2, beta_r=0.01, alpha_n=0.5, beta_n=0.02, gamma=1.0)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from policies.simulator import Job, Rules, parse_cluster, simulate
-from policies.simulator.search import AshaSearch, SearchSpec, loss_of
+from orchestrator.policies.simulator import Job, Rules, parse_cluster, simulate
+from orchestrator.policies.simulator.search import AshaSearch, SearchSpec, loss_of
 from tests.unit.policies.simulator.worlds import APPLICATIONS, FirstFit
 
 SPEC = SearchSpec(application="toy", num_trials=16, max_concurrent=4, max_reports=16, batch_size=10)

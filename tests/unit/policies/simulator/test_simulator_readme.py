@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import policies.simulator
+from orchestrator.policies import simulator
 
-FOLDER = Path(policies.simulator.__file__).parent
+FOLDER = Path(simulator.__file__).parent
 README = (FOLDER / "README.md").read_text(encoding="ascii")
 
 
@@ -21,7 +21,7 @@ def test_every_file_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__"))
 def test_examples_in_docstrings_are_true(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"policies.simulator.{name}")).failed == 0
+    assert doctest.testmod(importlib.import_module(f"orchestrator.policies.simulator.{name}")).failed == 0
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.simulator import (
+from orchestrator.policies.simulator import (
     POLLUX_APPLICATIONS,
     Submission,
     TableError,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from policies.plan import Allocation, DeviceId, Generation, Plan, effect_of
-from policies.simulator import Application, NoiseCurve, Parametric, Submission, Workload
-from policies.snapshot import Snapshot
+from orchestrator.policies.plan import Allocation, DeviceId, Generation, Plan, effect_of
+from orchestrator.policies.simulator import Application, NoiseCurve, Parametric, Submission, Workload
+from orchestrator.policies.snapshot import Snapshot
 
 TOY = Application(
     name="toy",

@@ -19,10 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
-from jobs import build_job
-from jobs.job import Job
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
 from orchestrator.control.rendezvous import agree
+from orchestrator.jobs import build_job
+from orchestrator.jobs.job import Job
+from orchestrator.policies.plan import Settings, TrialId
+from orchestrator.policies.snapshot import DialLimits
+from orchestrator.policies.tier import Tier
 from orchestrator.train import checkpoint, fsdp
 from orchestrator.train.batch.noise import weights_of
 from orchestrator.train.batch.rank_noise import RankNoise
@@ -31,9 +34,6 @@ from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.serve import Server
 from orchestrator.train.stepper import Stepper
-from policies.plan import Settings, TrialId
-from policies.snapshot import DialLimits
-from policies.tier import Tier
 from tests.unit.orchestrator.train.batch.overflows import OverflowingJob
 from tests.unit.orchestrator.train.links import FakeShare, Script, grant, order
 

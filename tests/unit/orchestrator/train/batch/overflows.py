@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.job import LossTerms
-from jobs.mlp import MlpJob
+from orchestrator.jobs.job import LossTerms
+from orchestrator.jobs.mlp import MlpJob
 
 PLACES = ("forward", "backward", "optimizer", "torn")
 

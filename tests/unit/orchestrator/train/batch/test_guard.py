@@ -12,10 +12,10 @@ import torch
 
 from orchestrator.control.orders import Status
 from orchestrator.errors import OutOfMemoryError
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.tier import Tier
 from orchestrator.train.batch.guard import MAX_ATTEMPTS, MemoryGuard, is_out_of_memory
 from orchestrator.train.batch.memory import MemoryMeter
-from policies.plan import Settings
-from policies.tier import Tier
 from tests.unit.orchestrator.train.batch.overflows import OverflowingJob
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order, settings
 

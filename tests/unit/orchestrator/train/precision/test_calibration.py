@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision import trial_costs
 from orchestrator.train.precision.calibrate import (
     MIN_REPLAY_ROUNDS,
@@ -22,7 +23,6 @@ from orchestrator.train.precision.calibrate import (
 from orchestrator.train.precision.guard import Guard, Probe
 from orchestrator.train.precision.spending import Spending
 from orchestrator.train.precision.trial_costs import TrialCosts
-from policies.tier import Tier
 from tests.unit.orchestrator.train.precision.test_watch import stepper_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

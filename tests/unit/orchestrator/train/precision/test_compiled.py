@@ -17,9 +17,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision.half import half_linear
 from orchestrator.train.precision.tiers import install, lowered, set_tier
-from policies.tier import Tier
 
 TIERS = tuple(Tier(word) for word in ("fp32", "bf16", "fp8", "int8", "fixed(k=8,bits=16)"))
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision.guard import Cause, Guard, Move, Probe, StepSigns
-from policies.tier import Tier
 
 LADDER = tuple(Tier(word) for word in ("fp32", "bf16", "fp16", "int8", "fixed(4,8,floor)"))
 FP32, BF16, FP16, INT8, FLOOR = LADDER

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision.loss_scale import GROWTH_STEPS, INITIAL_SCALE, LossScale
-from policies.tier import Tier
 
 
 def test_only_fp16_is_scaled() -> None:

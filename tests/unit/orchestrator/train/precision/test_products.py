@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from orchestrator.policies.tier import NAMED_TIERS, FixedPoint, Rounding, Tier
 from orchestrator.train.precision import fp8, int8
 from orchestrator.train.precision.products import function_of, tier_of_layer
 from orchestrator.train.precision.rounding import fixed_point, to_tf32
-from policies.tier import NAMED_TIERS, FixedPoint, Rounding, Tier
 
 FIXED = Tier("fixed(8,16)")
 ERRORS = {Tier.TF32: 1e-3, Tier.BF16: 8e-3, Tier.FP16: 1e-3, Tier.FP8: 8e-2, Tier.INT8: 3e-2, FIXED: 1e-2}

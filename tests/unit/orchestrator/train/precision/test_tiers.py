@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from orchestrator.policies.tier import NAMED_TIERS, TIER_FACTS, Tier
 from orchestrator.train.precision.attention import LONGEST
 from orchestrator.train.precision.half import sum_rows
 from orchestrator.train.precision.linear import PrecisionLinear
@@ -21,7 +22,6 @@ from orchestrator.train.precision.tiers import (
     set_tier,
     tiers_in_use,
 )
-from policies.tier import NAMED_TIERS, TIER_FACTS, Tier
 
 
 def model_of(seed: int = 0) -> nn.Sequential:

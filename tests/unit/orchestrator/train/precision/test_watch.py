@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs import build_job
 from orchestrator.control.orders import TrialOrder
+from orchestrator.jobs import build_job
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision import products
 from orchestrator.train.precision.calibrate import CostFile, TierCost, calibration_key
 from orchestrator.train.precision.guard import Cause
@@ -21,7 +22,6 @@ from orchestrator.train.precision.range_signs import RangeMeter
 from orchestrator.train.precision.tiers import install, set_tier
 from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPlan
 from orchestrator.train.stepper import Stepper
-from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK, order
 
 CPU = torch.device("cpu")

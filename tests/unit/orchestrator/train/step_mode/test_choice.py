@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.tier import Tier
 from orchestrator.train.step_mode.choice import (
     MAX_ROUNDS,
     NUM_EAGER,
@@ -12,8 +14,6 @@ from orchestrator.train.step_mode.choice import (
     ModeChoice,
     StepMode,
 )
-from policies.plan import Settings
-from policies.tier import Tier
 
 KEY = ("micro-batch", 8)
 SETTINGS = Settings(share=1.0, num_workers=1, micro_batch=8, grad_accum=1, tier=Tier.FP32)

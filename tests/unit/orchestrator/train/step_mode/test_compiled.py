@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from jobs import JOB_INFO, build_job
-from jobs.job import Job
+from orchestrator.jobs import JOB_INFO, build_job
+from orchestrator.jobs.job import Job
+from orchestrator.policies.tier import Tier
 from orchestrator.train.precision.tiers import lowered
 from orchestrator.train.step_mode import compiled
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.compiled import FIRST_S, OWN_S, REPORT_PART, STEADY_PART, Ahead, Compilation
 from orchestrator.train.step_result import StepResult
 from orchestrator.train.stepper import Stepper
-from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK
 from tests.unit.orchestrator.train.step_mode.test_replay import REPLAYED, run, stepper
 

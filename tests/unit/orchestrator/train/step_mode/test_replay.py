@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from jobs import build_job
-from jobs.job import Job
-from jobs.optim import adamw
 from orchestrator.control.orders import Status
+from orchestrator.jobs import build_job
+from orchestrator.jobs.job import Job
+from orchestrator.jobs.optim import adamw
+from orchestrator.policies.snapshot import StepModeView
+from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import FLAG_GRAPH, FLAG_SKIPPED, FLAG_UNSETTLED
 from orchestrator.train import fsdp
 from orchestrator.train.batch.noise import weights_of
@@ -24,8 +26,6 @@ from orchestrator.train.step_mode.captured import MAX_FLYING, MAX_RECORDINGS
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_result import StepResult
 from orchestrator.train.stepper import Stepper
-from policies.snapshot import StepModeView
-from policies.tier import Tier
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop, order
 from tests.unit.orchestrator.train.step_mode.recorders import CallAgain
 
