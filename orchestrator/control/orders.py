@@ -212,6 +212,23 @@ class TierReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DialReport:
+    """What a training allows of its dials, as far as that is known at `step`: the newest one holds.
+
+    Attributes:
+        step: optimizer steps done.
+        start: the dials that the training has of its own, such as the batch size of its DataLoader.
+        limits: the part of the run file's limits that it can follow.
+        off: name of each dial that it does not have, and why.
+    """
+
+    step: int
+    start: Settings
+    limits: DialLimits
+    off: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """One report of a trial to the search; taken after evaluation and commit."""
 
@@ -270,9 +287,11 @@ class Events:
     reports: tuple[Report, ...] = ()
     tiers: tuple[TierReport, ...] = ()
     modes: tuple[StepModeView, ...] = ()
+    dials: tuple[DialReport, ...] = ()
     records: tuple[bytes, ...] = field(default=())
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (self.acks or self.overrides or self.reports or self.tiers or self.modes or self.records)
+        told = (self.acks, self.overrides, self.reports, self.tiers, self.modes, self.dials, self.records)
+        return not any(told)
