@@ -21,6 +21,7 @@ from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
 from orchestrator.control.nodes import Nodes
 from orchestrator.control.orders import (
     Ack,
+    DialReport,
     Events,
     Outcome,
     OverrideReport,
@@ -198,6 +199,8 @@ class Controller:
                 state.fits[trial.trial_id] = note_tiers(fit, tiers.tiers)
             for mode in events.modes:
                 state.note_mode(trial.trial_id, mode)
+            for dials in events.dials:
+                self._take_dials(trial, dials)
             for override in events.overrides:  # before any new grant
                 self._take_override(trial, override)
             for ack in events.acks:
@@ -391,6 +394,16 @@ class Controller:
             dials=list(dials),
         )
         self.publish_offers()
+
+    def _take_dials(self, trial: Trial, report: DialReport) -> None:
+        """A training said what it allows of its dials: later plans keep to that."""
+        if trial.allows == report:
+            return
+        trial.allows = report
+        trial.story.append(f"at step {report.step} these dials are off: {', '.join(sorted(report.off)) or 'none'}")
+        self.state.log("dials", trial_id=trial.trial_id, **to_jsonable(report))
+        self.state.changed_trials.add(trial.trial_id)
+        self.state.wants_decision = True
 
     def _take_override(self, trial: Trial, report: OverrideReport) -> None:
         state = self.state

@@ -74,7 +74,7 @@ class TrialOrder:
         trial_id: the trial.
         attempt: 0 for the first; later ones resume from the last commit.
         seed: of model initialisation and sampling.
-        job: a key of `jobs.JOBS`.
+        job: a key of `jobs.JOBS`, or the import path of a user's training.
         params: its parameters, those of the search included.
         start: the user's settings; `start.global_batch` is the base of the learning-rate rule.
         limits: the envelope of safety overrides.
@@ -86,6 +86,8 @@ class TrialOrder:
         memory_bytes: memory that each rank may take; 0 where nobody knows.
         probe_budget: part of the trial's time for probes of cheaper tiers; 0 for none.
         exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
+        metric: name of the value that the search looks at.
+        import_paths: directories where a job named by import path is looked for, first.
     """
 
     trial_id: TrialId
@@ -103,6 +105,8 @@ class TrialOrder:
     memory_bytes: int = 0
     probe_budget: float = 0.0
     exchange_follows_tier: bool = False
+    metric: str = ""
+    import_paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

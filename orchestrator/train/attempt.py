@@ -1,8 +1,8 @@
 """One attempt of a trial on one rank, whoever makes its steps: orders, dials, telemetry, reports and leaving.
 
 What makes the steps is a driver: `loop.TrialLoop` for declared trainings, `function.driver.FunctionDriver` for users'
-functions. A driver calls `cross` at each step boundary, `record` for each step and `report` for each report. Talks to the
-outside only through a `Link` and a `Boundary`, so that a test runs it without Ray.
+functions. A driver calls `cross` at each step boundary, `record` for each step and `report` for each report. Talks to
+the outside only through a `Link` and a `Boundary`, so that a test runs it without Ray.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class Driver(Protocol):
 
     def settle(self) -> None:
         """Wait until every step that was begun is over and recorded."""
+        ...
+
+    def turned(self, asked: Settings, settings: Settings) -> str:
+        """The dials were set to `settings` where `asked` was granted; why they differ, if they do."""
         ...
 
 
@@ -246,6 +250,7 @@ class Attempt:
         driver.settle()  # steps on their way belong to the grant before
         began_s = time.monotonic()
         settings = turn(driver.dials, grant)
+        why_not = driver.turned(grant.settings, settings)
         self.grant = grant
         applied_s = time.monotonic()
         self._unsaid_ack = Ack(
@@ -258,9 +263,7 @@ class Attempt:
         if self.ranks.world_size == 1:
             self._say_ack()
         if settings != grant.settings:
-            asked = grant.settings
-            reason = f"no room for micro-batch {asked.micro_batch} in {asked.tier}: goes on with {settings.micro_batch}"
-            self.override(driver, Move(instead_of=asked, reason=f"{reason} x {settings.grad_accum} in {settings.tier}"))
+            self.override(driver, Move(instead_of=grant.settings, reason=why_not))
         return applied_s - began_s
 
     def _say_ack(self) -> None:

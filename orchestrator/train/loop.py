@@ -1,7 +1,7 @@
 """The loop of a declared training: step, and at each report evaluation and commit.
 
 Runs on every rank of a worker group. Orders, telemetry and reports are the attempt's; the steps are the stepper's.
-Within its limits a trial protects itself at once (after a non-finite gradient it computes in a dearer tier) and says so.
+Within its limits a trial protects itself at once: after a non-finite gradient it computes in a dearer tier.
 """
 
 from __future__ import annotations
@@ -111,6 +111,11 @@ class TrialLoop:
     def settle(self) -> None:
         """Wait until every step that was begun is over and recorded."""
         self._take(self._stepper.settle())
+
+    def turned(self, asked: Settings, settings: Settings) -> str:
+        """What there was no room for, where `settings` differ from those asked for."""
+        reason = f"no room for micro-batch {asked.micro_batch} in {asked.tier}: goes on with {settings.micro_batch}"
+        return f"{reason} x {settings.grad_accum} in {settings.tier}"
 
     @property
     def _stepper(self) -> Stepper:

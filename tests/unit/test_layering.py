@@ -35,6 +35,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/run.py",
         "orchestrator/tune/*.py",
         "orchestrator/train/slot.py",
+        "orchestrator/train/function/reports.py",
         "orchestrator/train/ray_link.py",
         "orchestrator/submit.py",
         "orchestrator/supervisor.py",

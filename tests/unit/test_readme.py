@@ -18,7 +18,7 @@ import yaml
 from orchestrator import cli
 from orchestrator.config import load_config
 from orchestrator.control.lifecycle import SlotState, TrialState
-from orchestrator.control.orders import OverrideReport, Report
+from orchestrator.control.orders import DialReport, OverrideReport, Report
 from orchestrator.control.status import StatusWriter
 from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError
 from orchestrator.policies import POLICIES
@@ -270,7 +270,7 @@ def test_no_environment_variable_of_our_own_is_read() -> None:
 
 
 JOURNAL_HEAD = {"kind", "seq", "t_s", "wall_s"}
-SPREAD: dict[str, type[Any]] = {"override": OverrideReport, "result": Report}
+SPREAD: dict[str, type[Any]] = {"dials": DialReport, "override": OverrideReport, "result": Report}
 """Kinds whose entry holds all fields of a value, next to what is written out."""
 
 

@@ -29,7 +29,7 @@ class BatchDial:
         """The largest micro-batch up to the asked one that every rank has room for, with the same global batch."""
         return self._guard.prepare(asked)
 
-    def apply(self, grant: Grant, settings: Settings) -> None:
+    def apply(self, grant: Grant, settings: Settings) -> None:  # noqa: ARG002
         """Cut the samples of later steps so; the learning rate follows the global batch."""
         self._stepper.turn(replace(settings, tier=self._stepper.settings.tier))
 
@@ -51,7 +51,7 @@ class PrecisionDial:
         """As asked; room in memory is the batch dial's question."""
         return asked
 
-    def apply(self, grant: Grant, settings: Settings) -> None:
+    def apply(self, grant: Grant, settings: Settings) -> None:  # noqa: ARG002
         """Compute later steps in that tier."""
         self._stepper.turn(settings)
         self._watch.turned()
