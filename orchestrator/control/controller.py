@@ -21,7 +21,6 @@ from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
 from orchestrator.control.nodes import Nodes
 from orchestrator.control.orders import (
     Ack,
-    DialReport,
     Events,
     Outcome,
     OverrideReport,
@@ -184,11 +183,8 @@ class Controller:
         """What a rank says happened; False when it speaks for an attempt that is over."""
         state = self.state
         slot = state.lifecycle.slots.get(slot_id)
-        trial = (
-            None
-            if slot is None or slot.epoch != epoch or slot.trial_id is None
-            else state.lifecycle.trials[slot.trial_id]
-        )
+        is_there = slot is not None and slot.epoch == epoch and slot.trial_id is not None
+        trial = state.lifecycle.trials[slot.trial_id] if is_there else None  # type: ignore[union-attr,index]
         if trial is None or (trial.trial_id, trial.attempt) != attempt_of:
             return False
         for message in events.records:
@@ -200,7 +196,7 @@ class Controller:
             for mode in events.modes:
                 state.note_mode(trial.trial_id, mode)
             for dials in events.dials:
-                self._take_dials(trial, dials)
+                state.note_dials(trial, dials)
             for override in events.overrides:  # before any new grant
                 self._take_override(trial, override)
             for ack in events.acks:
@@ -358,8 +354,7 @@ class Controller:
         self.state.publish(slot, order_of(self.state, slot))
 
     def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:
-        records = unpack(message)
-        window = self.state.windows[trial.trial_id]
+        records, window = unpack(message), self.state.windows[trial.trial_id]
         report = window.fold(rank, records, self.state.clock.now_s(), newest_generation=self.state.plan.generation)
         if report.accepted:
             self.telemetry.append_steps(trial.trial_id, trial.attempt, rank, records[report.mask])
@@ -394,16 +389,6 @@ class Controller:
             dials=list(dials),
         )
         self.publish_offers()
-
-    def _take_dials(self, trial: Trial, report: DialReport) -> None:
-        """A training said what it allows of its dials: later plans keep to that."""
-        if trial.allows == report:
-            return
-        trial.allows = report
-        trial.story.append(f"at step {report.step} these dials are off: {', '.join(sorted(report.off)) or 'none'}")
-        self.state.log("dials", trial_id=trial.trial_id, **to_jsonable(report))
-        self.state.changed_trials.add(trial.trial_id)
-        self.state.wants_decision = True
 
     def _take_override(self, trial: Trial, report: OverrideReport) -> None:
         state = self.state

@@ -1,7 +1,7 @@
 """The precision dial of a user's function: torch's autocast, switched between two steps.
 
-Master weights, gradients and optimizer state stay fp32. Autocast keeps no copies of weights here: its cache would outlive
-the step that changes them, because it is emptied only where a `with torch.autocast` block ends.
+Master weights, gradients and optimizer state stay fp32. Autocast keeps no copies of weights here: its cache would
+outlive the step that changes them, because it is emptied only where a `with torch.autocast` block ends.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,12 +34,13 @@ WATCH_STEPS = 8
 
 @dataclass(slots=True)
 class _Seen:
-    """One DataLoader: the batch size that its owner gave it, and the batches that it yielded since the last step."""
+    """One DataLoader: the batch size that its owner gave it, and what it yielded since the last step."""
 
     sampler: BatchSampler | None
     batch_size: int | None
     why_off: str
     num_batches: int = 0
+    num_samples: int = 0
 
 
 class Loaders:
@@ -75,7 +76,7 @@ class Loaders:
         """The loaders that yielded batches since the last call, most batches first."""
         used = [replace(seen) for seen in self._seen.values() if seen.num_batches]
         for seen in self._seen.values():
-            seen.num_batches = 0
+            seen.num_batches = seen.num_samples = 0
         return sorted(used, key=lambda seen: -seen.num_batches)
 
     def set_size(self, sampler: BatchSampler, batch_size: int) -> None:
@@ -90,7 +91,7 @@ class Loaders:
             seen = self._seen[loader] = _look_at(loader)
             if seen.sampler is not None:
                 self._targets.setdefault(seen.sampler, seen.sampler.batch_size)
-        return _Watched(batches, seen)
+        return _Watched(batches, loader, seen)
 
     def _batches(self, sampler: BatchSampler) -> Iterator[list[int]]:
         """What `BatchSampler.__iter__` yields, with the batch size read anew for every batch."""
@@ -103,17 +104,19 @@ class Loaders:
 
 
 class _Watched:
-    """The iterator of a loader; counts what it yields while gradients are on."""
+    """The iterator of a loader, which it keeps alive; counts what it yields while gradients are on."""
 
-    def __init__(self, batches: Iterator[Any], seen: _Seen) -> None:
-        self._batches, self._seen = batches, seen
+    def __init__(self, batches: Iterator[Any], loader: DataLoader[Any], seen: _Seen) -> None:
+        self._batches, self._loader, self._seen = batches, loader, seen
 
     def __iter__(self) -> _Watched:
         return self
 
     def __next__(self) -> Any:
         batch = next(self._batches)
-        self._seen.num_batches += torch.is_grad_enabled()
+        if torch.is_grad_enabled():
+            self._seen.num_batches += 1
+            self._seen.num_samples += _size_of(batch) or self._seen.batch_size or 1
         return batch
 
     def __len__(self) -> int:
@@ -121,6 +124,14 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batches, name)
+
+
+def _size_of(batch: object) -> int:
+    """Samples in a batch of any shape: the length of the first tensor in it; 0 where there is none."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.dim() else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size for part in parts if (size := _size_of(part))), 0)
 
 
 def _look_at(loader: DataLoader[Any]) -> _Seen:
@@ -138,6 +149,10 @@ class LoaderBatch:
 
     It is off until `WATCH_STEPS` steps have shown what the function trains from, and stays off where its batch cannot
     be changed. A user's accumulation is kept: the micro-batch is what changes.
+
+    Attributes:
+        own: the settings with the batch that the function has of its own.
+        num_samples: samples that the last step was made of; 1 where no loader says.
     """
 
     name = "batch"
@@ -147,6 +162,7 @@ class LoaderBatch:
         self._seen: _Seen | None = None
         self._num_steps = 0
         self.own = start
+        self.num_samples = 1
         self.why_off = f"not known before step {WATCH_STEPS}"
 
     def limits(self, asked: DialLimits) -> DialLimits:
@@ -185,6 +201,7 @@ class LoaderBatch:
         """Take note of one step; True when that settled what the function's own batch is, or whether it may change."""
         used = self._loaders.take()
         self._num_steps += 1
+        self.num_samples = used[0].num_samples if used else 1
         if self._num_steps == 1:
             self._seen = used[0] if used else None
             size, accum = (used[0].batch_size or 1, used[0].num_batches) if used else (1, 1)
@@ -193,7 +210,16 @@ class LoaderBatch:
         if self._num_steps == WATCH_STEPS:
             self.why_off = self._why(len(used), counts_steps=counts_steps())
             return True
+        self._follow(used)
         return False
+
+    def _follow(self, used: list[_Seen]) -> None:
+        """A function that makes a new loader for each epoch: its batches are to have the size that was set before."""
+        if not used or self.why_off or self._seen is None or used[0].sampler in {None, self._seen.sampler}:
+            return
+        size, self._seen = self.now, used[0]
+        assert self._seen.sampler is not None
+        self._loaders.set_size(self._seen.sampler, size)
 
     def _why(self, num_used: int, *, counts_steps: bool) -> str:
         if self._seen is None:

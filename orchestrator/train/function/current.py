@@ -1,6 +1,6 @@
 """The attempt that runs in this process now, for calls that a user's function makes: report, trial, watch.
 
-One process runs one function at a time, on its main thread. Outside of a trial there is none, and such calls do nothing.
+One process runs one function at a time. Outside of a trial there is none, and such calls do nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The driver of a user's function: runs it, and takes what it does as the steps and reports of an attempt.
 
-A step of the first optimizer ends at a step boundary: there the function waits for its share, new dials are applied, and
-it leaves if it was told to, by an exception that no `except Exception` catches. Everything of it is seen from outside.
+A step of the first optimizer ends at a step boundary: there the function waits for its share, new dials are applied,
+and it leaves if it was told to, by an exception that no `except Exception` catches.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class FunctionDriver:
             position=self._position,
             mode=StepMode.EAGER,
             is_skipped=False,
-            num_samples=settings.global_batch,
+            num_samples=self._batch.num_samples,
             loss=math.nan,
             grad_norm=math.nan,
             learning_rate=self._steps.learning_rate,
@@ -238,7 +238,7 @@ class FunctionDriver:
         self._num_unsettled -= bool(self._num_unsettled)
         self._pending.append((result, times, flags, settings, None if loss is None else _Loss(loss)))
         self._step += 1
-        self._position += settings.global_batch
+        self._position += result.num_samples
         self._record_pending(0 if self._ranks.device.type == "cpu" else 2)
         self._begin_step(is_step=True)
         self._switch_s = attempt.cross(self)

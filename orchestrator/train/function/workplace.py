@@ -19,7 +19,7 @@ ORIGINAL_DIRECTORY = "TUNE_ORIG_WORKING_DIR"
 
 
 class LogStream(io.TextIOBase):
-    """A text stream whose lines go to a log file as they are; of a line that a progress bar rewrites the last form only.
+    """A text stream whose lines go to a log file as they are; of one that a progress bar rewrites its last form only.
 
     Knows no terminal: `isatty` is False, so that libraries draw no colours.
     """
@@ -71,8 +71,8 @@ def logged_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, stream = logging.getLogger(), LogStream(handler)
-    before = root.level
-    root.addHandler(handler)
+    before, others = root.level, root.handlers[:]
+    root.handlers[:] = [handler]  # others write to the standard streams, which lead to the same file
     if before > logging.INFO:
         root.setLevel(logging.INFO)
     try:
@@ -80,7 +80,7 @@ def logged_to(path: Path) -> Iterator[None]:
             yield
     finally:
         stream.close_line()
-        root.removeHandler(handler)
+        root.handlers[:] = others
         root.setLevel(before)
         handler.close()
 
