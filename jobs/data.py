@@ -37,12 +37,14 @@ class SampleCursor:
         position: samples consumed since the start of training, over all ranks and epochs.
         shuffle_block: None where an epoch is one permutation; otherwise samples are permuted within blocks of so many,
             which a stream can follow that is read from its beginning (1: in its own order).
+        counts_epochs: whether numbers count through all epochs: sample `i` of epoch `e` is `e * num_samples + i`.
     """
 
     seed: int
     num_samples: int
     position: int = 0
     shuffle_block: int | None = None
+    counts_epochs: bool = False
 
     def __post_init__(self) -> None:
         for name, minimum in (("seed", 0), ("num_samples", 1), ("position", 0)):
@@ -73,16 +75,18 @@ class SampleCursor:
         position, end = self.position, self.position + count
         while position < end:
             epoch, offset = divmod(position, self.num_samples)
-            part = self._order_from(epoch, offset)[: end - position]
-            parts.append(part)
+            part = self._order_from(epoch, offset, end - position)[: end - position]
+            parts.append(part + epoch * self.num_samples if self.counts_epochs else part)
             position += len(part)
         indices = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
         return indices, replace(self, position=end)
 
-    def _order_from(self, epoch: int, offset: int) -> Indices:
-        """The order of an epoch from `offset` on, as far as one permutation says it."""
+    def _order_from(self, epoch: int, offset: int, count: int) -> Indices:
+        """The order of an epoch from `offset` on, `count` samples at least or as far as one permutation says it."""
         if self.shuffle_block is None:
             return epoch_order(self.seed, epoch, self.num_samples)[offset:]
+        if self.shuffle_block == 1:
+            return np.arange(offset, min(offset + count, self.num_samples), dtype=np.int64)
         block, inside = divmod(offset, self.shuffle_block)
         start = block * self.shuffle_block
         size = min(self.shuffle_block, self.num_samples - start)

@@ -70,6 +70,8 @@ class GenomeJob:
 
     name: str = "genome"
     metric: str = "val_auc"
+    clip_norm = 1.0
+    warmup_steps = 20
     reader: SampleReader | None = None
 
     def __init__(  # noqa: PLR0913 - one argument per parameter of the table

@@ -32,6 +32,8 @@ class ImageJob:
 
     name: str = "image"
     metric: str = "val_accuracy"
+    clip_norm = 1.0
+    warmup_steps = 20
 
     def __init__(  # noqa: PLR0913 - one argument per parameter of the table
         self,

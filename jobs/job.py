@@ -26,15 +26,33 @@ class LossTerms:
 
     Attributes:
         loss_sum: scalar tensor with gradient, summed over elements.
-        num_elements: how many elements were summed (tokens, images), > 0.
+        num_elements: how many elements were summed (tokens, images).
+        is_mean: whether `loss_sum` is the mean over the samples of a batch instead, and counts as one element.
     """
 
     loss_sum: Tensor
     num_elements: int
+    is_mean: bool = False
+
+
+class Forward(Protocol):
+    """What computes a loss: a training, or one in a precision tier."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...], /) -> LossTerms:
+        """Forward pass and loss of a batch."""
+        ...
+
+
+class NamedForward(Forward, Protocol):
+    """One whose kernels are kept by name."""
+
+    name: str
 
 
 class Job(Protocol):
-    """One kind of training. Implementations are plain classes built by `JOBS[name](**params)`."""
+    """What the jobs of the table declare, for whoever calls them without a trial. They are trainings like anybody's:
+    plain classes, all of whose data is indexed by sample number, built by `JOBS[name](**params)`.
+    """
 
     name: str
     metric: str

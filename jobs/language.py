@@ -60,6 +60,8 @@ class LanguageJob:
 
     name: str = "language"
     metric: str = "val_loss"
+    clip_norm = 1.0
+    warmup_steps = 20
 
     def __init__(  # noqa: PLR0913 - one argument per parameter of the table
         self,

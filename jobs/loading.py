@@ -49,7 +49,7 @@ class MapDataset(Protocol[T_co]):
         """Samples in it."""
         ...
 
-    def __getitem__(self, index: int) -> T_co:
+    def __getitem__(self, index: Any, /) -> T_co:  # noqa: ANN401 - numbers, or pairs of them
         """Sample number `index`."""
         ...
 
@@ -72,8 +72,16 @@ def _end_with_parent() -> None:
         os._exit(_ORPHANED)
 
 
-def _read(numbers: tuple[int, ...]) -> list[Any]:
+Numbers = tuple[int | tuple[int, ...], ...]
+"""What a data set is asked for: sample numbers, or whatever tuples of numbers it takes for one."""
+
+
+def _read(numbers: Numbers) -> list[Any]:
     return [_dataset[number] for number in numbers]
+
+
+def _numbers(part: Sequence[Any] | Indices) -> Numbers:
+    return tuple(number if isinstance(number, tuple) else int(number) for number in part)
 
 
 class MapLoader(Generic[T]):
@@ -91,7 +99,7 @@ class MapLoader(Generic[T]):
         if num_processes < 0 or keep < 1:
             raise ValueError(f"num_processes={num_processes}, keep={keep}; allowed: num_processes >= 0, keep >= 1")
         self._dataset, self._keep = dataset, keep
-        self._tickets: OrderedDict[tuple[int, ...], Future[list[T]]] = OrderedDict()
+        self._tickets: OrderedDict[Numbers, Future[list[T]]] = OrderedDict()
         self._pool: ProcessPoolExecutor | None = None
         if num_processes:
             context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
@@ -102,20 +110,20 @@ class MapLoader(Generic[T]):
         """None: samples are read in any order."""
         return None
 
-    def prefetch(self, parts: Sequence[Sequence[int] | Indices]) -> None:
+    def prefetch(self, parts: Sequence[Sequence[Any] | Indices]) -> None:
         """Begin to read what will probably be asked for next; what was begun and is not among it is discarded."""
         if self._pool is None:
             return
-        wanted = [tuple(int(number) for number in part) for part in parts][: self._keep]
+        wanted = [_numbers(part) for part in parts][: self._keep]
         for stale in self._tickets.keys() - set(wanted):
             self._tickets.pop(stale).cancel()
         for numbers in wanted:
             if numbers not in self._tickets:
                 self._tickets[numbers] = self._pool.submit(_read, numbers)
 
-    def fetch(self, indices: Sequence[int] | Indices) -> list[T]:
+    def fetch(self, indices: Sequence[Any] | Indices) -> list[T]:
         """The samples of those numbers, in that order; an error of the data set is raised here."""
-        numbers = tuple(int(number) for number in indices)
+        numbers = _numbers(indices)
         if self._pool is None:
             return [self._dataset[number] for number in numbers]
         ticket = self._tickets.pop(numbers, None) or self._pool.submit(_read, numbers)

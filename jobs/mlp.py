@@ -75,6 +75,8 @@ class MlpJob:
 
     name: str = "mlp"
     metric: str = "val_loss"
+    clip_norm = 1.0
+    warmup_steps = 20
     reader: SampleReader | None = None
 
     def __init__(

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from orchestrator.jobs.param import JobInfo, Param, ParamKind, did_you_mean
+from orchestrator.jobs.parts import is_training, missing_parts
 
 PICKLE_SUFFIX = ".pkl"
 """A module part that ends so is a file that holds the function itself, as `orchestrator.run` ships a lambda."""
@@ -96,7 +97,7 @@ def kind_of(found: Callable[..., Any]) -> Kind:
         return "lightning"
     if "transformers.PreTrainedModel" in bases:
         return "huggingface"
-    return "training" if callable(getattr(found, "build_model", None)) else "function"
+    return "training" if is_training(found) else "function"
 
 
 @cache
@@ -104,10 +105,13 @@ def info_of(job: str) -> JobInfo:
     """What the outside must know of a training named by import path; its parameters are those of its signature.
 
     Raises:
-        UserCodeError: it cannot be loaded.
+        UserCodeError: it cannot be loaded, or is a class that lacks parts of a training.
     """
     found = load(job)
     kind = kind_of(found)
+    missing = list(missing_parts(found)) if kind == "training" and isinstance(found, type) else []
+    if missing:
+        raise UserCodeError(f"{job!r} has no {'; no '.join(missing)}; a training needs each of these")
     signature = _signature(found, job)
     takes_config = kind == "function" and list(signature.parameters) == ["config"]
     params = () if takes_config else tuple(_params(found, signature))
@@ -115,14 +119,30 @@ def info_of(job: str) -> JobInfo:
     rule: Literal["sqrt", "linear"] = "linear" if getattr(found, "learning_rate_rule", "") == "linear" else "sqrt"
     return JobInfo(
         learning_rate_rule=rule,
-        metric=str(getattr(found, "metric", "") or "") if kind == "training" else "",
+        metric=_metric(found) if kind == "training" else "",
         mode="max" if getattr(found, "mode", "min") == "max" else "min",
         summary=(inspect.getdoc(found) or "").partition("\n")[0],
         params=params,
         kind=kind,
         takes_any=takes_any,
         takes_config=takes_config,
+        samples_per_report=_samples_per_report(found, job) if kind == "training" else None,
     )
+
+
+def _metric(found: object) -> str:
+    """The metric that a class declares; the mean held-out loss where it does not evaluate by itself."""
+    return str(getattr(found, "metric", "") or ("" if hasattr(found, "evaluate") else "val_loss"))
+
+
+def _samples_per_report(found: object, job: str) -> int | None:
+    """Samples between two reports as a class declares them, such as those of an epoch."""
+    value = getattr(found, "samples_per_report", None)
+    if value is None or isinstance(value, property):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserCodeError(f"{job!r} has samples_per_report = {value!r}; allowed: a whole number >= 1")
+    return value
 
 
 def call_function(job: str, params: Mapping[str, object]) -> object:

@@ -113,6 +113,7 @@ class JobInfo:
         kind: a declared training, or a function that trains by itself.
         takes_any: whether it takes parameters beyond `params`.
         takes_config: whether it takes all parameters as one dict named `config`.
+        samples_per_report: samples between two reports where the run file says nothing; None where that has a default.
     """
 
     learning_rate_rule: Literal["sqrt", "linear"]
@@ -126,6 +127,7 @@ class JobInfo:
     kind: Literal["training", "function", "lightning", "huggingface"] = "training"
     takes_any: bool = False
     takes_config: bool = False
+    samples_per_report: int | None = None
 
     @property
     def is_function(self) -> bool:

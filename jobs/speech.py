@@ -64,6 +64,8 @@ class SpeechJob:
 
     name: str = "speech"
     metric: str = "val_word_error_rate"
+    clip_norm = 1.0
+    warmup_steps = 20
     reader: SampleReader | None = None
 
     def __init__(  # noqa: PLR0913 - one argument per parameter of the table

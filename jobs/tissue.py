@@ -30,6 +30,8 @@ class TissueJob:
 
     name: str = "tissue"
     metric: str = "val_dice"
+    clip_norm = 1.0
+    warmup_steps = 20
     reader: SampleReader | None = None
 
     def __init__(  # noqa: PLR0913 - one argument per parameter of the table

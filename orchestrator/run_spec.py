@@ -40,7 +40,7 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         start=start,
         limits=dial_limits(config, start),
         dials=tuple(dial for dial, is_enabled in enabled.items() if is_enabled),
-        samples_per_report=config.trial.samples_per_report,
+        samples_per_report=config.samples_per_report,
         max_reports=config.max_reports,
         policy=config.policy.name,
         policy_params=dict(config.policy.params),

@@ -250,9 +250,9 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
             return
         largest = dial.max_global
     info = _info(config)
-    if info is not None and not info.is_function and trial.samples_per_report < largest:
+    if info is not None and not info.is_function and config.samples_per_report < largest:
         what = how if largest == batch else "dials.batch.max_global"
-        text = f"got {trial.samples_per_report}; allowed: at least one step between reports, {what} = {largest}"
+        text = f"got {config.samples_per_report}; allowed: at least one step between reports, {what} = {largest}"
         yield ("trial", "samples_per_report"), text
 
 

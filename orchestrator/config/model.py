@@ -406,6 +406,13 @@ class RunConfig(Section):
         return MOST_REPORTS if job_info(self.job.name).is_function else DEFAULT_REPORTS
 
     @property
+    def samples_per_report(self) -> int:
+        """Samples between two reports: as given, else as the class of a training declares, else the default."""
+        if "samples_per_report" in self.trial.model_fields_set:
+            return self.trial.samples_per_report
+        return job_info(self.job.name).samples_per_report or self.trial.samples_per_report
+
+    @property
     def start_share(self) -> float:
         """Share of a device each rank starts with: as given, or equal parts inside the range of the dial."""
         if self.trial.share is not None:

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from orchestrator.errors import CheckpointError
-from orchestrator.train import flat_state, manifest
+from orchestrator.train import flat_state, manifest, objects
 from orchestrator.train.fsdp import local_part
 from orchestrator.train.manifest import FileEntry, Manifest
 
@@ -104,7 +104,8 @@ def commit(
         directory: the trial's own directory, shared by all ranks.
         model: its parameters must be finite.
         optimizer: between two steps, with the model's parameters.
-        extra: JSON-able; holds `step` and what else the loop needs (sample position, learning-rate state).
+        extra: JSON-able; holds `step` and what else the loop needs (sample position, learning-rate state). Only its
+            mapping `objects` may hold anything that can be pickled; each rank has its own.
         rank: of this process.
         world_size: ranks that call.
         group: a group of exactly those ranks that carries objects; None for one rank.
@@ -116,9 +117,11 @@ def commit(
         CheckpointError: on every rank, if any rank could not do its part. Nothing was committed then.
     """
     ranks = _Ranks(rank, world_size, group)
-    proposal, problem = None, None
+    proposal, problem, pickled = None, None, b""
     try:
-        proposal = _propose(directory, model, optimizer, extra, is_first=rank == 0)
+        plain = {name: value for name, value in extra.items() if name != "objects"}
+        pickled = objects.pickled(extra.get("objects", {}))
+        proposal = _propose(directory, model, optimizer, plain, is_first=rank == 0)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     own_draft = None if proposal is None else proposal.draft
@@ -135,7 +138,7 @@ def commit(
             torch_version=str(torch.__version__),
             extra=proposal.extra,
             tensors=proposal.described,
-            files=_write_parts(draft, proposal.tensors, ranks),
+            files=_write_parts(draft, proposal.tensors, pickled, ranks),
         )
         _finish(draft, final, record, ranks)
     except CheckpointError:
@@ -227,7 +230,7 @@ def load(
     half loaded: build it anew.
 
     Returns:
-        The `extra` of the commit.
+        The `extra` of the commit, with its `objects`; those of rank 0 where it has none of this rank.
 
     Raises:
         CheckpointError: on every rank, if the commit is damaged or does not fit.
@@ -242,6 +245,7 @@ def load(
     record = ranks.agree(what, problem, record)[0]
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     try:
         tensors, state = flat_state.targets(model, optimizer, record.tensors)
     except CheckpointError as error:
@@ -251,11 +255,12 @@ def load(
         with _quiet_about_one_process():
             load_tensors(tensors, storage_reader=FileSystemReader(path), process_group=group, no_dist=world_size == 1)
         flat_state.load_optimizer(model, optimizer, state, record.tensors)
+        found = objects.read(path, {entry.name for entry in record.files}, rank)
         _restore_generators(path, record, rank)
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+    except (CheckpointError, CheckpointException, OSError, RuntimeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
     ranks.agree(what, problem)
-    return dict(record.extra)
+    return {**record.extra, **({"objects": found} if found else {})}
 
 
 def verify(path: Path) -> list[str]:
@@ -317,7 +322,7 @@ def _make_draft(final: Path) -> Path:
     return draft
 
 
-def _write_parts(draft: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> tuple[FileEntry, ...]:
+def _write_parts(draft: Path, tensors: dict[str, Tensor], pickled: bytes, ranks: _Ranks) -> tuple[FileEntry, ...]:
     """Write this rank's part of every file, durable, and gather what all ranks wrote."""
     problem, entries = None, []
     try:
@@ -330,6 +335,9 @@ def _write_parts(draft: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> tupl
         torch.save(flat_state.capture_generators(), buffer)
         rng.write_bytes(buffer.getvalue())
         own = [*draft.glob(_TENSOR_FILES.format(rank=ranks.rank)), rng]
+        if pickled:
+            own.append(draft / objects.FILE.format(rank=ranks.rank))
+            own[-1].write_bytes(pickled)
         if ranks.rank == 0:
             own.append(draft / _METADATA_FILE)
         # Waiting for the disk and hashing what lies in memory by now go on side by side.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import CheckpointError
 from orchestrator.train.fsdp import local_part
+from orchestrator.train.optimizers import has_plain_state, name_of
 
 # How a step is computed, not what: a fused optimizer of one rank must not fuse the sharded one that takes over.
 _IMPLEMENTATION_OPTIONS = frozenset({"params", "fused", "foreach", "capturable", "differentiable"})
@@ -41,7 +42,7 @@ def flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
         else:
             values.setdefault(name, {})[key] = value
     described["optimizer"] = {
-        "class": type(optimizer).__name__,
+        "class": name_of(optimizer),
         "groups": _groups(model, optimizer),
         "state": state,
         "values": values,
@@ -183,8 +184,13 @@ def _plain(value: object) -> object:
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Any]]:
-    """(parameter name, key, value) of all optimizer state, in the order of the groups."""
+    """(parameter name, key, value) of all optimizer state, in the order of the groups.
+
+    None where it is more than tensors and plain values, as that of LBFGS is: then it is kept whole, as an object.
+    """
     names = _parameter_names(model)
+    if not has_plain_state(optimizer):
+        return
     for group in optimizer.param_groups:
         for param in group["params"]:
             for key, value in optimizer.state.get(param, {}).items():
@@ -207,9 +213,9 @@ def _check_model(tensors: dict[str, Tensor], saved: dict[str, list[Any]]) -> Non
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Refuse state of another kind of optimizer or of other parameter groups."""
-    if saved["class"] != type(optimizer).__name__:
+    if saved["class"] != name_of(optimizer):
         raise CheckpointError(
-            f"the checkpoint holds state of {saved['class']}, the trial uses {type(optimizer).__name__}; "
+            f"the checkpoint holds state of {saved['class']}, the trial uses {name_of(optimizer)}; "
             "allowed: the same optimizer; start the trial afresh to change it"
         )
     live = [group["params"] for group in _groups(model, optimizer)]
@@ -231,7 +237,7 @@ def version_of(optimizer: torch.optim.Optimizer) -> int:
     for group in optimizer.param_groups:
         params = group["params"]
         total += sum(param._version for param in params)
-        for param in (params[0], params[-1]):
+        for param in (*params[:1], *params[-1:]):
             values = optimizer.state[param].values() if param in optimizer.state else ()
             total += sum(value._version for value in values if isinstance(value, Tensor))
     return total

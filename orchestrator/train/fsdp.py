@@ -116,8 +116,10 @@ def sum_sq(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> Tensor
     return total
 
 
-def clip_and_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The norm of the whole gradient over all ranks, before clipping it to `max_norm` (None: do not clip).
+def clip_and_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, max_value: float | None = None) -> Tensor:
+    """The norm of the whole gradient over all ranks, before it is clipped.
+
+    Each element is clipped to `max_value` in size and then the whole to the norm `max_norm`; None: not.
 
     A plain scalar on the parameters' device, the same on every rank; nothing waits for the device until it is read.
     Sharded gradients are clipped as the plain tensors that each rank holds, after one sum over the ranks: through
@@ -125,15 +127,19 @@ def clip_and_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) ->
     """
     params = [param for param in parameters if param.grad is not None]
     mesh = _mesh_of(params)
-    if mesh is None:
-        if max_norm is None:
-            return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        return torch.nn.utils.clip_grad_norm_(params, max_norm)
     grads = local_grads(params)
-    norm = sum_sq(grads, mesh.get_group()).sqrt()
+    group = None if mesh is None else mesh.get_group()
+    if mesh is None and max_norm is not None and max_value is None:
+        return torch.nn.utils.clip_grad_norm_(params, max_norm)
+    norm = torch.nn.utils.get_total_norm(grads) if group is None else sum_sq(grads, group).sqrt()
+    clipped = norm
+    if max_value is not None:
+        for grad in grads:
+            grad.clamp_(-max_value, max_value)
+        clipped = sum_sq(grads, group).sqrt()
     if max_norm is not None:
         # The rule of torch.nn.utils.clip_grad_norm_; no branch, so that nobody has to wait for the number.
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        factor = torch.clamp(max_norm / (clipped + 1e-6), max=1.0)
         for grad in grads:
             grad.mul_(factor)
     return norm

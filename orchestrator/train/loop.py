@@ -16,7 +16,7 @@ from pathlib import Path
 from orchestrator.control.orders import Outcome, SlotOrder, Status, TierReport
 from orchestrator.errors import ApplyError, OutOfMemoryError
 from orchestrator.jobs import job_info
-from orchestrator.jobs.job import Job
+from orchestrator.jobs.training import Training
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import is_cheaper
 from orchestrator.share.mechanism import ShareMechanism
@@ -53,10 +53,10 @@ class TrialLoop:
     """The driver of one attempt of a declared training on one rank."""
 
     def __init__(
-        self, order: SlotOrder, job: Job, ranks: Ranks, boundary: Boundary, link: Link, share: ShareMechanism
+        self, order: SlotOrder, job: object, ranks: Ranks, boundary: Boundary, link: Link, share: ShareMechanism
     ) -> None:
         self.attempt = Attempt(order, ranks, boundary, link, share)
-        self._trial, self._ranks, self._job = self.attempt.trial, ranks, job
+        self._trial, self._ranks, self._job = self.attempt.trial, ranks, Training.of(job)
         self._meter = MemoryMeter(ranks.device, self._trial.memory_bytes)
         self._parts: _Parts | None = None
         self._is_rolled_back = False
@@ -80,6 +80,7 @@ class TrialLoop:
             attempt.num_reports = max(attempt.num_reports, int(extra["num_reports"]))
             watch.guard.restore(extra.get("guard"))
             logger.info("resumed from %s at step %d", self._trial.resume_from, stepper.step_index)
+        self._tell_dials()
         attempt.follow(None, self)
         if not attempt.wait_until(lambda: attempt.grant is not None, self):
             return self._leave()
@@ -186,6 +187,13 @@ class TrialLoop:
             if measured is not None and self.attempt.speaks:
                 self.attempt.outbox.add_mode(measured)
 
+    def _tell_dials(self) -> None:
+        """Say what this training does not allow of its dials, if anything."""
+        whole = self._stepper.whole
+        if whole:
+            logger.info("micro-batches stay at %d samples: %s", self._trial.start.micro_batch, whole)
+            self.attempt.tell_dials(self)
+
     def _guard_precision(self) -> None:
         """Between two steps: make the move that a step asked for, and probe if it is time to."""
         if self._move is not None or self._watched.is_due:
@@ -246,8 +254,8 @@ class TrialLoop:
             if param.changes_speed and param.name in trial.params
         ]
         return WatchPlan(
-            ladder=trial.limits.tiers,
-            budget=trial.probe_budget,
+            ladder=(trial.start.tier,) if self._job.has_own_step else trial.limits.tiers,
+            budget=0.0 if self._job.has_own_step else trial.probe_budget,
             target_samples=trial.samples_per_report * trial.max_reports,
             key=calibration_key(trial.job, fixed, trial.start.micro_batch, ranks.world_size, ranks.device),
             # Beside the runs, so that the next run of the same shape need not measure again.
@@ -310,6 +318,6 @@ class _Parts:
         self.watch = PrecisionWatch(plan, stepper, ranks.device, ranks.group)
         self.dials: tuple[Dial, ...] = (
             ShareDial(attempt.share, ranks.rank, trial.start),
-            BatchDial(stepper, self.guard),
-            PrecisionDial(stepper, self.watch),
+            BatchDial(stepper, self.guard, trial.start),
+            PrecisionDial(stepper, self.watch, trial.start),
         )

@@ -1,4 +1,4 @@
-"""Which samples a step takes, told to the job's reader a step ahead; and closing it when nobody asks any more.
+"""Which samples a step takes, told to the training's reader a step ahead; and closing it when nobody asks any more.
 
 What is told is advice: when a dial turns in between, other parts are asked for and those told are dropped. The cursor
 alone decides which samples a step trains on. Knows no model and no step. Called by the stepper, and by whoever begins
@@ -11,26 +11,33 @@ import contextlib
 from collections.abc import Iterator
 
 from orchestrator.jobs.data import Indices, SampleCursor, micro_batches, rank_slice
-from orchestrator.jobs.job import Job
+from orchestrator.jobs.training import Training
 from orchestrator.policies.plan import Settings
 from orchestrator.train.groups import Ranks
 
 
-def first_cursor(job: Job, seed: int) -> SampleCursor:
-    """The beginning of a trial; samples are shuffled as far as the job's reader can follow."""
-    block = None if job.reader is None else job.reader.shuffle_block
-    return SampleCursor(seed=seed, num_samples=job.num_train_samples, shuffle_block=block)
+def first_cursor(training: Training, seed: int) -> SampleCursor:
+    """The beginning of a trial with that seed; samples are shuffled as far as the training's reader can follow."""
+    training.open(seed)
+    reader = training.reader
+    return SampleCursor(
+        seed=seed,
+        num_samples=training.num_train_samples,
+        shuffle_block=None if reader is None else reader.shuffle_block,
+        counts_epochs=training.counts_epochs,
+    )
 
 
-def take(job: Job, cursor: SampleCursor, settings: Settings, ranks: Ranks) -> tuple[Indices, SampleCursor]:
+def take(training: Training, cursor: SampleCursor, settings: Settings, ranks: Ranks) -> tuple[Indices, SampleCursor]:
     """The samples of the next step of all ranks together, and the cursor behind them.
 
     The reader is told which parts this rank will ask for in this step and the next, as long as these settings hold.
     """
     taken = indices, after = cursor.take(settings.global_batch)
-    if job.reader is not None:
+    reader = training.reader
+    if reader is not None:
         following, _ = after.take(settings.global_batch)
-        job.reader.prefetch(
+        reader.prefetch(
             [
                 part
                 for step in (indices, following)
@@ -41,10 +48,10 @@ def take(job: Job, cursor: SampleCursor, settings: Settings, ranks: Ranks) -> tu
 
 
 @contextlib.contextmanager
-def reading(job: Job) -> Iterator[Job]:
-    """The job, whose reader is closed at the end, however that comes."""
+def reading(job: object) -> Iterator[Training]:
+    """The training that a user's object declares; what reads its samples is closed at the end, however that comes."""
+    training = Training.of(job)
     try:
-        yield job
+        yield training
     finally:
-        if job.reader is not None:
-            job.reader.close()
+        training.close()

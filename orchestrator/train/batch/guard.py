@@ -60,6 +60,8 @@ class MemoryGuard:
             return asked
         if self._agree(self._meter.has_room(asked)):
             return asked
+        if self._stepper.whole:
+            return replace(asked, micro_batch=now.micro_batch, grad_accum=now.grad_accum, tier=now.tier)
         return self._nearest(asked, now)
 
     def advance(self) -> tuple[list[StepResult], Move | None]:
@@ -101,11 +103,14 @@ class MemoryGuard:
         return Move(instead_of=asked, reason=f"{reason}: goes on with {now.micro_batch} x {now.grad_accum}")
 
     def _try_step(self) -> list[StepResult] | str:
-        """The result, or what ran out: outside of the handler the exception is gone, and with it what it held."""
+        """The result, or what ran out: outside of the handler the exception is gone, and with it what it held.
+
+        A micro-batch that may not be cut is no smaller the next time: the trial begins again with more memory.
+        """
         try:
             return self._stepper.advance()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self._stepper.whole:
                 raise
             return str(error).splitlines()[0][:200] or type(error).__name__
 

@@ -1,7 +1,8 @@
-"""The learning rate as a pure function of the samples seen, of the global batch and of the noise scale.
+"""What the batch does to learning rates: a pure function of the rate that the training's own schedule says, of the
+samples seen, of the global batch and of the noise scale.
 
-A schedule that counts samples means the same at every batch size. Knows no policy and no model; the loop keeps one
-`LearningRate`, asks it `at(samples, noise_scale)` before each step and stores its `state()` in the checkpoint.
+A warm-up that counts samples means the same at every batch size. Knows no policy and no model; the stepper keeps one
+`LearningRate`, asks it `at(base_lr, samples, noise_scale)` before each step and stores its `state()` in the checkpoint.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
-
-import torch
 
 from orchestrator.policies.goodput import gain
 
@@ -30,13 +29,6 @@ class ScalingRule(StrEnum):
     SQRT = "sqrt"
     LINEAR = "linear"
     ADASCALE = "adascale"
-
-
-class Shape(StrEnum):
-    """What the schedule does after the warm-up."""
-
-    CONSTANT = "constant"
-    COSINE = "cosine"
 
 
 def scaled(
@@ -71,55 +63,35 @@ def _batch_factor(rule: ScalingRule | str, base_batch: int, global_batch: int, n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What does not change while a trial runs.
+    """What does not change while a trial runs. The training's own schedule is another matter: it gives the base rate.
 
     Attributes:
-        base_lr: learning rate after the warm-up at `base_batch`.
-        base_batch: global batch that `base_lr` was chosen for.
-        rule: how it follows the global batch.
-        shape: constant or cosine after the warm-up.
-        total_samples: samples of the whole trial, where a cosine ends.
+        base_batch: global batch that the training's rates were chosen for.
+        rule: how they follow the global batch.
         warmup_samples: samples of linear warm-up from zero.
         ramp_samples: samples over which a *larger* batch brings in its larger rate; a smaller one acts at once,
             because a rate too large for the batch is what diverges.
-        final_ratio: what a cosine ends at, as a fraction of the peak.
     """
 
-    base_lr: float
     base_batch: int
     rule: ScalingRule
-    shape: Shape
-    total_samples: int
     warmup_samples: int = 0
     ramp_samples: int = 0
-    final_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no trial can follow."""
-        if not (math.isfinite(self.base_lr) and self.base_lr > 0):
-            raise ValueError(f"base_lr={self.base_lr} cannot train; allowed: a finite number > 0")
-        if self.total_samples < 1 or self.base_batch < 1:
-            raise ValueError(f"total_samples={self.total_samples}, base_batch={self.base_batch}; allowed: both >= 1")
-        if not 0 <= self.warmup_samples <= self.total_samples or self.ramp_samples < 0:
+        if self.base_batch < 1 or self.warmup_samples < 0 or self.ramp_samples < 0:
             raise ValueError(
-                f"warmup_samples={self.warmup_samples}, ramp_samples={self.ramp_samples}; "
-                f"allowed: 0 <= warmup_samples <= total_samples={self.total_samples} and ramp_samples >= 0"
+                f"base_batch={self.base_batch}, warmup_samples={self.warmup_samples}, ramp_samples={self.ramp_samples};"
+                " allowed: base_batch >= 1, warmup_samples >= 0 and ramp_samples >= 0"
             )
-        if not 0 <= self.final_ratio <= 1:
-            raise ValueError(f"final_ratio={self.final_ratio}; allowed: 0 to 1")
 
-    def at(self, samples: int) -> float:
-        """The learning rate after `samples` samples at the base batch, > 0 from the first sample on but for a cosine's
-        end at `final_ratio` 0.
-        """
+    def at(self, base_lr: float, samples: int) -> float:
+        """The learning rate after `samples` samples at the base batch, > 0 from the first sample on."""
         if samples < self.warmup_samples:
             # The step at sample 0 would otherwise train with a rate of exactly zero.
-            return self.base_lr * max(samples, 1) / self.warmup_samples
-        if self.shape is Shape.CONSTANT:
-            return self.base_lr
-        span = max(self.total_samples - self.warmup_samples, 1)
-        done = min((samples - self.warmup_samples) / span, 1.0)
-        return self.base_lr * (self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+            return base_lr * max(samples, 1) / self.warmup_samples
+        return base_lr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +138,9 @@ class LearningRate:
             return target
         return self.ramp_from + (target - self.ramp_from) * max(passed, 0) / self.schedule.ramp_samples
 
-    def at(self, samples: int, noise_scale: float | None = None) -> float:
-        """The learning rate of the step that starts after `samples` samples."""
-        return self.schedule.at(samples) * self.factor(samples, noise_scale)
+    def at(self, base_lr: float, samples: int, noise_scale: float | None = None) -> float:
+        """The learning rate, where the training says `base_lr`, of the step that starts after `samples` samples."""
+        return self.schedule.at(base_lr, samples) * self.factor(samples, noise_scale)
 
     def is_ramping(self, samples: int, noise_scale: float | None = None) -> bool:
         """Whether the last change of batch is still coming into effect."""
@@ -184,12 +156,3 @@ class LearningRate:
         if global_batch == self.global_batch:
             return self
         return replace(self, global_batch=global_batch, ramp_from=self.factor(samples, noise_scale), ramp_start=samples)
-
-
-def apply(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set `lr` in every parameter group. A tensor is filled in place, so that a captured graph sees it."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr

@@ -125,10 +125,14 @@ class NoiseMeter:
             return PairPart.HOLD
         return PairPart.COMPARE if held_step == step - 1 else None
 
-    def parts(self, mine: Indices, micro_batch: int) -> list[Indices]:
-        """The micro-batches of a step on this rank; two at least where its halves are to be compared."""
+    def parts(self, mine: Indices, micro_batch: int, *, may_cut: bool = True) -> list[Indices]:
+        """The micro-batches of a step on this rank; two at least where its halves are to be compared.
+
+        A single micro-batch is cut in two for that if it may be; otherwise nothing is measured.
+        """
         is_halved = self._is_due and self._halves is not None
-        found = micro_batches(mine, min(micro_batch, max(1, (len(mine) + 1) // 2)) if is_halved else micro_batch)
+        is_cut = is_halved and may_cut
+        found = micro_batches(mine, min(micro_batch, max(1, (len(mine) + 1) // 2)) if is_cut else micro_batch)
         self._half = len(found) // 2 if is_halved else 0
         self._num_first = sum(len(part) for part in found[: self._half])
         return found
@@ -137,6 +141,11 @@ class NoiseMeter:
         """The gradients hold what the first `number` micro-batches have added, still multiplied by the scale."""
         if number == self._half and self._halves is not None:
             self._halves.hold(fsdp.local_grads(self._params), self._num_first, grad_scale=loss_scale)
+
+    def rescale(self, factor: float) -> None:
+        """The gradients of the step were multiplied by that, behind its last part."""
+        if self._halves is not None:
+            self._halves.rescale(factor)
 
     def end(
         self, counts: Sequence[int], group: dist.ProcessGroup | None, *, loss_scale: float = 1.0

@@ -59,6 +59,11 @@ class HalfNoise:
         """Take what the first `count` samples have added to the gradients, multiplied by `grad_scale` as they are."""
         self._held, self._count = [grad.detach() / grad_scale for grad in local_grads], count
 
+    def rescale(self, factor: float) -> None:
+        """Multiply what is held, as the gradients of the step were."""
+        for held in self._held or ():
+            held *= factor  # noqa: PLW2901 - in place
+
     def observe(
         self, local_grads: Sequence[Tensor], global_batch: int, *, weights: Sequence[Tensor] | None = None
     ) -> NoiseEstimate | None:

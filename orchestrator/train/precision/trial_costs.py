@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,15 +34,15 @@ class Timed(Protocol):
     model: torch.nn.Module
     settings: Settings
 
-    def probe_batch(self, num_samples: int) -> tuple[torch.Tensor, ...]:
+    def probe_batch(self, num_samples: int) -> Any:  # noqa: ANN401 - whatever the training's batches are
         """The next samples, this rank's part of them, which are not used up."""
         ...
 
-    def mean_gradient(self, batch: tuple[torch.Tensor, ...], tier: Tier) -> float:
+    def mean_gradient(self, batch: Any, tier: Tier) -> float:  # noqa: ANN401
         """Add the gradient of the mean loss of `batch` over all ranks in `tier`; returns the loss of this rank."""
         ...
 
-    def add_gradient(self, batch: tuple[torch.Tensor, ...], tier: Tier) -> None:
+    def add_gradient(self, batch: Any, tier: Tier) -> None:  # noqa: ANN401
         """Do what `mean_gradient` does without reading anything back, as a recorded step does."""
         ...
 

@@ -68,6 +68,10 @@ class Trained(Timed, Protocol):
         """Part of the trial that is done."""
         ...
 
+    def probe_halves(self) -> tuple[tuple[Any, Any], int]:
+        """Two batches of the next samples, which are not used up, and the samples of each on a rank."""
+        ...
+
     def position(self) -> dict[str, Any]:
         """What beside model and optimizer a step changes."""
         ...
@@ -312,9 +316,7 @@ class PrecisionWatch:
             self.guard.take_probe(current, {})  # bans and freezes are counted in probes that were due
             self._next_probe = self._num_steps + self._period(0.0)
             return None
-        half = max(1, self._trained.settings.micro_batch // 2)
-        batches = [self._trained.probe_batch(2 * half)]
-        parts = [tuple(tensor[:half] for tensor in batches[0]), tuple(tensor[half:] for tensor in batches[0])]
+        parts, half = self._trained.probe_halves()
         setup = ProbeSetup(
             model=self._trained.model,
             half_samples=half * self._trained.settings.num_workers,

@@ -18,8 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from orchestrator.jobs.job import Job
-from orchestrator.train import fsdp
+from orchestrator.jobs.job import Forward
 from orchestrator.train.batch.meter import PairPart
 from orchestrator.train.batch.noise import RecordedPair
 from orchestrator.train.step_mode.readout import Readout, Staging
@@ -32,6 +31,9 @@ MAX_FLYING = 2
 """Steps the host may be ahead of the device: enough to hide its own work, few enough to be at a boundary soon."""
 
 Batch = tuple[Tensor, ...]
+Clip = Callable[[], Tensor]
+"""Clips the model's gradients and returns their norm before, on the device."""
+
 Replay = Callable[[], None]
 
 
@@ -67,22 +69,22 @@ class CapturedStep:
     Args:
         job, model, optimizer: of the trial; every parameter with a gradient has optimizer state already.
         device: where they are.
-        max_norm: gradients are clipped to it.
+        clip: clips the gradients.
         recorder: records.
     """
 
     def __init__(
         self,
-        job: Job,
+        job: Forward,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         device: torch.device,
-        max_norm: float,
+        clip: Clip,
         recorder: Recorder,
     ) -> None:
         self._job, self._model, self._optimizer = job, model, optimizer
-        self._device, self._max_norm, self._recorder = device, max_norm, recorder
+        self._device, self._clip, self._recorder = device, clip, recorder
         self._recordings: dict[tuple[int, object, object], _Recording] = {}
         self._scale = torch.zeros((), device=device)
         self._scale_held = 0.0
@@ -130,7 +132,8 @@ class CapturedStep:
         full = (self._recorder.place, key, tuple((part.shape, part.dtype) for part in batch))
         recording = self._recordings.pop(full, None)
         if recording is None:
-            recording = self._record(batch, compiling)
+            with _kept_buffers(self._model):
+                recording = self._record(batch, compiling)
         if num_parts > 1 and recording.following is None:
             self._bind(recording)
             recording.following = self._recorder.record(partial(self._following, recording.batch))
@@ -232,7 +235,7 @@ class CapturedStep:
 
     def _finish(self) -> None:
         """Norm, clipping, update; nothing is updated where the norm is not finite, now or since `clear`."""
-        norm = fsdp.clip_and_norm(self._model.parameters(), self._max_norm)
+        norm = self._clip()
         self._norm.copy_(norm)
         self._halted.logical_or_(norm - norm)  # zero, and NaN of what is not finite, which counts as true
         with _skips_where(self._optimizer, self._halted, is_captured=self._device.type == "cuda"):
@@ -242,6 +245,15 @@ class CapturedStep:
         """Make the recording's gradients those of the model, for whoever reads them."""
         for param, grad in recording.grads:
             param.grad = grad
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put buffers back afterwards, such as the running means of batch norms, which a rehearsal moves."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    for buffer, value in before:
+        buffer.copy_(value)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.control.orders import TrialOrder
-from orchestrator.jobs.job import Job, LossTerms
+from orchestrator.jobs.job import LossTerms, NamedForward
 from orchestrator.names import write_atomically
 from orchestrator.policies.tier import Tier
 from orchestrator.train.isolation import restore_environment
@@ -90,7 +90,7 @@ _refused: set[str] = set()
 """Kinds that could not be compiled."""
 
 
-def _loss(job: Job, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
+def _loss(job: NamedForward, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
     terms = job.loss(model, batch)
     return terms.loss_sum, terms.num_elements
 
@@ -98,7 +98,7 @@ def _loss(job: Job, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor
 @lru_cache(maxsize=_MAX_FUNCTIONS)
 def _function(
     kind: str, num_processes: int, is_for_any_batch: bool
-) -> Callable[[Job, nn.Module, tuple[Tensor, ...]], tuple[Tensor, int]]:
+) -> Callable[[NamedForward, nn.Module, tuple[Tensor, ...]], tuple[Tensor, int]]:
     """The compiled loss of one kind of trial, which must be traceable as a whole.
 
     torch keeps what it compiled per code object, and gives up on one with too many variants: each kind has its own.
@@ -148,7 +148,9 @@ class Compilation:
         clock: seconds.
     """
 
-    def __init__(self, job: Job, model: nn.Module, ahead: Ahead, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, job: NamedForward, model: nn.Module, ahead: Ahead, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._job, self._model, self._ahead, self._clock = job, model, ahead, clock
         self._look_s = 0.0
         self._dials: Dials | None = None
@@ -335,7 +337,7 @@ def _as_it_was() -> Iterator[None]:
         restore_environment(environment)
 
 
-def _kind_of(job: Job, model: nn.Module) -> str:
+def _kind_of(job: NamedForward, model: nn.Module) -> str:
     """What the kernels depend on: torch, the device, the job, every parameter's shape, and hooks."""
     params = list(model.named_parameters())
     device = params[0][1].device if params else torch.device("cpu")

@@ -11,18 +11,18 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from orchestrator.jobs.data import SampleCursor
-from orchestrator.jobs.job import Job, LossTerms
+from orchestrator.jobs.job import Forward, LossTerms
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import Tier
 from orchestrator.train.batch.meter import PairPart
 from orchestrator.train.batch.noise import NoiseEstimate, RecordedPair
-from orchestrator.train.step_mode.captured import MAX_FLYING, Batch, CapturedStep
+from orchestrator.train.step_mode.captured import MAX_FLYING, Batch, CapturedStep, Clip
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.recorder import Recorder
 from orchestrator.train.step_result import StepResult
@@ -33,7 +33,10 @@ CPU = torch.device("cpu")
 class _Trial(Protocol):
     """What is needed of a stepper."""
 
-    settings: Settings
+    @property
+    def settings(self) -> Settings:
+        """The dials in force."""
+        ...
 
     def loss(self, model: nn.Module, batch: tuple[torch.Tensor, ...], tier: Tier) -> LossTerms:
         """The forward pass in a tier."""
@@ -46,7 +49,7 @@ class _Trial(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Launched:
-    """A step on its way, and where the trial stood before it."""
+    """A step on its way, and where the trial stood before it; `schedule` is that of its learning rates, if any."""
 
     step: int
     cursor: SampleCursor
@@ -54,6 +57,7 @@ class Launched:
     learning_rate: float
     data_s: float
     mode: StepMode
+    schedule: dict[str, Any] | None = None
     num_elements: int = 0
     pair_part: PairPart | None = None
 
@@ -171,11 +175,11 @@ class Lowered:
 
 
 def open_replay(
-    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, max_norm: float
+    job: Forward, model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, clip: Clip
 ) -> Replay:
     """Make ready to record: learning rates become tensors, so that a replay reads what is in force."""
     device = next(model.parameters()).device
     for group in optimizer.param_groups:
         if not isinstance(group["lr"], torch.Tensor):
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
-    return Replay(CapturedStep(job, model, optimizer, device=device, max_norm=max_norm, recorder=recorder))
+    return Replay(CapturedStep(job, model, optimizer, device=device, clip=clip, recorder=recorder))

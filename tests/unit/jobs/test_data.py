@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -97,7 +99,7 @@ def test_the_cached_order_is_read_only() -> None:
         ({"seed": 0, "num_samples": 1, "position": -5}, "position=-5; allowed: >= 0"),
     ],
 )
-def test_an_impossible_cursor_is_refused(fields: dict[str, int], message: str) -> None:
+def test_an_impossible_cursor_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SampleCursor(**fields)
 

@@ -176,4 +176,4 @@ def loop(script: Script, job: object, share: FakeShare | None = None, ranks: Ran
     if first is None:
         first = boundary.wait()
     assert first is not None
-    return TrialLoop(first, job, ranks, boundary, script, share or FakeShare())  # type: ignore[arg-type]
+    return TrialLoop(first, job, ranks, boundary, script, share or FakeShare())

@@ -15,6 +15,7 @@ from orchestrator.jobs import build_job
 from orchestrator.jobs.data import Indices, SampleCursor, micro_batches, rank_slice
 from orchestrator.jobs.job import Job, LossTerms
 from orchestrator.jobs.mlp import MlpJob
+from orchestrator.jobs.training import Training
 from orchestrator.train.groups import Ranks
 from orchestrator.train.read_ahead import reading, take
 from tests.unit.orchestrator.train.links import Script, grant, loop, order, settings
@@ -61,7 +62,7 @@ def test_the_parts_of_this_step_and_the_next_are_told_for_each_rank(rank: int) -
     job = ReadingJob()
     cursor = SampleCursor(seed=1, num_samples=512, position=500)
     ranks = Ranks(rank=rank, world_size=2, device=torch.device("cpu"))
-    taken, after = take(job, cursor, settings(micro_batch=3, grad_accum=2, num_workers=2), ranks)
+    taken, after = take(Training.of(job), cursor, settings(micro_batch=3, grad_accum=2, num_workers=2), ranks)
     assert (taken.tolist(), after.position) == (cursor.take(12)[0].tolist(), 512)
     expected: list[list[int]] = []
     for _ in range(2):

@@ -118,17 +118,34 @@ class FakeGauge:
 
 
 class FakeStepper:
-    def __init__(self, now: Settings) -> None:
-        self.settings = now
+    def __init__(self, now: Settings, whole: str = "") -> None:
+        self.settings, self.whole = now, whole
 
 
-def guard_with(room_bytes: int, limit_bytes: int = 0, now: Settings | None = None) -> tuple[MemoryGuard, FakeGauge]:
+def guard_with(
+    room_bytes: int, limit_bytes: int = 0, now: Settings | None = None, whole: str = ""
+) -> tuple[MemoryGuard, FakeGauge]:
     gauge = FakeGauge(room_bytes)
     meter = MemoryMeter(torch.device("cpu"), limit_bytes, gauge)
     now = now or settings()
     for _ in range(4):
         meter.observe(now)
-    return MemoryGuard(FakeStepper(now), ONE_RANK, meter, "t"), gauge  # type: ignore[arg-type]
+    return MemoryGuard(FakeStepper(now, whole), ONE_RANK, meter, "t"), gauge  # type: ignore[arg-type]
+
+
+def test_a_micro_batch_that_may_not_be_cut_stays_where_there_is_no_room() -> None:
+    guard, _ = guard_with(0, whole="BatchNorm")
+    asked = settings(share=0.1, grad_accum=3, tier=Tier.BF16)
+    assert guard.prepare(asked) == settings(share=0.1)
+
+
+def test_running_out_of_memory_with_one_begins_the_trial_again_with_more(tmp_path: Path) -> None:
+    job = job_of("forward", at=8)
+    job.depends_on_batch = True  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError) as failure:
+        loop(Script(order(tmp_path)), job).run()
+    assert is_out_of_memory(failure.value)
+    assert job.num_fired == 1
 
 
 def test_what_does_not_grow_is_not_checked() -> None:

@@ -406,19 +406,19 @@ def test_the_loss_of_every_job_but_one_can_be_compiled_as_a_whole(name: str) -> 
 
 def taking(one: Stepper, seconds: dict[StepMode, float]) -> None:
     """Let steps of each mode take so long, as far as the choice is told."""
-    note = one._modes.note
+    note = one._recorded._modes.note
 
     def told(key: object, mode: StepMode, seconds_really: float) -> None:
         note(key, mode, seconds[mode])
 
-    one._modes.note = told  # type: ignore[method-assign, assignment]
+    one._recorded._modes.note = told  # type: ignore[method-assign, assignment]
 
 
 def compiling_at_once(one: Stepper) -> Stepper:
     """Without waiting for dials to stay."""
-    one._compilation._ahead = Ahead(1, 10**12)
-    one._compilation._since_s = -LONG_S
-    one._compilation._dials = (one.settings.micro_batch, one.settings.tier)
+    one._recorded._compilation._ahead = Ahead(1, 10**12)
+    one._recorded._compilation._since_s = -LONG_S
+    one._recorded._compilation._dials = (one.settings.micro_batch, one.settings.tier)
     return one
 
 
@@ -441,8 +441,8 @@ def test_a_trial_compiles_by_itself_and_keeps_the_faster_mode(tmp_path: Path) ->
     assert {r.mode for r in found[-20:]} == {StepMode.COMPILED}
     np.testing.assert_allclose([r.loss for r in found], [r.loss for r in wanted], rtol=1e-5)
     assert "compiled 0.50 of graph" in one.mode_words
-    assert one._replay is not None
-    assert one._replay.captured.num_recordings == 1, "that of the slower mode is dropped"
+    assert one._recorded._replay is not None
+    assert one._recorded._replay.captured.num_recordings == 1, "that of the slower mode is dropped"
     assert list(compiled._savings.values()) == [0.5]
 
 

@@ -120,13 +120,13 @@ def test_the_noise_scale_of_replayed_steps_is_that_of_a_pair_of_eager_ones(
     eager, seen = stepper(ONE_RANK, tmp_path), {}
     clip = fsdp.clip_and_norm
 
-    def look(params: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    def look(params: list[torch.nn.Parameter], *limits: float | None) -> torch.Tensor:
         if eager.step_index in (64, 65):
             weights = weights_of(eager.optimizer, params)
             assert weights is not None
             grads = fsdp.local_grads(params)
             seen[eager.step_index] = [(grad.clone(), weight) for grad, weight in zip(grads, weights, strict=True)]
-        return clip(params, max_norm)
+        return clip(params, *limits)
 
     monkeypatch.setattr(fsdp, "clip_and_norm", look)
     run(eager, 66)
@@ -210,8 +210,8 @@ def test_recordings_are_bounded_and_reused(tmp_path: Path) -> None:
         made[0].place = place
         run(one, 2)
     assert made[0].num_recorded == 4 * 2 * MAX_RECORDINGS, "step and noise, two each per place, none for one kept"
-    assert one._replay is not None
-    assert one._replay.captured.num_recordings == MAX_RECORDINGS
+    assert one._recorded._replay is not None
+    assert one._recorded._replay.captured.num_recordings == MAX_RECORDINGS
 
 
 def test_a_trial_in_graph_mode_records_what_an_eager_one_does(tmp_path: Path) -> None:
