@@ -6,40 +6,53 @@ Called by the command line. Holds no decision and no trial; when it ends, nothin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from orchestrator.clock import SystemClock
-from orchestrator.cluster import cluster_leaks, num_child_processes, ray_cluster
+from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.config.render import scalar
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
-from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
+from orchestrator.host import num_usable_cores
+from orchestrator.interrupts import ENDING_S, Interrupts, LastResort, reinstall
+from orchestrator.leftovers import remove_home, sweep
 from orchestrator.names import write_atomically
-from orchestrator.run_dirs import StopKind, stop_request
+from orchestrator.output import LOG_NAME, lasting_output, say, say_last
+from orchestrator.processes import Owner
+from orchestrator.run_dirs import StopKind, mark_ended, stop_request
+from orchestrator.view.report import failure_line, render_broken_off
 from orchestrator.view.report import render as render_report
 from orchestrator.view.terminal import LiveView, read_status
 
 logger = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 _GRACE_S = 60.0
 _POLL_S = 0.2
 _LEAVE_S = 30.0
+_NOTHING = {"actors": 0, "placement_groups": 0, "processes": 0}
+_ENDED_WELL = frozenset({"done", "stopped", "paused"})
 
 
-def start(resolved: ResolvedRun, *, plain: bool | None = None) -> int:
+def start(resolved: ResolvedRun, *, plain: bool | None = None, is_quiet: bool = False) -> int:
     """Run a search from its beginning; returns the exit code.
+
+    Args:
+        resolved: the run file.
+        plain: lines instead of a table; None decides by the terminal.
+        is_quiet: print nothing but the run directory at the end.
 
     Raises:
         ConfigError: the run does not fit this machine, or its directory exists.
@@ -47,7 +60,31 @@ def start(resolved: ResolvedRun, *, plain: bool | None = None) -> int:
     """
     require_fit(resolved)
     make_run_dir(resolved)
-    return _Driver(resolved, resolved.run_dir).execute(plain)
+    return _drive(resolved, resolved.run_dir, plain=plain, is_quiet=is_quiet)
+
+
+def _drive(resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet: bool = False) -> int:
+    """One start of a run, with output that lasts and signals that are taken from the first moment on."""
+    driver = _Driver(resolved, run_dir)
+    with driver.interrupts.taken(), lasting_output(run_dir / LOG_NAME, is_quiet=is_quiet):
+        code = driver.execute(plain)
+    if is_quiet:
+        say(str(run_dir))
+    if driver.is_stuck:  # a thread of Ray waits for what is gone; the interpreter would wait for the thread
+        driver.leave(code)
+    return code
+
+
+def within_quota(resolved: ResolvedRun) -> ResolvedRun:
+    """The same run on no more cores than this process's container may use, where it says nothing of cores.
+
+    Not written to the run file: a run may be resumed in another container.
+    """
+    cluster, cores = resolved.config.cluster, num_usable_cores()
+    if cluster.address != "local" or cluster.num_cpus is not None or cores == len(os.sched_getaffinity(0)):
+        return resolved
+    cluster = cluster.model_copy(update={"num_cpus": cores})
+    return dataclasses.replace(resolved, config=resolved.config.model_copy(update={"cluster": cluster}))
 
 
 def make_run_dir(resolved: ResolvedRun) -> None:
@@ -84,7 +121,7 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
     resolved = load_config(run_dir / "run.yaml", place)
     require_fit(resolved, is_new=False)
     (run_dir / "control" / "stop").unlink(missing_ok=True)
-    return _Driver(resolved, run_dir).execute(plain)
+    return _drive(resolved, run_dir, plain=plain)
 
 
 def require_history(run_dir: Path) -> None:
@@ -123,48 +160,98 @@ def _last_states(plane: ControlPlane) -> list[str]:
 
 
 class _Driver:
-    """One start of a run."""
+    """One start of a run.
+
+    Attributes:
+        interrupts: the signals it was sent.
+        is_stuck: whether Ray had to be ended the hard way.
+    """
 
     def __init__(self, resolved: ResolvedRun, run_dir: Path) -> None:
+        resolved = within_quota(resolved)
         self._resolved, self._run_dir = resolved, run_dir
         self._config = resolved.config
         self._plane = ControlPlane(resolved, run_dir)
-        self._num_signals = 0
+        uses_gpus = self._config.devices.use != "cpu"
+        self._ray = RayCluster(self._config.cluster, self._plane.namespace, run_dir, uses_gpus=uses_gpus)
+        self.interrupts, self.is_stuck = Interrupts(), False
+        self._last_resort = LastResort(self.interrupts, self._end_hard, self.leave)
+        self._view: LiveView | None = None
+        self._has_ended = threading.Lock()
 
     def execute(self, plain: bool | None) -> int:
-        """The whole life of the run.
+        """The whole life of the run; returns the exit code.
 
         Raises:
             OrchestratorError: it could not go on; the journal says that it failed.
         """
-        error: OrchestratorError | None = None
         loading = threading.Thread(target=_load_torch, name="torch", daemon=True)
         loading.start()
-        view = LiveView(lambda: read_status(self._run_dir / STATUS_NAME), plain=plain)
-        uses_gpus = self._config.devices.use != "cpu"
-        with (
-            self._signals(is_starting=True),
-            single_driver(self._run_dir),
-            ray_cluster(self._config.cluster, self._plane.namespace, uses_gpus=uses_gpus),
-        ):
-            loading.join()  # two threads must not load it at once
-            with self._signals():
-                view.start()
-                try:
-                    state = self._search()
-                except OrchestratorError as problem:
-                    state, error = "failed", problem
-                finally:
-                    view.stop()
-            leaks = cluster_leaks()
-        leaks["processes"] = num_child_processes()
-        log_end(self._run_dir, state, leaks)
-        status = read_status(self._run_dir / STATUS_NAME)
-        if status is not None:
-            _say(render_report(status, self._run_dir))
-        if error is not None:
-            raise error
-        return {"done": EXIT_DONE, "interrupted": EXIT_INTERRUPTED}.get(state, EXIT_FAILED)
+        self._view = LiveView(lambda: read_status(self._run_dir / STATUS_NAME), plain=plain)
+        with single_driver(self._run_dir), self._last_resort:
+            for leftover in sweep():
+                say(f"removed {leftover}, whose driver is dead")
+            try:
+                state, leaks = self._live(loading, self._view)
+            except StartGivenUpError:
+                state, leaks = "interrupted", dict(_NOTHING)
+            except OrchestratorError:
+                if self._wish_to_stop() is None:
+                    self._last_word("failed", dict(_NOTHING))
+                    raise
+                state, leaks = "interrupted", dict(_NOTHING)
+            return self._last_word(state, leaks)
+
+    def _live(self, loading: threading.Thread, view: LiveView) -> tuple[str, dict[str, int]]:
+        """Everything between the start of Ray and its end; how the run ended, and what is left in the cluster."""
+        with self._ray.opened(lambda: self._wish_to_stop() is not None):
+            reinstall()
+            while loading.is_alive():  # two threads must not load it at once
+                loading.join(_POLL_S)
+                self._require_wanted()
+            view.start()
+            try:
+                state = self._search()
+            finally:
+                view.stop()
+            # Nothing is in an own cluster whose processes are ended.
+            return state, dict(_NOTHING) if self._ray.is_abandoned else cluster_leaks()
+
+    def _last_word(self, state: str, leaks: dict[str, int]) -> int:
+        """Write down and say how the run ended; returns the exit code."""
+        if self._has_ended.acquire(blocking=False):  # the last resort may come at the same moment
+            self.is_stuck = self._ray.is_stuck
+            leaks["processes"] = self._ray.num_left
+            log_end(self._run_dir, state, leaks)
+            mark_ended(self._run_dir, state)
+            status = read_status(self._run_dir / STATUS_NAME)
+            say(render_broken_off(self._run_dir) if status is None else render_report(status, self._run_dir))
+            line = failure_line(status or {}) if state == "done" else None
+            if line is not None:
+                say_last(line)
+                return EXIT_SOME_FAILED
+        return {"done": EXIT_DONE, "interrupted": self.interrupts.exit_code}.get(state, EXIT_FAILED)
+
+    def _end_hard(self) -> int:
+        """The last resort: end every process of the run, and say that it was interrupted."""
+        logger.warning("the run has not ended in time; what is left of it is ended now")
+        if self._view is not None:
+            self._view.stop()
+        if self._ray.home is not None:
+            remove_home(self._ray.home)
+        elif self._plane.policy is not None:
+            killing = threading.Thread(target=ray.kill, args=(self._plane.policy,), daemon=True)
+            killing.start()
+            killing.join(2.0)
+        code = self._last_word("interrupted", dict(_NOTHING))
+        say_last(f"the run in {self._run_dir} did not end in time and was ended")
+        return code
+
+    def leave(self, code: int) -> None:
+        """End this process without what Ray would do at its end; nothing that its thread wrote meanwhile stays."""
+        if self._ray.home is not None:
+            remove_home(self._ray.home)
+        os._exit(code)
 
     def _search(self) -> str:
         """Everything that needs the cluster; returns how the run ended."""
@@ -172,30 +259,41 @@ class _Driver:
         try:
             plane.open()
             state = self._follow(plane)
+        except RayError as error:
+            self._ray.require()
+            raise OrchestratorError(f"Ray does not answer: {type(error).__name__}: {error}") from error
         finally:
-            plane.close(state, is_hurried=self._num_signals >= 2)
+            if self.interrupts.number:
+                self._last_resort.allow(ENDING_S)
+            if not (self._ray.is_there and plane.close(state, is_hurried=bool(self.interrupts.number))):
+                self._ray.abandon()
         return state
 
     def _follow(self, plane: ControlPlane) -> str:
         """Start the search and wait for its end, a signal, or a request to stop."""
         from orchestrator.tune.search import Search
 
+        if self._wish_to_stop() is not None:
+            return "interrupted"
         search = Search(self._config, plane.spec.metric, plane.spec.mode, str(self._run_dir))
         search.start(plane.policy, ACTOR_NAME, plane.namespace)
         ray.get(plane.policy.set_state.remote("running"))
         while not search.join(_POLL_S):
             try:
+                self._ray.require()
                 plane.require_slots()
             except OrchestratorError:
                 search.interrupt()
                 raise
             wish = self._wish_to_stop()
-            if wish == "now":
+            if wish is StopKind.NOW:
                 return "interrupted"
-            if wish == "graceful":
-                _say("interrupted: trials write a checkpoint and leave; once more to stop at once")
+            if wish is StopKind.GRACEFUL:
+                say("interrupted: trials write a checkpoint and leave; once more to stop at once")
+                self._last_resort.allow(_GRACE_S + ENDING_S)
                 search.freeze()
-                plane.interrupt(lambda: self._num_signals >= 2)
+                plane.interrupt(lambda: self._wish_to_stop() is StopKind.NOW)
+                self._last_resort.allow(ENDING_S)
                 search.interrupt()
                 search.join(_GRACE_S)
                 search.thaw()
@@ -203,29 +301,17 @@ class _Driver:
         if search.error is not None:
             logger.error("the search failed: %s", search.error)
             return "failed"
-        return "done" if any(state in {"done", "stopped", "paused"} for state in _last_states(plane)) else "failed"
+        return "done" if _ENDED_WELL.intersection(_last_states(plane)) else "failed"
 
     def _wish_to_stop(self) -> StopKind | None:
         """Whether a signal or another process asked for the end."""
-        if self._num_signals:
-            return StopKind.NOW if self._num_signals >= 2 else StopKind.GRACEFUL
+        if self.interrupts.number:
+            return StopKind.NOW if self.interrupts.number > 1 else StopKind.GRACEFUL
         return stop_request(self._run_dir)
 
-    @contextlib.contextmanager
-    def _signals(self, *, is_starting: bool = False) -> Iterator[None]:
-        """Count interrupts; around `ray.init`, which does not survive one, and behind it, since it installs its own."""
-
-        def note(_number: int, _frame: object) -> None:
-            self._num_signals += 1
-            if is_starting:
-                os.write(2, b"interrupted: the run ends as soon as Ray has started\n")
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _require_wanted(self) -> None:
+        if self._wish_to_stop() is not None:
+            raise StartGivenUpError
 
 
 @contextlib.contextmanager
@@ -244,21 +330,15 @@ def single_driver(run_dir: Path) -> Iterator[None]:
         except OSError:
             raise ConfigError(f"another process runs {run_dir}; follow it with: orchestrator watch {run_dir}") from None
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(Owner.this().record())
         lock.flush()
         yield
 
 
 def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
-    """Write the driver's last word into the journal."""
+    """Write the driver's last word into the journal of a run that has begun."""
+    if not (run_dir / JOURNAL_NAME).exists():
+        return
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
     journal.append("run_ended", clock.now_s(), clock.wall_s(), state=state, leaks=leaks)
     journal.close()
-
-
-def _say(text: str) -> None:
-    """Print for people."""
-    import sys
-
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

@@ -6,9 +6,7 @@ Deliberately thin: what a run file may say is in `orchestrator.config`, what a r
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -157,12 +155,7 @@ def run(file: Path, overrides: tuple[str, ...], dry_run: bool, plain: bool, quie
         return 0
     from orchestrator.run import start
 
-    if not quiet:
-        return int(start(resolved, plain=plain or None))
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        code = int(start(resolved, plain=True))
-    click.echo(resolved.run_dir)
-    return code
+    return int(start(resolved, plain=True if quiet else plain or None, is_quiet=quiet))
 
 
 @click.command(epilog="\b\nExample:\n  orchestrator schema > run.schema.json")

@@ -183,11 +183,8 @@ class Controller:
         """What a rank says happened; False when it speaks for an attempt that is over."""
         state = self.state
         slot = state.lifecycle.slots.get(slot_id)
-        trial = (
-            None
-            if slot is None or slot.epoch != epoch or slot.trial_id is None
-            else state.lifecycle.trials[slot.trial_id]
-        )
+        is_there = slot is not None and slot.epoch == epoch and slot.trial_id is not None
+        trial = state.lifecycle.trials[slot.trial_id] if is_there else None  # type: ignore[union-attr,index]
         if trial is None or (trial.trial_id, trial.attempt) != attempt_of:
             return False
         for message in events.records:
@@ -198,6 +195,8 @@ class Controller:
                 state.fits[trial.trial_id] = note_tiers(fit, tiers.tiers)
             for mode in events.modes:
                 state.note_mode(trial.trial_id, mode)
+            for dials in events.dials:
+                state.note_dials(trial, dials)
             for override in events.overrides:  # before any new grant
                 self._take_override(trial, override)
             for ack in events.acks:
@@ -355,8 +354,7 @@ class Controller:
         self.state.publish(slot, order_of(self.state, slot))
 
     def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:
-        records = unpack(message)
-        window = self.state.windows[trial.trial_id]
+        records, window = unpack(message), self.state.windows[trial.trial_id]
         report = window.fold(rank, records, self.state.clock.now_s(), newest_generation=self.state.plan.generation)
         if report.accepted:
             self.telemetry.append_steps(trial.trial_id, trial.attempt, rank, records[report.mask])

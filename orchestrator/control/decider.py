@@ -156,7 +156,7 @@ class Decider:
         return TrialView(
             trial_id=trial.trial_id,
             shape=state.spec.shape(trial.params),
-            start=state.spec.start_on(trial.size),
+            start=trial.start or state.spec.start_on(trial.size),
             limits=limits_now(state, trial),
             placement=state.ledger.lines[trial.trial_id].placement,
             weight=1.0,

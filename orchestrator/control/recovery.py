@@ -13,12 +13,13 @@ from typing import Any
 from orchestrator.control.continuation import rebase
 from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
 from orchestrator.control.nodes import NodeState, apply
-from orchestrator.control.orders import Grant, Report, Resumption, SlotHello, StopMode
+from orchestrator.control.orders import DialReport, Grant, Report, Resumption, SlotHello, StopMode
 from orchestrator.control.resizing import refuse
 from orchestrator.control.state import RunState
 from orchestrator.policies.codec import plan_from, settings_from, snapshot_from
 from orchestrator.policies.plan import DeviceId, TrialId
-from orchestrator.policies.snapshot import DeviceKind, DeviceView, Override
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Override
+from orchestrator.policies.tier import Tier
 
 Entry = dict[str, Any]
 
@@ -214,6 +215,16 @@ def _override(state: RunState, entry: Entry) -> None:
         )
 
 
+def _dials(state: RunState, entry: Entry) -> None:
+    limits = {**entry["limits"], "tiers": tuple(Tier(tier) for tier in entry["limits"]["tiers"])}
+    state.lifecycle.trials[TrialId(entry["trial_id"])].allows = DialReport(
+        step=entry["step"],
+        start=settings_from(entry["start"]),
+        limits=DialLimits(**limits),
+        off=dict(entry["off"]),
+    )
+
+
 def _resize(state: RunState, entry: Entry) -> None:
     """What became of a wish for another number of ranks; the wish itself is in the plan in force."""
     state.restart_s = entry["restart_s"]
@@ -258,6 +269,7 @@ _ACTIONS: dict[str, Callable[[RunState, Entry], None]] = {
     "plan": _plan,
     "offer": _offer,
     "ack": _ack,
+    "dials": _dials,
     "override": _override,
     "gain": _gain,
     "trial_stop": _stop,

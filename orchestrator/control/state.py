@@ -14,10 +14,11 @@ from orchestrator.control.gain import GainMean, GainMeter, Pace
 from orchestrator.control.journal import Journal
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
-from orchestrator.control.orders import Report, SlotOp, SlotOrder
+from orchestrator.control.orders import DialReport, Report, SlotOp, SlotOrder
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.telling import Telling
+from orchestrator.policies.codec import to_jsonable
 from orchestrator.policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
 from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Override, StepModeView
@@ -189,6 +190,16 @@ class RunState:
         for table in (self.windows, self.fits, self.overrides, self.changed_at_s, self.checks, self.step_modes):
             table.pop(trial_id, None)
         self.changed_trials.add(trial_id)
+        self.wants_decision = True
+
+    def note_dials(self, trial: Trial, report: DialReport) -> None:
+        """A training said what it allows of its dials: later plans keep to that."""
+        if trial.allows == report:
+            return
+        trial.allows = report
+        trial.story.append(f"at step {report.step} these dials are off: {', '.join(sorted(report.off)) or 'none'}")
+        self.log("dials", trial_id=trial.trial_id, **to_jsonable(report))
+        self.changed_trials.add(trial.trial_id)
         self.wants_decision = True
 
     def note_mode(self, trial_id: TrialId, found: StepModeView) -> None:

@@ -46,6 +46,25 @@ def render(status: Mapping[str, object], run_dir: Path) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
+def render_broken_off(run_dir: Path) -> str:
+    """The report of a run that ended before its first status; the last line is the run directory."""
+    command = f"orchestrator resume {shlex.quote(clean(run_dir))}"
+    return f"the run ended before any trial began\n\nnext:\n  {command}  # begin it\n\n{run_dir}"
+
+
+def count_failed(status: Mapping[str, object]) -> int:
+    """Trials that failed."""
+    return sum(trial.get("state") == "failed" for trial in dicts(status.get("trials")))
+
+
+def failure_line(status: Mapping[str, object]) -> str | None:
+    """One line that says how many trials failed, None where none did."""
+    num_failed, num_trials = count_failed(status), len(dicts(status.get("trials")))
+    if not num_failed:
+        return None
+    return f"{num_failed} of {num_trials} trial{'s' * (num_trials != 1)} failed; the report above says why"
+
+
 def rank(trials: Sequence[Mapping[str, object]], mode: str) -> list[Mapping[str, object]]:
     """Trials by metric, best first; those without a value follow in the order of the search."""
     sign = -1.0 if mode == "max" else 1.0
@@ -61,9 +80,11 @@ def _headline(status: Mapping[str, object], trials: Sequence[Mapping[str, object
     started, updated = number(status.get("started_at")), number(status.get("updated_at"))
     took = MISSING if started is None or updated is None else show_seconds(updated - started)
     num_done = sum(trial.get("state") in {"done", "stopped"} for trial in trials)
+    num_failed = count_failed(status)
+    failed = f", {num_failed} failed" if num_failed else ""
     return (
         f"run {clean(status.get('run_id') or MISSING)} {clean(status.get('state') or MISSING)} after {took}:"
-        f" {num_done} of {len(trials)} trials ended well, {show_count(status.get('generation'))} plans"
+        f" {num_done} of {len(trials)} trials ended well{failed}, {show_count(status.get('generation'))} plans"
         f" by policy {clean(status.get('policy') or MISSING)}"
     )
 

@@ -18,9 +18,18 @@ import yaml
 from orchestrator import cli
 from orchestrator.config import load_config
 from orchestrator.control.lifecycle import SlotState, TrialState
-from orchestrator.control.orders import OverrideReport, Report
+from orchestrator.control.orders import DialReport, OverrideReport, Report
 from orchestrator.control.status import StatusWriter
-from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError
+from orchestrator.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_SOME_FAILED,
+    EXIT_TERMINATED,
+    ConfigError,
+    OrchestratorError,
+    UnfitEnvironmentError,
+)
 from orchestrator.policies import POLICIES
 from orchestrator.policies.plan import TrialId
 from orchestrator.share import SHARES
@@ -173,7 +182,9 @@ def test_the_exit_codes_are_those_of_the_code() -> None:
     table = section(README, "Commands").partition("| exit code")[2]
     shown = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
     errors = {OrchestratorError.exit_code, ConfigError.exit_code, UnfitEnvironmentError.exit_code}
-    assert shown == {0, cli.EXIT_FAILED, cli.EXIT_INTERRUPTED} | errors
+    ends = {EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED}
+    assert shown == ends | errors
+    assert {int(code) for code in re.findall(r"\b(\d+) [a-z]", cli.EPILOG.partition("Exit codes:")[2])} == shown
 
 
 # Make.
@@ -263,14 +274,17 @@ def environment_names() -> set[str]:
 
 def test_no_environment_variable_of_our_own_is_read() -> None:
     assert "has none of its own" in section(README, "Commands")
-    assert {name for name in environment_names() if not name.startswith(("RAY_", "TORCHINDUCTOR_"))} <= {"TERM"}
+    assert {name for name in environment_names() if not name.startswith(("RAY_", "TORCHINDUCTOR_"))} <= {
+        "TERM",
+        "TMPDIR",
+    }
 
 
 # The journal.
 
 
 JOURNAL_HEAD = {"kind", "seq", "t_s", "wall_s"}
-SPREAD: dict[str, type[Any]] = {"override": OverrideReport, "result": Report}
+SPREAD: dict[str, type[Any]] = {"dials": DialReport, "override": OverrideReport, "result": Report}
 """Kinds whose entry holds all fields of a value, next to what is written out."""
 
 
