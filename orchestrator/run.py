@@ -20,6 +20,7 @@ from orchestrator.clock import SystemClock
 from orchestrator.cluster import cluster_leaks, num_child_processes, ray_cluster
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.config.render import scalar
+from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
@@ -252,7 +253,7 @@ def single_driver(run_dir: Path) -> Iterator[None]:
 def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     """Write the driver's last word into the journal."""
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
-    journal.append("run_ended", clock.now_s(), clock.wall_s(), state=state, leaks=leaks)
+    journal.append(RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks))
     journal.close()
 
 
