@@ -151,6 +151,8 @@ BAD: list[tuple[str, str, int, str, str]] = [
     (BF16, f"{BF16}\n  workers: {{enabled: true, max: 65}}", 23, "dials.workers.max", "from 1 to 64"),
     (BF16, f"{BF16}\n  workers: [1, 4]", 23, "dials.workers", "a mapping"),
     ("name: goodput", "name: godput", 23, "policy.name", "did you mean 'goodput'?"),
+    ("name: goodput", "name: tiresias", 23, "policy.name", "orchestrator simulate --policy tiresias"),
+    ("name: goodput", "name: sia", 23, "policy.name", "allowed: static, fair_share, goodput, goodput_joint"),
     ("name: goodput", "name: os:system", 23, "policy.name", "standard library"),
     ("name: goodput", "name: no_such_package.mine:Mine", 23, "policy.name", "no module 'no_such_package'"),
     ("name: goodput", "name: 'a:b:c'", 23, "policy.name", "module:Class"),
