@@ -29,6 +29,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from tests.foreign.trainings import BY_NAME, ROOT, ForeignTraining
 
 
+OUTPUT = "output.txt"
+"""What a training's process printed, in its working directory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLosses:
     """One step of an optimizer.
@@ -106,9 +110,20 @@ def start_plain(
     training: ForeignTraining, directory: Path, params: Mapping[str, Any] | None = None
 ) -> subprocess.Popen[str]:
     """`run_plain`, not waited for: several may run side by side."""
-    command = [sys.executable, "-m", "tests.foreign.losses", training.name, str(directory / "losses.json")]
-    if params is not None:
-        command += ["--params", json.dumps(dict(params))]
+    command = ["-m", "tests.foreign.losses", training.name, str(directory / "losses.json")]
+    return start_process([*command, "--params", json.dumps(dict(params))] if params is not None else command, directory)
+
+
+def finish_plain(process: subprocess.Popen[str], directory: Path) -> tuple[Recorded, str]:
+    """Wait for `start_plain` and read what it recorded; fails with its output if it ended with an error."""
+    output = finish_process(process, directory)
+    read = json.loads((directory / "losses.json").read_text())
+    steps = [StepLosses(optimizer=which, losses=tuple(losses)) for which, losses in read["steps"]]
+    return Recorded(steps=steps, reports=read["reports"]), output
+
+
+def start_process(command: list[str], directory: Path) -> subprocess.Popen[str]:
+    """Python with these arguments, on one core of any, in that directory, with no GPU and no network."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -117,20 +132,27 @@ def start_plain(
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }
-    with (directory / "output.txt").open("w") as output:
+    with (directory / OUTPUT).open("w") as output:
         return subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *command],
+            cwd=directory,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
 
-def finish_plain(process: subprocess.Popen[str], directory: Path) -> tuple[Recorded, str]:
-    """Wait for `start_plain` and read what it recorded; fails with its output if it ended with an error."""
-    code = process.wait()
-    output = (directory / "output.txt").read_text(errors="replace")
+def finish_process(process: subprocess.Popen[str], directory: Path) -> str:
+    """Wait for `start_process` and return what it printed; fails with that if it ended with an error."""
+    try:
+        code = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    output = (directory / OUTPUT).read_text(errors="replace")
     assert code == 0, f"exit code {code}:\n{output[-4000:]}"
-    read = json.loads((directory / "losses.json").read_text())
-    steps = [StepLosses(optimizer=which, losses=tuple(losses)) for which, losses in read["steps"]]
-    return Recorded(steps=steps, reports=read["reports"]), output
+    return output
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from tests.foreign.losses import finish_plain, recorded, start_plain
 from tests.foreign.trainings import FOLDER, TRAININGS, ForeignTraining
 
-OURS = {"losses.py", "trainings.py"}
+OURS = {"driven.py", "losses.py", "trainings.py"}
 EACH = pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.name)
 
 

@@ -74,7 +74,7 @@ class ForeignTraining:
     def call(self, params: Mapping[str, Any]) -> Any:
         """Run the entry point in this process, the way its author would."""
         if self.reports == "ray.train":
-            return _in_ray_train(self.function(), dict(params))
+            return in_ray_train(self.function(), dict(params))
         function = self.function()
         return function(dict(params)) if self.takes == "config" else function(**params)
 
@@ -85,7 +85,7 @@ class ForeignTraining:
         return [argument.arg for argument in found.args.args]
 
 
-def _in_ray_train(loop: Callable[..., Any], config: dict[str, Any]) -> Any:
+def in_ray_train(loop: Callable[..., Any], config: dict[str, Any]) -> Any:
     """Call a Ray Train loop in this process: with no workers Ray does so, and starts no cluster.
 
     Called directly, its `ray.train.report` would raise.
