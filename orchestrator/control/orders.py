@@ -87,6 +87,7 @@ class TrialOrder:
         probe_budget: part of the trial's time for probes of cheaper tiers; 0 for none.
         exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
         metric: name of the value that the search looks at.
+        mode: 'min' or 'max', whichever of it is better.
         import_paths: directories where a job named by import path is looked for, first.
     """
 
@@ -106,6 +107,7 @@ class TrialOrder:
     probe_budget: float = 0.0
     exchange_follows_tier: bool = False
     metric: str = ""
+    mode: str = "min"
     import_paths: tuple[str, ...] = ()
 
 
