@@ -233,7 +233,7 @@ def _why_kept(standing: Standing, now: Settings, cooldown_s: float) -> tuple[str
 def _rest_s(standing: Standing, cooldown_s: float) -> float:
     """Seconds for which its dials rest after a change."""
     trial = standing.trial
-    if not trial.throughput_per_s:
+    if not trial.throughput_per_s or trial.target_samples is None:
         return cooldown_s
     return min(cooldown_s, REST_PART * trial.target_samples / trial.throughput_per_s)
 

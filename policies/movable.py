@@ -67,9 +67,12 @@ def restart_cost_s(trial: TrialView) -> float:
 
 
 def worker_range(trial: TrialView) -> tuple[int, int]:
-    """The fewest and most ranks that a policy may give it."""
-    low = trial.limits.min_workers or trial.start.num_workers
-    return low, max(low, trial.limits.max_workers or trial.start.num_workers)
+    """The fewest and most ranks that a policy may give it; never fewer than reach its smallest batch."""
+    limits = trial.limits
+    low = limits.min_workers or trial.start.num_workers
+    if limits.max_grad_accum is not None:
+        low = max(low, math.ceil(limits.min_global_batch / (limits.max_micro_batch * limits.max_grad_accum)))
+    return low, max(low, limits.max_workers or trial.start.num_workers)
 
 
 def split(snapshot: Snapshot) -> tuple[Snapshot, tuple[Mover, ...], Fleet]:
@@ -132,13 +135,21 @@ class Budget:
 
 
 def split_batch(trial: TrialView, global_batch: int, workers: int) -> tuple[int, int]:
-    """(micro-batch, accumulation) of that many ranks, the global batch kept in its limits and as it divides."""
-    global_batch = min(trial.limits.max_global_batch, max(trial.limits.min_global_batch, global_batch))
-    largest = most_micro_batch(trial.limits, trial.fit.micro_batch_cap)
+    """(micro-batch, accumulation) of that many ranks, the global batch kept in its limits and as it divides.
+
+    Where accumulation is limited the batch is the largest that the ranks reach with it.
+    """
+    limits = trial.limits
+    global_batch = min(limits.max_global_batch, max(limits.min_global_batch, global_batch))
+    largest = most_micro_batch(limits, trial.fit.micro_batch_cap)
     per_rank = max(1, math.ceil(global_batch / workers - 1e-9))
     grad_accum = math.ceil(per_rank / largest)
+    if workers == 1 and global_batch > trial.start.global_batch:
+        grad_accum = max(grad_accum, limits.min_grad_accum_alone)
+    if limits.max_grad_accum is not None and grad_accum > limits.max_grad_accum:
+        grad_accum = limits.max_grad_accum
+        per_rank = min(per_rank, grad_accum * largest)
     micro_batch = math.ceil(per_rank / grad_accum)
-    limits = trial.limits
     if micro_batch * grad_accum * workers > limits.max_global_batch and micro_batch > 1:
         lower = (micro_batch - 1) * grad_accum * workers
         if lower >= limits.min_global_batch:

@@ -5,7 +5,7 @@ shortens the remaining time most, by the fitted step time and the iterations sti
 
 Source: Peng et al., Optimus (EuroSys 2018), section 4.1 (marginal gain), for all-reduce as in the evaluation of
 Pollux (OSDI 2021, section 5.1). There step times and remaining iterations are given by an oracle; here they are what
-was fitted, so far as it was.
+was fitted, so far as it was, and what is expected where a length is unknown.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from orchestrator.policies.fixed import with_fixed
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.movable import Budget, Mover, keep, run, wait
+from orchestrator.policies.movable import Budget, Mover, keep, run, wait, worker_range
 from orchestrator.policies.placing import as_wished, realise
 from orchestrator.policies.plan import Allocation, Plan, TrialId
 from orchestrator.policies.prospects import Ask, Prospect, Size, prospects
@@ -81,7 +81,7 @@ def _hand_out(movers: Sequence[Mover], outlooks: Sequence[Prospect], fleet: Flee
     for position in order:
         if position in counts:
             continue
-        fewest = max(1, movers[position].trial.limits.min_workers or movers[position].trial.start.num_workers)
+        fewest = max(1, worker_range(movers[position].trial)[0])
         kinds = sorted(range(len(left)), key=lambda kind: (-left[kind], kind))
         if kinds and left[kinds[0]] >= fewest:
             counts[position] = (kinds[0], fewest)
@@ -106,4 +106,4 @@ def _time_left_s(mover: Mover, outlook: Prospect, kind: int, workers: int) -> fl
     except ValueError:
         return float("inf")
     rate = outlook.inside[index] or outlook.across[index]
-    return max(1.0, mover.trial.remaining) / rate if rate > 0 else float("inf")
+    return max(1.0, mover.trial.expected_remaining) / rate if rate > 0 else float("inf")

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from orchestrator.policies.fleet import Fleet, Seats
-from orchestrator.policies.movable import Budget, Mover, split_batch
+from orchestrator.policies.movable import Budget, Mover, split_batch, worker_range
 from orchestrator.policies.plan import Settings, TrialId
 from orchestrator.policies.prospects import Size
 
@@ -62,7 +62,7 @@ def realise(
             rest.append((mover, size))
     for mover, size in sorted(rest, key=lambda pair: (-pair[1].devices, pair[0].trial_id)):
         avoid = frozenset(crowded) if one_spread_per_node else frozenset[int]()
-        fewest = (mover.trial.limits.min_workers or mover.trial.start.num_workers) if shrinks else size.workers
+        fewest = worker_range(mover.trial)[0] if shrinks else size.workers
         seats = _find(mover, size, fleet, budget, (fewest, avoid))
         if seats is not None:
             _take(mover, (seats, size.share), fleet, budget, given)

@@ -32,6 +32,7 @@ NUM_BATCHES = 12
 MAX_POOLED = 32
 """Fits of one shape that are pooled at most, those with the most observations: more add time, not knowledge."""
 _EVERY_COUNT_UP_TO = 8
+_NO_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -114,12 +115,15 @@ def models(movers: Iterable[Mover]) -> dict[str, Throughput]:
     """One model per shape, from what all its trials measured; unmeasured shapes are left out."""
     groups: dict[str, list[TrialFit]] = defaultdict(list)
     for mover in movers:
-        if mover.trial.fit.cells:
+        if mover.trial.fit.cells or mover.trial.fit.known_speed is not None:
             groups[mover.trial.shape].append(mover.trial.fit)
     found = {}
     for shape in sorted(groups):
-        fits = heapq.nlargest(MAX_POOLED, groups[shape], key=lambda fit: (fit.num_observations, fit.cells[0].recent))
-        model = solve_throughput(pool(fits).cells)
+        known = pool([fit for fit in groups[shape] if fit.known_speed is not None]).known_speed
+        fits = heapq.nlargest(
+            MAX_POOLED, groups[shape], key=lambda fit: (fit.num_observations, *(cell.recent for cell in fit.cells[:1]))
+        )
+        model = solve_throughput(pool(fits).cells, known)
         if model.is_measured:
             found[shape] = model
     return found
@@ -185,11 +189,16 @@ def _group_key(mover: Mover, ask: Ask) -> tuple[object, ...]:
 
 
 def _most_workers(fit: TrialFit) -> int:
+    if fit.known_speed is not None:
+        return fit.known_speed.max_workers
     return max((cell.num_workers for cell in fit.cells), default=0)
 
 
-def _counts(fleet: Fleet, ask: Ask, movers: Iterable[Mover]) -> tuple[int, ...]:
-    """Numbers of ranks worth considering: all small ones, then halves of octaves, and those of today."""
+def _counts(fleet: Fleet, ask: Ask, movers: Sequence[Mover]) -> tuple[int, ...]:
+    """Numbers of ranks worth considering: all small ones, then halves of octaves, and those of today.
+
+    Also what a large trial keeps if it gives the waiting ones their least, or twice that, and not half an octave.
+    """
     if ask.counts is not None:
         return ask.counts
     most = max((fleet.capacity(kind) for kind in range(len(fleet.types))), default=0)
@@ -198,7 +207,10 @@ def _counts(fleet: Fleet, ask: Ask, movers: Iterable[Mover]) -> tuple[int, ...]:
     while step <= most:
         counts |= {step, step + step // 2}
         step *= 2
-    counts |= {len(mover.seats) for mover in movers} | {mover.wish.num_workers for mover in movers}
+    held = {len(mover.seats) for mover in movers}
+    counts |= held | {mover.wish.num_workers for mover in movers}
+    needed = sum(worker_range(mover)[0] for mover in (m.trial for m in movers if not m.seats))
+    counts |= {n - times * needed for n in held for times in (1, 2) if n - times * needed > _EVERY_COUNT_UP_TO}
     return tuple(sorted(count for count in counts if 1 <= count <= most))
 
 
@@ -231,7 +243,7 @@ class _Grid:
         where = {size: column for column, size in enumerate(sizes)}
         self._columns = [[where[size] for size in group.sizes] for group in groups]
         workers = np.array([float(size.workers) for size in sizes]).reshape(1, -1, 1)
-        self._micro, self._accum = _batches(firsts, ask, workers)
+        self._micro, self._accum, is_reached = _batches(firsts, ask, workers)
         batch = self._micro * self._accum * workers
         measured = groups[0].model.tiers()
         self._tiers = tuple(dict.fromkeys(tier for group in groups for tier in group.tiers if tier in measured))
@@ -242,6 +254,7 @@ class _Grid:
         noise = np.array([-1.0 if (n := noise_scale(trial.fit)) is None else n for trial in trials])
         base = np.array([float(trial.start.global_batch) for trial in trials])
         efficiency = _efficiency(noise, base, batch[self._owners])
+        efficiency[~is_reached[self._owners]] = 0.0
         if ask.tunes_batch:
             efficiency[_is_wasted(trials, held, batch[self._owners], efficiency)] = 0.0
         self._best: list[npt.NDArray[np.int64]] = []
@@ -327,8 +340,11 @@ def _slowness(sizes: Sequence[Size], fleet: Fleet, model: Throughput) -> Array:
     return np.array(values, dtype=np.float64).reshape(-1, 1)
 
 
-def _batches(firsts: Sequence[Mover], ask: Ask, workers: Array) -> tuple[Array, Array]:
-    """Micro-batches and accumulations to weigh: per group of trials, size and global batch."""
+def _batches(firsts: Sequence[Mover], ask: Ask, workers: Array) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+    """Micro-batches and accumulations to weigh, per group of trials, size and global batch.
+
+    The last array says where so many ranks reach the smallest batch with the accumulation that is allowed.
+    """
     limits = [mover.trial.limits for mover in firsts]
     caps = [mover.trial.fit.micro_batch_cap or mover.trial.limits.max_micro_batch for mover in firsts]
     largest = np.minimum(_column([each.max_micro_batch for each in limits]), _column(caps))
@@ -336,20 +352,26 @@ def _batches(firsts: Sequence[Mover], ask: Ask, workers: Array) -> tuple[Array, 
         _column([each.min_global_batch for each in limits]),
         _column([each.max_global_batch for each in limits]),
     )
+    base = _column([mover.trial.start.global_batch for mover in firsts])
     if ask.tunes_batch:
         low = np.maximum(least, _column([each.min_micro_batch for each in limits]) * workers)
         high = np.maximum(low, most)
         wanted = low * (high / low) ** np.linspace(0.0, 1.0, NUM_BATCHES)
-        start = np.clip(_column([mover.trial.start.global_batch for mover in firsts]), low, high)
-        wanted = np.concatenate([wanted, start], axis=2)
+        wanted = np.concatenate([wanted, np.clip(base, low, high)], axis=2)
     else:
         wanted = _column([mover.wish.global_batch for mover in firsts]) + np.zeros_like(workers)
     per_rank = np.maximum(1.0, np.ceil(wanted / workers - 1e-9))
     accum = np.ceil(per_rank / largest)
+    alone = _column([each.min_grad_accum_alone for each in limits])
+    accum = np.where((workers == 1) & (wanted > base), np.maximum(accum, alone), accum)
+    most_accum = _column([each.max_grad_accum or _NO_LIMIT for each in limits])
+    per_rank = np.where(accum > most_accum, np.minimum(per_rank, most_accum * largest), per_rank)
+    accum = np.minimum(accum, most_accum)
     micro = np.ceil(per_rank / accum)
     over = (micro * accum * workers > most) & (micro > 1)
     fewer = (micro - 1) * accum * workers
-    return np.where(over & (fewer >= least), micro - 1, micro), accum
+    micro = np.where(over & (fewer >= least), micro - 1, micro)
+    return micro, accum, (accum < most_accum) | (micro * accum * workers >= least)
 
 
 def _column(values: Sequence[int]) -> Array:

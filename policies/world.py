@@ -19,7 +19,7 @@ from orchestrator.policies.memory import MemoryLine, MemoryPoint, largest_micro_
 from orchestrator.policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
 from orchestrator.policies.shares import Claim, components, fill, fits
 from orchestrator.policies.snapshot import DeviceKind, Snapshot, TrialView
-from orchestrator.policies.speed import Prediction, SpeedModel, response, solve
+from orchestrator.policies.speed import Prediction, SpeedModel, as_known, response, solve
 from orchestrator.policies.tier import Tier
 
 _EPSILON = 1e-9
@@ -180,6 +180,7 @@ def read(snapshot: Snapshot) -> tuple[Standing, ...]:
         (shape, workers, kind): solve(pooled[shape].cells, workers, _FLOOR_RATIO[kind])
         for shape, workers, kind in {(trial.shape, len(trial.placement), _kind_of(trial, kinds)) for trial in trials}
     }
+    nodes = {device.device_id: device.node_id for device in snapshot.devices}
     standings = []
     for trial in trials:
         old = in_force.get(trial.trial_id) if trial.override is None else trial.override.settings
@@ -190,7 +191,9 @@ def read(snapshot: Snapshot) -> tuple[Standing, ...]:
             settings=_on_workers(old or trial.resume or trial.start, workers, trial),
             age_s=snapshot.now_s - trial.changed_at_s,
             units=min((units[device_id] for device_id in trial.placement if device_id in units), default=1),
-            model=models[trial.shape, workers, kind],
+            model=models[trial.shape, workers, kind]
+            if (known := pooled[trial.shape].known_speed) is None
+            else as_known(known, workers, len({nodes.get(device_id) for device_id in trial.placement})),
             noise=noise_scale(trial.fit),
             kind=kind,
             memory=pooled[trial.shape].memory,
@@ -214,6 +217,8 @@ def _admitted(standing: Standing) -> Standing:
     at_most = max(1, largest_micro_batch(line, standing.trial.memory_limit_bytes, settings.micro_batch))
     micro_batch = largest_split(per_rank, at_most)
     smaller = dataclasses.replace(settings, micro_batch=micro_batch, grad_accum=per_rank // micro_batch)
+    if smaller.grad_accum > (standing.trial.limits.max_grad_accum or smaller.grad_accum):
+        return standing
     return dataclasses.replace(standing, settings=smaller)
 
 
