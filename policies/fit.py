@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.policies.ladder import TierFit
 from orchestrator.policies.memory import MemoryPoint, merge, remember
 from orchestrator.policies.noise import MAX_NOISE_SCALE, NoiseTerms
 from orchestrator.policies.plan import SPARSE, Settings
@@ -28,6 +27,7 @@ from orchestrator.policies.speed import (
     solve,
 )
 from orchestrator.policies.tier import Tier, is_cheaper
+from orchestrator.policies.tier_fit import TierFit
 
 MAX_CELLS = 48
 MIN_NOISE_ESTIMATES = 10

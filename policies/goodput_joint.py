@@ -1,6 +1,6 @@
 """One joint decision for a fleet: devices, ranks, batch, tier and pause of every trial, by predicted goodput.
 
-For each trial every size is weighed with its best batch, split and tier (`policies.prospects`) and valued under the
+For each trial every size is weighed with its best batch, split and tier (`policies.goodput_table`) and valued under the
 objective (`policies.worth`). Sizes are chosen for all trials at once (`policies.sizing`) and placed by
 `policies.placing`. A new division is only taken if it gains `min_gain` over keeping who runs where it is, and not
 within `cooldown_s` of the last change unless trials came or went. Trials that cannot move are served as by `goodput`,
@@ -16,20 +16,28 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from orchestrator.policies.candidates import Budget, Candidate, keep, run, split, wait
 from orchestrator.policies.exploring import with_trials_of_tiers
+from orchestrator.policies.fitted import make_plan
 from orchestrator.policies.fleet import Fleet
 from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.goodput_table import (
+    GoodputTable,
+    SearchSpace,
+    Size,
+    goodput_now,
+    goodput_tables,
+    reference,
+    usable_tiers,
+)
 from orchestrator.policies.invariants import MAX_ALTERNATIVES
-from orchestrator.policies.movable import Budget, Mover, keep, run, split, wait
 from orchestrator.policies.node_wish import NodeTerms, Worth, wishes
 from orchestrator.policies.node_worth import FleetWorth, SlotWorth, catalogue
 from orchestrator.policies.placing import Given, realise, size_now, trimmed
 from orchestrator.policies.plan import Allocation, Alternative, Plan, Settings, TrialId
-from orchestrator.policies.prospects import Ask, Prospect, Size, goodput_now, prospects, reference, usable_tiers
 from orchestrator.policies.resizing import Terms, with_resizes
 from orchestrator.policies.sizing import NONE, Menu, best_counts, climb_sizes, total
 from orchestrator.policies.snapshot import Snapshot
-from orchestrator.policies.world import make_plan
 from orchestrator.policies.worth import OBJECTIVES, Objective, Scene
 
 _FRACTIONS = (0.125, 0.25, 0.5)
@@ -86,15 +94,15 @@ class GoodputJoint:
 
     def decide(self, snapshot: Snapshot) -> Plan:
         """Return the plan with the best objective that is worth its changes."""
-        rest, movers, fleet = split(snapshot)
+        rest, candidates, fleet = split(snapshot)
         urgency = {trial.trial_id: self._objective.urgency(trial) for trial in rest.trials}
         guarantee = 1.0 if self.objective == "fair" else 0.5
         terms = self._terms
         turned = Goodput(guarantee=guarantee, min_gain=terms.min_gain, cooldown_s=min(10.0, self.cooldown_s))
         rows = list(turned.decide_by(rest, urgency).allocations)
         rows = with_resizes(snapshot, rows, terms)
-        if movers:
-            rows += self._place(snapshot, movers, fleet)
+        if candidates:
+            rows += self._place(snapshot, candidates, fleet)
         plan = make_plan(snapshot, "goodput_joint", rows)
         if not snapshot.node_types:
             return plan
@@ -109,8 +117,8 @@ class GoodputJoint:
         whole = dataclasses.replace(
             snapshot, devices=catalogue(snapshot), trials=tuple(sorted(trials, key=lambda t: t.trial_id))
         )
-        _, movers, fleet = split(whole)
-        scene = self._scene(whole, movers, fleet)
+        _, candidates, fleet = split(whole)
+        scene = self._scene(whole, candidates, fleet)
         return FleetWorth(snapshot, fleet, self._objective.menus(scene), scene.unit)
 
     @property
@@ -124,28 +132,32 @@ class GoodputJoint:
         """What sizes are valued by."""
         return Objective(name=self.objective, short_first=self.short_first, horizon_s=self.horizon_s)
 
-    def _scene(self, snapshot: Snapshot, movers: tuple[Mover, ...], fleet: Fleet) -> Scene:
+    def _scene(self, snapshot: Snapshot, candidates: tuple[Candidate, ...], fleet: Fleet) -> Scene:
         """The movable trials of a snapshot with what each would make of each size of the fleet."""
         fractions = _FRACTIONS if self.uses_fractions else ()
-        return Scene(snapshot, movers, prospects(movers, fleet, Ask(fractions=fractions)), fleet)
+        return Scene(snapshot, candidates, goodput_tables(candidates, fleet, SearchSpace(fractions=fractions)), fleet)
 
-    def _place(self, snapshot: Snapshot, movers: tuple[Mover, ...], fleet: Fleet) -> Iterator[Allocation]:
-        scene = self._scene(snapshot, movers, fleet)
+    def _place(self, snapshot: Snapshot, candidates: tuple[Candidate, ...], fleet: Fleet) -> Iterator[Allocation]:
+        scene = self._scene(snapshot, candidates, fleet)
         if self._rests(scene):
-            for mover in movers:
-                if mover.seats:
-                    yield keep(mover, fleet, f"keeps its {len(mover.seats)} devices, a change is recent", "cooldown")
+            for candidate in candidates:
+                if candidate.seats:
+                    yield keep(
+                        candidate, fleet, f"keeps its {len(candidate.seats)} devices, a change is recent", "cooldown"
+                    )
                 else:
-                    yield wait(mover, f"waits, devices were divided less than {self.cooldown_s:.0f} s ago", "cooldown")
+                    yield wait(
+                        candidate, f"waits, devices were divided less than {self.cooldown_s:.0f} s ago", "cooldown"
+                    )
             return
         chosen, why = self._choose(scene)
         wanted: dict[TrialId, Size] = {
-            mover.trial_id: outlook.sizes[choice]
-            for (mover, outlook), choice in zip(scene.pairs(), chosen, strict=True)
+            candidate.trial_id: table.sizes[choice]
+            for (candidate, table), choice in zip(scene.pairs(), chosen, strict=True)
             if choice != NONE
         }
-        given = realise(movers, wanted, fleet, Budget(snapshot))
-        rows = [self._row(mover, outlook, fleet, given, why) for mover, outlook in scene.pairs()]
+        given = realise(candidates, wanted, fleet, Budget(snapshot))
+        rows = [self._row(candidate, table, fleet, given, why) for candidate, table in scene.pairs()]
         yield from with_trials_of_tiers(tuple(scene.pairs()), rows, fleet, self.cooldown_s)
 
     def _rests(self, scene: Scene) -> bool:
@@ -153,16 +165,16 @@ class GoodputJoint:
         known = {trial.trial_id for trial in scene.snapshot.trials}
         if any(row.trial_id not in known for row in scene.snapshot.plan.allocations):
             return False
-        is_calm = all(m.in_force is not None and (m.seats or m.in_force.share == 0) for m in scene.movers)
-        return is_calm and min(m.age_s for m in scene.movers) < self.cooldown_s
+        is_calm = all(m.in_force is not None and (m.seats or m.in_force.share == 0) for m in scene.candidates)
+        return is_calm and min(m.age_s for m in scene.candidates) < self.cooldown_s
 
     def _choose(self, scene: Scene) -> tuple[list[int], str]:
         """The option of every trial: a new division if it is worth it, else the present one with gaps filled."""
         menus = self._objective.menus(scene)
         urged, served = self._objective.urged(scene, menus)
         held = [
-            _only(menu, outlook.sizes, now) if (now := size_now(mover, scene.fleet)) is not None else menu
-            for (mover, outlook), menu in zip(scene.pairs(), urged, strict=True)
+            _only(menu, table.sizes, now) if (now := size_now(candidate, scene.fleet)) is not None else menu
+            for (candidate, table), menu in zip(scene.pairs(), urged, strict=True)
         ]
         anew, same = _solve(scene, urged), _solve(scene, held)
         num_left = sum(same[i] == NONE and anew[i] != NONE for i in served)
@@ -176,26 +188,28 @@ class GoodputJoint:
         return same, f"a new division would gain {max(0.0, gained):.1%}, less than {self.min_gain:.1%}"
 
     def _row(
-        self, mover: Mover, outlook: Prospect, fleet: Fleet, given: Mapping[TrialId, Given], why: str
+        self, candidate: Candidate, table: GoodputTable, fleet: Fleet, given: Mapping[TrialId, Given], why: str
     ) -> Allocation:
-        if mover.trial_id not in given:
-            return wait(mover, f"waits: {len(given)} trials are worth more on {len(fleet.devices)} devices; {why}")
-        if mover.is_pinned:
-            return keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
-        kind = fleet.type_of[given[mover.trial_id][0][0]]
-        fitting = trimmed(given[mover.trial_id], kind, outlook.sizes)
+        if candidate.trial_id not in given:
+            return wait(candidate, f"waits: {len(given)} trials are worth more on {len(fleet.devices)} devices; {why}")
+        if candidate.is_pinned:
+            return keep(candidate, fleet, f"keeps its {len(candidate.seats)} devices", "pinned")
+        kind = fleet.type_of[given[candidate.trial_id][0][0]]
+        fitting = trimmed(given[candidate.trial_id], kind, table.sizes)
         if fitting is None:
-            return wait(mover, f"waits: none of its sizes fits into {len(given[mover.trial_id][0])} devices; {why}")
+            return wait(
+                candidate, f"waits: none of its sizes fits into {len(given[candidate.trial_id][0])} devices; {why}"
+            )
         seats, share = fitting
         size = Size(kind, len(seats), share)
-        index, spans = outlook.sizes.index(size), fleet.num_nodes(seats) > 1
-        rate, before = outlook.goodput(index, spans_nodes=spans), goodput_now(mover, outlook, fleet)
-        dials = _calm(mover, outlook, outlook.dials(index, spans_nodes=spans))
-        reason = f"{share * len(seats):g} devices, speed-up {rate / reference(outlook):.2f} over one; {why}"
-        binding = "growth" if index == len(outlook.sizes) - 1 else "devices"
-        row = run(mover, fleet, seats, dials, reason, binding=binding, predicted=None if outlook.is_prior else rate)
-        gain = None if outlook.is_prior or not before else rate / before - 1
-        return dataclasses.replace(row, predicted_gain=gain, alternatives=_alternatives(outlook, index))
+        index, spans = table.sizes.index(size), fleet.num_nodes(seats) > 1
+        rate, before = table.goodput(index, spans_nodes=spans), goodput_now(candidate, table, fleet)
+        dials = _calm(candidate, table, table.dials(index, spans_nodes=spans))
+        reason = f"{share * len(seats):g} devices, speed-up {rate / reference(table):.2f} over one; {why}"
+        binding = "growth" if index == len(table.sizes) - 1 else "devices"
+        row = run(candidate, fleet, seats, dials, reason, binding=binding, predicted=None if table.is_prior else rate)
+        gain = None if table.is_prior or not before else rate / before - 1
+        return dataclasses.replace(row, predicted_gain=gain, alternatives=_alternatives(table, index))
 
 
 def _solve(scene: Scene, menus: Sequence[Menu]) -> list[int]:
@@ -216,33 +230,33 @@ def _only(menu: Menu, sizes: Sequence[Size], now: Size) -> Menu:
     return dataclasses.replace(menu, values=values)
 
 
-def _calm(mover: Mover, outlook: Prospect, best: Settings) -> Settings:
+def _calm(candidate: Candidate, table: GoodputTable, best: Settings) -> Settings:
     """The best dials, or those in force where the batch is near enough and nothing else differs.
 
     A tier is left for another only where that computes faster by `_MIN_DIAL_GAIN`.
     """
-    old = mover.in_force
-    if old is not None and old.tier is not best.tier and old.tier in usable_tiers(mover):
-        gain = outlook.tier_gain(best, old.tier)
+    old = candidate.in_force
+    if old is not None and old.tier is not best.tier and old.tier in usable_tiers(candidate):
+        gain = table.tier_gain(best, old.tier)
         if gain is not None and gain < _MIN_DIAL_GAIN:
             best = dataclasses.replace(best, tier=old.tier)
     if old is None or (old.num_workers, old.tier, old.share) != (best.num_workers, best.tier, best.share):
         return best
-    limits = mover.trial.limits
+    limits = candidate.trial.limits
     near = max(old.global_batch, best.global_batch) <= _NEAR_BATCH * min(old.global_batch, best.global_batch)
     legal = limits.min_global_batch <= old.global_batch <= limits.max_global_batch
     return old if near and legal and old.micro_batch <= limits.max_micro_batch else best
 
 
-def _alternatives(outlook: Prospect, chosen: int) -> tuple[Alternative, ...]:
+def _alternatives(table: GoodputTable, chosen: int) -> tuple[Alternative, ...]:
     """The sizes next to the chosen one, with the goodput they would have."""
-    if outlook.is_prior:
+    if table.is_prior:
         return ()
-    nearest = sorted((abs(i - chosen), i) for i in range(len(outlook.sizes)) if i != chosen)[:MAX_ALTERNATIVES]
+    nearest = sorted((abs(i - chosen), i) for i in range(len(table.sizes)) if i != chosen)[:MAX_ALTERNATIVES]
     found = []
     for _, index in nearest:
-        spans = not outlook.inside[index] > 0
-        rate = outlook.goodput(index, spans_nodes=spans)
+        spans = not table.inside[index] > 0
+        rate = table.goodput(index, spans_nodes=spans)
         if rate > 0:
-            found.append(Alternative(settings=outlook.dials(index, spans_nodes=spans), goodput=rate))
+            found.append(Alternative(settings=table.dials(index, spans_nodes=spans), goodput=rate))
     return tuple(found)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.policies.batch import most_micro_batch
+from orchestrator.policies.candidates import restart_cost_s, worker_range
 from orchestrator.policies.fit import pool
-from orchestrator.policies.movable import restart_cost_s, worker_range
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, can_split, on_ranks
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Snapshot, TrialView
 from orchestrator.policies.throughput import Throughput, solve_throughput

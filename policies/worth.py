@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from orchestrator.policies.candidates import Budget, Candidate
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.movable import Budget, Mover
+from orchestrator.policies.goodput_table import GoodputTable, Size, reference
 from orchestrator.policies.placing import size_now
-from orchestrator.policies.prospects import Prospect, Size, reference
 from orchestrator.policies.sizing import NONE, Menu, Pool
 from orchestrator.policies.snapshot import Snapshot, TrialView
 
@@ -49,24 +49,24 @@ class Scene:
     """What one decision is made from, and how devices are counted in it."""
 
     snapshot: Snapshot
-    movers: Sequence[Mover]
-    outlooks: Sequence[Prospect]
+    candidates: Sequence[Candidate]
+    tables: Sequence[GoodputTable]
     fleet: Fleet
 
-    def pairs(self) -> Iterator[tuple[Mover, Prospect]]:
-        """Every trial with its prospect."""
-        return zip(self.movers, self.outlooks, strict=True)
+    def pairs(self) -> Iterator[tuple[Candidate, GoodputTable]]:
+        """Every trial with its table."""
+        return zip(self.candidates, self.tables, strict=True)
 
     @cached_property
     def knows_lengths(self) -> bool:
         """Whether the length of every trial is known."""
-        return all(mover.trial.target_samples is not None for mover in self.movers)
+        return all(candidate.trial.target_samples is not None for candidate in self.candidates)
 
     @cached_property
     def unit(self) -> int:
         """Units of a device: one where everybody has whole devices."""
-        has_parts = any(mover.share % 1 for mover in self.movers)
-        every = {id(outlook.sizes): outlook.sizes for outlook in self.outlooks}.values()  # trials alike share theirs
+        has_parts = any(candidate.share % 1 for candidate in self.candidates)
+        every = {id(table.sizes): table.sizes for table in self.tables}.values()  # trials alike share theirs
         return _PARTS if has_parts or any(size.share < 1 for sizes in every for size in sizes) else 1
 
     def units(self, devices: float) -> int:
@@ -90,9 +90,9 @@ class Scene:
         """The trials of each user with a quota, and what is left of it; never less than what has to stay."""
         budget, found = Budget(self.snapshot), []
         for quota in self.snapshot.quotas:
-            members = tuple(i for i, mover in enumerate(self.movers) if mover.trial.user == quota.user)
-            pinned = [self.movers[i] for i in members if self.movers[i].is_pinned]
-            held = sum(self.units(mover.share * len(mover.seats)) for mover in pinned)
+            members = tuple(i for i, candidate in enumerate(self.candidates) if candidate.trial.user == quota.user)
+            pinned = [self.candidates[i] for i in members if self.candidates[i].is_pinned]
+            held = sum(self.units(candidate.share * len(candidate.seats)) for candidate in pinned)
             most = min(budget.left(quota.user), float(len(self.snapshot.devices))) * self.unit
             if members:
                 found.append(Pool(members, max(held, math.floor(most + 1e-9), 0)))
@@ -121,11 +121,11 @@ class Objective:
 
     def menus(self, scene: Scene) -> list[Menu]:
         """What every trial may get, with what each size is worth, in order."""
-        fair = len(scene.fleet.devices) / len(scene.movers)
+        fair = len(scene.fleet.devices) / len(scene.candidates)
         weights = self._weights(scene)
         return [
-            self._menu(mover, outlook, scene, (weight, fair))
-            for (mover, outlook), weight in zip(scene.pairs(), weights, strict=True)
+            self._menu(candidate, table, scene, (weight, fair))
+            for (candidate, table), weight in zip(scene.pairs(), weights, strict=True)
         ]
 
     def urged(self, scene: Scene, menus: Sequence[Menu]) -> tuple[list[Menu], frozenset[int]]:
@@ -138,7 +138,7 @@ class Objective:
         if not overdue:
             return list(menus), frozenset()
         loss = math.fsum(_spread(menu) for menu in menus) + 1.0
-        served = frozenset(i for i, mover in enumerate(scene.movers) if mover.seats or i in overdue)
+        served = frozenset(i for i, candidate in enumerate(scene.candidates) if candidate.seats or i in overdue)
         return [replace(menu, idle=menu.idle - loss) if i in served else menu for i, menu in enumerate(menus)], served
 
     def _overdue(self, scene: Scene, menus: Sequence[Menu]) -> set[int]:
@@ -147,27 +147,30 @@ class Objective:
         Nobody waits for long behind one that has more than its least and no less time to go. Behind shorter trials the
         long ones wait on purpose, and in a search those with little chance.
         """
-        seconds = [_seconds_left(mover, outlook) for mover, outlook in scene.pairs()]
+        seconds = [_seconds_left(candidate, table) for candidate, table in scene.pairs()]
         least = [_least(menu) for menu in menus]
-        held = [scene.units(mover.share * len(mover.seats)) if mover.seats else 0 for mover in scene.movers]
-        can_give = (i for i, mover in enumerate(scene.movers) if held[i] > least[i] and not mover.is_pinned)
+        held = [
+            scene.units(candidate.share * len(candidate.seats)) if candidate.seats else 0
+            for candidate in scene.candidates
+        ]
+        can_give = (i for i, candidate in enumerate(scene.candidates) if held[i] > least[i] and not candidate.is_pinned)
         longest_s = max((seconds[i] for i in can_give), default=-math.inf)
         waiting = [
             i
-            for i, mover in enumerate(scene.movers)
-            if not mover.seats and mover.in_force is not None and mover.age_s >= _LONG_WAIT_S
-            if seconds[i] <= longest_s and self.urgency(mover.trial) == 1
+            for i, candidate in enumerate(scene.candidates)
+            if not candidate.seats and candidate.in_force is not None and candidate.age_s >= _LONG_WAIT_S
+            if seconds[i] <= longest_s and self.urgency(candidate.trial) == 1
         ]
         if not waiting:
             return set()
         rooms = {pool.members: float(pool.most) for pool in scene.pools}
         rooms[()] = float(len(scene.fleet.devices) * scene.unit)
         mine = {i: [(), *(pool.members for pool in scene.pools if i in pool.members)] for i in range(len(menus))}
-        for i, mover in enumerate(scene.movers):
-            for key in mine[i] if mover.seats else ():
-                rooms[key] -= held[i] if mover.is_pinned else least[i]
+        for i, candidate in enumerate(scene.candidates):
+            for key in mine[i] if candidate.seats else ():
+                rooms[key] -= held[i] if candidate.is_pinned else least[i]
         overdue: set[int] = set()
-        for i in sorted(waiting, key=lambda i: (-scene.movers[i].age_s, scene.movers[i].trial_id)):
+        for i in sorted(waiting, key=lambda i: (-scene.candidates[i].age_s, scene.candidates[i].trial_id)):
             if all(least[i] <= rooms[key] for key in mine[i]):
                 overdue.add(i)
                 for key in mine[i]:
@@ -177,12 +180,12 @@ class Objective:
     def _weights(self, scene: Scene) -> list[float]:
         """Weight, urgency and priority of every trial, and under `throughput` how soon it is likely to end."""
         weights = [
-            mover.trial.weight * self.urgency(mover.trial) * 1000.0 ** min(2, max(0, mover.trial.priority))
-            for mover in scene.movers
+            candidate.trial.weight * self.urgency(candidate.trial) * 1000.0 ** min(2, max(0, candidate.trial.priority))
+            for candidate in scene.candidates
         ]
         if self.name != "throughput":
             return weights
-        seconds = [_seconds_left(mover, outlook) for mover, outlook in scene.pairs()]
+        seconds = [_seconds_left(candidate, table) for candidate, table in scene.pairs()]
         if scene.knows_lengths:
             ordered = sorted(seconds)
             soon = [_not_shorter(own_s, ordered) ** self.short_first for own_s in seconds]
@@ -191,34 +194,34 @@ class Objective:
             soon = [(_SHORT_S / (_SHORT_S + own_s)) ** power for own_s in seconds]
         return [weight * factor for weight, factor in zip(weights, soon, strict=True)]
 
-    def _menu(self, mover: Mover, outlook: Prospect, scene: Scene, terms: tuple[float, float]) -> Menu:
+    def _menu(self, candidate: Candidate, table: GoodputTable, scene: Scene, terms: tuple[float, float]) -> Menu:
         weight, fair = terms
-        base, now, sizes = reference(outlook), size_now(mover, scene.fleet), outlook.sizes
+        base, now, sizes = reference(table), size_now(candidate, scene.fleet), table.sizes
         at = sizes.index(now) if now is not None and now in sizes else NONE
-        rates = [inside or across for inside, across in zip(outlook.inside, outlook.across, strict=True)]
-        if at != NONE and scene.fleet.num_nodes(mover.seats) > 1:
-            rates[at] = outlook.across[at]
+        rates = [inside or across for inside, across in zip(table.inside, table.across, strict=True)]
+        if at != NONE and scene.fleet.num_nodes(candidate.seats) > 1:
+            rates[at] = table.across[at]
         values = []
         for index, rate in enumerate(rates):
-            paid = rate * self._paid(mover, outlook, rate) if mover.seats and index != at and rate > 0 else rate
-            value = weight * self._worth(mover.trial, paid, (base, fair, scene, outlook.is_prior))
-            is_open = rate > 0 if not mover.is_pinned else index == at
+            paid = rate * self._paid(candidate, table, rate) if candidate.seats and index != at and rate > 0 else rate
+            value = weight * self._worth(candidate.trial, paid, (base, fair, scene, table.is_prior))
+            is_open = rate > 0 if not candidate.is_pinned else index == at
             values.append(value if is_open else -math.inf)
-        idle = -math.inf if mover.is_pinned and at != NONE else 0.0
+        idle = -math.inf if candidate.is_pinned and at != NONE else 0.0
         if self.name == "fair" and idle == 0:
             idle = -weight / _FAIR_FLOOR**2
         kinds, units = scene.counted(sizes)
         return Menu(kinds, units, tuple(values), idle)
 
-    def _paid(self, mover: Mover, outlook: Prospect, rate: float) -> float:
+    def _paid(self, candidate: Candidate, table: GoodputTable, rate: float) -> float:
         """Part of its time that a restart leaves a trial until it ends, or until it is likely to be changed again.
 
         It is expected to keep the next size for as long as it kept this one.
         """
-        remaining = mover.trial.remaining
-        left_s = math.inf if outlook.is_prior or remaining is None else remaining / rate
-        over_s = min(max(self.horizon_s, mover.age_s), mover.restart_s + left_s)
-        return max(_LEAST_PAID, 1 - mover.restart_s / over_s)
+        remaining = candidate.trial.remaining
+        left_s = math.inf if table.is_prior or remaining is None else remaining / rate
+        over_s = min(max(self.horizon_s, candidate.age_s), candidate.restart_s + left_s)
+        return max(_LEAST_PAID, 1 - candidate.restart_s / over_s)
 
     def _worth(self, trial: TrialView, rate: float, terms: tuple[float, float, Scene, bool]) -> float:
         """What a goodput is worth under the objective."""
@@ -245,12 +248,12 @@ def _spread(menu: Menu) -> float:
     return max(values) - min(values) if values else 0.0
 
 
-def _seconds_left(mover: Mover, outlook: Prospect) -> float:
+def _seconds_left(candidate: Candidate, table: GoodputTable) -> float:
     """Seconds that the rest of a trial would take on one device, as far as can be expected.
 
     Where no speed is known, as many as the device-seconds it has had: a new trial is expected to be short.
     """
-    return mover.trial.attained_s if outlook.is_prior else mover.trial.expected_remaining / reference(outlook)
+    return candidate.trial.attained_s if table.is_prior else candidate.trial.expected_remaining / reference(table)
 
 
 def _not_shorter(own_s: float, lengths: Sequence[float]) -> float:

@@ -8,12 +8,12 @@ import json
 import pytest
 
 from orchestrator.policies import POLICIES, build_policy
+from orchestrator.policies.candidates import split_batch, worker_range
 from orchestrator.policies.codec import dumps, fit_from
 from orchestrator.policies.fit import NOTHING_FITTED, Observation, missing, noise_scale, predict_step_s, update
 from orchestrator.policies.goodput_joint import GoodputJoint
 from orchestrator.policies.invariants import check
 from orchestrator.policies.known import known_fit
-from orchestrator.policies.movable import split_batch, worker_range
 from orchestrator.policies.plan import EMPTY_PLAN, Allocation, DeviceId, Settings
 from orchestrator.policies.sample_fleets import after
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
