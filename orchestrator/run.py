@@ -18,6 +18,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
+from orchestrator import evidence
 from orchestrator.clock import SystemClock
 from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
@@ -366,6 +367,7 @@ def single_driver(run_dir: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(Owner.this().record())
         lock.flush()
+        evidence.forget(run_dir)
         yield
 
 
@@ -376,3 +378,4 @@ def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
     journal.append("run_ended", clock.now_s(), clock.wall_s(), state=state, leaks=leaks)
     journal.close()
+    evidence.record_or_not(run_dir)
