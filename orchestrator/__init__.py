@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from orchestrator.training_calls import checkpoint, report, trial, watch
+
 if TYPE_CHECKING:
     from orchestrator.telemetry.load import RunTables, load_run
 
 __version__ = "0.1.0"
-__all__ = ["RunTables", "__version__", "load_run"]
+__all__ = ["RunTables", "__version__", "checkpoint", "load_run", "report", "trial", "watch"]
 
 
 def __getattr__(name: str) -> object:

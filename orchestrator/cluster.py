@@ -39,6 +39,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a slot that ends is noticed sooner; nothing is reported through it
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # two processes per slot less; slots are told to close by the actor
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # what a training prints goes to its log as it is, not through a logger
     **WORKER_ENVIRONMENT,
 }
 _QUIET = {

@@ -243,6 +243,7 @@ class ControlPlane:
             directory=str(self._run_dir / "trials" / "warm-up"),
             resume_from=None,
             num_reports_done=0,
+            import_paths=self.spec.import_paths,
         )
         return SlotSpec(
             num_workers=config.trial.num_workers,

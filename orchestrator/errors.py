@@ -6,6 +6,7 @@
     |- PlanError           a policy raised, overran or returned an illegal plan
     |- ApplyError          a trial could not apply an allocation
     |  `- OutOfMemoryError   a step needs more memory than there is
+    |- FunctionError       a user's training function reported nothing, or nothing that the search can use
     |- TelemetryError      a record that cannot be true, or a damaged table
     |- ShareError          a share cannot be enforced as asked
     |- CheckpointError     a checkpoint is missing, damaged or does not fit
@@ -66,6 +67,10 @@ class UnfitEnvironmentError(OrchestratorError):
 
 class PlanError(OrchestratorError):
     """A policy raised, overran its deadline or returned an illegal plan."""
+
+
+class FunctionError(OrchestratorError):
+    """A user's training function ended without a report, or its report lacks the metric of the search."""
 
 
 class ApplyError(OrchestratorError):

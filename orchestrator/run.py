@@ -24,6 +24,7 @@ from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.config.render import scalar
 from orchestrator.config.source import read_text
+from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
@@ -376,6 +377,6 @@ def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     if not (run_dir / JOURNAL_NAME).exists():
         return
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
-    journal.append("run_ended", clock.now_s(), clock.wall_s(), state=state, leaks=leaks)
+    journal.append(RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks))
     journal.close()
     evidence.record_or_not(run_dir)

@@ -145,6 +145,46 @@ def commit(
     return final
 
 
+def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Path:
+    """Make the files below `source` durable as the commit `<directory>/step-<n>`; called by one rank.
+
+    Retention is that of `commit`. `source` is left as it is.
+
+    Args:
+        directory: the trial's own directory of commits.
+        source: files of any kind, in folders too.
+        extra: JSON-able; holds `step` and what else a later attempt needs.
+
+    Raises:
+        CheckpointError: it could not be written. Nothing was committed then.
+    """
+    kept: dict[str, Any] = json.loads(manifest.canonical(dict(extra)))
+    final = directory / f"step-{_step_of(kept)}"
+    draft = None
+    try:
+        draft = _make_draft(final)
+        shutil.copytree(source, draft, dirs_exist_ok=True)
+        files = sorted(path for path in draft.rglob("*") if path.is_file())
+        manifest.sync_files(files)
+        for folder in {path.parent for path in files}:
+            manifest.sync_directory(folder)
+        record = Manifest(
+            schema=manifest.SCHEMA,
+            step=kept["step"],
+            world_size=1,
+            torch_version=str(torch.__version__),
+            extra=kept,
+            tensors={},
+            files=tuple(manifest.describe(path, draft) for path in files),
+        )
+        _finish(draft, final, record, _Ranks(0, 1, None))
+    except (CheckpointError, OSError, shutil.Error) as error:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(f"cannot commit {source} to {final}: {error}") from error
+    return final
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Proposal:
     """What a rank brings to a commit; `draft` is where to write, from rank 0 only and None if there is no need."""
@@ -196,7 +236,7 @@ def load(
     what = f"cannot load {path}"
     problem, record = None, None
     try:
-        record = _verified(path) if rank == 0 else None
+        record = verified(path) if rank == 0 else None
     except CheckpointError as error:
         problem = str(error)
     record = ranks.agree(what, problem, record)[0]
@@ -221,7 +261,7 @@ def load(
 def verify(path: Path) -> list[str]:
     """What is wrong with the commit in `path`; empty where nothing is. Unpickles nothing."""
     try:
-        _verified(path)
+        verified(path)
     except CheckpointError as error:
         return [str(error)]
     return []
@@ -350,7 +390,7 @@ def _commits(directory: Path) -> list[tuple[int, Path]]:
     return [(int(match.group(1)), path) for match, path in found if match is not None]
 
 
-def _verified(path: Path) -> Manifest:
+def verified(path: Path) -> Manifest:
     """The manifest of the commit in `path`, once every file has been found to be as it says.
 
     Raises:

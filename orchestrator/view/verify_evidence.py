@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 
 from orchestrator import evidence
+from orchestrator.control.events import Recovered, Reported, TrialContinued, TrialEnded
+from orchestrator.control.journal import History
 from orchestrator.errors import CheckpointError
 from orchestrator.run_dirs import BEGUN_FILE
-from orchestrator.telemetry.history import History, Recovered, Reported, TrialContinued, TrialEnded
 from orchestrator.train import manifest
 from orchestrator.view.finding import Code, Finding
 from orchestrator.view.verify_steps import Attempt
