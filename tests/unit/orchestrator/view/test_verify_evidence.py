@@ -58,16 +58,18 @@ def test_of_200_ways_to_lose_or_alter_evidence_all_are_found(whole: Path, tmp_pa
             ways.append(("longer", name, lambda data: data + b"x"))
     while len(ways) < 200:
         ways.append(("flipped", draw.choice(names), lambda data: _flip(data, draw)))
-    missed = []
+    broken, missed = copy_of(whole, tmp_path / "run"), []
     for how, name, change in ways:
-        broken = copy_of(whole, tmp_path / "run")
-        data = change((broken / name).read_bytes())
+        whole_data = (broken / name).read_bytes()
+        data = change(whole_data)
         (broken / name).unlink()
         if data is not None:
             (broken / name).write_bytes(data)
         if not codes(broken) & SEEN:
             missed.append(f"{how} {name}")
+        (broken / name).write_bytes(whole_data)
     assert missed == []
+    assert codes(broken) == set(), "all was put back"
 
 
 def _flip(data: bytes, draw: random.Random) -> bytes:
