@@ -25,6 +25,9 @@ from pathlib import Path
 
 from orchestrator.policies.plan import Settings
 
+EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 4, 130, 143
+"""What the command line returns; 2 and 3 are those of the errors below."""
+
 
 class OrchestratorError(Exception):
     """Base of all deliberate errors; `exit_code` is what the command line returns for it."""

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterator
 
 from orchestrator.config.model import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, RunConfig
+from orchestrator.config.policy_params import type_problem
 from orchestrator.config.source import KeyPath
 from orchestrator.config.values import ParamValue
 from orchestrator.config.words import did_you_mean, printable, seen
@@ -25,12 +26,15 @@ from orchestrator.policies.tier import by_cost, is_cheaper
 Finding = tuple[KeyPath, str]
 _MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*):([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
 _HOST_PORT = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})", re.ASCII)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_VARIABLE = re.compile(r"\$\w|\$\{|\$\(|%\w+%|%\(\w+\)")
 _NODE_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _MAX_PAIRS = 4096
-POLICIES_OF_FIXED_RANKS = frozenset(
-    {"static", "fair_share", "goodput", "fifo", "fluid", "tiresias", "optimus", "pollux", "sia"}
-)
-"""Policies that turn the number of ranks of no trial in a run; in the simulator some of them do."""
+POLICIES_OF_FIXED_RANKS = frozenset({"static", "fair_share", "goodput"})
+"""Policies of a run that leave the number of ranks of every trial as it is."""
+SIMULATED_POLICIES = frozenset({"fifo", "fluid", "tiresias", "optimus", "pollux", "sia"})
+"""Policies that only choose among trials which may be paused or moved. No trial of a run may, so in a run each of them
+would do what `static` does; in the simulator they do what their papers say."""
 
 
 def check_all(config: RunConfig) -> Iterator[Finding]:
@@ -60,6 +64,12 @@ def _storage(config: RunConfig) -> Iterator[Finding]:
         yield ("storage",), f"got {seen(config.storage)}; allowed: a path without control characters"
     elif config.storage.startswith("~"):
         yield ("storage",), f"got {seen(config.storage)}; '~' is not expanded, write the path out"
+    elif _URL.match(config.storage):
+        text = "a URL; allowed: a path of this machine or of a file system that is mounted on it, such as /mnt/runs"
+        yield ("storage",), f"got {seen(config.storage)}, {text}; copy the run directory afterwards if need be"
+    elif _VARIABLE.search(config.storage):
+        text = f"got {seen(config.storage)}; variables are not expanded: write the path out, or let your shell do it: "
+        yield ("storage",), f'{text}--set storage="..."'
 
 
 def _info(config: RunConfig) -> JobInfo | None:
@@ -303,12 +313,18 @@ def _policy(config: RunConfig) -> Iterator[Finding]:
     from orchestrator.policies import POLICIES
 
     name, path = config.policy.name, ("policy", "name")
+    live = [known for known in POLICIES if known not in SIMULATED_POLICIES]
+    if name in SIMULATED_POLICIES:
+        text = f"got {seen(name)}, which decides about trials that may be paused or moved, and those of a run may not"
+        text += f", so it would do what static does; allowed: {', '.join(live)}, or module:Class of your own"
+        yield path, f"{text}; to compare it with others: orchestrator simulate --policy {name}"
+        return
     if name in POLICIES:
         yield from _policy_params(config, POLICIES[name])
         return
     match = _MODULE_CLASS.fullmatch(name)
     if match is None:
-        allowed = f"allowed: {', '.join(POLICIES)}, or module:Class{did_you_mean(name, POLICIES)}"
+        allowed = f"allowed: {', '.join(live)}, or module:Class{did_you_mean(name, live)}"
         yield path, f"unknown policy {seen(name)}; {allowed}"
         return
     # Only the outermost package is looked for: looking deeper would run the user's code, and `check` runs none.
@@ -329,6 +345,10 @@ def _policy_params(config: RunConfig, policy: type) -> Iterator[Finding]:
         text = f"unknown parameter '{printable(name, 60)}' of policy {config.policy.name}; {allowed}"
         yield ("policy", "params", name), text
     for name, value in config.policy.params.items():
+        problem = type_problem(policy, name, value)
+        if problem is not None:
+            yield ("policy", "params", name), problem
+            continue
         try:
             build_policy(config.policy.name, {} if name in unknown else {name: value})
         except ValueError as error:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+from orchestrator.control.events import TrialResized
 from orchestrator.control.gain import Pace, efficiency_of
 from orchestrator.control.lifecycle import SlotState, Trial
 from orchestrator.control.orders import Outcome, Status, StopMode
@@ -130,13 +131,14 @@ class Resizes:
         trial.story.append(f"resize {stage}: {reason}")
         logger.info("trial.resize %s %s: %s", trial.trial_id, stage, reason)
         state.log(
-            "trial_resize",
-            trial_id=trial.trial_id,
-            attempt=trial.attempt,
-            stage=stage,
-            num_workers=num_workers,
-            reason=reason,
-            restart_s=state.restart_s,
+            TrialResized(
+                trial_id=trial.trial_id,
+                attempt=trial.attempt,
+                stage=stage,
+                num_workers=num_workers,
+                reason=reason,
+                restart_s=state.restart_s,
+            )
         )
         state.journal.sync()
 

@@ -97,7 +97,7 @@ class Optimizers:
     def __init__(self, members: Sequence[Optimizer], schedulers: Sequence[LRScheduler], unit_samples: int) -> None:
         """`unit_samples` is what schedulers count: the samples of a start batch or of an epoch."""
         self.members, self._schedulers = tuple(members), tuple(schedulers)
-        self.one = members[0] if len(members) == 1 else cast(Optimizer, Together(members))
+        self.one = as_one(members)
         self.needs_closure = any(_asks_for_closure(member) for member in members)
         self._unit_samples, self._num_units = unit_samples, 0
         self._bases = [float(group["lr"]) for group in self._groups]
@@ -196,6 +196,11 @@ class Optimizers:
         for number, (group, before) in enumerate(zip(self._groups, held, strict=True)):
             group["lr"] = before if isinstance(before, Tensor) else self._bases[number]
         self.forget_applied()
+
+
+def as_one(members: Sequence[Optimizer]) -> Optimizer:
+    """All optimizers as one; the optimizer itself where there is one."""
+    return members[0] if len(members) == 1 else cast(Optimizer, Together(members))
 
 
 def _wants_metric(scheduler: LRScheduler) -> bool:

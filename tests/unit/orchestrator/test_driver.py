@@ -1,0 +1,200 @@
+"""How a run ends, as far as that needs no cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator import driver as run
+from orchestrator.cluster import StartGivenUpError
+from orchestrator.config import ResolvedRun, load_config
+from orchestrator.errors import ConfigError
+
+
+class Policy:
+    """Answers one status after the other, and the last one for ever."""
+
+    def __init__(self, *states: list[str]) -> None:
+        self._states, self.num_asked = list(states), 0
+        self.status = SimpleNamespace(remote=self._answer)
+
+    def _answer(self) -> dict[str, Any]:
+        self.num_asked += 1
+        states = self._states.pop(0) if len(self._states) > 1 else self._states[0]
+        return {"trials": [{"state": state} for state in states]}
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    monkeypatch.setattr(run, "_POLL_S", 0.0)
+
+
+def test_a_trial_that_is_leaving_its_slot_when_the_search_is_over_is_waited_for() -> None:
+    policy = Policy(["running", "stopped"], ["running", "stopped"], ["done", "stopped"])
+    assert run._last_states(SimpleNamespace(policy=policy)) == ["done", "stopped"]  # type: ignore[arg-type]
+    assert policy.num_asked == 3
+
+
+def test_a_trial_that_never_leaves_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_LEAVE_S", 0.0)
+    assert run._last_states(SimpleNamespace(policy=Policy(["running"]))) == ["running"]  # type: ignore[arg-type]
+
+
+def resolved_run(storage: Path) -> ResolvedRun:
+    (storage.parent / "run.yaml").write_text(f"name: one\nstorage: {storage}\njob: {{name: mlp}}\n")
+    return load_config(storage.parent / "run.yaml", [])
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"storage: .* cannot be made \(Not a directory\); allowed: a directory"):
+        run.make_run_dir(resolved_run(tmp_path / "file"))
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    with pytest.raises(ConfigError, match="exists already"):
+        run.make_run_dir(resolved)
+
+
+@pytest.mark.parametrize("trace", ["trials", "status"])
+@pytest.mark.parametrize("journal", [None, ""])
+def test_a_run_whose_journal_is_lost_does_not_begin_from_its_start(
+    tmp_path: Path, trace: str, journal: str | None
+) -> None:
+    """It would train finished trials again, and mix their records with those that are there."""
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    if trace == "trials":
+        (resolved.run_dir / "trials" / "trial-00000").mkdir(parents=True)
+    else:
+        status = {"state": "interrupted", "trials": [{"trial_id": "trial-00000"}]}
+        (resolved.run_dir / "status.json").write_text(json.dumps(status))
+    if journal is not None:
+        (resolved.run_dir / "journal.jsonl").write_text(journal)
+    with pytest.raises(ConfigError, match=r"journal\.jsonl is empty or gone although trials ran"):
+        run.resume(resolved.run_dir)
+
+
+def test_a_run_directory_that_lost_its_empty_folders_can_be_held(tmp_path: Path) -> None:
+    with run.single_driver(tmp_path):
+        assert (tmp_path / "control" / "lock").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_while_ray_starts_ends_the_run_with_its_own_exit_code(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """It had left processes, a cluster without slots, or a core dump."""
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    started = threading.Event()
+
+    @contextlib.contextmanager
+    def starting(is_unwanted: Callable[[], bool]) -> Iterator[None]:
+        os.kill(os.getpid(), number)
+        started.set()
+        if is_unwanted():
+            raise StartGivenUpError
+        yield
+
+    monkeypatch.setattr(driver._ray, "opened", starting)
+    monkeypatch.setattr(run, "_load_torch", lambda: None)
+    monkeypatch.setattr(run, "sweep", list)
+    with driver.interrupts.taken():
+        assert driver.execute(True) == code
+    assert started.is_set()
+    output = capsys.readouterr().out
+    assert "ended before any trial began" in output
+    assert output.splitlines()[-1] == str(tmp_path)
+    assert not (tmp_path / "journal.jsonl").exists(), "a journal without a beginning could not be resumed"
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "last"),
+    [
+        (["done", "stopped"], 0, None),
+        (["done", "failed", "failed"], 4, "2 of 3 trials failed; the report above says why"),
+        (["failed"], 4, "1 of 1 trial failed; the report above says why"),
+    ],
+)
+def test_a_run_in_which_trials_failed_says_how_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], states: list[str], code: int, last: str | None
+) -> None:
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    status = {"state": "done", "trials": [{"trial_id": f"t{n}", "state": state} for n, state in enumerate(states)]}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert driver._last_word("done", {}) == code
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == str(tmp_path), "scripts take it"
+    assert printed.err.splitlines() == ([] if last is None else [last])
+
+
+@pytest.mark.parametrize(("state", "code"), [("failed", 1), ("interrupted", 130)])
+def test_a_run_that_its_policy_actor_could_not_end_is_ended_by_its_driver(
+    tmp_path: Path, state: str, code: int
+) -> None:
+    """After a death of Ray its status had said `running` for ever."""
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "trials": []}))
+    (tmp_path / "journal.jsonl").write_text("")
+    assert driver._last_word(state, {"processes": 0}) == code
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == state
+    assert json.loads((tmp_path / "journal.jsonl").read_text())["state"] == state
+    assert driver._last_word("failed", {}) == 1, "a second last word is not said"
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_file_that_was_edited_is_said_and_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    assert run.load_begun(resolved.run_dir).config == resolved.config
+    assert capsys.readouterr().out == ""
+    edited = resolved.run_dir / "run.yaml"
+    edited.write_text(edited.read_text().replace("seed: 0", "seed: 7"))
+    assert run.load_begun(resolved.run_dir).config.seed == 0
+    said = capsys.readouterr().out
+    assert f"{edited} was edited since the run began; what counts is what it began with" in said
+    assert "--set name=NEW" in said
+    edited.unlink()
+    assert run.load_begun(resolved.run_dir).config.seed == 0
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_run_file_it_has(tmp_path: Path) -> None:
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    (resolved.run_dir / "control" / "run.yaml").unlink()
+    (resolved.run_dir / "run.yaml").write_text(resolved.to_yaml().replace("seed: 0", "seed: 7"))
+    assert run.load_begun(resolved.run_dir).config.seed == 7
+
+
+def test_a_run_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    begun = resolved.run_dir / "control" / "run.yaml"
+    begun.write_text(begun.read_text().replace("# schema: 1", "# schema: 99"))
+    with pytest.raises(ConfigError, match=r"control/run.yaml:1: was written by a newer version \(schema 99\); allowed"):
+        run.load_begun(resolved.run_dir)
+
+
+def test_a_quota_of_the_container_counts_as_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = resolved_run(tmp_path / "runs")
+    monkeypatch.setattr(run, "num_usable_cores", lambda: len(os.sched_getaffinity(0)))
+    assert run.within_quota(resolved) is resolved
+    monkeypatch.setattr(run, "num_usable_cores", lambda: 1)
+    if len(os.sched_getaffinity(0)) > 1:
+        assert run.within_quota(resolved).config.cluster.num_cpus == 1
+    assert resolved.config.cluster.num_cpus is None, "the run file says nothing of it"
