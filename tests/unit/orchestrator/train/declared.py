@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 
 from orchestrator.control.orders import SlotOrder
 from orchestrator.jobs.data import SampleCursor
+from orchestrator.train.groups import Ranks
 from orchestrator.train.stepper import Stepper
 from tests.unit.orchestrator.train.links import ONE_RANK, order
 
@@ -59,6 +60,13 @@ class TwoGroups:
 
     def eval_data(self) -> Points:
         return Points()
+
+
+class Unrandom(TwoGroups):
+    """The same without dropout."""
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, NUM_CLASSES))
 
 
 class BatchNormNet(nn.Module):
@@ -323,12 +331,20 @@ def declared_order(directory: Path, training: object, *, micro_batch: int = 8, g
     return replace(first, trial=trial, grant=replace(first.grant, settings=replace(start, share=0.5)))
 
 
-def stepper(directory: Path, training: object, *, micro_batch: int = 8, grad_accum: int = 1) -> Stepper:
+def stepper(
+    directory: Path, training: object, *, micro_batch: int = 8, grad_accum: int = 1, ranks: Ranks = ONE_RANK
+) -> Stepper:
     """A stepper of it whose model was drawn from the trial's seed."""
     trial = declared_order(directory, training, micro_batch=micro_batch, grad_accum=grad_accum).trial
     assert trial is not None
     torch.manual_seed(trial.seed)
-    return Stepper(trial, training, ONE_RANK)
+    return Stepper(replace(trial, start=replace(trial.start, num_workers=ranks.world_size)), training, ranks)
+
+
+def norms(training: object, ranks: Ranks, num_steps: int = 30) -> list[float]:
+    """Norms of the whole gradient of each step of 8 samples, cut over the ranks."""
+    one = stepper(Path(), training, micro_batch=4 // ranks.world_size, grad_accum=2, ranks=ranks)
+    return [one.step().grad_norm for _ in range(num_steps)]
 
 
 def plainly(

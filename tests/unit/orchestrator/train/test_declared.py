@@ -20,6 +20,7 @@ from orchestrator.jobs.own import UserCodeError
 from orchestrator.jobs.training import Training
 from orchestrator.policies.tier import Tier
 from orchestrator.train.batch.meter import FIRST_STEP
+from orchestrator.train.step_mode.choice import StepMode
 from tests.unit.orchestrator.train.declared import (
     Augmented,
     BatchNormed,
@@ -31,23 +32,32 @@ from tests.unit.orchestrator.train.declared import (
     Sampled,
     Streamed,
     TwoGroups,
+    Unrandom,
     declared_order,
     plainly,
     stepper,
 )
-from tests.unit.orchestrator.train.links import Script, grant, loop
+from tests.unit.orchestrator.train.links import ONE_RANK, Script, grant, loop
+from tests.unit.orchestrator.train.step_mode.recorders import CallAgain
+
+REPLAYED = replace(ONE_RANK, step_mode=StepMode.GRAPH, recorder=CallAgain)
+
+
+class FusedDicts(Unrandom):
+    def build_optimizer(self, model: nn.Module) -> Any:
+        return torch.optim.AdamW(model.parameters(), fused=True)
+
+
+class FusedText(PaddedText):
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
 
 
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_a_loader_a_cosine_and_two_groups_train_as_in_plain_pytorch(tmp_path: Path, grad_accum: int) -> None:
-    class Still(TwoGroups):
-        def build_model(self) -> nn.Module:
-            model = super().build_model()
-            return nn.Sequential(*(layer for layer in model if not isinstance(layer, nn.Dropout)))  # type: ignore[attr-defined]
-
-    one = stepper(tmp_path, Still(), micro_batch=8 // grad_accum, grad_accum=grad_accum)
+    one = stepper(tmp_path, Unrandom(), micro_batch=8 // grad_accum, grad_accum=grad_accum)
     found = [one.step() for _ in range(40)]
-    wanted, model = plainly(Still(), 40)
+    wanted, model = plainly(Unrandom(), 40)
     assert [result.loss for result in found] == pytest.approx(wanted, rel=1e-5)
     assert max(result.grad_norm for result in found) > 1, "clipping to 1 would have shown"
     for mine, theirs in zip(one.model.parameters(), model.parameters(), strict=True):
@@ -238,6 +248,77 @@ def test_a_sampler_of_ones_own_says_the_order(tmp_path: Path) -> None:
     assert again.shown == training.shown
 
 
+class Recordable(BatchNormed):
+    """BatchNorm, a fused optimizer, tuples of tensors, a schedule by steps; one sample is broken when first read."""
+
+    scheduler_interval = "step"
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.broken = broken
+
+    def train_data(self) -> Any:
+        return Breaking(self.broken)
+
+    def build_optimizer(self, model: nn.Module) -> Any:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+
+
+class Breaking(Pictures):
+    def __init__(self, broken: int | None) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        picture, label = super().__getitem__(index)
+        if index == self.broken:
+            self.broken = None
+            return picture * float("nan"), label
+        return picture, label
+
+
+def test_steps_of_a_mean_loss_are_replayed_and_leave_running_means_and_schedules_alone(tmp_path: Path) -> None:
+    wanted, eager = [], stepper(tmp_path, Recordable())
+    for _ in range(40):
+        wanted += eager.advance()
+    one = stepper(tmp_path, Recordable(), ranks=REPLAYED)
+    found = [result for _ in range(40) for result in one.advance()] + one.settle()
+    assert {result.mode for result in found[1:]} == {StepMode.GRAPH}
+    assert [result.loss for result in found] == pytest.approx([result.loss for result in wanted], rel=1e-5)
+    assert [r.learning_rate for r in found] == [r.learning_rate for r in wanted]
+    for name, buffer in eager.model.named_buffers():
+        if "mean" not in name:  # Adam moves a bias before a BatchNorm by rounding alone, and with it the mean
+            torch.testing.assert_close(one.model.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_a_replayed_step_that_was_skipped_takes_the_schedule_back(tmp_path: Path) -> None:
+    one = stepper(tmp_path, Recordable(), ranks=REPLAYED)
+    indices, _ = one.cursor.take(96)
+    one = stepper(tmp_path, Recordable(int(indices[85])), ranks=REPLAYED)
+    found = [result for _ in range(20) for result in one.advance()] + one.settle()
+    assert [result.step for result in found if result.is_skipped] == [10]
+    done = [result for result in found if not result.is_skipped]
+    assert [result.step for result in done] == list(range(len(done)))
+    eager = stepper(tmp_path, Recordable())
+    assert [r.learning_rate for r in done] == [eager.step().learning_rate for _ in done]
+    assert one.optimizers.bases == eager.optimizers.bases
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (PaddedText, "SGD is not fused"),
+        (Unrandom, "AdamW is not fused"),
+        (FusedDicts, "its batches are no tuples of tensors"),
+        (FusedText, "the number of loss elements is known only with the batch"),
+    ],
+)
+def test_what_cannot_be_replayed_is_done_eagerly_and_says_why(tmp_path: Path, kind: Any, reason: str) -> None:
+    one = stepper(tmp_path, kind(), ranks=REPLAYED)
+    assert {result.mode for _ in range(4) for result in one.advance()} == {StepMode.EAGER}
+    assert reason in one.mode_words
+
+
 def test_the_batch_multiplies_what_the_schedule_says_and_a_schedule_counts_samples(tmp_path: Path) -> None:
     one = stepper(tmp_path, TwoGroups())
     still = stepper(tmp_path, TwoGroups())
@@ -316,7 +397,7 @@ def test_the_default_evaluation_is_the_mean_loss_of_the_held_out_samples(tmp_pat
     one = stepper(tmp_path, TwoGroups())
     one.model.eval()
     data = TwoGroups().eval_data()
-    wanted = 30 * F.cross_entropy(one.model(data.x), data.y)
+    wanted = 30 * F.cross_entropy(one.model(data.x), data.y).detach()
     assert one.evaluate() == {"val_loss": pytest.approx(float(wanted), rel=1e-5)}
 
 

@@ -35,6 +35,7 @@ from orchestrator.train.isolation import ProcessState
 from orchestrator.train.serve import Server
 from orchestrator.train.stepper import Stepper
 from tests.unit.orchestrator.train.batch.overflows import OverflowingJob
+from tests.unit.orchestrator.train.declared import PaddedText, Unrandom, norms
 from tests.unit.orchestrator.train.links import FakeShare, Script, grant, order
 
 WORLD_SIZE = 2
@@ -275,6 +276,10 @@ def main(rank: int, directory_name: str) -> None:
     results: dict[str, Any] = {
         "alone": [train_split(alone, micro, accum) for micro, accum in SPLITS[1]] if rank == 0 else [],
         "splits": [train_split(groups.ranks, micro, accum) for micro, accum in SPLITS[2]],
+        "declared": {
+            kind.__name__: [norms(kind(), each) for each in ([alone] if rank == 0 else []) + [groups.ranks]]
+            for kind in (PaddedText, Unrandom)
+        },
         "noise": {name: rank_noise(groups.ranks, name, scale) for name, scale in (("sgd", 64.0), ("adam", 1.0))},
     }
     results["undisturbed"] = survive(groups, PrefixStore("u", store), directory / "u", "none", 10**9)

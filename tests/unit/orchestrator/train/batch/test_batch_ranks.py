@@ -34,6 +34,15 @@ def test_a_global_batch_gives_the_same_losses_however_it_is_cut(both: list[Resul
     assert losses[0][-1] < 0.9 * losses[0][0]
 
 
+@pytest.mark.parametrize("kind", ["PaddedText", "Unrandom"])
+def test_a_declared_training_has_the_same_gradients_on_two_ranks(both: list[Results], kind: str) -> None:
+    """Text whose number of words each rank knows for its own part only, and tied weights; a mean over samples."""
+    alone, first = both[0]["declared"][kind]
+    (second,) = both[1]["declared"][kind]
+    assert first == second
+    np.testing.assert_allclose(first, alone, rtol=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_noise_between_ranks_is_that_of_the_true_covariance(both: list[Results], optimizer: str) -> None:
     found = both[0]["noise"][optimizer]
