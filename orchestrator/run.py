@@ -253,7 +253,7 @@ def single_driver(run_dir: Path) -> Iterator[None]:
 def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     """Write the driver's last word into the journal."""
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
-    journal.append(RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks))
+    journal.append([RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks)])
     journal.close()
 
 

@@ -7,10 +7,12 @@ off was never acted upon, and is dropped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -60,9 +62,11 @@ def read_events(path: Path) -> Iterator[Event]:
     Raises:
         JournalError: there is no such file, a line before the last is damaged, or a newer version wrote it.
     """
+    run_id = ""
     for number, entry in enumerate(read(path), start=1):
+        run_id = run_id or str(entry.get("run_id", ""))
         try:
-            yield decode(entry)
+            yield decode(entry, run_id)
         except (KeyError, TypeError, ValueError) as error:
             raise JournalError(
                 f"{path}:{number}: damaged journal line ({type(error).__name__}: {error}); entries before it are intact"
@@ -117,45 +121,97 @@ def read_history(run_dir: Path) -> History:
 
 
 class Journal:
-    """Appends events to one file. Not thread-safe: its owner is one event loop."""
+    """Appends events to one file.
+
+    Appending belongs to one event loop; `sync` may run in another thread meanwhile. What was appended is kept in memory
+    until it is on disk, because the pages of a file whose fsync failed may be lost although they look written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._num_torn_bytes = _drop_torn_tail(path)
+        _drop_torn_tail(path)
         self._next_seq = 1 + sum(1 for _ in read(path)) if path.exists() else 1
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        self._is_dirty = False
+        self._size = self._synced_size = os.fstat(self._file).st_size
+        self._unsynced: list[bytes] = []
+        self._is_intact = True
+        self._lock = threading.Lock()
         _sync_directory(path.parent)
 
-    def append(self, event: Event) -> Event:
-        """Write one event, durable only after `sync`; returns it with its number.
+    @property
+    def is_synced(self) -> bool:
+        """Whether everything appended is on disk."""
+        return not self._unsynced
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Number and write events in one piece: all of them or none. They are durable only after `sync`.
 
         Raises:
-            JournalError: it was not written; the file is as it was.
+            JournalError: they were not written; the file is as it was.
         """
-        numbered = replace(event, seq=self._next_seq)
-        line = line_of(numbered)
-        try:
-            written = os.write(self._file, line)
-        except OSError as error:
-            raise JournalError(f"cannot write the journal {self._path}: {error.strerror}") from error
-        if written != len(line):  # a full disk can cut a write short; leave no torn line in the middle
-            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
-            raise JournalError(f"cannot write the journal {self._path}: only {written} of {len(line)} bytes were taken")
-        self._next_seq += 1
-        self._is_dirty = True
-        return numbered
+        lines = [line_of(replace(event, seq=self._next_seq + index)) for index, event in enumerate(events)]
+        with self._lock:
+            self._mend()
+            self._write(b"".join(lines))
+            self._unsynced += lines
+        self._next_seq += len(lines)
 
     def sync(self) -> None:
-        """Return once everything appended is on disk."""
-        if self._is_dirty:
+        """Return once everything appended so far is on disk.
+
+        Raises:
+            JournalError: it is not; a later call writes it again.
+        """
+        with self._lock:
+            self._mend()
+            size, num_lines = self._size, len(self._unsynced)
+        if not num_lines:
+            return
+        try:
             os.fsync(self._file)
-            self._is_dirty = False
+        except OSError as error:
+            self._is_intact = False
+            raise JournalError(f"cannot make the journal {self._path} durable: {error.strerror}") from error
+        with self._lock:
+            self._synced_size = size
+            del self._unsynced[:num_lines]
 
     def close(self) -> None:
         """Sync and close; a closed journal takes no more entries."""
-        self.sync()
-        os.close(self._file)
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
+
+    def _write(self, data: bytes) -> None:
+        """Write all of it, or leave the file as it was."""
+        written, why = 0, "the disk took only a part of it"
+        try:
+            written = os.write(self._file, data)
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+        if written == len(data):
+            self._size += written
+            return
+        self._is_intact = written == 0
+        with contextlib.suppress(JournalError):
+            self._cut(self._size)
+        raise JournalError(f"cannot write the journal {self._path}: {why}; free some space, it is tried again")
+
+    def _mend(self) -> None:
+        """After a failure: cut the file to what is known to be on disk, and write the rest again."""
+        if self._is_intact:
+            return
+        self._cut(self._synced_size)
+        self._size = self._synced_size
+        self._write(b"".join(self._unsynced))
+
+    def _cut(self, size: int) -> None:
+        try:
+            os.ftruncate(self._file, size)
+        except OSError as error:
+            raise JournalError(f"cannot cut the journal {self._path}: {error.strerror}") from error
+        self._is_intact = True
 
 
 def _drop_torn_tail(path: Path) -> int:

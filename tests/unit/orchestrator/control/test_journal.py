@@ -19,7 +19,7 @@ def told(index: int) -> ReportTold:
 def write(path: Path, count: int) -> None:
     journal = Journal(path)
     for number in range(count):
-        journal.append(told(number))
+        journal.append([told(number)])
     journal.close()
 
 
@@ -30,7 +30,7 @@ def test_entries_come_back_in_order_and_numbered(tmp_path: Path) -> None:
 
 def test_a_line_is_canonical(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
-    journal.append(PlanRefused(generation=Generation(4), reason="b", violations=("x", "y"), t_s=1.5, wall_s=2.0))
+    journal.append([PlanRefused(generation=Generation(4), reason="b", violations=("x", "y"), t_s=1.5, wall_s=2.0)])
     journal.close()
     assert (tmp_path / "j").read_text() == (
         '{"generation":4,"kind":"refusal","reason":"b","seq":1,"t_s":1.5,"violations":["x","y"],"wall_s":2.0}\n'
@@ -44,7 +44,7 @@ def test_a_torn_line_is_not_read_and_a_new_writer_drops_it(tmp_path: Path, torn:
     path.write_bytes(path.read_bytes() + torn)
     assert len(list(read(path))) == 2
     journal = Journal(path)
-    assert journal.append(told(2)).seq == 3
+    journal.append([told(2)])
     journal.close()
     assert [entry["index"] for entry in read(path)] == [0, 1, 2]
 
@@ -72,7 +72,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_nan_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     with pytest.raises(JournalError, match="not plain JSON"):
-        journal.append(ReportTold(trial_id=TrialId("t"), index=0, held_s=float("nan")))
+        journal.append([ReportTold(trial_id=TrialId("t"), index=0, held_s=float("nan"))])
     journal.close()
     assert (tmp_path / "j").read_bytes() == b""
 

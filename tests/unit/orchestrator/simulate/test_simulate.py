@@ -48,7 +48,7 @@ def journal_of(path: Path, policy: str = "goodput", num_rounds: int = 12) -> Pat
         for index, worker in enumerate(workers):
             worker.obey(num_steps=20, step_s=0.02 * (1 + index))
         world.clock.advance(3.0 if number % 3 else 11.0)
-    world.controller.close()
+    world.close()
     (path / "status.json").write_text("{}")
     return path
 
