@@ -11,13 +11,15 @@ import importlib.util
 import itertools
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 
 from orchestrator.config.model import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, RunConfig
 from orchestrator.config.source import KeyPath
 from orchestrator.config.values import ParamValue
 from orchestrator.config.words import did_you_mean, printable, seen
-from orchestrator.jobs.table import JOB_INFO, check_param
+from orchestrator.jobs.own import UserCodeError, changes_speed
+from orchestrator.jobs.table import JOB_INFO, JobInfo, check_param, job_info
 from orchestrator.policies.tier import by_cost, is_cheaper
 
 Finding = tuple[KeyPath, str]
@@ -37,6 +39,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
     for check in (
         _storage,
         _job,
+        _function,
         _space,
         _grid,
         _algorithm,
@@ -60,18 +63,57 @@ def _storage(config: RunConfig) -> Iterator[Finding]:
         yield ("storage",), f"got {seen(config.storage)}; '~' is not expanded, write the path out"
 
 
+def _info(config: RunConfig) -> JobInfo | None:
+    """What is known of the job, None where `_job` finds that there is none."""
+    try:
+        return job_info(config.job.name)
+    except ValueError:
+        return None
+
+
 def _job(config: RunConfig) -> Iterator[Finding]:
-    if config.job.name not in JOB_INFO:
-        names = list(JOB_INFO)
-        text = f"unknown job {seen(config.job.name)}; allowed: {', '.join(names)}{did_you_mean(config.job.name, names)}"
-        yield ("job", "name"), text
+    job = config.job.name
+    try:
+        info = job_info(job)
+    except UserCodeError as error:
+        details = textwrap.indent(error.details, "    ")
+        yield ("job", "name"), f"{printable(error.text)}\n{details}" if details else printable(error.text)
         return
+    except ValueError:
+        names = list(JOB_INFO)
+        text = f"unknown job {seen(job)}; allowed: {', '.join(names)}{did_you_mean(job, names)}, or an import path"
+        yield ("job", "name"), f"{text} package.module:name of your own"
+        return
+    if config.job.kind not in {"auto", info.kind}:
+        yield ("job", "kind"), f"got {config.job.kind}, but {printable(job, 100)} is a {info.kind}; allowed: auto"
     for name, value in config.job.params.items():
-        yield from _param(config.job.name, name, [value], ("job", "params", name))
+        yield from _param(job, name, [value], ("job", "params", name))
+    given = {*config.job.params, *config.search.space}
+    missing = [param.name for param in info.params if param.is_required and param.name not in given]
+    if missing:
+        yield ("job", "params"), f"no value for {', '.join(missing)}; give it here or search it in search.space"
+
+
+def _function(config: RunConfig) -> Iterator[Finding]:
+    """What a function, of which nothing is known from outside, needs in the run file."""
+    info = _info(config)
+    if info is None or not info.is_function:
+        return
+    for name, what in (("metric", "the name of the value that it reports"), ("mode", "min or max")):
+        if getattr(config.search, name) is None:
+            yield ("search", name), f"is missing; a function needs {what}, by which trials are compared"
+    if config.dials.workers.enabled:
+        text = "got true, but the ranks of a function cannot change while it runs; allowed: false"
+        yield ("dials", "workers", "enabled"), text
+    if config.search.scheduler.name == "hyperband" and config.trial.max_reports is None:
+        yield ("trial", "max_reports"), "is null; hyperband needs the number of reports that a whole trial makes"
 
 
 def _param(job: str, name: str, values: list[ParamValue], path: KeyPath) -> Iterator[Finding]:
-    names = [param.name for param in JOB_INFO[job].params]
+    info = job_info(job)
+    names = [param.name for param in info.params]
+    if name not in names and info.takes_any:
+        return
     if name not in names:
         shown = f"'{printable(name, 60)}'"
         yield path, f"unknown parameter {shown} of job {job}; allowed: {', '.join(names)}{did_you_mean(name, names)}"
@@ -85,15 +127,15 @@ def _param(job: str, name: str, values: list[ParamValue], path: KeyPath) -> Iter
 
 
 def _space(config: RunConfig) -> Iterator[Finding]:
-    job = config.job.name
-    if job not in JOB_INFO:
+    job, info = config.job.name, _info(config)
+    if info is None:
         return
     for name, distribution in config.search.space.items():
         path: KeyPath = ("search", "space", name)
         if name in config.job.params:
             yield path, "is searched here and fixed in job.params; keep one of them"
         yield from _param(job, name, _samples(distribution), path)
-    for multiple, divisor in JOB_INFO[job].divisible:
+    for multiple, divisor in info.divisible:
         yield from _divisible(config, multiple, divisor)
 
 
@@ -126,7 +168,7 @@ def _integers(config: RunConfig, name: str) -> list[int]:
             return list(range(low, min(high, low + _MAX_PAIRS)))
         values: tuple[ParamValue, ...] = distribution.values
     else:
-        param = JOB_INFO[config.job.name].param(name)
+        param = job_info(config.job.name).param(name)
         values = (config.job.params.get(name, param.default if param else None),)
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
 
@@ -141,8 +183,10 @@ def _grid(config: RunConfig) -> Iterator[Finding]:
 
 def _scheduler(config: RunConfig) -> Iterator[Finding]:
     scheduler = config.search.scheduler
-    if isinstance(scheduler, AshaScheduler | MedianScheduler) and scheduler.grace_reports > config.trial.max_reports:
-        text = f"got {scheduler.grace_reports}; allowed: at most trial.max_reports = {config.trial.max_reports}"
+    if _info(config) is None or not isinstance(scheduler, AshaScheduler | MedianScheduler):
+        return
+    if scheduler.grace_reports > config.max_reports:
+        text = f"got {scheduler.grace_reports}; allowed: at most trial.max_reports = {config.max_reports}"
         yield ("search", "scheduler", "grace_reports"), text
 
 
@@ -163,7 +207,7 @@ def _algorithm(config: RunConfig) -> Iterator[Finding]:
 
 def _pbt(config: RunConfig) -> Iterator[Finding]:
     scheduler, path = config.search.scheduler, ("search", "scheduler", "mutate")
-    if not isinstance(scheduler, PbtScheduler) or config.job.name not in JOB_INFO:
+    if not isinstance(scheduler, PbtScheduler) or _info(config) is None:
         return
     mutable = mutable_params(config)
     for name in scheduler.mutate or ():
@@ -178,8 +222,10 @@ def _pbt(config: RunConfig) -> Iterator[Finding]:
 
 def mutable_params(config: RunConfig) -> list[str]:
     """Searched parameters that a trial can change and still load the state of another."""
-    changing = {param.name for param in JOB_INFO[config.job.name].params if param.changes_speed}
-    return [name for name in config.search.space if name not in changing]
+    info = job_info(config.job.name)
+    changing = {param.name for param in info.params if param.changes_speed}
+    known = {param.name for param in info.params}
+    return [name for name in config.search.space if name not in changing and (name in known or not changes_speed(name))]
 
 
 def _batch(config: RunConfig) -> Iterator[Finding]:
@@ -204,7 +250,8 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
             yield ("trial", "micro_batch"), text
             return
         largest = dial.max_global
-    if trial.samples_per_report < largest:
+    info = _info(config)
+    if info is not None and not info.is_function and trial.samples_per_report < largest:
         what = how if largest == batch else "dials.batch.max_global"
         text = f"got {trial.samples_per_report}; allowed: at least one step between reports, {what} = {largest}"
         yield ("trial", "samples_per_report"), text

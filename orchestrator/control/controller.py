@@ -94,7 +94,9 @@ class Controller:
             ValueError: a new trial shall go on from a commit of another run.
         """
         run = self.run
-        self.engine.emit(*resumption.submitted(run, trial_id, {**run.spec.params, **params}, wanted))
+        fixed = {name: value for name, value in run.spec.params.items() if name not in params}
+        shown = {**params, **fixed}  # those searched are shown first
+        self.engine.emit(*resumption.submitted(run, trial_id, shown, wanted))
         if run.why_no_slots:
             self.give_up(run.why_no_slots)
         self.settle()
@@ -370,6 +372,10 @@ class Controller:
             self.engine.emit(sig.TiersFound(trial_id=trial.trial_id, report=tiers))
         for mode in events.modes:
             self.engine.emit(sig.StepModeFound(trial_id=trial.trial_id, found=mode))
+        for dials in events.dials:
+            if trial.allows != dials:
+                values = {each.name: getattr(dials, each.name) for each in fields(dials)}
+                self.engine.emit(ev.DialsDeclared(trial_id=trial.trial_id, **values))
 
     def _take_ack(self, trial: Trial, ack: Ack) -> None:
         account = trial.account

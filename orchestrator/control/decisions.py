@@ -147,7 +147,7 @@ def _view(world: World, run: Run, trial: Trial, now_s: float, outlook: Outlook) 
     return TrialView(
         trial_id=trial.trial_id,
         shape=run.spec.shape(trial.params),
-        start=run.spec.start_on(trial.size),
+        start=trial.start or run.spec.start_on(trial.size),
         limits=limits_now(run, trial, now_s),
         placement=trial.account.placement,
         weight=1.0,

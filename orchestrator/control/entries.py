@@ -39,6 +39,7 @@ EVENTS: dict[str, type[Event]] = {
         ev.PlanRefused,
         ev.Offered,
         ev.Acknowledged,
+        ev.DialsDeclared,
         ev.Overridden,
         ev.Reported,
         ev.CommitPinned,

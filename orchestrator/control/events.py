@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello
 from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
 from orchestrator.policies.plan import DeviceId, Generation, Plan, Settings, TrialId
-from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.snapshot import DialLimits, Snapshot
 
 SCHEMA_VERSION = 2
 """Version of the entries that are written; older ones are read, newer ones are refused."""
@@ -294,6 +294,18 @@ class Acknowledged(Event):
     ack_s: float
     switch_s: float
     dials: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialsDeclared(Event):
+    """A training said what it allows of its dials; fields as in `orders.DialReport`."""
+
+    kind: ClassVar[str] = "dials"
+    trial_id: TrialId
+    step: int
+    start: Settings
+    limits: DialLimits
+    off: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,4 +48,7 @@ def _trial_order(world: World, run: Run, trial: Trial) -> TrialOrder:
         memory_bytes=granted_bytes(world, placement),
         probe_budget=spec.probe_budget,
         exchange_follows_tier=spec.exchange_follows_tier,
+        metric=spec.metric,
+        mode=spec.mode,
+        import_paths=spec.import_paths,
     )

@@ -61,8 +61,10 @@ def arrived(run: Run, trial: Trial, now_s: float) -> TrialResized | None:
 
 
 def limits_now(run: Run, trial: Trial, now_s: float) -> DialLimits:
-    """The limits of a trial's dials, less the numbers of ranks that were tried for in vain."""
+    """What a trial's dials can be set to: what its training allows, less the numbers of ranks tried for in vain."""
     limits = run.spec.limits
+    if trial.allows is not None:
+        return trial.allows.limits
     if limits.min_workers is None or limits.max_workers is None:
         return limits
     vain = [number for number, until_s in trial.refused.items() if until_s > now_s]

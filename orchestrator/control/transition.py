@@ -54,6 +54,7 @@ _RULES: dict[type[Event], tuple[Refusal, Change]] = {
     ev.TrialEnded: (trials.refuse_end, trials.end),
     ev.TrialResized: (trials.refuse_ended, trials.resize),
     ev.TrialSuspected: (trials.refuse_ended, trials.suspect),
+    ev.DialsDeclared: (trials.refuse_ended, trials.declare_dials),
     ev.ResumptionWanted: (trials.refuse_unknown, trials.want_on),
     sig.TokenSeen: (trials.refuse_unknown, trials.note_token),
     ev.TrialContinued: (trials.refuse_continuation, trials.go_on),

@@ -8,7 +8,7 @@ from orchestrator.control import events as ev
 from orchestrator.control import signals as sig
 from orchestrator.control.effects import Decide, DiscardCommits, Effect, StoreSteps, Warn
 from orchestrator.control.grants import Account
-from orchestrator.control.orders import Report, StopMode
+from orchestrator.control.orders import DialReport, Report, StopMode
 from orchestrator.control.world import Run, Slot, SlotState, Trial, TrialState, World
 from orchestrator.policies.fit import NOTHING_FITTED, capped, inherit, note_tiers
 from orchestrator.policies.snapshot import DeviceKind, Override, StepModeView
@@ -233,6 +233,14 @@ def suspect(_world: World, run: Run, event: ev.TrialSuspected) -> Effects:
     trial.is_suspect = True
     tell_story(trial, f"the GPU failed under it: {event.reason}")
     return ()
+
+
+def declare_dials(_world: World, run: Run, event: ev.DialsDeclared) -> Effects:
+    """What the training allows of its dials: later plans keep to that."""
+    trial = run.trials[event.trial_id]
+    trial.allows = DialReport(step=event.step, start=event.start, limits=event.limits, off=dict(event.off))
+    trial.story.append(f"at step {event.step} these dials are off: {', '.join(sorted(event.off)) or 'none'}")
+    return (Decide(),)
 
 
 def want_on(_world: World, run: Run, event: ev.ResumptionWanted) -> Effects:

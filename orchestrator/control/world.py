@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.control.gain import GainMean, Measurement, Pace
 from orchestrator.control.grants import Account
-from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello, StopMode
+from orchestrator.control.orders import DialReport, Outcome, Report, Resumption, SlotHello, StopMode
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.rungs import Rungs
 from orchestrator.control.spec import RunSpec
@@ -156,6 +156,7 @@ class Trial:
         is_resized: whether the attempt is the first with another number of ranks and has acknowledged nothing yet.
         refused: numbers of ranks that could not be had, each with the time until which they are not tried again.
         resume: dials with which it begins again after it ran out of memory.
+        allows: what its training said that it allows of its dials, None where that is all.
         account: what it may use of its devices, None in no slot.
         window: telemetry of the attempt, None in no slot.
         fit: what is learned of the attempt, None in no slot.
@@ -203,6 +204,7 @@ class Trial:
     is_resized: bool = False
     refused: dict[int, float] = field(default_factory=dict)
     resume: Settings | None = None
+    allows: DialReport | None = None
     account: Account | None = None
     window: TrialWindow | None = None
     fit: TrialFit | None = None
@@ -220,6 +222,16 @@ class Trial:
     def key(self) -> TrialKey:
         """Run and trial."""
         return self.run_id, self.trial_id
+
+    @property
+    def off(self) -> dict[str, str]:
+        """Name of each dial that its training does not have, and why."""
+        return {} if self.allows is None else dict(self.allows.off)
+
+    @property
+    def start(self) -> Settings | None:
+        """The dials that its training has of its own; None where they are those of the run file."""
+        return None if self.allows is None else self.allows.start
 
     @property
     def is_leaving(self) -> bool:

@@ -20,7 +20,16 @@ from orchestrator.config import load_config
 from orchestrator.control.entries import EVENTS
 from orchestrator.control.events import IN_JOURNAL, LEFT_OUT
 from orchestrator.control.world import SlotState, TrialState
-from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError
+from orchestrator.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_SOME_FAILED,
+    EXIT_TERMINATED,
+    ConfigError,
+    OrchestratorError,
+    UnfitEnvironmentError,
+)
 from orchestrator.policies import POLICIES
 from orchestrator.policies.plan import TrialId
 from orchestrator.share import SHARES
@@ -173,7 +182,9 @@ def test_the_exit_codes_are_those_of_the_code() -> None:
     table = section(README, "Commands").partition("| exit code")[2]
     shown = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
     errors = {OrchestratorError.exit_code, ConfigError.exit_code, UnfitEnvironmentError.exit_code}
-    assert shown == {0, cli.EXIT_FAILED, cli.EXIT_INTERRUPTED} | errors
+    ends = {EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED}
+    assert shown == ends | errors
+    assert {int(code) for code in re.findall(r"\b(\d+) [a-z]", cli.EPILOG.partition("Exit codes:")[2])} == shown
 
 
 # Make.
@@ -263,7 +274,10 @@ def environment_names() -> set[str]:
 
 def test_no_environment_variable_of_our_own_is_read() -> None:
     assert "has none of its own" in section(README, "Commands")
-    assert {name for name in environment_names() if not name.startswith(("RAY_", "TORCHINDUCTOR_"))} <= {"TERM"}
+    assert {name for name in environment_names() if not name.startswith(("RAY_", "TORCHINDUCTOR_"))} <= {
+        "TERM",
+        "TMPDIR",
+    }
 
 
 # The journal.

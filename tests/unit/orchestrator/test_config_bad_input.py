@@ -112,7 +112,7 @@ BAD: list[tuple[str, str, int, str, str]] = [
     ("choice: [48, 64]", "choice: [48, 50]", 8, "search.space.width", "a multiple of heads"),
     ("choice: [48, 64]", "choice: [48.5]", 8, "search.space.width", "allowed: int"),
     ("choice: [48, 64]", "choice: [48], grid: [64]", 8, "search.space.width", "got choice and grid"),
-    ("choice: [48, 64]", "choice: [[48]]", 8, "search.space.width.choice[0]", "got a list of 1"),
+    ("choice: [48, 64]", "choice: [[48]]", 8, "search.space.width", "got a list of 1"),
     ("choice: [48, 64]", "randint: [48, 64]", 8, "search.space.width", "a multiple of heads"),
     ("choice: [48, 64]", "grid: [16, 32, 48, 64]", 9, "search.num_trials", "the grid has 4 points"),
     ("num_trials: 6", "num_trials: 0", 9, "search.num_trials", "from 1 to"),

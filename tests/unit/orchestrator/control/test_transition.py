@@ -165,6 +165,14 @@ EVENTS_OF: dict[type[ev.Event], st.SearchStrategy[Any]] = {
         reason=TEXT,
         restart_s=st.just(None),
     ),
+    ev.DialsDeclared: st.builds(
+        ev.DialsDeclared,
+        trial_id=TRIALS,
+        step=SMALL,
+        start=SETTINGS,
+        limits=st.just(SPEC.limits),
+        off=st.sampled_from([{}, {"precision": "why"}]),
+    ),
     ev.TrialSuspected: st.builds(ev.TrialSuspected, trial_id=TRIALS, reason=TEXT),
     ev.ResumptionWanted: st.builds(
         ev.ResumptionWanted,
