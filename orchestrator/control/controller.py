@@ -82,7 +82,7 @@ class Controller:
             self.engine.emit(head)
         else:
             is_new = start_id not in self.run.start_ids
-            self.engine.emit(ev.Recovered(start_id=start_id, are_workers_gone=is_new))
+            self.engine.emit(ev.Recovered(start_id=start_id, are_workers_gone=is_new, schema=ev.SCHEMA_VERSION))
         self.engine.sync()
 
     # The search.

@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import Any, NewType, get_args, get_origin, get_type_hints
 
 from orchestrator.control import events as ev
-from orchestrator.control.events import IN_JOURNAL, LEFT_OUT, RAW, SCHEMA_VERSION, SPARSE, Event, RunBegan
+from orchestrator.control.events import IN_JOURNAL, LEFT_OUT, RAW, SCHEMA_VERSION, SPARSE, Event, Recovered, RunBegan
 from orchestrator.errors import JournalError
 from orchestrator.policies.codec import settings_from, to_jsonable
 from orchestrator.policies.plan import Settings
@@ -83,7 +83,7 @@ def decode(entry: Mapping[str, Any], run_id: str = "") -> Event:
     cls: Any = EVENTS.get(entry["kind"])
     if cls is None:
         raise ValueError(f"kind {str(entry['kind'])[:40]!r} is not one of {', '.join(EVENTS)}")
-    if cls is RunBegan and isinstance(entry["schema"], int) and entry["schema"] > SCHEMA_VERSION:
+    if cls in {RunBegan, Recovered} and int(entry.get("schema", 1)) > SCHEMA_VERSION:
         raise JournalError(
             f"the journal has schema {entry['schema']}, written by a newer version of the orchestrator; this one reads"
             f" up to {SCHEMA_VERSION}: use that version"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello
@@ -68,11 +68,15 @@ class RunBegan(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered(Event):
-    """The actor was started again; with `are_workers_gone` the whole run was, and its worker groups had ended."""
+    """The actor was started again; with `are_workers_gone` the whole run was, and its worker groups had ended.
+
+    `schema` is that of the entries from here on; journals of schema 1 do not say it.
+    """
 
     kind: ClassVar[str] = "recovered"
     start_id: str = ""
     are_workers_gone: bool
+    schema: int = field(default=1, metadata={IN_JOURNAL: SPARSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,14 +343,7 @@ class Reported(Event):
     def of(cls, trial_id: TrialId, report: Report) -> Reported:
         """The entry of a report."""
         metrics = {key: value if math.isfinite(value) else None for key, value in report.metrics.items()}
-        return cls(
-            trial_id=trial_id,
-            index=report.index,
-            step=report.step,
-            num_samples=report.num_samples,
-            metrics=metrics,
-            checkpoint=report.checkpoint,
-        )
+        return cls(trial_id=trial_id, **{**asdict(report), "metrics": metrics})
 
     @property
     def report(self) -> Report:

@@ -11,7 +11,9 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,34 +27,61 @@ from orchestrator.errors import ConfigError, JournalError
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "journal.jsonl"
+_SEAL = b'{"_crc":"%08x",'
+_SEALED = re.compile(rb'\{"_crc":"([0-9a-f]{8})",')
 EventT = TypeVar("EventT", bound=Event)
 
 
 def line_of(event: Event) -> bytes:
-    """One canonical JSON line: sorted keys, no spaces, NaN refused."""
+    """One canonical JSON line: sorted keys, no spaces, NaN refused; without its checksum."""
     return json.dumps(encode(event), sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def sealed(line: bytes) -> bytes:
+    """A canonical line with the checksum of all the rest as its first key."""
+    return _SEAL % zlib.crc32(line.rstrip(b"\n")) + line[1:]
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line, without its checksum; journals of schema 1 have none.
+
+    Raises:
+        ValueError: it is no JSON object, or not what was written.
+    """
+    match = _SEALED.match(line)
+    if match is not None:
+        line = b"{" + line[match.end() :]
+        if zlib.crc32(line) != int(match[1], 16):
+            raise ValueError("its checksum does not fit")
+    entry = json.loads(line)
+    if not isinstance(entry, dict):
+        raise ValueError("it is no JSON object")
+    return entry
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Entries of a journal as JSON objects, oldest first; stops before a torn last line.
 
     Raises:
-        JournalError: there is no such file, or a line before the last is damaged.
+        JournalError: there is no such file, a line before the last is damaged, or one is missing.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise JournalError(f"cannot read the journal {path}: {error.strerror}") from error
     lines = data.split(b"\n")
+    last = 0
     for number, line in enumerate(lines, start=1):
         if number == len(lines):  # what follows the last newline: empty, or torn
             return
         try:
-            entry = json.loads(line)
+            entry = parse(line)
         except ValueError as error:
-            raise JournalError(
-                f"{path}:{number}: damaged journal line ({error}); entries before it are intact"
-            ) from error
+            raise _damaged(path, number, str(error)) from error
+        seq = entry.get("seq")
+        if last and isinstance(seq, int) and seq != last + 1:
+            raise _damaged(path, number, f"entry {last} is followed by entry {seq}")
+        last = seq if isinstance(seq, int) else 0
         yield entry
 
 
@@ -68,9 +97,14 @@ def read_events(path: Path) -> Iterator[Event]:
         try:
             yield decode(entry, run_id)
         except (KeyError, TypeError, ValueError) as error:
-            raise JournalError(
-                f"{path}:{number}: damaged journal line ({type(error).__name__}: {error}); entries before it are intact"
-            ) from error
+            raise _damaged(path, number, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(path: Path, number: int, why: str) -> JournalError:
+    return JournalError(
+        f"{path}:{number}: damaged journal line ({why}); entries before it are intact; see what can be saved with:"
+        f" orchestrator repair {path.parent}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +145,7 @@ def read_history(run_dir: Path) -> History:
     damage: list[str] = []
     for number, line in enumerate(lines, start=1):
         try:
-            entries.append(decode(json.loads(line)))
+            entries.append(decode(parse(line)))
         except (KeyError, TypeError, ValueError) as error:
             damage.append(f"line {number} is damaged: {type(error).__name__} {str(error)[:100]}")
     for before, after in pairwise(entries):
@@ -130,7 +164,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         _drop_torn_tail(path)
-        self._next_seq = 1 + sum(1 for _ in read(path)) if path.exists() else 1
+        self._next_seq = 1 + _last_seq(path)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._size = self._synced_size = os.fstat(self._file).st_size
         self._unsynced: list[bytes] = []
@@ -149,7 +183,7 @@ class Journal:
         Raises:
             JournalError: they were not written; the file is as it was.
         """
-        lines = [line_of(replace(event, seq=self._next_seq + index)) for index, event in enumerate(events)]
+        lines = [sealed(line_of(replace(event, seq=self._next_seq + index))) for index, event in enumerate(events)]
         with self._lock:
             self._mend()
             self._write(b"".join(lines))
@@ -185,7 +219,7 @@ class Journal:
 
     def _write(self, data: bytes) -> None:
         """Write all of it, or leave the file as it was."""
-        written, why = 0, "the disk took only a part of it"
+        written, why = 0, "the disk took only a part"
         try:
             written = os.write(self._file, data)
         except OSError as error:
@@ -212,6 +246,16 @@ class Journal:
         except OSError as error:
             raise JournalError(f"cannot cut the journal {self._path}: {error.strerror}") from error
         self._is_intact = True
+
+
+def _last_seq(path: Path) -> int:
+    """Number of the last entry, 0 where there is none.
+
+    Raises:
+        JournalError: the journal is damaged.
+    """
+    numbers = [entry.get("seq", number) for number, entry in enumerate(read(path) if path.exists() else (), start=1)]
+    return int(numbers[-1]) if numbers else 0
 
 
 def _drop_torn_tail(path: Path) -> int:
