@@ -25,7 +25,7 @@ from orchestrator.config.model import JobSection
 from orchestrator.config.render import scalar
 from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
-from orchestrator.control.journal import Journal, read_events
+from orchestrator.control.journal import Journal, has_entries, read_run
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
@@ -147,8 +147,8 @@ def require_history(run_dir: Path) -> None:
         JournalError: it is damaged, or a newer version wrote it.
     """
     journal = run_dir / JOURNAL_NAME
-    if journal.exists() and journal.stat().st_size:
-        for _ in read_events(journal):
+    if has_entries(run_dir):
+        for _ in read_run(run_dir):
             pass
         return
     status = read_status(run_dir / STATUS_NAME) or {}

@@ -331,6 +331,7 @@ class PolicyActor:
         finally:
             controller.engine.telemetry.append_devices(self._status.sample_devices())
             controller.engine.telemetry.flush()
+            controller.engine.rotate()
             self._write_status()
 
     def _write_status(self) -> None:

@@ -27,6 +27,8 @@ from orchestrator.errors import ConfigError, JournalError
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "journal.jsonl"
+_ROTATED = "journal-"
+"""How the name of a file that is full begins; the number of its last entry follows."""
 _SEAL = b'{"_crc":"%08x",'
 _SEALED = re.compile(rb'\{"_crc":"([0-9a-f]{8})",')
 EventT = TypeVar("EventT", bound=Event)
@@ -100,6 +102,40 @@ def read_events(path: Path) -> Iterator[Event]:
             raise _damaged(path, number, f"{type(error).__name__}: {error}") from error
 
 
+def segments(run_dir: Path) -> list[Path]:
+    """The files of a journal, oldest first; the last one is written to, and may not be there yet."""
+    return [*sorted(run_dir.glob(f"{_ROTATED}*.jsonl")), run_dir / FILE_NAME]
+
+
+def has_entries(run_dir: Path) -> bool:
+    """Whether a run has a journal with anything in it."""
+    return any(path.exists() and path.stat().st_size for path in segments(run_dir))
+
+
+def read_run(run_dir: Path, behind: int = 0) -> Iterator[Event]:
+    """The events of a run's journal behind entry `behind`, oldest first.
+
+    Raises:
+        JournalError: a line is damaged, or one is missing.
+    """
+    last = behind
+    for path in segments(run_dir):
+        if not path.exists() or 0 < _last_of_name(path) <= behind:
+            continue
+        for event in read_events(path):
+            if event.seq <= behind:
+                continue
+            if event.seq != last + 1:
+                raise _damaged(path, 1, f"entry {last} is followed by entry {event.seq}")
+            last = event.seq
+            yield event
+
+
+def _last_of_name(path: Path) -> int:
+    """Number of the last entry of a file that is full; 0 for the one that is written to."""
+    return int(path.stem.removeprefix(_ROTATED)) if path.name != FILE_NAME else 0
+
+
 def _damaged(path: Path, number: int, why: str) -> JournalError:
     return JournalError(
         f"{path}:{number}: damaged journal line ({why}); entries before it are intact; see what can be saved with:"
@@ -133,21 +169,27 @@ def read_history(run_dir: Path) -> History:
         ConfigError: there is none: the directory is no run.
         JournalError: a newer version wrote it.
     """
-    try:
-        data = (run_dir / FILE_NAME).read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"{run_dir} is not a run directory: cannot read {FILE_NAME} ({error.strerror});"
-            " give the directory that the run printed as its last line, or see `orchestrator list`"
-        ) from error
-    *lines, tail = data.split(b"\n")
     entries: list[Event] = []
     damage: list[str] = []
-    for number, line in enumerate(lines, start=1):
+    tail = b""
+    files = [path for path in segments(run_dir) if path.exists() or path.name == FILE_NAME]
+    for path in files:
         try:
-            entries.append(decode(parse(line)))
-        except (KeyError, TypeError, ValueError) as error:
-            damage.append(f"line {number} is damaged: {type(error).__name__} {str(error)[:100]}")
+            data = path.read_bytes()
+        except OSError as error:
+            if path.name == FILE_NAME and len(files) > 1:
+                break  # the file before it is full, and nothing has happened since
+            raise ConfigError(
+                f"{run_dir} is not a run directory: cannot read {path.name} ({error.strerror});"
+                " give the directory that the run printed as its last line, or see `orchestrator list`"
+            ) from error
+        *lines, tail = data.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                entries.append(decode(parse(line)))
+            except (KeyError, TypeError, ValueError) as error:
+                place = "" if path.name == FILE_NAME else f" of {path.name}"
+                damage.append(f"line {number}{place} is damaged: {type(error).__name__} {str(error)[:100]}")
     for before, after in pairwise(entries):
         if after.seq != before.seq + 1:
             damage.append(f"entry {before.seq} is followed by entry {after.seq}")
@@ -165,12 +207,22 @@ class Journal:
         self._path = path
         _drop_torn_tail(path)
         self._next_seq = 1 + _last_seq(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._file = self._open()
         self._size = self._synced_size = os.fstat(self._file).st_size
         self._unsynced: list[bytes] = []
         self._is_intact = True
         self._lock = threading.Lock()
         _sync_directory(path.parent)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that is written to."""
+        return self._size
+
+    @property
+    def last_seq(self) -> int:
+        """Number of the newest entry; 0 before the first."""
+        return self._next_seq - 1
 
     @property
     def is_synced(self) -> bool:
@@ -210,12 +262,25 @@ class Journal:
             self._synced_size = size
             del self._unsynced[:num_lines]
 
+    def rotate(self) -> None:
+        """Go on in a new file; what was written so far must be on disk."""
+        assert self.is_synced
+        with self._lock:
+            self._path.rename(self._path.with_name(f"{_ROTATED}{self.last_seq:012}.jsonl"))
+            full, self._file = self._file, self._open()
+            os.close(full)
+            self._size = self._synced_size = 0
+        _sync_directory(self._path.parent)
+
     def close(self) -> None:
         """Sync and close; a closed journal takes no more entries."""
         try:
             self.sync()
         finally:
             os.close(self._file)
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def _write(self, data: bytes) -> None:
         """Write all of it, or leave the file as it was."""
@@ -249,13 +314,14 @@ class Journal:
 
 
 def _last_seq(path: Path) -> int:
-    """Number of the last entry, 0 where there is none.
+    """Number of the last entry of a journal whose newest file is `path`; 0 where there is none.
 
     Raises:
-        JournalError: the journal is damaged.
+        JournalError: that file is damaged.
     """
     numbers = [entry.get("seq", number) for number, entry in enumerate(read(path) if path.exists() else (), start=1)]
-    return int(numbers[-1]) if numbers else 0
+    full = [_last_of_name(each) for each in segments(path.parent)] if path.name == FILE_NAME else []
+    return int(numbers[-1]) if numbers else max(full, default=0)
 
 
 def _drop_torn_tail(path: Path) -> int:

@@ -8,6 +8,7 @@ Called by the command `repair`, on a run that nobody runs.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 from orchestrator.control.effects import Refused
 from orchestrator.control.entries import decode
 from orchestrator.control.events import Event, Reported, RunBegan
-from orchestrator.control.journal import FILE_NAME, line_of, parse, sealed
+from orchestrator.control.journal import FILE_NAME, line_of, parse, sealed, segments
+from orchestrator.control.snapshots import FILE_NAME as SNAPSHOT_NAME
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.transition import apply
 from orchestrator.control.world import World
@@ -37,7 +39,7 @@ class Repair:
         damage: one sentence per line that could not be read.
         impossible: one sentence per entry that cannot have happened without them.
         num_restored: reports that were taken from the table of results.
-        kept_as: where the damaged journal is now; None where nothing was wrong.
+        kept_as: the directory where the damaged journal is now; None where nothing was wrong.
     """
 
     num_lines: int
@@ -55,18 +57,17 @@ def repair(run_dir: Path) -> Repair:
         ConfigError: there is no journal.
         JournalError: its first line, which says what the run is, cannot be read, or a newer version wrote it.
     """
-    path = run_dir / FILE_NAME
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise ConfigError(f"{run_dir} has no {FILE_NAME} to repair ({error.strerror})") from error
+    files = [path for path in segments(run_dir) if path.exists()]
+    if not files:
+        raise ConfigError(f"{run_dir} has no {FILE_NAME} to repair")
+    lines = [line for path in files for line in path.read_bytes().split(b"\n")[:-1]]
     damage: list[str] = []
     events = list(_readable(lines, damage))
     if not events or not isinstance(events[0], RunBegan):
         why = damage[0] if damage else "it is empty"
         raise JournalError(
-            f"{path} cannot be repaired: its first line, which says what the run is, is not there ({why}); begin a new"
-            " run under another name, the checkpoints of this one stay where they are"
+            f"{files[0]} cannot be repaired: its first line, which says what the run is, is not there ({why}); begin a"
+            " new run under another name, the checkpoints of this one stay where they are"
         )
     kept = _Kept(events[0], run_dir)
     for event in events:
@@ -80,11 +81,15 @@ def repair(run_dir: Path) -> Repair:
     )
     if not damage and [event.seq for event in events] == list(range(1, len(events) + 1)):
         return found
-    names = (run_dir / f"journal.damaged-{number}.jsonl" for number in itertools.count(1))
+    names = (run_dir / f"journal.damaged-{number}" for number in itertools.count(1))
     aside = next(each for each in names if not each.exists())
-    aside.write_bytes(path.read_bytes())
+    aside.mkdir()
+    for path in files:
+        shutil.copy2(path, aside)
     numbered = (replace(event, seq=number) for number, event in enumerate(kept.events, start=1))
-    write_atomically(path, b"".join(sealed(line_of(event)) for event in numbered).decode())
+    write_atomically(run_dir / FILE_NAME, b"".join(sealed(line_of(event)) for event in numbered).decode())
+    for path in [*files[:-1], run_dir / SNAPSHOT_NAME]:
+        path.unlink(missing_ok=True)
     return replace(found, kept_as=aside)
 
 

@@ -37,6 +37,7 @@ def begin_run(_world: World, run: Run, event: ev.RunBegan) -> Effects:
 def recover(world: World, run: Run, event: ev.Recovered) -> Effects:
     """The actor was started again. Where the whole run was, its worker groups have ended, at no charge to trials."""
     run.start_ids.append(event.start_id)
+    run.why_no_slots = ""
     run.rungs.begin_again(run.trials, is_search_new=event.are_workers_gone)
     if not event.are_workers_gone:
         return (Decide(),)
