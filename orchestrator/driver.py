@@ -28,7 +28,7 @@ from orchestrator.config.render import scalar
 from orchestrator.config.source import read_text
 from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
-from orchestrator.control.journal import Journal
+from orchestrator.control.journal import Journal, has_entries, read_run
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
@@ -179,9 +179,12 @@ def require_history(run_dir: Path) -> None:
 
     Raises:
         ConfigError: its journal is empty or gone.
+        JournalError: it is damaged, or a newer version wrote it.
     """
     journal = run_dir / JOURNAL_NAME
-    if journal.exists() and journal.stat().st_size:
+    if has_entries(run_dir):
+        for _ in read_run(run_dir):
+            pass
         return
     status = read_status(run_dir / STATUS_NAME) or {}
     if any(path.name != "warm-up" for path in run_dir.glob("trials/*")) or status.get("trials"):
@@ -411,6 +414,6 @@ def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     if not (run_dir / JOURNAL_NAME).exists():
         return
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
-    journal.append(RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks))
+    journal.append([RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks)])
     journal.close()
     evidence.record_or_not(run_dir)

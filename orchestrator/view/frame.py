@@ -223,6 +223,8 @@ def _title(
     if age_s > STALE_AFTER_S and _state(status) in {"starting", "running", "stopping"}:
         text = f"no news for {show_seconds(age_s)}: the run may have crashed; `orchestrator resume` takes it up"
         lines.append(_line(text, Role.FAILED, width))
+    elif status.get("trouble"):
+        lines.append(_line(f"nothing is decided: {clean(status['trouble'])}", Role.FAILED, width))
     return lines
 
 

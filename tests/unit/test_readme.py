@@ -17,9 +17,9 @@ import yaml
 
 from orchestrator import cli
 from orchestrator.config import load_config
-from orchestrator.control.events import EVENTS, IN_JOURNAL, LEFT_OUT
-from orchestrator.control.lifecycle import SlotState, TrialState
-from orchestrator.control.status import StatusWriter
+from orchestrator.control.entries import EVENTS
+from orchestrator.control.events import IN_JOURNAL, LEFT_OUT
+from orchestrator.control.world import SlotState, TrialState
 from orchestrator.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -322,7 +322,7 @@ def status(tmp_path: Path) -> dict[str, Any]:
     world.controller.submit(TrialId("trial-00000"), {})
     world.attach("slot-0")
     world.decide()
-    return StatusWriter(world.controller.state).now()
+    return world.status().now()
 
 
 def test_every_key_of_the_status_is_listed(status: dict[str, Any]) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.journal import FILE_NAME, read
-from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Status, StopMode
 from orchestrator.control.spec import StopRule
+from orchestrator.control.world import TrialState
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.simulator.search import stops
 from orchestrator.telemetry.store import read_table
@@ -45,7 +45,7 @@ class Search:
             trial_id = TrialId(name)
             self.workers[trial_id] = self.world.attach(f"slot-{name}")
             self.world.controller.submit(trial_id, {})
-            self.world.controller.answer(trial_id, 0)
+            self.world.ask(trial_id, 0)
         self.world.decide()
         for worker in self.workers.values():
             worker.obey(0)  # no step yet, so that no pace is known
@@ -60,7 +60,7 @@ class Search:
     def ask(self, name: str, index: int = 0) -> bool:
         """Whether the search is told of that report now; a trial that is told is judged at once."""
         trial_id = TrialId(name)
-        answer = self.world.controller.answer(trial_id, index)
+        answer = self.world.ask(trial_id, index)
         if answer is None or answer.report is None:
             return False
         self.told.append(trial_id)
@@ -71,13 +71,13 @@ class Search:
             self.world.controller.release(trial_id)
         else:
             self.passed.append(trial_id)
-            self.world.controller.answer(trial_id, index + 1)
+            self.world.ask(trial_id, index + 1)
         return True
 
     def ask_woken(self, index: int = 0) -> None:
         """Ask for those that the actor wakes, until it wakes nobody who was not told."""
         while True:
-            _, woken = self.world.controller.take_changes()
+            _, woken = self.world.take_changes()
             if not [name for name in sorted(woken) if name not in self.told and self.ask(name, index)]:
                 return
 
@@ -195,32 +195,32 @@ def test_who_is_about_to_come_is_waited_for_whenever_it_began(tmp_path: Path) ->
 
 def test_the_next_is_told_when_the_one_before_was_judged_or_has_kept_silent_for_long(tmp_path: Path) -> None:
     found = at_their_rung(tmp_path, c=3.0, b=2.0, a=1.0)
-    controller = found.world.controller
-    assert [controller.answer(TrialId(name), 0) is None for name in "cba"] == [True, True, False]
-    assert controller.answer(TrialId("c"), 0) is None, "the search has not said what becomes of the best"
-    controller.answer(TrialId("a"), 1)
-    assert TrialId("c") in controller.take_changes()[1]
-    assert controller.answer(TrialId("c"), 0) is not None
-    assert controller.answer(TrialId("b"), 0) is None
+    world = found.world
+    assert [world.ask(TrialId(name), 0) is None for name in "cba"] == [True, True, False]
+    assert world.ask(TrialId("c"), 0) is None, "the search has not said what becomes of the best"
+    world.ask(TrialId("a"), 1)
+    assert TrialId("c") in world.take_changes()[1]
+    assert world.ask(TrialId("c"), 0) is not None
+    assert world.ask(TrialId("b"), 0) is None
     found.world.clock.advance(2.1)
-    assert controller.answer(TrialId("b"), 0) is not None
+    assert world.ask(TrialId("b"), 0) is not None
 
 
 def test_who_comes_while_others_are_told_is_told_behind_them(tmp_path: Path) -> None:
     found = search(tmp_path)
-    controller = found.world.controller
+    world = found.world
     found.begin("a", "b", "c")
     found.world.clock.advance(STRETCH_S)
     found.report("b", 2.0)
     found.report("c", 3.0)
     found.world.clock.advance(STRETCH_S)
-    assert controller.answer(TrialId("b"), 0) is not None
+    assert world.ask(TrialId("b"), 0) is not None
     found.report("a", 1.0)
-    controller.answer(TrialId("b"), 1)
-    assert controller.answer(TrialId("a"), 0) is None
-    assert controller.answer(TrialId("c"), 0) is not None
-    controller.release(TrialId("c"))
-    assert controller.answer(TrialId("a"), 0) is not None
+    world.ask(TrialId("b"), 1)
+    assert world.ask(TrialId("a"), 0) is None
+    assert world.ask(TrialId("c"), 0) is not None
+    world.controller.release(TrialId("c"))
+    assert world.ask(TrialId("a"), 0) is not None
 
 
 def test_a_report_that_was_told_is_told_again_to_whoever_asks_again(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_report_that_was_told_is_told_again_to_whoever_asks_again(tmp_path: Pa
     found.ask_woken()
     assert len(found.told) == 2
     for name in ("a", "b"):
-        assert found.world.controller.answer(TrialId(name), 0) is not None
+        assert found.world.ask(TrialId(name), 0) is not None
 
 
 def test_who_is_stopped_while_it_waits_holds_nobody_up(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_who_was_stopped_while_it_waited_keeps_later_ones_from_nothing(tmp_path:
     found.world.clock.advance(STRETCH_S)
     found.report("a", 1.0)
     found.world.controller.release(TrialId("a"))
-    found.world.controller.take_changes()  # nobody is there to ask
+    found.world.take_changes()  # nobody is there to ask
     found.world.clock.advance(STRETCH_S)
     found.begin("c", "d")
     found.world.clock.advance(STRETCH_S)
@@ -265,12 +265,14 @@ def test_who_was_stopped_while_it_waited_keeps_later_ones_from_nothing(tmp_path:
 def test_an_interrupted_run_lets_nobody_wait(tmp_path: Path) -> None:
     found = waiting(tmp_path)
     found.world.controller.interrupt()
-    assert found.world.controller.answer(TrialId("b"), 0) is not None
+    assert found.world.ask(TrialId("b"), 0) is not None
 
 
 def test_a_restarted_actor_tells_what_waited(tmp_path: Path) -> None:
     found = waiting(tmp_path)
     found.world.restart()
+    assert not found.ask("b"), "it goes on waiting for the others"
+    found.world.clock.advance(LATEST_S)
     assert found.ask("b")
 
 
@@ -317,11 +319,11 @@ def test_a_report_that_only_the_journal_had_when_the_actor_died_is_in_the_table_
     found.world.restart()
     for name, loss in (("a", 1.0), ("b", 2.0)):
         found.report(name, loss)
-    controller = found.world.controller
-    controller.telemetry.flush()
+    world = found.world
+    world.flush()
     rows = read_table(Path(found.world.spec.run_dir) / "telemetry", TableKind.RESULTS).table.to_pylist()
     assert [(row["trial_id"], row["index"]) for row in rows] == [("a", 0), ("b", 0)]
-    assert [len(trial.reports) for trial in controller.state.lifecycle.trials.values()] == [1, 1]
+    assert [len(trial.reports) for trial in world.controller.run.trials.values()] == [1, 1]
 
 
 def test_where_a_rung_has_judged_others_what_they_were_counts(tmp_path: Path) -> None:
@@ -345,15 +347,15 @@ def test_where_a_rung_has_judged_others_what_they_were_counts(tmp_path: Path) ->
 
 def test_a_trial_that_fails_while_its_report_waits_has_failed_for_the_search_too(tmp_path: Path) -> None:
     found = search(tmp_path)
-    controller = found.world.controller
+    world = found.world
     found.begin("a", "b")
     found.world.clock.advance(STRETCH_S)
     found.report("a", 1.0)
     found.workers[TrialId("a")].finish(Status.FAILED, "its data is gone")
-    answer = controller.answer(TrialId("a"), 0)
+    answer = world.ask(TrialId("a"), 0)
     assert answer is not None
     assert not answer.is_last
-    answer = controller.answer(TrialId("a"), 1)
+    answer = world.ask(TrialId("a"), 1)
     assert answer is not None
     assert (answer.state, answer.report, answer.reason) == (TrialState.FAILED, None, "its data is gone")
 

@@ -7,10 +7,10 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.control.ledger import Ledger
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.policies.tier import Tier
+from tests.unit.orchestrator.control.books import Books
 
 GPU = DeviceView(device_id=DeviceId("cuda:0"), node_id="n", kind=DeviceKind.CUDA, units=15)
 
@@ -29,19 +29,19 @@ def plan(generation: int, shares: dict[str, float]) -> Plan:
     return Plan(generation=Generation(generation), allocations=rows, reason="a test's")
 
 
-def ledger(*trials: str) -> Ledger:
-    made = Ledger()
+def ledger(*trials: str) -> Books:
+    made = Books()
     made.set_devices((GPU,))
     for trial in trials:
         made.open_line(TrialId(trial), (GPU.device_id,))
     return made
 
 
-def held(made: Ledger) -> dict[str, set[int]]:
+def held(made: Books) -> dict[str, set[int]]:
     return {key: line.held_units(GPU.device_id) for key, line in made.lines.items()}
 
 
-def assert_disjoint(made: Ledger) -> None:
+def assert_disjoint(made: Books) -> None:
     units = [unit for groups in held(made).values() for unit in groups]
     assert len(units) == len(set(units)), held(made)
 

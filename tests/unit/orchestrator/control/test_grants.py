@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.control.ledger import Ledger
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.policies.tier import Tier
+from tests.unit.orchestrator.control.books import Books
 
 A, B, C = TrialId("a"), TrialId("b"), TrialId("c")
 DEVICE = DeviceView(device_id=DeviceId("cpu:0"), node_id="n", kind=DeviceKind.CPU, units=4)
@@ -32,8 +32,8 @@ def plan(generation: int, **shares: float) -> Plan:
     return Plan(generation=Generation(generation), allocations=allocations, reason="because")
 
 
-def ledger(*trials: TrialId) -> Ledger:
-    result = Ledger()
+def ledger(*trials: TrialId) -> Books:
+    result = Books()
     result.set_devices((DEVICE,))
     for trial in trials:
         result.open_line(trial, (DEVICE.device_id,))

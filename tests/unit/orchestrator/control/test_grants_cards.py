@@ -7,10 +7,10 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.control.ledger import Ledger
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.policies.tier import Tier
+from tests.unit.orchestrator.control.books import Books
 
 CARDS = tuple(
     DeviceView(device_id=DeviceId(f"cuda:{name}"), node_id="n", kind=DeviceKind.CUDA, units=15) for name in "ab"
@@ -19,7 +19,7 @@ A, B = (card.device_id for card in CARDS)
 PLACEMENTS = ((A, B), (B, A), (A,), (B,))
 
 
-def plan(generation: int, made: Ledger, weights: dict[TrialId, float]) -> Plan:
+def plan(generation: int, made: Books, weights: dict[TrialId, float]) -> Plan:
     """Shares in those proportions, as large as both GPUs allow."""
     loads = [sum(weight * made.lines[key].placement.count(card) for key, weight in weights.items()) for card in (A, B)]
     most = max(*loads, 1e-9)
@@ -42,7 +42,7 @@ def plan(generation: int, made: Ledger, weights: dict[TrialId, float]) -> Plan:
     return Plan(generation=Generation(generation), allocations=rows, reason="a test's")
 
 
-def assert_within(made: Ledger) -> None:
+def assert_within(made: Books) -> None:
     for card in (A, B):
         assert made.held(card) <= 1.0 + 1e-6
         units = [unit for line in made.lines.values() for unit in line.held_units(card)]
@@ -52,7 +52,7 @@ def assert_within(made: Ledger) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 6))
 def test_two_gpus_are_never_over_committed_and_ranks_get_as_many_groups(seed: int, num_trials: int) -> None:
-    draw, made = random.Random(seed), Ledger()
+    draw, made = random.Random(seed), Books()
     made.set_devices(CARDS)
     for number in range(num_trials):
         made.open_line(TrialId(f"t{number}"), draw.choice(PLACEMENTS))
