@@ -55,7 +55,7 @@ _LOOPBACK_LINKS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _TOKEN_NAMES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _TOKEN = secrets.token_hex(32)
 """Of the clusters that this process starts: Ray reads a token once per process and keeps it."""
-_RAY_PROCESSES = ("gcs_server", "raylet")
+_RAY_PROCESSES = frozenset({"gcs_server", "raylet"})
 
 _is_starting = threading.Event()
 

@@ -17,7 +17,7 @@ from orchestrator.cluster import RayCluster, StartGivenUpError
 from orchestrator.config.model import ClusterSection
 from orchestrator.errors import UnfitEnvironmentError
 
-Start = Callable[..., None]
+Start = Callable[..., object]
 
 
 @pytest.fixture
@@ -122,9 +122,12 @@ def test_a_place_for_sockets_that_is_missing_is_said_with_what_was_tried(
         raise OSError("/tmp: Read-only file system; /var/tmp: Permission denied")
 
     monkeypatch.setattr(cluster, "make_home", nowhere)
-    with pytest.raises(
-        UnfitEnvironmentError, match=r"no place for Ray's sockets \(/tmp: Read-only .*allowed: one of these"
-    ), new(tmp_path).opened():
+    with (
+        pytest.raises(
+            UnfitEnvironmentError, match=r"no place for Ray's sockets \(/tmp: Read-only .*allowed: one of these"
+        ),
+        new(tmp_path).opened(),
+    ):
         pytest.fail("it did not start")
 
 
@@ -150,11 +153,13 @@ def test_rays_processes_are_in_groups_of_their_own_and_other_children_are_not() 
     assert as_ray_does() == "False"
 
 
-def test_a_server_of_ray_that_ended_is_noticed(starts: Callable[[Start], None], tmp_path: Path) -> None:
+def test_a_server_of_ray_that_ended_is_noticed(
+    starts: Callable[[Start], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     servers: list[subprocess.Popen[bytes]] = []
     starts(lambda *_, **__: servers.append(subprocess.Popen(["/bin/sleep", "60"])))
     one = new(tmp_path)
-    cluster_names, cluster._RAY_PROCESSES = cluster._RAY_PROCESSES, ("sleep",)
+    monkeypatch.setattr(cluster, "_RAY_PROCESSES", frozenset({"sleep"}))
     try:
         with one.opened():
             assert one.is_there
@@ -165,5 +170,5 @@ def test_a_server_of_ray_that_ended_is_noticed(starts: Callable[[Start], None], 
             with pytest.raises(UnfitEnvironmentError, match="a process of Ray ended while the run went on"):
                 one.require()
     finally:
-        cluster._RAY_PROCESSES = cluster_names
+        servers[0].kill()
         servers[0].wait()
