@@ -12,7 +12,7 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
@@ -80,7 +80,13 @@ def _drive(resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet
     """One start of a run, with output that lasts and signals that are taken from the first moment on."""
     driver = _Driver(resolved, run_dir)
     with driver.interrupts.taken(), lasting_output(run_dir / LOG_NAME, is_quiet=is_quiet):
-        code = driver.execute(plain)
+        try:
+            code = driver.execute(plain)
+        except OrchestratorError as error:
+            if not driver.is_stuck:
+                raise
+            say_last(f"error: {error}")
+            code = error.exit_code
     if is_quiet:
         say(str(run_dir))
     if driver.is_stuck:  # a thread of Ray waits for what is gone; the interpreter would wait for the thread
@@ -213,6 +219,7 @@ class _Driver:
         self.interrupts, self.is_stuck = Interrupts(), False
         self._last_resort = LastResort(self.interrupts, self._end_hard, self.leave)
         self._view: LiveView | None = None
+        self._thaw: Callable[[], None] = lambda: None
         self._has_ended = threading.Lock()
 
     def execute(self, plain: bool | None) -> int:
@@ -279,6 +286,7 @@ class _Driver:
             killing = threading.Thread(target=ray.kill, args=(self._plane.policy,), daemon=True)
             killing.start()
             killing.join(2.0)
+        self._thaw()  # nobody writes the search's state any more
         code = self._last_word("interrupted", dict(_NOTHING))
         say_last(f"the run in {self._run_dir} did not end in time and was ended")
         return code
@@ -328,11 +336,13 @@ class _Driver:
                 say("interrupted: trials write a checkpoint and leave; once more to stop at once")
                 self._last_resort.allow(_GRACE_S + ENDING_S)
                 search.freeze()
+                self._thaw = search.thaw
                 plane.interrupt(lambda: self._wish_to_stop() is StopKind.NOW)
                 self._last_resort.allow(ENDING_S)
                 search.interrupt()
                 search.join(_GRACE_S)
                 search.thaw()
+                self._thaw = lambda: None
                 return "interrupted"
         if search.error is not None:
             logger.error("the search failed: %s", search.error)

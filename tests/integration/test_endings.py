@@ -57,7 +57,7 @@ def test_a_run_goes_on_without_its_terminal_and_is_seen_by_nobody_else(tmp_path:
     run.wait_until(lambda: len(run.of("result")) >= 1, "a report")
     os.killpg(run.process.pid, signal.SIGHUP)
     listening = {
-        connection.laddr.ip
+        connection.laddr.ip.removeprefix("::ffff:")
         for process in tree_of(run.process.pid)
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN

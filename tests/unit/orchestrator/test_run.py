@@ -17,7 +17,7 @@ import pytest
 from orchestrator import run
 from orchestrator.cluster import StartGivenUpError
 from orchestrator.config import ResolvedRun, load_config
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, UnfitEnvironmentError
 
 
 class Policy:
@@ -198,3 +198,37 @@ def test_a_quota_of_the_container_counts_as_its_cores(tmp_path: Path, monkeypatc
     if len(os.sched_getaffinity(0)) > 1:
         assert run.within_quota(resolved).config.cluster.num_cpus == 1
     assert resolved.config.cluster.num_cpus is None, "the run file says nothing of it"
+
+
+def test_the_last_resort_ends_everything_and_leaves_a_run_that_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({"state": "stopping", "trials": []}))
+    (tmp_path / "journal.jsonl").write_text("")
+    removed: list[Path] = []
+    monkeypatch.setattr(run, "remove_home", lambda home: removed.append(home) or 0)
+    driver._ray.home = tmp_path / "home"
+    thawed: list[bool] = []
+    driver._thaw = lambda: thawed.append(True)
+    driver.interrupts.note(signal.SIGTERM)
+    assert driver._end_hard() == 143
+    assert (removed, thawed) == ([tmp_path / "home"], [True])
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "interrupted"
+    assert "did not end in time and was ended" in capsys.readouterr().err
+
+
+def test_a_run_whose_ray_is_stuck_says_its_error_and_ends_the_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved, left = resolved_run(tmp_path / "runs"), []
+
+    def fail(driver: run._Driver, _plain: bool | None) -> int:
+        driver.is_stuck = True
+        raise UnfitEnvironmentError("a process of Ray ended")
+
+    monkeypatch.setattr(run._Driver, "execute", fail)
+    monkeypatch.setattr(run._Driver, "leave", lambda _driver, code: left.append(code))
+    assert run._drive(resolved, tmp_path, plain=True) == 3
+    assert left == [3]
+    assert "error: a process of Ray ended" in capfd.readouterr().err
