@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stop": ("orchestrator.commands.runs", "Stop a run so that it can be resumed."),
     "resume": ("orchestrator.commands.runs", "Go on with a stopped or broken run."),
     "explain": ("orchestrator.commands.after", "Explain a decision: what was weighed, chosen and gained."),
+    "export": ("orchestrator.commands.after", "Write the best trial's model as files that plain PyTorch loads."),
     "verify": ("orchestrator.commands.after", "Check a run's journal and telemetry for violations."),
     "simulate": ("orchestrator.commands.simulate", "Simulate a workload, or take a run's decisions again."),
     "doctor": ("orchestrator.commands.machine", "Check this machine: versions, devices, ports, disk."),

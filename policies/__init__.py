@@ -20,6 +20,7 @@ from orchestrator.policies.fit import (
     Observation,
     TrialFit,
     inherit,
+    missing,
     noise_scale,
     pool,
     predict_step_s,
@@ -31,6 +32,7 @@ from orchestrator.policies.goodput import efficiency, gain
 from orchestrator.policies.goodput_joint import GoodputJoint
 from orchestrator.policies.goodput_policy import Goodput
 from orchestrator.policies.invariants import Violation, check
+from orchestrator.policies.known import known_fit
 from orchestrator.policies.optimus import Optimus
 from orchestrator.policies.plan import (
     EMPTY_PLAN,
@@ -61,7 +63,7 @@ from orchestrator.policies.snapshot import (
     Snapshot,
     TrialView,
 )
-from orchestrator.policies.speed import Prediction
+from orchestrator.policies.speed import KnownLine, KnownSpeed, Prediction
 from orchestrator.policies.static import Static
 from orchestrator.policies.tier import NAMED_TIERS, TIER_FACTS, Tier, TierFacts, is_cheaper, tier_facts
 from orchestrator.policies.tiresias import Tiresias
@@ -98,6 +100,8 @@ __all__ = [
     "Generation",
     "Goodput",
     "GoodputJoint",
+    "KnownLine",
+    "KnownSpeed",
     "NodeType",
     "NodeWish",
     "Observation",
@@ -130,6 +134,8 @@ __all__ = [
     "inherit",
     "is_cheaper",
     "is_same",
+    "known_fit",
+    "missing",
     "noise_scale",
     "plan_from",
     "pool",

@@ -27,7 +27,7 @@ def neighbours(settings: Settings, limits: DialLimits, micro_batch_cap: int | No
     for micro_batch in _one_change(settings.micro_batch, max_micro):
         for grad_accum in _one_change(settings.grad_accum, settings.grad_accum * 2):
             other = dataclasses.replace(settings, micro_batch=micro_batch, grad_accum=grad_accum)
-            if not _is_near(settings, other) or not _is_allowed(other, limits):
+            if not _is_near(settings, other) or not _is_allowed(other, limits, settings):
                 continue
             rival = best.get(other.global_batch)
             if rival is None or other.grad_accum < rival.grad_accum:
@@ -66,5 +66,6 @@ def _is_near(old: Settings, new: Settings) -> bool:
     return all(one <= 2 * other and other <= 2 * one for one, other in pairs)
 
 
-def _is_allowed(settings: Settings, limits: DialLimits) -> bool:
-    return limits.min_global_batch <= settings.global_batch <= limits.max_global_batch
+def _is_allowed(settings: Settings, limits: DialLimits, now: Settings) -> bool:
+    is_within = limits.min_global_batch <= settings.global_batch <= limits.max_global_batch
+    return is_within and settings.grad_accum <= max(now.grad_accum, limits.max_grad_accum or settings.grad_accum)

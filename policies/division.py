@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from orchestrator.policies.fitted import FittedTrial, claim_of, make_room
 from orchestrator.policies.plan import DeviceId, TrialId
 from orchestrator.policies.shares import Claim, climb, components, fill, fits
 from orchestrator.policies.snapshot import Snapshot
-from orchestrator.policies.world import Standing, claim_of, make_room
 
 _EPSILON = 1e-9
 
@@ -42,15 +42,15 @@ class Granted:
     binding: str
 
 
-def divide(snapshot: Snapshot, standings: tuple[Standing, ...], rules: Rules) -> dict[TrialId, Granted]:
+def divide(snapshot: Snapshot, fitted_trials: tuple[FittedTrial, ...], rules: Rules) -> dict[TrialId, Granted]:
     """The share of every trial.
 
     Groups of trials that share devices are divided apart. A group is divided anew when trials came, went or resumed;
     otherwise only if the gain reaches `min_gain`, and only among trials whose cooldown is over.
     """
-    by_id = {standing.trial_id: standing for standing in standings}
-    claims = [claim_of(s, weight=s.trial.weight, max_share=s.trial.limits.max_share) for s in standings]
-    room = make_room(standings, claims, rules.cooldown_s)
+    by_id = {fitted.trial_id: fitted for fitted in fitted_trials}
+    claims = [claim_of(s, weight=s.trial.weight, max_share=s.trial.limits.max_share) for s in fitted_trials]
+    room = make_room(fitted_trials, claims, rules.cooldown_s)
     freed: set[DeviceId] = set()
     for allocation in snapshot.plan.allocations:
         if allocation.trial_id not in by_id:
@@ -68,7 +68,7 @@ def divide(snapshot: Snapshot, standings: tuple[Standing, ...], rules: Rules) ->
     return granted
 
 
-def _is_forced(group: tuple[Claim, ...], by_id: Mapping[TrialId, Standing], freed: set[DeviceId]) -> bool:
+def _is_forced(group: tuple[Claim, ...], by_id: Mapping[TrialId, FittedTrial], freed: set[DeviceId]) -> bool:
     """Whether the shares in force cannot stay, or a departure left something to divide."""
     shares: dict[TrialId, float] = {}
     for claim in group:
@@ -80,7 +80,7 @@ def _is_forced(group: tuple[Claim, ...], by_id: Mapping[TrialId, Standing], free
 
 
 def _anew(
-    group: tuple[Claim, ...], by_id: Mapping[TrialId, Standing], fair: Mapping[TrialId, float], rules: Rules
+    group: tuple[Claim, ...], by_id: Mapping[TrialId, FittedTrial], fair: Mapping[TrialId, float], rules: Rules
 ) -> dict[TrialId, Granted]:
     """Everyone begins at the guaranteed minimum and climbs; who was never measured gets the fair share."""
     floor, open_claims = {}, []
@@ -97,14 +97,14 @@ def _anew(
 
 
 def _rebalanced(
-    group: tuple[Claim, ...], by_id: Mapping[TrialId, Standing], fair: Mapping[TrialId, float], rules: Rules
+    group: tuple[Claim, ...], by_id: Mapping[TrialId, FittedTrial], fair: Mapping[TrialId, float], rules: Rules
 ) -> dict[TrialId, Granted]:
     """The shares in force, or a better division among those who are free to change."""
     now = {claim.trial_id: by_id[claim.trial_id].settings.share for claim in group}
     floor, open_claims, num_free = {}, [], 0
     for claim in group:
-        trial_id, standing = claim.trial_id, by_id[claim.trial_id]
-        is_free = standing.is_measured and not standing.is_pinned and standing.age_s >= rules.cooldown_s
+        trial_id, fitted = claim.trial_id, by_id[claim.trial_id]
+        is_free = fitted.is_measured and not fitted.is_pinned and fitted.age_s >= rules.cooldown_s
         guaranteed = max(claim.min_share, rules.guarantee * fair[trial_id])
         floor[trial_id] = min(now[trial_id], guaranteed) if is_free else now[trial_id]
         open_claims.append(claim if is_free else dataclasses.replace(claim, max_share=now[trial_id]))
@@ -123,32 +123,32 @@ def _rebalanced(
 
 
 def _utility(
-    by_id: Mapping[TrialId, Standing], fair: Mapping[TrialId, float], rules: Rules
+    by_id: Mapping[TrialId, FittedTrial], fair: Mapping[TrialId, float], rules: Rules
 ) -> Callable[[TrialId, float], float]:
     urgency = rules.urgency
     return lambda trial_id, share: urgency.get(trial_id, 1.0) * by_id[trial_id].speedup(share, fair[trial_id])
 
 
 def _explain(
-    claim: Claim, standing: Standing, shares: Mapping[TrialId, float], fair: Mapping[TrialId, float]
+    claim: Claim, fitted: FittedTrial, shares: Mapping[TrialId, float], fair: Mapping[TrialId, float]
 ) -> Granted:
     """The reason of a share that was chosen anew."""
     share, fair_share = shares[claim.trial_id], fair[claim.trial_id]
     text = f"share {share:.3f} of {claim.placement[0]}"
-    limits = standing.trial.limits
-    if standing.is_pinned:
+    limits = fitted.trial.limits
+    if fitted.is_pinned:
         return Granted(share=share, reason=f"{text} while its telemetry is stale", binding="stale")
-    if not standing.is_measured:
+    if not fitted.is_measured:
         return Granted(share=share, reason=f"{text}, the fair one until its speed is measured", binding="unmeasured")
-    speedup = standing.speedup(share, fair_share)
+    speedup = fitted.speedup(share, fair_share)
     binding = {limits.max_share: "max_share", limits.min_share: "min_share"}.get(share, "device")
-    response = f"speed grows as cores^{standing.model.exponent:.2f}"
+    response = f"speed grows as cores^{fitted.model.exponent:.2f}"
     reason = f"{text} (fair {fair_share:.3f}, speed-up {speedup:.2f}; {response})"
     return Granted(share=share, reason=reason, binding=binding)
 
 
-def _kept(claim: Claim, standing: Standing, shares: Mapping[TrialId, float], why: str) -> Granted:
+def _kept(claim: Claim, fitted: FittedTrial, shares: Mapping[TrialId, float], why: str) -> Granted:
     """The reason of a share that stays."""
     share = shares[claim.trial_id]
-    binding = "stale" if standing.is_pinned else "hysteresis"
+    binding = "stale" if fitted.is_pinned else "hysteresis"
     return Granted(share=share, reason=f"share {share:.3f} of {claim.placement[0]} kept: {why}", binding=binding)

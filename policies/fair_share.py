@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from orchestrator.policies.movable import Budget, split
+from orchestrator.policies.candidates import Budget, split
+from orchestrator.policies.fitted import FittedTrial, allocate, claim_of, fill_room, fit_trials, make_plan, make_room
 from orchestrator.policies.plan import Allocation, Plan
 from orchestrator.policies.snapshot import Snapshot
 from orchestrator.policies.water_fill import MAX_PER_DEVICE, water_fill
-from orchestrator.policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,29 +32,29 @@ class FairShare:
 
     def decide(self, snapshot: Snapshot) -> Plan:
         """Return fair shares; movable trials are served as by `fluid`."""
-        rest, movers, fleet = split(snapshot)
-        standings = read(rest)
-        claims = [claim_of(s, weight=s.trial.weight, max_share=s.trial.limits.max_share) for s in standings]
-        room = make_room(standings, claims, self.pause_s)
-        shares = fill_room(standings, room)
+        rest, candidates, fleet = split(snapshot)
+        fitted_trials = fit_trials(rest)
+        claims = [claim_of(s, weight=s.trial.weight, max_share=s.trial.limits.max_share) for s in fitted_trials]
+        room = make_room(fitted_trials, claims, self.pause_s)
+        shares = fill_room(fitted_trials, room)
         rows = []
-        for standing in standings:
-            resting = room.resting.get(standing.trial_id)
+        for fitted in fitted_trials:
+            resting = room.resting.get(fitted.trial_id)
             if resting is not None:
-                settings = dataclasses.replace(standing.settings, share=0.0)
-                rows.append(allocate(standing, settings, reason=f"share 0: {resting}", binding="paused"))
+                settings = dataclasses.replace(fitted.settings, share=0.0)
+                rows.append(allocate(fitted, settings, reason=f"share 0: {resting}", binding="paused"))
             else:
-                rows.append(_granted(standing, shares[standing.trial_id], len(room.claims)))
-        return make_plan(snapshot, "fair_share", [*rows, *water_fill(movers, fleet, Budget(snapshot), MAX_PER_DEVICE)])
+                rows.append(_granted(fitted, shares[fitted.trial_id], len(room.claims)))
+        return make_plan(
+            snapshot, "fair_share", [*rows, *water_fill(candidates, fleet, Budget(snapshot), MAX_PER_DEVICE)]
+        )
 
 
-def _granted(standing: Standing, share: float, num_running: int) -> Allocation:
-    limits, device_id = standing.trial.limits, standing.trial.placement[0]
-    if standing.is_pinned:
+def _granted(fitted: FittedTrial, share: float, num_running: int) -> Allocation:
+    limits, device_id = fitted.trial.limits, fitted.trial.placement[0]
+    if fitted.is_pinned:
         reason, binding = f"share {share:.3f} of {device_id} kept while its telemetry is stale", "stale"
     else:
-        reason = (
-            f"share {share:.3f} of {device_id}: weight {standing.trial.weight:g} among {num_running} running trials"
-        )
+        reason = f"share {share:.3f} of {device_id}: weight {fitted.trial.weight:g} among {num_running} running trials"
         binding = {limits.max_share: "max_share", limits.min_share: "min_share"}.get(share, "device")
-    return allocate(standing, dataclasses.replace(standing.settings, share=share), reason=reason, binding=binding)
+    return allocate(fitted, dataclasses.replace(fitted.settings, share=share), reason=reason, binding=binding)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.policies.first_come import first_come
+from orchestrator.policies.fitted import make_plan
 from orchestrator.policies.fixed import with_fixed
 from orchestrator.policies.plan import Plan
 from orchestrator.policies.snapshot import Snapshot
-from orchestrator.policies.world import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.policies.ladder import TierFit
 from orchestrator.policies.memory import MemoryPoint, merge, remember
 from orchestrator.policies.noise import MAX_NOISE_SCALE, NoiseTerms
 from orchestrator.policies.plan import SPARSE, Settings
-from orchestrator.policies.speed import WINDOWS_PER_CELL, CellKey, Prediction, SpeedCell, bucket_of, solve
+from orchestrator.policies.speed import (
+    MIN_STEPS,
+    MIN_WINDOWS,
+    WINDOWS_PER_CELL,
+    CellKey,
+    KnownSpeed,
+    Prediction,
+    SpeedCell,
+    as_known,
+    bucket_of,
+    solve,
+)
 from orchestrator.policies.tier import Tier, is_cheaper
+from orchestrator.policies.tier_fit import TierFit
 
 MAX_CELLS = 48
 MIN_NOISE_ESTIMATES = 10
@@ -85,6 +96,7 @@ class TrialFit:
         num_overflows: overrides that shrank the micro-batch so far.
         memory: measured peaks, sorted by key.
         tiers: what the trial found out about its tiers, dearest first; empty where it has no guard.
+        known_speed: its step time where that is known; what was measured then does not count. See `policies.known`.
     """
 
     cells: tuple[SpeedCell, ...] = ()
@@ -100,19 +112,29 @@ class TrialFit:
     num_overflows: int = field(default=0, metadata=SPARSE)
     memory: tuple[MemoryPoint, ...] = field(default=(), metadata=SPARSE)
     tiers: tuple[TierFit, ...] = field(default=(), metadata=SPARSE)
+    known_speed: KnownSpeed | None = field(default=None, metadata=SPARSE)
 
 
 NOTHING_FITTED = TrialFit()
 
 
-def update(fit: TrialFit, observations: Sequence[Observation]) -> TrialFit:
-    """Take in observations, oldest first, and return the advanced fit. Pure; impossible ones are passed over."""
+def update(fit: TrialFit, observations: Sequence[Observation], *, strict: bool = False) -> TrialFit:
+    """Take in observations, oldest first, and return the advanced fit. Pure.
+
+    What cannot be true is passed over, since telemetry of a live run may be torn; a simulator asks for `strict`.
+    What does not count yet is told by `missing`.
+
+    Raises:
+        ValueError: an observation cannot be true, and `strict`.
+    """
     cells = {cell.key: cell for cell in fit.cells}
     count = fit.num_observations
     noise = _noise_of(fit)
     memory = fit.memory
     for seen in observations:
         if not _is_possible(seen):
+            if strict:
+                raise ValueError(f"{seen}; allowed: counts of at least 1, finite seconds and cores above 0")
             continue
         count += 1
         cell = _advance(cells.get(_key_of(seen)), seen, count)
@@ -144,7 +166,7 @@ def predict_step_s(
     fit: TrialFit, *, cores: float, micro_batch: int, grad_accum: int, tier: Tier, num_workers: int
 ) -> Prediction | None:
     """Seconds per step at the given dials; None where the tier was never measured with that many workers."""
-    model = solve(fit.cells, num_workers)
+    model = solve(fit.cells, num_workers) if fit.known_speed is None else as_known(fit.known_speed, num_workers, 1)
     return model.predict(cores=cores, micro_batch=micro_batch, grad_accum=grad_accum, tier=tier)
 
 
@@ -169,7 +191,9 @@ def note_tiers(fit: TrialFit, tiers: tuple[TierFit, ...]) -> TrialFit:
 
 def inherit(fit: TrialFit) -> TrialFit:
     """What a new trial of the same shape may take over: speeds and memory, neither the noise nor the bans."""
-    return TrialFit(cells=fit.cells, num_observations=fit.num_observations, memory=fit.memory)
+    return TrialFit(
+        cells=fit.cells, num_observations=fit.num_observations, memory=fit.memory, known_speed=fit.known_speed
+    )
 
 
 def protect(fit: TrialFit, before: Settings, after: Settings) -> TrialFit:
@@ -205,7 +229,30 @@ def pool(fits: Sequence[TrialFit]) -> TrialFit:
         cells=cells,
         num_observations=max((fit.num_observations for fit in fits), default=0),
         memory=merge(fit.memory for fit in fits),
+        known_speed=min((fit.known_speed for fit in fits if fit.known_speed is not None), key=repr, default=None),
     )
+
+
+def missing(fit: TrialFit) -> tuple[str, ...]:
+    """What was observed and does not count yet, and how much more of it is needed; one sentence for each.
+
+    >>> missing(TrialFit(num_noise=4))
+    ('the noise scale has 4 of 10 estimates',)
+    """
+    found = []
+    groups: dict[tuple[Tier, int, int], list[SpeedCell]] = {}
+    for cell in fit.cells if fit.known_speed is None else ():
+        groups.setdefault((cell.tier, cell.num_workers, cell.micro_batch), []).append(cell)
+    for (tier, num_workers, micro_batch), cells in sorted(groups.items()):
+        num_windows, num_steps = sum(len(cell.recent) for cell in cells), sum(cell.num_steps for cell in cells)
+        if num_windows < MIN_WINDOWS or num_steps < MIN_STEPS:
+            found.append(
+                f"{tier.value} on {num_workers} ranks at micro-batch {micro_batch} has {num_windows} of {MIN_WINDOWS}"
+                f" windows and {num_steps} of {MIN_STEPS} steps"
+            )
+    if 0 < fit.num_noise < MIN_NOISE_ESTIMATES:
+        found.append(f"the noise scale has {fit.num_noise} of {MIN_NOISE_ESTIMATES} estimates")
+    return tuple(found)
 
 
 def _noise_of(fit: TrialFit) -> NoiseTerms:

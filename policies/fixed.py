@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from orchestrator.policies.candidates import Budget, Candidate, split
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.movable import Budget, Mover, split
 from orchestrator.policies.plan import Allocation
 from orchestrator.policies.snapshot import Snapshot
 from orchestrator.policies.static import Static
 
 
 def with_fixed(
-    snapshot: Snapshot, place: Callable[[tuple[Mover, ...], Fleet, Budget], Iterable[Allocation]]
+    snapshot: Snapshot, place: Callable[[tuple[Candidate, ...], Fleet, Budget], Iterable[Allocation]]
 ) -> list[Allocation]:
     """Rows for everyone: what cannot move keeps its start share as `static` gives it, `place` makes the others'."""
-    rest, movers, fleet = split(snapshot)
+    rest, candidates, fleet = split(snapshot)
     rows = list(Static().decide(rest).allocations)
-    if movers:
-        rows += place(movers, fleet, Budget(snapshot))
+    if candidates:
+        rows += place(candidates, fleet, Budget(snapshot))
     return rows

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.policies.candidates import Budget, split
 from orchestrator.policies.fair_share import FairShare
-from orchestrator.policies.movable import Budget, split
+from orchestrator.policies.fitted import make_plan
 from orchestrator.policies.plan import Plan
 from orchestrator.policies.snapshot import Snapshot
 from orchestrator.policies.water_fill import MAX_PER_DEVICE, water_fill
-from orchestrator.policies.world import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,8 @@ class Fluid:
 
     def decide(self, snapshot: Snapshot) -> Plan:
         """Return the plan of the water level. Trials that cannot move get fair shares of their devices."""
-        rest, movers, fleet = split(snapshot)
+        rest, candidates, fleet = split(snapshot)
         rows = list(FairShare().decide(rest).allocations)
-        if movers:
-            rows += water_fill(movers, fleet, Budget(snapshot), self.max_per_device)
+        if candidates:
+            rows += water_fill(candidates, fleet, Budget(snapshot), self.max_per_device)
         return make_plan(snapshot, "fluid", rows)

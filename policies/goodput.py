@@ -1,6 +1,6 @@
 """The formulas of goodput: throughput times statistical efficiency. Nothing here measures or decides.
 
-Called by `policies.world` for every prediction and by the reports that explain one.
+Called by `policies.fitted` for every prediction and by the reports that explain one.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from orchestrator.policies.candidates import Budget, split
 from orchestrator.policies.dials import beginnings, choose, explorers
 from orchestrator.policies.division import Granted, Rules, divide
 from orchestrator.policies.first_come import first_come
-from orchestrator.policies.movable import Budget, split
+from orchestrator.policies.fitted import FittedTrial, allocate, fit_trials, make_plan
 from orchestrator.policies.plan import Allocation, Plan, TrialId
 from orchestrator.policies.snapshot import Snapshot
 from orchestrator.policies.tier import Tier
-from orchestrator.policies.world import Standing, allocate, make_plan, read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +53,8 @@ class Goodput:
 
     def decide_by(self, snapshot: Snapshot, urgency: Mapping[TrialId, float]) -> Plan:
         """The same where an objective makes some trials count for more or less when shares are divided."""
-        rest, movers, fleet = split(snapshot)
-        standings = read(rest)
+        rest, candidates, fleet = split(snapshot)
+        fitted_trials = fit_trials(rest)
         rules = Rules(
             guarantee=self.guarantee,
             min_gain=self.min_gain,
@@ -62,30 +62,31 @@ class Goodput:
             quantum=self.quantum,
             urgency=urgency,
         )
-        granted = divide(rest, standings, rules)
-        exploring = explorers(standings, self.cooldown_s) if self.explores else {}
-        begun = beginnings(standings, self.min_gain)
+        granted = divide(rest, fitted_trials, rules)
+        exploring = explorers(fitted_trials, self.cooldown_s) if self.explores else {}
+        begun = beginnings(fitted_trials, self.min_gain)
         rows = [
-            self._allocate(s, granted[s.trial_id], exploring.get(s.trial_id), begun.get(s.trial_id)) for s in standings
+            self._allocate(s, granted[s.trial_id], exploring.get(s.trial_id), begun.get(s.trial_id))
+            for s in fitted_trials
         ]
-        return make_plan(snapshot, "goodput", [*rows, *first_come(movers, fleet, Budget(snapshot))])
+        return make_plan(snapshot, "goodput", [*rows, *first_come(candidates, fleet, Budget(snapshot))])
 
     def _allocate(
-        self, standing: Standing, granted: Granted, explored: Tier | None, begins_in: Tier | None
+        self, fitted: FittedTrial, granted: Granted, explored: Tier | None, begins_in: Tier | None
     ) -> Allocation:
         choice = choose(
-            standing,
+            fitted,
             granted.share,
             min_gain=self.min_gain,
             cooldown_s=self.cooldown_s,
             explored=explored,
             begins_in=begins_in,
         )
-        old = standing.in_force
+        old = fitted.in_force
         is_share_news = old is None or old.share != granted.share
         is_dial_news = old is not None and choice.settings != old and not is_share_news
         return allocate(
-            standing,
+            fitted,
             choice.settings,
             reason=f"{choice.reason}; {granted.reason}",
             # What bound the dial that moved is what one wants to know; between two that rest, batch and tier.

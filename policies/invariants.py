@@ -255,6 +255,9 @@ def _limit_problems(
         yield "share", f"share={new.share}; allowed: {allowed}"
     if new.micro_batch > limits.max_micro_batch and (old is None or new.micro_batch > old.micro_batch):
         yield "micro_batch", f"micro_batch={new.micro_batch}; allowed: <= {limits.max_micro_batch}"
+    most = limits.max_grad_accum
+    if most is not None and new.grad_accum > most and (old is None or new.grad_accum > old.grad_accum):
+        yield "grad_accum", f"grad_accum={new.grad_accum}; allowed: <= {most}"
     same_batch = old is not None and new.global_batch == old.global_batch
     # A batch need not divide by a number of ranks that the policy chose: less than one sample each may be off.
     slack = new.num_workers * new.grad_accum - 1 if limits.can_move else 0

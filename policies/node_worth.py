@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.policies.fit import TrialFit, pool
+from orchestrator.policies.fit import pool
 from orchestrator.policies.fleet import Fleet
 from orchestrator.policies.plan import DeviceId
 from orchestrator.policies.sizing import Menu, climb_sizes, total
@@ -196,8 +196,8 @@ def _devices(each: NodeType, node_id: str) -> Iterable[DeviceView]:
 
 def _model(trials: Sequence[TrialView]) -> Throughput:
     """The model of a shape: what its trials measured, or the assumption where none did."""
-    fits: list[TrialFit] = [trial.fit for trial in trials if trial.fit.cells]
-    solved = solve_throughput(pool(fits).cells) if fits else Throughput()
+    pooled = pool([trial.fit for trial in trials])
+    solved = solve_throughput(pooled.cells, pooled.known_speed)
     return solved if solved.is_measured else prior(trials[0].start.micro_batch, trials[0].limits.tiers)
 
 

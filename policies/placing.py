@@ -9,24 +9,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from orchestrator.policies.candidates import Budget, Candidate, split_batch, worker_range
 from orchestrator.policies.fleet import Fleet, Seats
-from orchestrator.policies.movable import Budget, Mover, split_batch
+from orchestrator.policies.goodput_table import Size
 from orchestrator.policies.plan import Settings, TrialId
-from orchestrator.policies.prospects import Size
 
 Given = tuple[Seats, float]
 """Devices and the share of each."""
 
 
-def size_now(mover: Mover, fleet: Fleet) -> Size | None:
+def size_now(candidate: Candidate, fleet: Fleet) -> Size | None:
     """What it has, None where it holds nothing."""
-    if not mover.seats:
+    if not candidate.seats:
         return None
-    return Size(fleet.type_of[mover.seats[0]], len(mover.seats), mover.share)
+    return Size(fleet.type_of[candidate.seats[0]], len(candidate.seats), candidate.share)
 
 
 def realise(
-    movers: Sequence[Mover],
+    candidates: Sequence[Candidate],
     wanted: Mapping[TrialId, Size],
     fleet: Fleet,
     budget: Budget,
@@ -37,7 +37,7 @@ def realise(
     """Devices for everyone who is to have some; pinned trials keep theirs whatever is wanted.
 
     Args:
-        movers: all movable trials.
+        candidates: all movable trials.
         wanted: the size of those that shall run.
         fleet: taken from.
         budget: charged.
@@ -45,27 +45,27 @@ def realise(
         shrinks: whether a trial gets fewer ranks than wanted where they do not fit.
     """
     given: dict[TrialId, Given] = {}
-    rest: list[tuple[Mover, Size]] = []
+    rest: list[tuple[Candidate, Size]] = []
     crowded: set[int] = set()
-    for mover in sorted(movers, key=lambda m: not m.is_pinned):
-        size, now = wanted.get(mover.trial_id), size_now(mover, fleet)
-        stays = mover.is_pinned or (size is not None and size == now)
+    for candidate in sorted(candidates, key=lambda m: not m.is_pinned):
+        size, now = wanted.get(candidate.trial_id), size_now(candidate, fleet)
+        stays = candidate.is_pinned or (size is not None and size == now)
         if (
             stays
-            and fleet.holds(mover.seats, mover.share)
-            and (mover.is_pinned or budget.allows(mover.trial, mover.share * len(mover.seats)))
+            and fleet.holds(candidate.seats, candidate.share)
+            and (candidate.is_pinned or budget.allows(candidate.trial, candidate.share * len(candidate.seats)))
         ):
-            _take(mover, (mover.seats, mover.share), fleet, budget, given)
-            if fleet.num_nodes(mover.seats) > 1:
-                crowded.update(fleet.node_of[seat] for seat in mover.seats)
+            _take(candidate, (candidate.seats, candidate.share), fleet, budget, given)
+            if fleet.num_nodes(candidate.seats) > 1:
+                crowded.update(fleet.node_of[seat] for seat in candidate.seats)
         elif size is not None:
-            rest.append((mover, size))
-    for mover, size in sorted(rest, key=lambda pair: (-pair[1].devices, pair[0].trial_id)):
+            rest.append((candidate, size))
+    for candidate, size in sorted(rest, key=lambda pair: (-pair[1].devices, pair[0].trial_id)):
         avoid = frozenset(crowded) if one_spread_per_node else frozenset[int]()
-        fewest = (mover.trial.limits.min_workers or mover.trial.start.num_workers) if shrinks else size.workers
-        seats = _find(mover, size, fleet, budget, (fewest, avoid))
+        fewest = worker_range(candidate.trial)[0] if shrinks else size.workers
+        seats = _find(candidate, size, fleet, budget, (fewest, avoid))
         if seats is not None:
-            _take(mover, (seats, size.share), fleet, budget, given)
+            _take(candidate, (seats, size.share), fleet, budget, given)
             if fleet.num_nodes(seats) > 1:
                 crowded.update(fleet.node_of[seat] for seat in seats)
     return given
@@ -81,24 +81,26 @@ def trimmed(given: Given, kind: int, sizes: Sequence[Size]) -> Given | None:
     return (seats[: max(fitting)], share) if fitting else None
 
 
-def _find(mover: Mover, size: Size, fleet: Fleet, budget: Budget, terms: tuple[int, frozenset[int]]) -> Seats | None:
+def _find(
+    candidate: Candidate, size: Size, fleet: Fleet, budget: Budget, terms: tuple[int, frozenset[int]]
+) -> Seats | None:
     fewest, avoid = terms
     for workers in range(size.workers, fewest - 1, -1):
-        if budget.allows(mover.trial, workers * size.share):
+        if budget.allows(candidate.trial, workers * size.share):
             seats = fleet.find(size.kind, workers, size.share, avoid=avoid)
             if seats is not None:
                 return seats
     return None
 
 
-def _take(mover: Mover, given: Given, fleet: Fleet, budget: Budget, table: dict[TrialId, Given]) -> None:
+def _take(candidate: Candidate, given: Given, fleet: Fleet, budget: Budget, table: dict[TrialId, Given]) -> None:
     seats, share = given
     fleet.take(seats, share)
-    budget.take(mover.trial, share * len(seats))
-    table[mover.trial_id] = given
+    budget.take(candidate.trial, share * len(seats))
+    table[candidate.trial_id] = given
 
 
-def in_order(order: Sequence[Mover], fleet: Fleet, budget: Budget, *, blocks: bool) -> dict[TrialId, Size]:
+def in_order(order: Sequence[Candidate], fleet: Fleet, budget: Budget, *, blocks: bool) -> dict[TrialId, Size]:
     """Who runs if devices are counted out in this order, each trial the whole devices its user asked for.
 
     Args:
@@ -109,37 +111,37 @@ def in_order(order: Sequence[Mover], fleet: Fleet, budget: Budget, *, blocks: bo
     """
     left = [fleet.num_idle(kind) for kind in range(len(fleet.types))]
     runs: dict[TrialId, Size] = {}
-    charged: list[tuple[Mover, int]] = []
-    for mover in order:
-        workers = mover.wish.num_workers
-        now = size_now(mover, fleet)
+    charged: list[tuple[Candidate, int]] = []
+    for candidate in order:
+        workers = candidate.wish.num_workers
+        now = size_now(candidate, fleet)
         if now is not None and now.workers == workers and now.share == 1:
             kinds = [now.kind]
         else:
             kinds = sorted(range(len(left)), key=lambda kind: (-left[kind], kind))
         kind = next((kind for kind in kinds if left[kind] >= workers), None)
-        if not budget.allows(mover.trial, workers):
+        if not budget.allows(candidate.trial, workers):
             continue
         if kind is None:
             if blocks:
                 break
             continue
         left[kind] -= workers
-        budget.take(mover.trial, workers)
-        charged.append((mover, workers))
-        runs[mover.trial_id] = Size(kind, workers, 1.0)
-    for mover, workers in charged:
-        budget.take(mover.trial, -workers)
+        budget.take(candidate.trial, workers)
+        charged.append((candidate, workers))
+        runs[candidate.trial_id] = Size(kind, workers, 1.0)
+    for candidate, workers in charged:
+        budget.take(candidate.trial, -workers)
     return runs
 
 
-def as_wished(mover: Mover, workers: int) -> Settings:
+def as_wished(candidate: Candidate, workers: int) -> Settings:
     """The dials its user asked for, on that many ranks; what is in force where that is the same batch."""
-    wish, old = mover.wish, mover.in_force
-    tier = wish.tier if wish.tier not in mover.trial.fit.banned_tiers else mover.trial.limits.tiers[0]
-    micro_batch, grad_accum = split_batch(mover.trial, wish.global_batch, workers)
+    wish, old = candidate.wish, candidate.in_force
+    tier = wish.tier if wish.tier not in candidate.trial.fit.banned_tiers else candidate.trial.limits.tiers[0]
+    micro_batch, grad_accum = split_batch(candidate.trial, wish.global_batch, workers)
     if old is not None and old.num_workers == workers and old.share > 0:
-        if old.tier in mover.trial.limits.tiers:
+        if old.tier in candidate.trial.limits.tiers:
             tier = old.tier
         if old.global_batch == micro_batch * grad_accum * workers:
             micro_batch, grad_accum = old.micro_batch, old.grad_accum

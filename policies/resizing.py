@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.policies.batch import most_micro_batch
+from orchestrator.policies.candidates import restart_cost_s, worker_range
 from orchestrator.policies.fit import pool
-from orchestrator.policies.movable import restart_cost_s, worker_range
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, can_split, on_ranks
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Snapshot, TrialView
 from orchestrator.policies.throughput import Throughput, solve_throughput
@@ -57,8 +57,8 @@ def with_resizes(snapshot: Snapshot, rows: Sequence[Allocation], terms: Terms) -
         trial = trials[row.trial_id]
         if _may_be_resized(snapshot, trial, row, terms):
             if trial.shape not in models:
-                fits = [other.fit for other in snapshot.trials if other.shape == trial.shape]
-                models[trial.shape] = solve_throughput(pool(fits).cells)
+                pooled = pool([other.fit for other in snapshot.trials if other.shape == trial.shape])
+                models[trial.shape] = solve_throughput(pooled.cells, pooled.known_speed)
             option = _best(snapshot, (trial, row, models[trial.shape]), rows, terms)
             if option is not None:
                 options[trial.trial_id] = option
@@ -102,7 +102,7 @@ def _best(
     if now is None or trial.throughput_per_s is None:
         return None
     restart_s = restart_cost_s(trial)
-    left_s = trial.remaining / trial.throughput_per_s if trial.throughput_per_s > 0 else math.inf
+    left_s = trial.expected_remaining / trial.throughput_per_s if trial.throughput_per_s > 0 else math.inf
     paid = 1 - restart_s / max(restart_s, min(terms.horizon_s, left_s))
     free = _free(snapshot, trial, rows)
     options = []
@@ -114,6 +114,8 @@ def _best(
         if share < trial.limits.min_share:
             continue
         other = on_ranks(row.settings, num_workers, most_micro_batch(trial.limits, trial.fit.micro_batch_cap))
+        if other.grad_accum > max(row.settings.grad_accum, trial.limits.max_grad_accum or other.grad_accum):
+            continue
         then = _step_s(model, other, share, _devices(snapshot, seats))
         if then is not None:
             options.append(_Option(num_workers, now / then * paid - 1, now / then))

@@ -1,8 +1,8 @@
 """Worlds of movable trials by seed, for the conformance suite: everything in them that a policy for a fleet may meet.
 
 `fleet_world(seed)` gives nodes of several sizes and types, devices that left, waiting, running, stale, protected and
-guaranteed trials, quotas, priorities, deadlines, survival, measured and unmeasured shapes. `walk` lets a policy act in
-one and the world go on by chance. `search_world` is a plain large one for measuring speed.
+guaranteed trials, quotas, priorities, deadlines, survival, measured and unmeasured shapes, lengths known and unknown.
+`walk` lets a policy act in one and the world go on by chance. `search_world` is a plain large one for measuring speed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _NOW_S = 10_000.0
 _STEPS_PER_WORLD = 40
 _SHAPES = ("small", "medium", "large")
 _MOST_TRIALS = 14
+_UNKNOWN_LENGTH = 1_000_000
+"""Samples after which a trial whose length nobody knows learns no more here."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,7 @@ def fleet_world(seed: int) -> Snapshot:
         rows = [row for row in fixed.plan.allocations if row.trial_id != "trial_gone"]
         plan = dataclasses.replace(plan, allocations=(*plan.allocations, *rows))
     quotas = (Quota(user="ann", max_devices=float(rng.randint(1, 6))),) if rng.random() < 0.4 else ()
+    trials = _with_unknown_lengths(random.Random(f"lengths-{seed}"), trials)
     return Snapshot(
         now_s=_NOW_S,
         seed=seed,
@@ -68,6 +71,15 @@ def fleet_world(seed: int) -> Snapshot:
         trials=tuple(sorted(trials, key=lambda trial: trial.trial_id)),
         quotas=quotas,
     )
+
+
+def _with_unknown_lengths(rng: random.Random, trials: list[TrialView]) -> list[TrialView]:
+    """The length of all, of some or of no movable trials forgotten; drawn apart, so that the rest stays the same."""
+    part = rng.choice((0.0, 0.0, 0.3, 1.0))
+    return [
+        dataclasses.replace(trial, target_samples=None) if trial.limits.can_move and rng.random() < part else trial
+        for trial in trials
+    ]
 
 
 def search_world(num_trials: int, num_devices: int, seed: int = 0, node_size: int = 8) -> Snapshot:
@@ -137,8 +149,9 @@ def _lives_on(rng: random.Random, trial: TrialView, world: Snapshot, step: int) 
     settings = world.settings_in_force(trial)
     runs = settings is not None and settings.share > 0
     if runs:
-        ahead = rng.randrange(1 + trial.target_samples // 20)
-        trial = dataclasses.replace(trial, num_samples=min(trial.target_samples, trial.num_samples + ahead))
+        length = trial.target_samples or _UNKNOWN_LENGTH
+        num_samples = min(length, trial.num_samples + rng.randrange(1 + length // 20))
+        trial = dataclasses.replace(trial, num_samples=max(trial.num_samples, num_samples))
     if not trial.limits.can_move:  # its promises are those of `sample_worlds`
         return trial
     if runs and settings is not None and settings.micro_batch > 1 and rng.random() < 0.03:

@@ -14,15 +14,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from orchestrator.policies.candidates import Budget, Candidate, keep, run, wait
+from orchestrator.policies.fitted import make_plan
 from orchestrator.policies.fixed import with_fixed
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.movable import Budget, Mover, keep, run, wait
+from orchestrator.policies.goodput_table import GoodputTable, SearchSpace, Size, goodput_tables
 from orchestrator.policies.placing import realise, size_now, trimmed
 from orchestrator.policies.plan import Allocation, Plan, TrialId
-from orchestrator.policies.prospects import Ask, Prospect, Size, prospects
 from orchestrator.policies.sizing import NONE, Menu, climb_sizes
 from orchestrator.policies.snapshot import Snapshot
-from orchestrator.policies.world import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,58 +47,62 @@ class Sia:
         """Return the plan that chooses configurations by goodput."""
         return make_plan(snapshot, "sia", with_fixed(snapshot, lambda m, f, b: self._place(m, f, b, snapshot.now_s)))
 
-    def _place(self, movers: tuple[Mover, ...], fleet: Fleet, budget: Budget, now_s: float) -> Iterator[Allocation]:
-        outlooks = prospects(movers, fleet, Ask(pools=False, counts=_configurations(fleet)))
-        menus = [self._menu(m, o, fleet, now_s) for m, o in zip(movers, outlooks, strict=True)]
+    def _place(
+        self, candidates: tuple[Candidate, ...], fleet: Fleet, budget: Budget, now_s: float
+    ) -> Iterator[Allocation]:
+        tables = goodput_tables(candidates, fleet, SearchSpace(pools=False, counts=_configurations(fleet)))
+        menus = [self._menu(m, o, fleet, now_s) for m, o in zip(candidates, tables, strict=True)]
         capacities = [fleet.capacity(kind) for kind in range(len(fleet.types))]
         chosen = climb_sizes(menus, capacities)
         wanted: dict[TrialId, Size] = {
-            mover.trial_id: outlook.sizes[choice]
-            for mover, outlook, choice in zip(movers, outlooks, chosen, strict=True)
+            candidate.trial_id: table.sizes[choice]
+            for candidate, table, choice in zip(candidates, tables, chosen, strict=True)
             if choice != NONE
         }
-        given = realise(movers, wanted, fleet, budget)
-        for mover, outlook in zip(movers, outlooks, strict=True):
-            if mover.trial_id not in given:
-                yield wait(mover, f"waits: {len(given)} trials have all {len(fleet.devices)} devices")
+        given = realise(candidates, wanted, fleet, budget)
+        for candidate, table in zip(candidates, tables, strict=True):
+            if candidate.trial_id not in given:
+                yield wait(candidate, f"waits: {len(given)} trials have all {len(fleet.devices)} devices")
                 continue
-            if mover.is_pinned:
-                yield keep(mover, fleet, f"keeps its {len(mover.seats)} devices", "pinned")
+            if candidate.is_pinned:
+                yield keep(candidate, fleet, f"keeps its {len(candidate.seats)} devices", "pinned")
                 continue
-            kind = fleet.type_of[given[mover.trial_id][0][0]]
-            fitting = trimmed(given[mover.trial_id], kind, outlook.sizes)
+            kind = fleet.type_of[given[candidate.trial_id][0][0]]
+            fitting = trimmed(given[candidate.trial_id], kind, table.sizes)
             if fitting is None:
-                yield wait(mover, f"waits: no configuration of it fits into {len(given[mover.trial_id][0])} devices")
+                yield wait(
+                    candidate, f"waits: no configuration of it fits into {len(given[candidate.trial_id][0])} devices"
+                )
                 continue
             seats, share = fitting
             size = Size(kind, len(seats), share)
-            index, spans = outlook.sizes.index(size), fleet.num_nodes(seats) > 1
-            dials = outlook.dials(index, spans_nodes=spans)
-            rate = outlook.goodput(index, spans_nodes=spans)
+            index, spans = table.sizes.index(size), fleet.num_nodes(seats) > 1
+            dials = table.dials(index, spans_nodes=spans)
+            rate = table.goodput(index, spans_nodes=spans)
             reason = f"{len(seats)} devices of type {fleet.types[size.kind]!r} on {fleet.num_nodes(seats)} nodes"
-            predicted = None if outlook.is_prior else rate
-            yield run(mover, fleet, seats, dials, reason, binding="goodput", predicted=predicted)
+            predicted = None if table.is_prior else rate
+            yield run(candidate, fleet, seats, dials, reason, binding="goodput", predicted=predicted)
 
-    def _menu(self, mover: Mover, outlook: Prospect, fleet: Fleet, now_s: float) -> Menu:
-        age_s = now_s - mover.trial.began_at_s
-        factor = max(0.0, age_s - mover.trial.num_restarts * mover.restart_s) / (age_s + mover.restart_s)
-        now = size_now(mover, fleet)
-        rates = [_rate(outlook, index) for index in range(len(outlook.sizes))]
+    def _menu(self, candidate: Candidate, table: GoodputTable, fleet: Fleet, now_s: float) -> Menu:
+        age_s = now_s - candidate.trial.began_at_s
+        factor = max(0.0, age_s - candidate.trial.num_restarts * candidate.restart_s) / (age_s + candidate.restart_s)
+        now = size_now(candidate, fleet)
+        rates = [_rate(table, index) for index in range(len(table.sizes))]
         least = min((rate for rate in rates if rate > 0), default=1.0)
         values = []
-        for size, rate in zip(outlook.sizes, rates, strict=True):
-            relative = rate / least * (1.0 if size == now or not mover.seats else max(factor, 1e-3))
+        for size, rate in zip(table.sizes, rates, strict=True):
+            relative = rate / least * (1.0 if size == now or not candidate.seats else max(factor, 1e-3))
             worth = math.copysign(1.0, self.power) * max(relative, 1e-9) ** self.power
             values.append(worth if rate > 0 else -math.inf)
-            if mover.is_pinned:
+            if candidate.is_pinned:
                 values[-1] = 0.0 if size == now else -math.inf
-        sizes = outlook.sizes
-        idle = -math.inf if mover.is_pinned else -(1.0 + self.waiting)
+        sizes = table.sizes
+        idle = -math.inf if candidate.is_pinned else -(1.0 + self.waiting)
         return Menu(tuple(s.kind for s in sizes), tuple(s.workers for s in sizes), tuple(values), idle)
 
 
-def _rate(outlook: Prospect, index: int) -> float:
-    return outlook.inside[index] or outlook.across[index]
+def _rate(table: GoodputTable, index: int) -> float:
+    return table.inside[index] or table.across[index]
 
 
 def _configurations(fleet: Fleet) -> tuple[int, ...]:

@@ -63,6 +63,11 @@ class DialLimits:
         min_micro_batch: samples per rank per forward that a policy that chooses ranks should keep; not enforced.
         min_efficiency: the least that a sample may be worth at a batch above that of the start; not enforced, since the
             noise scale on which it depends moves by itself. 0 for no such limit.
+        max_grad_accum: most micro-batches per step, 1 for no accumulation; None for no limit. A trial then has as many
+            ranks at least as reach `min_global_batch` with it.
+        min_grad_accum_alone: fewest micro-batches per step of a single rank at a batch above that of the start; 2 where
+            the noise scale is told from the micro-batches of a step, as in AdaptDL. For policies that choose ranks; not
+            enforced.
     """
 
     min_share: float
@@ -77,6 +82,8 @@ class DialLimits:
     max_workers: int | None = field(default=None, metadata=SPARSE)
     min_micro_batch: int = field(default=1, metadata=SPARSE)
     min_efficiency: float = field(default=0.0, metadata=SPARSE)
+    max_grad_accum: int | None = field(default=None, metadata=SPARSE)
+    min_grad_accum_alone: int = field(default=1, metadata=SPARSE)
 
     @property
     def can_resize(self) -> bool:
@@ -127,7 +134,7 @@ class TrialView:
         weight: how much its goodput counts, > 0.
         step: optimizer steps done.
         num_samples: samples consumed.
-        target_samples: samples after which it ends.
+        target_samples: samples after which it ends; None where nobody knows. Policies then go by what it has done.
         throughput_per_s: measured samples/s over the last window, None before the first.
         loss: last smoothed training loss, None before the first.
         is_stale: whether its telemetry stopped; a stale trial keeps its allocation.
@@ -164,7 +171,7 @@ class TrialView:
     weight: float
     step: int
     num_samples: int
-    target_samples: int
+    target_samples: int | None
     throughput_per_s: float | None
     loss: float | None
     is_stale: bool
@@ -191,9 +198,24 @@ class TrialView:
     step_modes: tuple[StepModeView, ...] = field(default=(), metadata=SPARSE)
 
     @property
-    def remaining(self) -> float:
-        """Samples of useful progress until it ends, >= 0."""
-        return max(0.0, self.target_samples - (self.num_samples if self.progress is None else self.progress))
+    def done(self) -> float:
+        """Samples of useful progress so far."""
+        return self.num_samples if self.progress is None else self.progress
+
+    @property
+    def remaining(self) -> float | None:
+        """Samples of useful progress until it ends, >= 0; None where its length is unknown."""
+        return None if self.target_samples is None else max(0.0, self.target_samples - self.done)
+
+    @property
+    def expected_remaining(self) -> float:
+        """Samples of useful progress until it ends; where its length is unknown as many as it has done.
+
+        Source: Harchol-Balter and Downey, Exploiting Process Lifetime Distributions (TOCS 1997): of the processes that
+        reached an age, half reach twice that age.
+        """
+        remaining = self.remaining
+        return self.done if remaining is None else remaining
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,69 @@ class SpeedCell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KnownLine:
+    """Compute time of one micro-batch at one unit of a device: `floor_s + slope_s * micro_batch` seconds.
+
+    Attributes:
+        tier, device_type: what it holds for. Another type of device differs from a known one by its `speed` alone.
+    """
+
+    tier: Tier
+    floor_s: float
+    slope_s: float
+    device_type: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownSpeed:
+    """The step time of a shape where it is known and need not be measured; the formula is that of `throughput`.
+
+    Attributes:
+        lines: compute time, for each tier and type of device that is known.
+        sync_s, sync_rank_s: seconds per step that two ranks of one node wait for each other, and more per further rank.
+        node_sync_s, node_sync_rank_s: the same where ranks are on several nodes.
+        gamma: overlap of compute and waiting: 1 adds them, 10 takes nearly the larger alone.
+        exponent: response to units above one; 1 where a device is counted as one unit.
+        interference: relative slow-down per whole device that others hold beside it.
+        max_workers: ranks up to which it holds; a policy may plan for twice as many.
+
+    Source of the form: Pollux (OSDI 2021), section 3.2. Its alpha_c and beta_c are floor_s and slope_s, alpha_r and
+    beta_r are sync_s and sync_rank_s, alpha_n and beta_n are node_sync_s and node_sync_rank_s.
+    """
+
+    lines: tuple[KnownLine, ...]
+    max_workers: int
+    sync_s: float = 0.0
+    sync_rank_s: float = 0.0
+    node_sync_s: float = 0.0
+    node_sync_rank_s: float = 0.0
+    gamma: float = 1.0
+    exponent: float = 1.0
+    interference: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.lines:
+            raise ValueError("lines=(); allowed: one for each tier and type of device, at least one")
+        for line in self.lines:
+            if not (line.floor_s >= 0 and line.slope_s >= 0 and 0 < line.floor_s + line.slope_s < math.inf):
+                raise ValueError(f"{line}; allowed: finite seconds >= 0, not both 0")
+        if self.max_workers < 1:
+            raise ValueError(f"max_workers={self.max_workers!r}; allowed: 1 or more ranks")
+        if not 1 <= self.gamma <= 10:
+            raise ValueError(f"gamma={self.gamma!r}; allowed: 1 to 10")
+        for name in ("sync_s", "sync_rank_s", "node_sync_s", "node_sync_rank_s", "interference"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: a finite number >= 0")
+
+    def step_s(self, line: KnownLine, *, micro_batch: int, grad_accum: int, num_workers: int, num_nodes: int) -> float:
+        """Seconds per step at one unit per rank."""
+        micro_s = line.floor_s + line.slope_s * micro_batch
+        alpha, beta = (self.node_sync_s, self.node_sync_rank_s) if num_nodes > 1 else (self.sync_s, self.sync_rank_s)
+        wait_s = 0.0 if num_workers == 1 else alpha + beta * (num_workers - 2)
+        return (grad_accum - 1) * micro_s + float((micro_s**self.gamma + wait_s**self.gamma) ** (1 / self.gamma))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """A predicted step time.
 
@@ -158,9 +221,21 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedModel:
-    """The solved table of one shape of trial with one number of workers. Build it with `solve`."""
+    """The solved table of one shape of trial with one number of workers. Build it with `solve`.
+
+    Attributes:
+        exponent: response to compute above one core.
+        points: what was measured, by tier and micro-batch.
+        lines: seconds of a micro-batch at one core, by tier.
+        known: seconds per step where they are known and nothing has to be measured.
+        num_workers: ranks.
+        num_nodes: nodes that they are on, as far as `known` asks for it.
+    """
 
     exponent: float = PRIOR_EXPONENT
+    known: KnownSpeed | None = None
+    num_workers: int = 1
+    num_nodes: int = 1
     points: dict[Tier, dict[int, Point]] = field(default_factory=dict)
     lines: dict[Tier, Line] = field(default_factory=dict)
 
@@ -172,6 +247,17 @@ class SpeedModel:
         """Seconds per step at the given dials; None for a tier that was never measured or without compute."""
         if tier not in self.lines or cores <= 0:
             return None
+        if self.known is not None:
+            line = next(line for line in self.known.lines if line.tier is tier)
+            step_s = self.known.step_s(
+                line,
+                micro_batch=micro_batch,
+                grad_accum=grad_accum,
+                num_workers=self.num_workers,
+                num_nodes=self.num_nodes,
+            )
+            step_s /= response(cores, self.exponent)
+            return Prediction(step_s=step_s, is_measured=True, rel_uncertainty=0.0, rel_scatter=0.0)
         points = self.points[tier]
         point = points.get(micro_batch)
         nearest = point or min(points.values(), key=lambda p: (abs(math.log(p.micro_batch / micro_batch)), p.work_s))
@@ -211,6 +297,12 @@ def solve(cells: Iterable[SpeedCell], num_workers: int, prior_floor_ratio: float
     for (tier, micro_batch), group in trusted.items():
         points[tier][micro_batch] = _point(micro_batch, group, exponent)
     return SpeedModel(exponent=exponent, points=dict(points), lines=_solve_lines(points, prior_floor_ratio))
+
+
+def as_known(known: KnownSpeed, num_workers: int, num_nodes: int) -> SpeedModel:
+    """The model of that many ranks where the speed is known."""
+    lines = {line.tier: Line(line.floor_s, line.slope_s, is_solved=True) for line in reversed(known.lines)}
+    return SpeedModel(exponent=known.exponent, known=known, num_workers=num_workers, num_nodes=num_nodes, lines=lines)
 
 
 def _in_newest_mode(cells: list[SpeedCell]) -> list[SpeedCell]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from orchestrator.policies.candidates import Budget, split
 from orchestrator.policies.first_come import first_come
-from orchestrator.policies.movable import Budget, split
+from orchestrator.policies.fitted import FittedTrial, allocate, claim_of, fill_room, fit_trials, make_plan, make_room
 from orchestrator.policies.plan import Allocation, Plan
 from orchestrator.policies.snapshot import Snapshot
-from orchestrator.policies.world import Standing, allocate, claim_of, fill_room, make_plan, make_room, read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,34 +33,34 @@ class Static:
 
     def decide(self, snapshot: Snapshot) -> Plan:
         """Return start shares, scaled down where a device cannot hold them; movable trials are served as by `fifo`."""
-        rest, movers, fleet = split(snapshot)
-        standings = read(rest)
-        claims = [claim_of(s, weight=_start_share(s), max_share=_start_share(s)) for s in standings]
-        room = make_room(standings, claims, self.pause_s)
-        shares = fill_room(standings, room)
+        rest, candidates, fleet = split(snapshot)
+        fitted_trials = fit_trials(rest)
+        claims = [claim_of(s, weight=_start_share(s), max_share=_start_share(s)) for s in fitted_trials]
+        room = make_room(fitted_trials, claims, self.pause_s)
+        shares = fill_room(fitted_trials, room)
         rows = []
-        for standing in standings:
-            resting = room.resting.get(standing.trial_id)
+        for fitted in fitted_trials:
+            resting = room.resting.get(fitted.trial_id)
             if resting is not None:
-                settings = dataclasses.replace(standing.settings, share=0.0)
-                rows.append(allocate(standing, settings, reason=f"share 0: {resting}", binding="paused"))
+                settings = dataclasses.replace(fitted.settings, share=0.0)
+                rows.append(allocate(fitted, settings, reason=f"share 0: {resting}", binding="paused"))
             else:
-                rows.append(_granted(standing, shares[standing.trial_id]))
-        return make_plan(snapshot, "static", [*rows, *first_come(movers, fleet, Budget(snapshot))])
+                rows.append(_granted(fitted, shares[fitted.trial_id]))
+        return make_plan(snapshot, "static", [*rows, *first_come(candidates, fleet, Budget(snapshot))])
 
 
-def _start_share(standing: Standing) -> float:
-    limits = standing.trial.limits
-    return min(limits.max_share, max(limits.min_share, standing.trial.start.share))
+def _start_share(fitted: FittedTrial) -> float:
+    limits = fitted.trial.limits
+    return min(limits.max_share, max(limits.min_share, fitted.trial.start.share))
 
 
-def _granted(standing: Standing, share: float) -> Allocation:
-    start = _start_share(standing)
-    device_id = standing.trial.placement[0]
-    if standing.is_pinned:
+def _granted(fitted: FittedTrial, share: float) -> Allocation:
+    start = _start_share(fitted)
+    device_id = fitted.trial.placement[0]
+    if fitted.is_pinned:
         reason, binding = f"share {share:.3f} of {device_id} kept while its telemetry is stale", "stale"
     elif share < start:
         reason, binding = f"share {share:.3f} of {device_id}: the start shares, {start:.3f} here, do not fit", "device"
     else:
         reason, binding = f"share {share:.3f} of {device_id}: its start share", "start"
-    return allocate(standing, dataclasses.replace(standing.settings, share=share), reason=reason, binding=binding)
+    return allocate(fitted, dataclasses.replace(fitted.settings, share=share), reason=reason, binding=binding)

@@ -24,6 +24,7 @@ from orchestrator.policies.speed import (
     MIN_STEPS,
     PRIOR_EXPONENT,
     PRIOR_FLOOR_RATIO,
+    KnownSpeed,
     Line,
     Point,
     SpeedCell,
@@ -123,8 +124,21 @@ class _Seen:
     micro_s: float | None
 
 
-def solve_throughput(cells: Iterable[SpeedCell]) -> Throughput:
-    """Fit the model to the cells of one shape; those with too few steps do not count."""
+def solve_throughput(cells: Iterable[SpeedCell], known: KnownSpeed | None = None) -> Throughput:
+    """Fit the model to the cells of one shape; those with too few steps do not count. What is known stands as it is."""
+    if known is not None:
+        return Throughput(
+            lines={
+                (line.tier, line.device_type): Line(line.floor_s, line.slope_s, is_solved=True) for line in known.lines
+            },
+            exponent=known.exponent,
+            intra=Sync(known.sync_s, known.sync_rank_s),
+            inter=Sync(known.node_sync_s, known.node_sync_rank_s),
+            gamma=known.gamma,
+            interference=known.interference,
+            spread=0.0,
+            max_workers=known.max_workers,
+        )
     usable = [cell for cell in cells if cell.recent and cell.num_steps >= MIN_STEPS]
     usable = sorted(usable, key=lambda cell: (-cell.num_steps, cell.key))[:MAX_CELLS]
     if not usable:

@@ -211,7 +211,7 @@ def tier_facts(tier: Tier) -> TierFacts:
 
 
 def is_cheaper(tier: Tier, other: Tier) -> bool:
-    """Whether `tier` stands below `other` on the ladder (fewer bits, less accuracy).
+    """Whether `tier` comes after `other` in the order of tiers (fewer bits, less accuracy).
 
     >>> is_cheaper(Tier.BF16, Tier.FP32)
     True

@@ -15,13 +15,13 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from orchestrator.policies.candidates import Budget, Candidate, keep, run, wait
+from orchestrator.policies.fitted import make_plan
 from orchestrator.policies.fixed import with_fixed
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.movable import Budget, Mover, keep, run, wait
 from orchestrator.policies.placing import as_wished, in_order, realise
 from orchestrator.policies.plan import Allocation, Plan
 from orchestrator.policies.snapshot import Snapshot
-from orchestrator.policies.world import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,23 +42,23 @@ class Tiresias:
         """Return the plan that serves the queues in order."""
         return make_plan(snapshot, "tiresias", with_fixed(snapshot, self._place))
 
-    def _place(self, movers: tuple[Mover, ...], fleet: Fleet, budget: Budget) -> Iterator[Allocation]:
-        pinned = [mover for mover in movers if mover.is_pinned]
+    def _place(self, candidates: tuple[Candidate, ...], fleet: Fleet, budget: Budget) -> Iterator[Allocation]:
+        pinned = [candidate for candidate in candidates if candidate.is_pinned]
         given = realise(pinned, {}, fleet, budget)
-        others = [mover for mover in movers if not mover.is_pinned]
+        others = [candidate for candidate in candidates if not candidate.is_pinned]
         others.sort(key=lambda m: (-m.trial.priority, self._queue(m), m.trial.began_at_s, m.trial_id))
         given |= realise(others, in_order(others, fleet, budget, blocks=False), fleet, budget, shrinks=False)
-        for mover in movers:
-            hours = mover.trial.attained_s / 3600
-            where = f"{hours:.2f} device-hours attained, queue {self._queue(mover)}"
-            if mover.trial_id not in given:
-                yield wait(mover, f"waits for {mover.wish.num_workers} devices: {where}", "queue")
-            elif mover.is_pinned:
-                yield keep(mover, fleet, f"keeps its {len(mover.seats)} devices: {where}", "pinned")
+        for candidate in candidates:
+            hours = candidate.trial.attained_s / 3600
+            where = f"{hours:.2f} device-hours attained, queue {self._queue(candidate)}"
+            if candidate.trial_id not in given:
+                yield wait(candidate, f"waits for {candidate.wish.num_workers} devices: {where}", "queue")
+            elif candidate.is_pinned:
+                yield keep(candidate, fleet, f"keeps its {len(candidate.seats)} devices: {where}", "pinned")
             else:
-                seats, _ = given[mover.trial_id]
+                seats, _ = given[candidate.trial_id]
                 reason = f"runs on the {len(seats)} devices it asked for: {where}"
-                yield run(mover, fleet, seats, as_wished(mover, len(seats)), reason, binding="queue")
+                yield run(candidate, fleet, seats, as_wished(candidate, len(seats)), reason, binding="queue")
 
-    def _queue(self, mover: Mover) -> int:
-        return bisect.bisect_right(self.thresholds_s, mover.trial.attained_s)
+    def _queue(self, candidate: Candidate) -> int:
+        return bisect.bisect_right(self.thresholds_s, candidate.trial.attained_s)

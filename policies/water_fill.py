@@ -8,36 +8,38 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from orchestrator.policies.candidates import Budget, Candidate, keep, run, wait, worker_range
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.movable import Budget, Mover, keep, run, wait, worker_range
+from orchestrator.policies.goodput_table import Size
 from orchestrator.policies.placing import as_wished, realise
 from orchestrator.policies.plan import Allocation, Settings, TrialId
-from orchestrator.policies.prospects import Size
 
 MAX_PER_DEVICE = 8
 """Trials on one device at most, where nobody says otherwise."""
 
 
-def water_fill(movers: tuple[Mover, ...], fleet: Fleet, budget: Budget, max_per_device: int) -> Iterator[Allocation]:
+def water_fill(
+    candidates: tuple[Candidate, ...], fleet: Fleet, budget: Budget, max_per_device: int
+) -> Iterator[Allocation]:
     """Rows at the water level; `max_per_device` trials share a device at most."""
     sizes: dict[TrialId, Size] = {}
-    for kind, members in _by_kind(movers, fleet).items():
+    for kind, members in _by_kind(candidates, fleet).items():
         sizes |= _level(members, kind, fleet, max_per_device)
-    given = realise(movers, sizes, fleet, budget)
-    level = len(fleet.devices) / max(1, len(movers))
-    for mover in movers:
-        if mover.trial_id not in given:
-            yield wait(mover, f"waits: {len(movers)} trials, {len(fleet.devices)} devices, level {level:.3f}")
-        elif mover.is_pinned:
-            yield keep(mover, fleet, f"keeps {mover.share * len(mover.seats):.3f} devices", "pinned")
+    given = realise(candidates, sizes, fleet, budget)
+    level = len(fleet.devices) / max(1, len(candidates))
+    for candidate in candidates:
+        if candidate.trial_id not in given:
+            yield wait(candidate, f"waits: {len(candidates)} trials, {len(fleet.devices)} devices, level {level:.3f}")
+        elif candidate.is_pinned:
+            yield keep(candidate, fleet, f"keeps {candidate.share * len(candidate.seats):.3f} devices", "pinned")
         else:
-            seats, share = given[mover.trial_id]
+            seats, share = given[candidate.trial_id]
             reason = f"{share * len(seats):.3f} devices at the water level of {level:.3f}"
-            yield run(mover, fleet, seats, _dials(mover, len(seats), share), reason, binding="water level")
+            yield run(candidate, fleet, seats, _dials(candidate, len(seats), share), reason, binding="water level")
 
 
-def _dials(mover: Mover, workers: int, share: float) -> Settings:
-    wished = as_wished(mover, workers)
+def _dials(candidate: Candidate, workers: int, share: float) -> Settings:
+    wished = as_wished(candidate, workers)
     return Settings(
         share=share,
         micro_batch=wished.micro_batch,
@@ -47,19 +49,19 @@ def _dials(mover: Mover, workers: int, share: float) -> Settings:
     )
 
 
-def _by_kind(movers: Sequence[Mover], fleet: Fleet) -> dict[int, list[Mover]]:
-    members: dict[int, list[Mover]] = {kind: [] for kind in range(len(fleet.types))}
+def _by_kind(candidates: Sequence[Candidate], fleet: Fleet) -> dict[int, list[Candidate]]:
+    members: dict[int, list[Candidate]] = {kind: [] for kind in range(len(fleet.types))}
     if not members:
         return members
-    for mover in sorted(movers, key=lambda m: (not m.seats, -m.trial.priority, m.trial.began_at_s, m.trial_id)):
-        if mover.seats:
-            members[fleet.type_of[mover.seats[0]]].append(mover)
+    for candidate in sorted(candidates, key=lambda m: (not m.seats, -m.trial.priority, m.trial.began_at_s, m.trial_id)):
+        if candidate.seats:
+            members[fleet.type_of[candidate.seats[0]]].append(candidate)
         else:
-            members[max(members, key=lambda k: (fleet.capacity(k) / (1 + len(members[k])), -k))].append(mover)
+            members[max(members, key=lambda k: (fleet.capacity(k) / (1 + len(members[k])), -k))].append(candidate)
     return members
 
 
-def _level(members: Sequence[Mover], kind: int, fleet: Fleet, max_per_device: int) -> dict[TrialId, Size]:
+def _level(members: Sequence[Candidate], kind: int, fleet: Fleet, max_per_device: int) -> dict[TrialId, Size]:
     """The size of every trial on one type of device."""
     sizes: dict[TrialId, Size] = {}
     # Who must keep whole devices is not part of it; who must keep a fraction counts as one of those that get one.
@@ -79,32 +81,32 @@ def _level(members: Sequence[Mover], kind: int, fleet: Fleet, max_per_device: in
         lowest = min(able, key=lambda m: (counts[m.trial_id] / m.trial.weight, *_order(m)))
         left -= _step(lowest, counts)
         counts[lowest.trial_id] += _step(lowest, counts)
-    for mover in open_to:
-        if counts[mover.trial_id]:
-            sizes[mover.trial_id] = Size(kind, counts[mover.trial_id], 1.0)
+    for candidate in open_to:
+        if counts[candidate.trial_id]:
+            sizes[candidate.trial_id] = Size(kind, counts[candidate.trial_id], 1.0)
     return sizes
 
 
-def _order(mover: Mover) -> tuple[int, float, str]:
-    return (-mover.trial.priority, mover.trial.began_at_s, mover.trial_id)
+def _order(candidate: Candidate) -> tuple[int, float, str]:
+    return (-candidate.trial.priority, candidate.trial.began_at_s, candidate.trial_id)
 
 
-def _step(mover: Mover, counts: dict[TrialId, int]) -> int:
-    return 1 if counts[mover.trial_id] else worker_range(mover.trial)[0]
+def _step(candidate: Candidate, counts: dict[TrialId, int]) -> int:
+    return 1 if counts[candidate.trial_id] else worker_range(candidate.trial)[0]
 
 
-def _fractions(open_to: Sequence[Mover], kind: int, devices: int, parts: int) -> dict[TrialId, Size]:
+def _fractions(open_to: Sequence[Candidate], kind: int, devices: int, parts: int) -> dict[TrialId, Size]:
     """Equal parts of a device for all that fit, whole ones for the first as far as devices are left."""
     served = open_to[: parts * devices]
     num_whole = (parts * devices - len(served)) // (parts - 1)
     return {
-        mover.trial_id: Size(kind, 1, mover.trial.limits.max_share if position < num_whole else 1 / parts)
-        for position, mover in enumerate(served)
+        candidate.trial_id: Size(kind, 1, candidate.trial.limits.max_share if position < num_whole else 1 / parts)
+        for position, candidate in enumerate(served)
     }
 
 
-def _finest(mover: Mover) -> int:
+def _finest(candidate: Candidate) -> int:
     """How many trials like it fit on one device."""
-    if worker_range(mover.trial)[0] > 1:
+    if worker_range(candidate.trial)[0] > 1:
         return 1
-    return max(1, math.floor(1 / mover.trial.limits.min_share + 1e-9))
+    return max(1, math.floor(1 / candidate.trial.limits.min_share + 1e-9))

@@ -22,7 +22,7 @@ from orchestrator.config.render import to_yaml
 from orchestrator.config.source import KeyPath, parse, read_text
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
-from orchestrator.jobs.own import add_import_paths
+from orchestrator.jobs.own import PICKLE_SUFFIX, add_import_paths
 from orchestrator.names import run_directory
 
 DEFAULT = "default"
@@ -93,6 +93,8 @@ def _with_import_paths(config: RunConfig, path: Path) -> RunConfig:
     if not config.job.is_own:
         return config
     given = config.job.import_paths or (str(Path.cwd()), str(path.absolute().parent))
+    if config.job.name.partition(":")[0].endswith(PICKLE_SUFFIX):
+        given = (str(run_directory(config.storage, config.name)), *given)
     paths = tuple(dict.fromkeys(str(Path(each).absolute()) for each in given))
     add_import_paths(paths)
     return config.model_copy(update={"job": config.job.model_copy(update={"import_paths": paths})})

@@ -110,7 +110,8 @@ class Controller:
 
     def submit(self, trial_id: TrialId, params: dict[str, Any], resumption: Resumption | None = None) -> None:
         """Queue a trial of the search, or let a known one go on where the search wants it to."""
-        self.continuations.submit(trial_id, {**self.state.spec.params, **params}, resumption)
+        fixed = {name: value for name, value in self.state.spec.params.items() if name not in params}
+        self.continuations.submit(trial_id, {**params, **fixed}, resumption)  # those searched are shown first
         self._assign()
 
     def answer(self, trial_id: TrialId, index: int) -> Answer | None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.policies.ladder import TierFit
 from orchestrator.policies.plan import DeviceId, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceView, DialLimits, StepModeView
+from orchestrator.policies.tier_fit import TierFit
 
 
 class SlotOp(StrEnum):
@@ -87,6 +87,7 @@ class TrialOrder:
         probe_budget: part of the trial's time for probes of cheaper tiers; 0 for none.
         exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
         metric: name of the value that the search looks at.
+        mode: 'min' or 'max', whichever of it is better.
         import_paths: directories where a job named by import path is looked for, first.
     """
 
@@ -106,6 +107,7 @@ class TrialOrder:
     probe_budget: float = 0.0
     exchange_follows_tier: bool = False
     metric: str = ""
+    mode: str = "min"
     import_paths: tuple[str, ...] = ()
 
 

@@ -49,5 +49,6 @@ def _trial_order(state: RunState, trial: Trial) -> TrialOrder:
         probe_budget=spec.probe_budget,
         exchange_follows_tier=spec.exchange_follows_tier,
         metric=spec.metric,
+        mode=spec.mode,
         import_paths=spec.import_paths,
     )

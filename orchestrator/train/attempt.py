@@ -29,7 +29,9 @@ from orchestrator.control.orders import (
 from orchestrator.policies.plan import Settings
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import FLAG_APPLIED, tier_code
+from orchestrator.train import best
 from orchestrator.train.batch.guard import Move
+from orchestrator.train.best import Best
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.dials.dial import Dial, limits_of, reasons_off, turn
 from orchestrator.train.groups import Ranks
@@ -227,6 +229,10 @@ class Attempt:
                 metrics=dict(metrics),
                 checkpoint=None if checkpoint is None else str(checkpoint),
             )
+            if checkpoint is not None and self.trial.metric in metrics:
+                value = float(metrics[self.trial.metric])
+                found = Best(commit=checkpoint.name, step=step, metric=self.trial.metric, value=value)
+                best.note(checkpoint.parent, found, self.trial.mode)
             self._link.outbox.add_report(report)
         logger.info("report %d at step %d: %s", index, step, dict(metrics))
 

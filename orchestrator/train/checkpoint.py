@@ -39,12 +39,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from orchestrator.errors import CheckpointError
-from orchestrator.train import flat_state, manifest
+from orchestrator.train import best, flat_state, manifest
 from orchestrator.train.fsdp import local_part
 from orchestrator.train.manifest import FileEntry, Manifest
 
 KEEP_COMMITS = 2
-"""Commits kept: the newest, and the one before in case the newest turns out damaged."""
+"""Commits kept beside the best one: the newest, and the one before in case the newest turns out damaged."""
 
 _COMMIT_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _UNFINISHED_NAME = re.compile(_COMMIT_NAME.pattern + r"\.(tmp|old)-[0-9a-f]+")
@@ -268,6 +268,11 @@ def verify(path: Path) -> list[str]:
     return []
 
 
+def newest(directory: Path) -> Path | None:
+    """The newest commit in `directory`, whole or not; None where there is none."""
+    return max(_commits(directory), default=(0, None))[1]
+
+
 def newest_whole(path: Path) -> tuple[Path, Manifest]:
     """The commit in `path`, or the newest before it that verifies, with a warning that says what that costs.
 
@@ -385,10 +390,12 @@ def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:
 
 
 def _clear_away(final: Path, step: int) -> None:
-    """Remove unfinished commits, commits of later steps, and all but the newest `KEEP_COMMITS`."""
+    """Remove unfinished commits, commits of later steps, and all but the newest `KEEP_COMMITS` and the best one."""
     directory = final.parent
     commits = sorted(_commits(directory), reverse=True)
-    kept = {path for _, path in [item for item in commits if item[0] <= step][:KEEP_COMMITS]}
+    behind = [path for number, path in commits if number <= step]
+    found = best.read(directory)
+    kept = {*behind[:KEEP_COMMITS], *(path for path in behind if found is not None and path.name == found.commit)}
     unfinished = [path for path in directory.iterdir() if _UNFINISHED_NAME.fullmatch(path.name)]
     for path in [*(path for _, path in commits if path not in kept), *unfinished]:
         try:

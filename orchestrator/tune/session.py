@@ -21,9 +21,9 @@ from ray.exceptions import RayError
 from orchestrator.cluster import RayCluster, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
+from orchestrator.driver import load_begun, log_end, make_run_dir, require_history, single_driver, within_quota
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
-from orchestrator.run import load_begun, log_end, make_run_dir, require_history, single_driver, within_quota
 from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.admission import HEAD, require_tested_ray, sliver

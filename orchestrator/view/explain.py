@@ -21,11 +21,11 @@ from orchestrator.control.events import (
 )
 from orchestrator.control.journal import History, read_history
 from orchestrator.errors import ConfigError, JournalError
+from orchestrator.policies.candidates import split
 from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
-from orchestrator.policies.movable import split
+from orchestrator.policies.fitted import FittedTrial, fit_trials
 from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
 from orchestrator.policies.snapshot import Snapshot, TrialView
-from orchestrator.policies.world import Standing, read
 from orchestrator.share.verification import Verdict, judge_speed
 from orchestrator.view.text import (
     MISSING,
@@ -122,12 +122,12 @@ class _Outcomes:
 def _one(entry: PlanCommitted, outcomes: _Outcomes) -> dict[str, Any]:
     snapshot, plan = _decoded(entry)
     before = {trial.trial_id: snapshot.settings_in_force(trial) for trial in snapshot.trials}
-    standings = {standing.trial_id: standing for standing in read(split(snapshot)[0])}
+    fitted_trials = {fitted.trial_id: fitted for fitted in fit_trials(split(snapshot)[0])}
     views = {trial.trial_id: trial for trial in snapshot.trials}
     trials = [
         {
             **_trial(plan.generation, allocation, before.get(allocation.trial_id), outcomes),
-            "predicted": _predicted(standings.get(allocation.trial_id), allocation.settings),
+            "predicted": _predicted(fitted_trials.get(allocation.trial_id), allocation.settings),
             "survival": None if (view := views.get(allocation.trial_id)) is None else view.survival,
             "step_mode": None if view is None else _step_mode(view, allocation.settings),
         }
@@ -212,16 +212,16 @@ def _node_words(nodes: list[dict[str, Any]]) -> str:
     return "".join(f"; {wish['num_nodes']} nodes {wish['node_type']}" for wish in changed)
 
 
-def _predicted(standing: Standing | None, after: Settings) -> dict[str, dict[str, float]] | None:
+def _predicted(fitted: FittedTrial | None, after: Settings) -> dict[str, dict[str, float]] | None:
     """What was expected of the settings in force and of the new ones; None where nothing could be."""
-    if standing is None or standing.in_force is None:
+    if fitted is None or fitted.in_force is None:
         return None
-    sides = {"before": _expected(standing, standing.in_force), "after": _expected(standing, after)}
+    sides = {"before": _expected(fitted, fitted.in_force), "after": _expected(fitted, after)}
     return {side: pace for side, pace in sides.items() if pace is not None} or None
 
 
-def _expected(standing: Standing, settings: Settings) -> dict[str, float] | None:
-    prediction, goodput = standing.predict(settings), standing.goodput(settings)
+def _expected(fitted: FittedTrial, settings: Settings) -> dict[str, float] | None:
+    prediction, goodput = fitted.predict(settings), fitted.goodput(settings)
     if prediction is None or goodput is None:
         return None
     throughput = settings.global_batch / prediction.step_s

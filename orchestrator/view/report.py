@@ -1,7 +1,7 @@
 """What is said at the end of a run: who won, what each dial did, what to do next, and where everything lies.
 
-A pure function of the last status. Called by the driver when a run ends; the last line is the run directory, alone, so
-that scripts can take it.
+A function of the last status and of the logs of failed trials. Called by the driver when a run ends; the last line is
+the run directory, alone, so that scripts can take it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.view.frame import failure_text, shown_dials
+from orchestrator.view.failures import failure_lines
+from orchestrator.view.frame import shown_dials
 from orchestrator.view.text import (
     MISSING,
     clean,
@@ -38,7 +39,7 @@ def render(status: Mapping[str, object], run_dir: Path) -> str:
     parts = [
         [_headline(status, trials)],
         _ranking(ranked, status),
-        [failure_text(trial) for trial in trials if trial.get("state") == "failed"],
+        failure_lines(trials),
         _dials(status),
         _next_commands(status, run_dir),
         [str(run_dir)],

@@ -232,15 +232,7 @@ class Engine:
 
     def _snapshot(self) -> Snapshot:
         rules = self.rules
-        trials = [
-            view_of(
-                job,
-                rules.restart_s,
-                job.application.name if rules.inherits else job.trial_id,
-                self.overseer.outlook(job),
-            )
-            for _, job in sorted(self.active.items())
-        ]
+        trials = [view_of(job, rules, self.overseer.outlook(job)) for _, job in sorted(self.active.items())]
         return Snapshot(
             now_s=self.now_s,
             seed=rules.seed,

@@ -25,6 +25,7 @@ class Rules:
         window_s: longest telemetry window; there are at most four between two decisions.
         step_spread: relative standard deviation of a window's mean step time.
         seed: of failures and of the spread.
+        knows_lengths: whether policies are told how long jobs are.
         inherits: whether a job knows what earlier jobs of its application measured.
         units: what a share of a device is cut from, such as groups of streaming multiprocessors.
         horizon_s: when to stop at the latest; jobs that run then have not ended.
@@ -42,6 +43,7 @@ class Rules:
     window_s: float = 15.0
     step_spread: float = 0.02
     seed: int = 0
+    knows_lengths: bool = True
     inherits: bool = True
     units: int = 16
     horizon_s: float = math.inf

@@ -14,6 +14,7 @@ from orchestrator.policies.simulator.application import Application, Application
 from orchestrator.policies.simulator.cluster import Cluster, Node, NodeEvent
 from orchestrator.policies.simulator.job import Job
 from orchestrator.policies.simulator.response import Load
+from orchestrator.policies.simulator.rules import Rules
 from orchestrator.policies.simulator.workload import Submission
 from orchestrator.policies.snapshot import DeviceView, DialLimits, TrialView
 
@@ -163,9 +164,7 @@ def _whole_devices(application: Application, global_batch: int, num_workers: int
     )
 
 
-def view_of(
-    job: Job, restart_s: float, shape: str, outlook: tuple[float | None, int | None, float | None]
-) -> TrialView:
+def view_of(job: Job, rules: Rules, outlook: tuple[float | None, int | None, float | None]) -> TrialView:
     """A job as policies see it. `outlook` is what its search says: survival, samples at the next rung, loss."""
     settings = job.settings
     throughput = None if not job.is_running or settings is None else settings.global_batch / job.step_s
@@ -173,14 +172,14 @@ def view_of(
     survival, rung_samples, loss = outlook
     return TrialView(
         trial_id=job.trial_id,
-        shape=shape,
+        shape=job.application.name if rules.inherits else job.trial_id,
         start=job.start,
         limits=job.limits,
         placement=job.placement,
         weight=1.0,
         step=int(job.steps),
         num_samples=int(job.samples),
-        target_samples=max(1, round(job.length)),
+        target_samples=max(1, round(job.length)) if rules.knows_lengths else None,
         throughput_per_s=throughput,
         loss=loss,
         is_stale=False,
@@ -193,7 +192,7 @@ def view_of(
         user=submission.user,
         priority=submission.priority,
         deadline_s=None if submission.deadline_s is None else submission.time_s + submission.deadline_s,
-        restart_s=restart_s,
+        restart_s=rules.restart_s,
         num_restarts=max(0, job.num_starts - 1),
         requested=job.requested,
         survival=survival,

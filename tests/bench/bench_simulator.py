@@ -1,10 +1,11 @@
 """Policies against each other in simulation, the ablation of dials, a search, and the speed of the simulator itself.
 
 `python -m tests.bench.bench_simulator PART ...` with PART one of `rivals` (mean JCT on a Philly-like workload),
-`ablation` (fractions and precision), `search` (ASHA), `speed` (160 jobs) and `large` (10,000 jobs); each has its own
-results file. Nothing is measured here but the last two: the rest follows from what the simulator takes as true, and
-every figure says so. The long parts keep every simulation in `build/bench/simulations`, under a name made of the
-policies package as it is, stop after `MAX_S` and go on from there when they are run again.
+`lengths` (the same where no policy is told how long a job is), `ablation` (fractions and precision), `search` (ASHA),
+`speed` (160 jobs) and `large` (10,000 jobs); each has its own results file. Nothing is measured here but the last two:
+the rest follows from what the simulator takes as true, and every figure says so. The long parts keep every simulation
+in `build/bench/simulations`, under a name made of the policies package as it is, stop after `MAX_S` and go on from
+there when they are run again.
 
 Multi-GPU speeds are the parametric models of `policies.simulator.published` (rounded fits of tables published with
 Pollux, four T4 GPUs a node); shares and tiers are ratios measured by this project on one H200 (the CSVs in
@@ -55,6 +56,8 @@ LIKE = {
 }
 """Which measured model each application is taken to share a device and to gain by tiers like: by size."""
 MIN_SHARE = 1 / 8
+SHORT_S = 120.0
+LONGEST_WAIT_S = 300.0
 MAX_S = 480.0
 LARGE_MAX_S = 840.0
 KEPT = ROOT / "build" / "bench" / "simulations"
@@ -102,10 +105,17 @@ def kept(key: str, simulation: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def run(name: str, workload: Workload, seed: int, applications: Applications = POLLUX_APPLICATIONS) -> dict[str, Any]:
-    """One simulation of 64 devices; its figures and how long it took."""
+def run(
+    name: str,
+    workload: Workload,
+    seed: int,
+    applications: Applications = POLLUX_APPLICATIONS,
+    *,
+    knows_lengths: bool = True,
+) -> dict[str, Any]:
+    """One simulation of 64 devices; its figures, the longest wait of a short job, and how long it took."""
     began_s = time.perf_counter()
-    rules = Rules(seed=seed, keeps_timeline=False)
+    rules = Rules(seed=seed, keeps_timeline=False, knows_lengths=knows_lengths)
     summary = simulate(
         build_policy(name), workload, parse_cluster("16x4"), name=name, applications=applications, rules=rules
     )
@@ -114,7 +124,9 @@ def run(name: str, workload: Workload, seed: int, applications: Applications = P
         f"  {name:<14} seed {seed}: mean JCT {summary.jct_mean_s:7.0f} s, "
         f"makespan {summary.makespan_s:7.0f} s, in {seconds:.1f} s"
     )
-    return {**summary.figures(), "wall_s": seconds}
+    short = {each for each, application in applications.items() if application.alone_s(1, 4) < SHORT_S}
+    longest_s = max((job.waited_s for job in summary.jobs if job.application in short), default=None)
+    return {**summary.figures(), "longest_wait_of_short_s": longest_s, "wall_s": seconds}
 
 
 # Completion times.
@@ -135,6 +147,31 @@ def rivals(report: Report) -> None:
     report.notes.append(
         "published means over 8 workloads of that simulator: Pollux 2751 s, Tiresias 4038 s, Optimus 5682 s"
     )
+
+
+def lengths(report: Report) -> None:
+    """Where no length is known: against Pollux, which never asks for one, and how long short jobs wait."""
+    settings = report.options
+    num_jobs, name = 20 if settings.is_quick else 160, f"{OURS} without lengths"
+    found = plain(("pollux",), settings)
+    found[name] = []
+    for seed in range(settings.repeats):
+        workload = philly_like(POLLUX_APPLICATIONS, seed=seed, num_jobs=num_jobs)
+        simulation = partial(run, OURS, workload, seed, knows_lengths=False)
+        found[name].append(kept(f"{OURS}-unknown-{num_jobs}-{seed}", simulation))
+    add_ratio(report, name, "pollux", found, target="<= 0.95", allowed=(0.0, 0.95))
+    report.add(
+        median_figure(
+            f"longest wait of a job shorter than {SHORT_S:.0f} s, {name}",
+            [row["longest_wait_of_short_s"] for row in found[name]],
+            "s",
+            target=f"<= {LONGEST_WAIT_S:.0f} s in every workload",
+            is_met=lambda _value, _low, high: high <= LONGEST_WAIT_S,
+        )
+    )
+    report.raw["completion_times"] = found
+    report.notes += ASSUMED
+    report.notes.append("a job is short by its time alone on one device; waiting is time without any device")
 
 
 def plain(names: Sequence[str], settings: Options) -> dict[str, list[dict[str, Any]]]:
@@ -261,6 +298,7 @@ def large(report: Report) -> None:
 
 PARTS: dict[str, tuple[Callable[[Report], None], int]] = {
     "rivals": (rivals, 8),
+    "lengths": (lengths, 8),
     "ablation": (ablation, 8),
     "search": (searches, 8),
     "speed": (speed, 3),

@@ -1,9 +1,9 @@
 """How far the joint decision is from the best possible one: an integer program over the same predictions, by `highspy`.
 
 The program knows sizes, nodes and quotas, and may place every trial inside a node or across several; what a size is
-worth it takes from `policies.prospects`, as the policy does. So this measures choosing and placing, not predicting. All
-trials are new, so that nothing depends on restarts, and all devices are of one type. What is asked for is at most 1 %
-in the median and 5 % in the worst instance, with and without quotas.
+worth it takes from `policies.goodput_table`, as the policy does. So this measures choosing and placing, not predicting.
+All trials are new, so that nothing depends on restarts, and all devices are of one type. What is asked for is at most
+1 % in the median and 5 % in the worst instance, with and without quotas.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.policies.candidates import split
 from orchestrator.policies.goodput_joint import GoodputJoint
-from orchestrator.policies.movable import split
+from orchestrator.policies.goodput_table import GoodputTable, SearchSpace, Size, goodput_tables, reference
 from orchestrator.policies.plan import EMPTY_PLAN
-from orchestrator.policies.prospects import Ask, Prospect, Size, prospects, reference
 from orchestrator.policies.sample_fleets import search_world
 from orchestrator.policies.snapshot import Quota, Snapshot
 
@@ -56,19 +56,19 @@ class Problem:
     """What may be given to whom, and what each is worth: weight times speed-up over one device."""
 
     world: Snapshot
-    outlooks: tuple[Prospect, ...]
+    tables: tuple[GoodputTable, ...]
     node_sizes: dict[str, int]
 
     def worth(self, trial: int, index: int, *, spans_nodes: bool) -> float:
-        outlook = self.outlooks[trial]
-        rate = outlook.goodput(index, spans_nodes=spans_nodes)
-        return self.world.trials[trial].weight * rate / reference(outlook)
+        table = self.tables[trial]
+        rate = table.goodput(index, spans_nodes=spans_nodes)
+        return self.world.trials[trial].weight * rate / reference(table)
 
 
 def problem(world: Snapshot, fractions: tuple[float, ...]) -> Problem:
-    _, movers, fleet = split(world)
+    _, candidates, fleet = split(world)
     node_sizes = dict(Counter(device.node_id for device in world.devices))
-    return Problem(world, prospects(movers, fleet, Ask(fractions=fractions)), node_sizes)
+    return Problem(world, goodput_tables(candidates, fleet, SearchSpace(fractions=fractions)), node_sizes)
 
 
 def optimum(given: Problem) -> float:
@@ -82,7 +82,7 @@ def optimum(given: Problem) -> float:
     charged: dict[str, list[Any]] = defaultdict(list)
     for number, trial in enumerate(given.world.trials):
         choices = []
-        for index, size in enumerate(given.outlooks[number].sizes):
+        for index, size in enumerate(given.tables[number].sizes):
             for spans in (False, True):
                 value = given.worth(number, index, spans_nodes=spans)
                 if not value > 0:
@@ -130,7 +130,7 @@ def reached(given: Problem, policy: GoodputJoint) -> float:
     for number, row in enumerate(policy.decide(given.world).allocations):
         if row.placement:
             size = Size(0, len(row.placement), row.settings.share)
-            index = given.outlooks[number].sizes.index(size)
+            index = given.tables[number].sizes.index(size)
             spans = len({node_of[device_id] for device_id in row.placement}) > 1
             found += given.worth(number, index, spans_nodes=spans)
     return found

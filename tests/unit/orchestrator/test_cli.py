@@ -165,7 +165,7 @@ def test_run_hands_the_resolved_configuration_over(run: Run, fake: Callable[...,
         print("table")  # noqa: T201 - stands for the view
         return 0
 
-    fake("orchestrator.run", start=start)
+    fake("orchestrator.driver", start=start)
     demo = str(ROOT / "demo.yaml")
     assert run("run", demo)[:2] == (0, "table\n")
     assert run("run", demo, "--plain", "--set", "name=b")[0] == 0
@@ -175,14 +175,14 @@ def test_run_hands_the_resolved_configuration_over(run: Run, fake: Callable[...,
 
 
 def test_a_wrong_file_starts_nothing_and_writes_nothing(run: Run, fake: Callable[..., None]) -> None:
-    fake("orchestrator.run", start=lambda *_, **__: pytest.fail("a run was started"))
+    fake("orchestrator.driver", start=lambda *_, **__: pytest.fail("a run was started"))
     assert run("run", str(ROOT / "demo.yaml"), "--set", "search.num_trials=0")[0] == 2
     assert run("run", str(ROOT / "demo.yaml"), "--set", "name=../../x")[0] == 2
     assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_dry_run_starts_nothing_and_writes_nothing(run: Run, fake: Callable[..., None]) -> None:
-    fake("orchestrator.run", start=lambda *_, **__: pytest.fail("a run was started"))
+    fake("orchestrator.driver", start=lambda *_, **__: pytest.fail("a run was started"))
     code, out, _ = run("run", str(ROOT / "demo.yaml"), "--dry-run")
     assert code == 0
     assert "6 trials, 2 at a time" in out
@@ -204,7 +204,7 @@ def test_an_error_becomes_its_exit_code_without_a_traceback(
     def start(*_: object, **__: object) -> int:
         raise error
 
-    fake("orchestrator.run", start=start)
+    fake("orchestrator.driver", start=start)
     seen, _, err = run("run", str(ROOT / "demo.yaml"))
     assert seen == code
     assert words in err
@@ -217,14 +217,14 @@ def test_a_bug_is_logged_with_its_traceback_and_is_exit_code_1(
     def start(*_: object, **__: object) -> int:
         raise ZeroDivisionError("a bug")
 
-    fake("orchestrator.run", start=start)
+    fake("orchestrator.driver", start=start)
     assert run("run", str(ROOT / "demo.yaml"))[0] == 1
     assert "ZeroDivisionError: a bug" in caplog.text
     assert "Traceback" in caplog.text
 
 
 def test_the_exit_code_of_a_run_is_passed_on(run: Run, fake: Callable[..., None]) -> None:
-    fake("orchestrator.run", start=lambda *_, **__: 130, resume=lambda *_, **__: 1)
+    fake("orchestrator.driver", start=lambda *_, **__: 130, resume=lambda *_, **__: 1)
     make_run("one")
     assert run("run", str(ROOT / "demo.yaml"))[0] == 130
     assert run("resume", "one")[0] == 1
@@ -381,7 +381,7 @@ def test_what_the_machine_refuses_is_one_line(run: Run, fake: Callable[..., None
     def start(*_: object, **__: object) -> int:
         raise OSError(errno_, os.strerror(errno_), "/runs/x")
 
-    fake("orchestrator.run", start=start)
+    fake("orchestrator.driver", start=start)
     code, _, err = run("run", str(ROOT / "demo.yaml"))
     assert code == 3
     assert err.startswith(f"error: /runs/x: {os.strerror(errno_)}")
@@ -393,6 +393,6 @@ def test_sigterm_ends_any_command_with_its_own_exit_code(run: Run, fake: Callabl
         os.kill(os.getpid(), signal.SIGTERM)
         return 0
 
-    fake("orchestrator.run", start=start)
+    fake("orchestrator.driver", start=start)
     code, _, err = run("run", str(ROOT / "demo.yaml"))
     assert (code, err) == (143, "terminated\n")

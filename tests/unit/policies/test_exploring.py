@@ -9,20 +9,20 @@ import pytest
 from orchestrator.policies.fit import Observation, TrialFit, update
 from orchestrator.policies.goodput_joint import GoodputJoint
 from orchestrator.policies.invariants import check
-from orchestrator.policies.ladder import TierFit
 from orchestrator.policies.memory import MemoryPoint
 from orchestrator.policies.plan import Effect, Plan, Settings
 from orchestrator.policies.sample_fleets import after
 from orchestrator.policies.snapshot import Snapshot, TrialView
 from orchestrator.policies.tier import Tier
-from tests.unit.policies.test_goodput_joint import UNITS, fit, mover, world
+from orchestrator.policies.tier_fit import TierFit
+from tests.unit.policies.test_goodput_joint import UNITS, candidate, fit, world
 
 POLICY = GoodputJoint(cooldown_s=60.0)
 LADDER = (Tier.FP32, Tier.BF16, Tier.INT8)
 
 
 def with_tiers(name: str, tiers: tuple[Tier, ...] = LADDER, **changes: object) -> TrialView:
-    view = mover(name, **changes)  # type: ignore[arg-type]
+    view = candidate(name, **changes)  # type: ignore[arg-type]
     return dataclasses.replace(view, limits=dataclasses.replace(view.limits, tiers=tiers, max_workers=1))
 
 

@@ -18,7 +18,7 @@ NOISE = st.floats(1.0, 2.0**20)
     [
         "policies",
         "orchestrator.policies.goodput",
-        "orchestrator.policies.ladder",
+        "orchestrator.policies.tier_fit",
         "orchestrator.policies.shares",
         "orchestrator.policies.speed",
         "orchestrator.policies.tier",

@@ -41,7 +41,7 @@ def fit(sync_s: float = 0.01, exponent: float = 1.0, noise: float = 20.0) -> Tri
     return update(TrialFit(), seen)
 
 
-def mover(name: str, *, remaining: int = 100_000, min_share: float = 1.0, **changes: object) -> TrialView:
+def candidate(name: str, *, remaining: int = 100_000, min_share: float = 1.0, **changes: object) -> TrialView:
     limits = DialLimits(
         min_share=min_share,
         max_share=1.0,
@@ -79,12 +79,12 @@ def decide(policy: GoodputJoint, snapshot: Snapshot) -> Plan:
 
 
 def test_of_trials_that_scale_alike_the_shorter_has_more_and_nobody_of_two_starves() -> None:
-    plan = decide(GoodputJoint(), world(mover("long", remaining=900_000), mover("short", remaining=10_000)))
+    plan = decide(GoodputJoint(), world(candidate("long", remaining=900_000), candidate("short", remaining=10_000)))
     assert held(plan)["short"] > held(plan)["long"] > 0
 
 
 def test_without_short_first_they_have_the_same() -> None:
-    trials = mover("long", remaining=900_000), mover("short", remaining=10_000)
+    trials = candidate("long", remaining=900_000), candidate("short", remaining=10_000)
     assert held(decide(GoodputJoint(short_first=0.0), world(*trials))) == {"long": 2.0, "short": 2.0}
 
 
@@ -92,7 +92,7 @@ def test_no_batch_makes_a_sample_worth_less_than_is_allowed() -> None:
     """At noise scale 2000 a sample of 16 is worth 0.996 of one of 8, a sample of 12 0.998."""
     batches = {}
     for least in (0.0, 0.997, 0.999):
-        row = mover("a", fit=fit(noise=2000.0))
+        row = candidate("a", fit=fit(noise=2000.0))
         limits = dataclasses.replace(row.limits, min_efficiency=least, max_workers=1)
         (found,) = decide(GoodputJoint(), world(dataclasses.replace(row, limits=limits))).allocations
         batches[least] = found.settings.global_batch
@@ -100,7 +100,7 @@ def test_no_batch_makes_a_sample_worth_less_than_is_allowed() -> None:
 
 
 def test_where_trials_outnumber_devices_the_longest_wait() -> None:
-    trials = [mover(f"t{i}", remaining=10_000 * (1 + i)) for i in range(6)]
+    trials = [candidate(f"t{i}", remaining=10_000 * (1 + i)) for i in range(6)]
     plan = held(decide(GoodputJoint(), world(*trials)))
     assert {name for name, devices in plan.items() if devices == 0} == {"t4", "t5"}
 
@@ -108,7 +108,7 @@ def test_where_trials_outnumber_devices_the_longest_wait() -> None:
 def test_a_trial_about_to_end_is_not_restarted_for_more_devices() -> None:
     """At 80 samples/s and more, 100 samples are over before a restart of 30 s is."""
     for remaining, grows in ((100, False), (1_000_000, True)):
-        first = world(mover("a", remaining=remaining), mover("b"))
+        first = world(candidate("a", remaining=remaining), candidate("b"))
         plan = GoodputJoint(cooldown_s=0.0).decide(first)
         alone = dataclasses.replace(after(first, plan, seconds=1000.0), trials=after(first, plan).trials[:1])
         later = decide(GoodputJoint(cooldown_s=0.0), alone)
@@ -116,7 +116,7 @@ def test_a_trial_about_to_end_is_not_restarted_for_more_devices() -> None:
 
 
 def test_a_quota_is_used_for_what_gains_most() -> None:
-    trials = [mover(name, user="ann") for name in ("a", "b", "c")]
+    trials = [candidate(name, user="ann") for name in ("a", "b", "c")]
     plan = decide(
         GoodputJoint(short_first=0.0), world(*trials, num_devices=8, quotas=(Quota(user="ann", max_devices=3.0),))
     )
@@ -124,19 +124,19 @@ def test_a_quota_is_used_for_what_gains_most() -> None:
 
 
 def test_pinned_trials_over_their_quota_keep_what_they_have_and_others_of_the_user_wait() -> None:
-    first = world(mover("a", user="ann"))
+    first = world(candidate("a", user="ann"))
     plan = GoodputJoint().decide(first)
     assert held(plan)["a"] == 4.0
     later = after(first, plan, seconds=1000.0)
     pinned = dataclasses.replace(later.trials[0], is_protected=True)
-    newcomer = mover("b", user="ann")
+    newcomer = candidate("b", user="ann")
     crowded = dataclasses.replace(later, trials=(pinned, newcomer), quotas=(Quota(user="ann", max_devices=1.0),))
     assert held(decide(GoodputJoint(), crowded)) == {"a": 4.0, "b": 0.0}
 
 
 @pytest.mark.parametrize(("min_share", "expected"), [(0.125, True), (1.0, False)])
 def test_a_device_is_shared_where_that_gains_and_limits_allow_it(min_share: float, expected: bool) -> None:
-    trials = [mover(f"t{i}", min_share=min_share, fit=fit(exponent=0.4)) for i in range(3)]
+    trials = [candidate(f"t{i}", min_share=min_share, fit=fit(exponent=0.4)) for i in range(3)]
     plan = decide(GoodputJoint(), world(*trials, num_devices=1))
     assert (sum(1 for devices in held(plan).values() if devices > 0) > 1) is expected
     whole = decide(GoodputJoint(uses_fractions=False), world(*trials, num_devices=1))
@@ -144,8 +144,8 @@ def test_a_device_is_shared_where_that_gains_and_limits_allow_it(min_share: floa
 
 
 def test_a_priority_comes_before_any_number_of_short_trials() -> None:
-    urgent = mover("urgent", remaining=900_000, priority=1)
-    plan = held(decide(GoodputJoint(), world(urgent, *(mover(f"t{i}", remaining=1000) for i in range(8)))))
+    urgent = candidate("urgent", remaining=900_000, priority=1)
+    plan = held(decide(GoodputJoint(), world(urgent, *(candidate(f"t{i}", remaining=1000) for i in range(8)))))
     assert plan[TrialId("urgent")] > 0
 
 
@@ -155,7 +155,7 @@ def test_a_search_holds_back_the_hopeless_only_where_a_leader_makes_as_much_of_t
 
     def shares(*losses_and_chances: tuple[float | None, float]) -> list[float]:
         trials = [
-            mover(f"t{i}", min_share=0.125, fit=response, loss=loss, survival=chance)
+            candidate(f"t{i}", min_share=0.125, fit=response, loss=loss, survival=chance)
             for i, (loss, chance) in enumerate(losses_and_chances)
         ]
         found = held(decide(policy, world(*trials, num_devices=1)))

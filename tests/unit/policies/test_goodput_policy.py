@@ -8,10 +8,10 @@ from orchestrator.policies.fair_share import FairShare
 from orchestrator.policies.fit import TrialFit, note_tiers, protect, update
 from orchestrator.policies.goodput_policy import Goodput
 from orchestrator.policies.invariants import check
-from orchestrator.policies.ladder import TierFit
 from orchestrator.policies.plan import Allocation, Plan, TrialId
 from orchestrator.policies.snapshot import DeviceKind, Override, Snapshot, TrialView
 from orchestrator.policies.tier import Tier
+from orchestrator.policies.tier_fit import TierFit
 from tests.unit.policies.builders import in_force, limits, measured, observation, settings, trial, world
 
 BOTH = (Tier.FP32, Tier.BF16)

@@ -6,10 +6,11 @@ import pytest
 
 from orchestrator.policies import POLICIES, build_policy
 from orchestrator.policies.codec import dumps
-from orchestrator.policies.goodput_joint import OBJECTIVES, GoodputJoint
+from orchestrator.policies.goodput_joint import GoodputJoint
 from orchestrator.policies.invariants import check
 from orchestrator.policies.policy import Policy
 from orchestrator.policies.sample_fleets import walk
+from orchestrator.policies.worth import OBJECTIVES
 from tests.unit.policies.promises import broken_promises
 
 NUM_STEPS = 80

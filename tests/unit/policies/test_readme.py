@@ -48,9 +48,9 @@ def test_every_example_runs_the_conformance_test_and_the_world_by_hand_among_the
     assert check(names["world"], names["plan"]) == ()
 
 
-def test_a_world_by_hand_takes_ten_lines() -> None:
+def test_a_world_by_hand_takes_fifteen_lines() -> None:
     (block,) = [block for block in blocks() if "Snapshot(" in block and "@dataclass" not in block]
-    assert len(block.split("\n\n", 1)[1].strip().splitlines()) <= 11  # the last one looks at the plan
+    assert len(block.split("\n\n", 1)[1].strip().splitlines()) <= 15
 
 
 def test_the_policy_of_the_tutorial_has_about_30_lines() -> None:

@@ -115,6 +115,7 @@ def test_what_was_measured_says_whether_it_pays_and_the_way_back_is_taken() -> N
 def test_a_restart_has_to_pay_in_the_time_that_is_left() -> None:
     row = on_gpus(trial("a", dials=resizable(2), fit=seen((1, 0.1))), 0, restart_s=30.0)
     assert asked(on_the_cards(row)) == {"a": 2}
+    assert row.target_samples is not None
     nearly_done = dataclasses.replace(row, num_samples=row.target_samples - 80 * 45)
     assert asked(on_the_cards(nearly_done)) == {"a": None}
 

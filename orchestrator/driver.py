@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import shlex
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from orchestrator import evidence
 from orchestrator.clock import SystemClock
 from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
+from orchestrator.config.model import JobSection
 from orchestrator.config.render import scalar
 from orchestrator.config.source import read_text
 from orchestrator.control.events import RunEnded
@@ -32,6 +34,7 @@ from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
 from orchestrator.host import num_usable_cores
 from orchestrator.interrupts import ENDING_S, Interrupts, LastResort, reinstall
+from orchestrator.jobs.own import PICKLE_SUFFIX
 from orchestrator.leftovers import remove_home, sweep
 from orchestrator.names import write_atomically
 from orchestrator.output import LOG_NAME, lasting_output, say, say_last
@@ -46,6 +49,7 @@ from orchestrator.run_dirs import (
     stop_request,
     with_schema,
 )
+from orchestrator.view.failures import common_error
 from orchestrator.view.report import failure_line, render_broken_off
 from orchestrator.view.report import render as render_report
 from orchestrator.view.terminal import LiveView, read_status
@@ -115,6 +119,7 @@ def make_run_dir(resolved: ResolvedRun) -> None:
     run_dir = resolved.run_dir
     try:
         run_dir.mkdir(parents=True, mode=0o700)
+        _ship_function(resolved.config.job, run_dir)
         (run_dir / BEGUN_FILE[0]).mkdir()
         for place in (run_dir.joinpath(*BEGUN_FILE), run_dir / RUN_FILE):
             write_atomically(place, with_schema(resolved.to_yaml(with_origins=True)))
@@ -124,6 +129,15 @@ def make_run_dir(resolved: ResolvedRun) -> None:
         raise ConfigError(
             f"storage: {run_dir} cannot be made ({error.strerror}); allowed: a directory that you may write to"
         ) from None
+
+
+def _ship_function(job: JobSection, run_dir: Path) -> None:
+    """Copy a function that has no import path into the run directory, where workers and `resume` look for it first."""
+    name = job.name.partition(":")[0]
+    if name.endswith(PICKLE_SUFFIX):
+        found = next((Path(path) / name for path in job.import_paths if (Path(path) / name).is_file()), None)
+        if found is not None:
+            shutil.copyfile(found, run_dir / name)
 
 
 def resume(run_dir: Path, *, plain: bool | None = None) -> int:
@@ -201,6 +215,11 @@ def _last_states(plane: ControlPlane) -> list[str]:
         time.sleep(_POLL_S)
 
 
+_ALIKE = 2
+"""Trials that fail alike, at least, before the others are not tried any more."""
+_LOOK_AT_FAILURES_S = 0.5
+
+
 class _Driver:
     """One start of a run.
 
@@ -220,6 +239,7 @@ class _Driver:
         self._last_resort = LastResort(self.interrupts, self._end_hard, self.leave)
         self._view: LiveView | None = None
         self._thaw: Callable[[], None] = lambda: None
+        self._looked_s = 0.0
         self._has_ended = threading.Lock()
 
     def execute(self, plain: bool | None) -> int:
@@ -329,6 +349,11 @@ class _Driver:
             except OrchestratorError:
                 search.interrupt()
                 raise
+            if self._fails_alike():
+                say("every trial failed in the same way: the search ends early")
+                search.interrupt()
+                search.join(_GRACE_S)
+                return "failed"
             wish = self._wish_to_stop()
             if wish is StopKind.NOW:
                 return "interrupted"
@@ -348,6 +373,15 @@ class _Driver:
             logger.error("the search failed: %s", search.error)
             return "failed"
         return "done" if _ENDED_WELL.intersection(_last_states(plane)) else "failed"
+
+    def _fails_alike(self) -> bool:
+        """Whether all trials so far failed with one error, and there are more than fit side by side."""
+        now_s = time.monotonic()
+        if now_s < self._looked_s + _LOOK_AT_FAILURES_S:
+            return False
+        self._looked_s = now_s
+        num_alike = max(_ALIKE, self._config.search.num_slots)
+        return common_error(read_status(self._run_dir / STATUS_NAME) or {}, num_alike) is not None
 
     def _wish_to_stop(self) -> StopKind | None:
         """Whether a signal or another process asked for the end."""

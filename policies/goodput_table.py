@@ -1,4 +1,4 @@
-"""What every movable trial would make of every size it could be given: goodput, and the dials that reach it.
+"""The predicted goodput of every trial that may be placed, for every size it may get, and the dials that reach it.
 
 A size is a number of whole devices of one type, or a fraction of one. For each size the best global batch, split and
 tier are found by evaluating a grid of them at once, for all trials of one shape together. Knows no capacity and no
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.policies.candidates import Candidate, worker_range
 from orchestrator.policies.fit import TrialFit, noise_scale, pool
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.ladder import usable
-from orchestrator.policies.movable import Mover, worker_range
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.snapshot import TrialView
 from orchestrator.policies.throughput import Array, Throughput, prior, solve_throughput
 from orchestrator.policies.tier import Tier
+from orchestrator.policies.tier_fit import usable
 
 HELD_PART = 0.9
 """Part of the least efficiency that is enough to keep a batch."""
@@ -32,6 +32,7 @@ NUM_BATCHES = 12
 MAX_POOLED = 32
 """Fits of one shape that are pooled at most, those with the most observations: more add time, not knowledge."""
 _EVERY_COUNT_UP_TO = 8
+_NO_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -49,7 +50,7 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Prospect:
+class GoodputTable:
     """One trial's goodput by size.
 
     Attributes:
@@ -92,8 +93,8 @@ class Prospect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """How a policy wants prospects made.
+class SearchSpace:
+    """The sizes and batches among which a policy looks.
 
     Attributes:
         fractions: shares of one device that may be given to one rank.
@@ -110,40 +111,45 @@ class Ask:
     counts: tuple[int, ...] | None = None
 
 
-def models(movers: Iterable[Mover]) -> dict[str, Throughput]:
+def models(candidates: Iterable[Candidate]) -> dict[str, Throughput]:
     """One model per shape, from what all its trials measured; unmeasured shapes are left out."""
     groups: dict[str, list[TrialFit]] = defaultdict(list)
-    for mover in movers:
-        if mover.trial.fit.cells:
-            groups[mover.trial.shape].append(mover.trial.fit)
+    for candidate in candidates:
+        if candidate.trial.fit.cells or candidate.trial.fit.known_speed is not None:
+            groups[candidate.trial.shape].append(candidate.trial.fit)
     found = {}
     for shape in sorted(groups):
-        fits = heapq.nlargest(MAX_POOLED, groups[shape], key=lambda fit: (fit.num_observations, fit.cells[0].recent))
-        model = solve_throughput(pool(fits).cells)
+        known = pool([fit for fit in groups[shape] if fit.known_speed is not None]).known_speed
+        fits = heapq.nlargest(
+            MAX_POOLED, groups[shape], key=lambda fit: (fit.num_observations, *(cell.recent for cell in fit.cells[:1]))
+        )
+        model = solve_throughput(pool(fits).cells, known)
         if model.is_measured:
             found[shape] = model
     return found
 
 
-def prospects(movers: Sequence[Mover], fleet: Fleet, ask: Ask) -> tuple[Prospect, ...]:
-    """The prospects of every trial, in order."""
-    solved = models(movers)
-    counts = _counts(fleet, ask, movers)
+def goodput_tables(candidates: Sequence[Candidate], fleet: Fleet, space: SearchSpace) -> tuple[GoodputTable, ...]:
+    """What every trial makes of every size, in order."""
+    solved = models(candidates)
+    counts = _counts(fleet, space, candidates)
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for position, mover in enumerate(movers):
-        alike[_group_key(mover, ask)].append(position)
+    for position, candidate in enumerate(candidates):
+        alike[_group_key(candidate, space)].append(position)
     shapes: dict[object, list[_Alike]] = defaultdict(list)
     for key, positions in alike.items():
-        first = movers[positions[0]]
+        first = candidates[positions[0]]
         model, is_prior = _model(first, solved.get(first.trial.shape))
-        group = _Alike(tuple(positions), usable_tiers(first), _sizes(first, fleet, ask, model, counts), model, is_prior)
+        group = _Alike(
+            tuple(positions), usable_tiers(first), _sizes(first, fleet, space, model, counts), model, is_prior
+        )
         shapes[key if is_prior else first.trial.shape].append(group)
-    found: list[Prospect | None] = [None] * len(movers)
+    found: list[GoodputTable | None] = [None] * len(candidates)
     for groups in shapes.values():
-        grid = _Grid(movers, groups, fleet, ask)
-        for position, prospect in grid.prospects():
-            found[position] = prospect
-    return tuple(prospect for prospect in found if prospect is not None)
+        grid = _Grid(candidates, groups, fleet, space)
+        for position, table in grid.goodput_tables():
+            found[position] = table
+    return tuple(table for table in found if table is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +163,11 @@ class _Alike:
     is_prior: bool
 
 
-def _model(mover: Mover, model: Throughput | None) -> tuple[Throughput, bool]:
+def _model(candidate: Candidate, model: Throughput | None) -> tuple[Throughput, bool]:
     """The model of a trial, and whether it is only a guess: nobody ran its shape, or none of the tiers it may use."""
-    tiers = usable_tiers(mover)
+    tiers = usable_tiers(candidate)
     if model is None:
-        return prior(mover.trial.start.micro_batch, tiers), True
+        return prior(candidate.trial.start.micro_batch, tiers), True
     if not set(tiers).isdisjoint(model.tiers()):
         return model, False
     other = model.tiers()[0]
@@ -169,49 +175,59 @@ def _model(mover: Mover, model: Throughput | None) -> tuple[Throughput, bool]:
     return dataclasses.replace(model, lines=lines), True
 
 
-def usable_tiers(mover: Mover) -> tuple[Tier, ...]:
+def usable_tiers(candidate: Candidate) -> tuple[Tier, ...]:
     """The tiers a trial may use, without those it fled from or that its guard forbids if others are left."""
-    trial = mover.trial
-    found = usable(trial.limits.tiers, trial.fit.tiers, trial.fit.banned_tiers, mover.wish.tier)
+    trial = candidate.trial
+    found = usable(trial.limits.tiers, trial.fit.tiers, trial.fit.banned_tiers, candidate.wish.tier)
     return found or trial.limits.tiers[:1]
 
 
-def _group_key(mover: Mover, ask: Ask) -> tuple[object, ...]:
+def _group_key(candidate: Candidate, space: SearchSpace) -> tuple[object, ...]:
     """Trials of one key differ in their noise alone."""
-    trial = mover.trial
-    batch = None if ask.tunes_batch else mover.wish.global_batch
-    own = None if ask.pools else _most_workers(trial.fit)
-    return (trial.shape, trial.start, trial.limits, usable_tiers(mover), trial.fit.micro_batch_cap, batch, own)
+    trial = candidate.trial
+    batch = None if space.tunes_batch else candidate.wish.global_batch
+    own = None if space.pools else _most_workers(trial.fit)
+    return (trial.shape, trial.start, trial.limits, usable_tiers(candidate), trial.fit.micro_batch_cap, batch, own)
 
 
 def _most_workers(fit: TrialFit) -> int:
+    if fit.known_speed is not None:
+        return fit.known_speed.max_workers
     return max((cell.num_workers for cell in fit.cells), default=0)
 
 
-def _counts(fleet: Fleet, ask: Ask, movers: Iterable[Mover]) -> tuple[int, ...]:
-    """Numbers of ranks worth considering: all small ones, then halves of octaves, and those of today."""
-    if ask.counts is not None:
-        return ask.counts
+def _counts(fleet: Fleet, space: SearchSpace, candidates: Sequence[Candidate]) -> tuple[int, ...]:
+    """Numbers of ranks worth considering: all small ones, then halves of octaves, and those of today.
+
+    Also what a large trial keeps if it gives the waiting ones their least, or twice that, and not half an octave.
+    """
+    if space.counts is not None:
+        return space.counts
     most = max((fleet.capacity(kind) for kind in range(len(fleet.types))), default=0)
     counts = set(range(1, min(most, _EVERY_COUNT_UP_TO) + 1))
     step = _EVERY_COUNT_UP_TO
     while step <= most:
         counts |= {step, step + step // 2}
         step *= 2
-    counts |= {len(mover.seats) for mover in movers} | {mover.wish.num_workers for mover in movers}
+    held = {len(candidate.seats) for candidate in candidates}
+    counts |= held | {candidate.wish.num_workers for candidate in candidates}
+    needed = sum(worker_range(candidate)[0] for candidate in (m.trial for m in candidates if not m.seats))
+    counts |= {n - times * needed for n in held for times in (1, 2) if n - times * needed > _EVERY_COUNT_UP_TO}
     return tuple(sorted(count for count in counts if 1 <= count <= most))
 
 
-def _sizes(mover: Mover, fleet: Fleet, ask: Ask, model: Throughput, counts: Sequence[int]) -> tuple[Size, ...]:
-    trial = mover.trial
+def _sizes(
+    candidate: Candidate, fleet: Fleet, space: SearchSpace, model: Throughput, counts: Sequence[int]
+) -> tuple[Size, ...]:
+    trial = candidate.trial
     low, high = worker_range(trial)
-    known = model.max_workers if ask.pools else _most_workers(trial.fit)
-    high = max(low, min(high, max(1, ask.growth * known)))
+    known = model.max_workers if space.pools else _most_workers(trial.fit)
+    high = max(low, min(high, max(1, space.growth * known)))
     limits = trial.limits
     sizes = []
     for kind in range(len(fleet.types)):
         if low == 1:
-            sizes += [Size(kind, 1, s) for s in ask.fractions if limits.min_share - 1e-9 <= s < limits.max_share]
+            sizes += [Size(kind, 1, s) for s in space.fractions if limits.min_share - 1e-9 <= s < limits.max_share]
         if limits.max_share >= 1:
             sizes += [Size(kind, n, 1.0) for n in counts if low <= n <= high and n <= fleet.capacity(kind)]
     return tuple(sorted(sizes))
@@ -224,25 +240,28 @@ class _Grid:
     one per size that any group has, then one per batch. The first axis of pairs is inside one node, across several.
     """
 
-    def __init__(self, movers: Sequence[Mover], groups: Sequence[_Alike], fleet: Fleet, ask: Ask) -> None:
+    def __init__(
+        self, candidates: Sequence[Candidate], groups: Sequence[_Alike], fleet: Fleet, space: SearchSpace
+    ) -> None:
         self._groups = groups
-        firsts = [movers[group.positions[0]] for group in groups]
+        firsts = [candidates[group.positions[0]] for group in groups]
         sizes = sorted(set().union(*(group.sizes for group in groups)))
         where = {size: column for column, size in enumerate(sizes)}
         self._columns = [[where[size] for size in group.sizes] for group in groups]
         workers = np.array([float(size.workers) for size in sizes]).reshape(1, -1, 1)
-        self._micro, self._accum = _batches(firsts, ask, workers)
+        self._micro, self._accum, is_reached = _batches(firsts, space, workers)
         batch = self._micro * self._accum * workers
         measured = groups[0].model.tiers()
         self._tiers = tuple(dict.fromkeys(tier for group in groups for tier in group.tiers if tier in measured))
         rates = self._rates(sizes, fleet, workers, batch)
         self._owners = np.repeat(np.arange(len(groups)), [len(group.positions) for group in groups])
-        trials = [movers[position].trial for group in groups for position in group.positions]
-        held = [movers[position].wish.global_batch for group in groups for position in group.positions]
+        trials = [candidates[position].trial for group in groups for position in group.positions]
+        held = [candidates[position].wish.global_batch for group in groups for position in group.positions]
         noise = np.array([-1.0 if (n := noise_scale(trial.fit)) is None else n for trial in trials])
         base = np.array([float(trial.start.global_batch) for trial in trials])
         efficiency = _efficiency(noise, base, batch[self._owners])
-        if ask.tunes_batch:
+        efficiency[~is_reached[self._owners]] = 0.0
+        if space.tunes_batch:
             efficiency[_is_wasted(trials, held, batch[self._owners], efficiency)] = 0.0
         self._best: list[npt.NDArray[np.int64]] = []
         self._goodput: list[list[list[float]]] = []
@@ -258,15 +277,15 @@ class _Grid:
         """What its speeds come from."""
         return self._groups[0].model
 
-    def prospects(self) -> Iterator[tuple[int, Prospect]]:
-        """Every trial's position and prospect."""
+    def goodput_tables(self) -> Iterator[tuple[int, GoodputTable]]:
+        """The position of every trial, and its table."""
         row = 0
         for group, columns in zip(self._groups, self._columns, strict=True):
             for position in group.positions:
                 inside, across = (tuple([reached[row][column] for column in columns]) for reached in self._goodput)
                 yield (
                     position,
-                    Prospect(group.sizes, inside, across, group.is_prior, group.model.spread, self, row),
+                    GoodputTable(group.sizes, inside, across, group.is_prior, group.model.spread, self, row),
                 )
                 row += 1
 
@@ -327,29 +346,40 @@ def _slowness(sizes: Sequence[Size], fleet: Fleet, model: Throughput) -> Array:
     return np.array(values, dtype=np.float64).reshape(-1, 1)
 
 
-def _batches(firsts: Sequence[Mover], ask: Ask, workers: Array) -> tuple[Array, Array]:
-    """Micro-batches and accumulations to weigh: per group of trials, size and global batch."""
-    limits = [mover.trial.limits for mover in firsts]
-    caps = [mover.trial.fit.micro_batch_cap or mover.trial.limits.max_micro_batch for mover in firsts]
+def _batches(
+    firsts: Sequence[Candidate], space: SearchSpace, workers: Array
+) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+    """Micro-batches and accumulations to weigh, per group of trials, size and global batch.
+
+    The last array says where so many ranks reach the smallest batch with the accumulation that is allowed.
+    """
+    limits = [candidate.trial.limits for candidate in firsts]
+    caps = [candidate.trial.fit.micro_batch_cap or candidate.trial.limits.max_micro_batch for candidate in firsts]
     largest = np.minimum(_column([each.max_micro_batch for each in limits]), _column(caps))
     least, most = (
         _column([each.min_global_batch for each in limits]),
         _column([each.max_global_batch for each in limits]),
     )
-    if ask.tunes_batch:
+    base = _column([candidate.trial.start.global_batch for candidate in firsts])
+    if space.tunes_batch:
         low = np.maximum(least, _column([each.min_micro_batch for each in limits]) * workers)
         high = np.maximum(low, most)
         wanted = low * (high / low) ** np.linspace(0.0, 1.0, NUM_BATCHES)
-        start = np.clip(_column([mover.trial.start.global_batch for mover in firsts]), low, high)
-        wanted = np.concatenate([wanted, start], axis=2)
+        wanted = np.concatenate([wanted, np.clip(base, low, high)], axis=2)
     else:
-        wanted = _column([mover.wish.global_batch for mover in firsts]) + np.zeros_like(workers)
+        wanted = _column([candidate.wish.global_batch for candidate in firsts]) + np.zeros_like(workers)
     per_rank = np.maximum(1.0, np.ceil(wanted / workers - 1e-9))
     accum = np.ceil(per_rank / largest)
+    alone = _column([each.min_grad_accum_alone for each in limits])
+    accum = np.where((workers == 1) & (wanted > base), np.maximum(accum, alone), accum)
+    most_accum = _column([each.max_grad_accum or _NO_LIMIT for each in limits])
+    per_rank = np.where(accum > most_accum, np.minimum(per_rank, most_accum * largest), per_rank)
+    accum = np.minimum(accum, most_accum)
     micro = np.ceil(per_rank / accum)
     over = (micro * accum * workers > most) & (micro > 1)
     fewer = (micro - 1) * accum * workers
-    return np.where(over & (fewer >= least), micro - 1, micro), accum
+    micro = np.where(over & (fewer >= least), micro - 1, micro)
+    return micro, accum, (accum < most_accum) | (micro * accum * workers >= least)
 
 
 def _column(values: Sequence[int]) -> Array:
@@ -384,27 +414,27 @@ def _is_wasted(
     return wasted & (batch > base)
 
 
-def reference(prospect: Prospect) -> float:
+def reference(table: GoodputTable) -> float:
     """Goodput on one whole device, the best type of them; what speed-ups are counted in. Always above 0."""
-    ones = [prospect.inside[i] for i, size in enumerate(prospect.sizes) if size.workers == 1 and size.share == 1]
+    ones = [table.inside[i] for i, size in enumerate(table.sizes) if size.workers == 1 and size.share == 1]
     if ones and max(ones) > 0:
         return max(ones)
     # No single device is allowed: scale the smallest size down as if it were linear.
     best = [
-        max(prospect.inside[i], prospect.across[i]) / size.devices
-        for i, size in enumerate(prospect.sizes)
-        if max(prospect.inside[i], prospect.across[i]) > 0
+        max(table.inside[i], table.across[i]) / size.devices
+        for i, size in enumerate(table.sizes)
+        if max(table.inside[i], table.across[i]) > 0
     ]
     return max(best, default=1.0)
 
 
-def goodput_now(mover: Mover, prospect: Prospect, fleet: Fleet) -> float | None:
+def goodput_now(candidate: Candidate, table: GoodputTable, fleet: Fleet) -> float | None:
     """Predicted goodput of what it has, with the best dials; None where it holds nothing or that is no size."""
-    if not mover.seats:
+    if not candidate.seats:
         return None
-    size = Size(fleet.type_of[mover.seats[0]], len(mover.seats), mover.share)
-    if size not in prospect.sizes:
+    size = Size(fleet.type_of[candidate.seats[0]], len(candidate.seats), candidate.share)
+    if size not in table.sizes:
         return None
-    spans = fleet.num_nodes(mover.seats) > 1
-    value = prospect.goodput(prospect.sizes.index(size), spans_nodes=spans)
+    spans = fleet.num_nodes(candidate.seats) > 1
+    value = table.goodput(table.sizes.index(size), spans_nodes=spans)
     return value if value > 0 and math.isfinite(value) else None

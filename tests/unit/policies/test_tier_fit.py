@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from orchestrator.policies.fit import NOTHING_FITTED, note_tiers
-from orchestrator.policies.ladder import TierFit, best_usable, numerical_efficiency, step_ratio, usable
 from orchestrator.policies.tier import Tier
+from orchestrator.policies.tier_fit import TierFit, best_usable, numerical_efficiency, step_ratio, usable
 
 FIXED = Tier("fixed(8,16)")
 LADDER = (Tier.FP32, Tier.BF16, Tier.INT8, FIXED)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import run
+from orchestrator import driver as run
 from orchestrator.cluster import StartGivenUpError
 from orchestrator.config import ResolvedRun, load_config
 from orchestrator.errors import ConfigError, UnfitEnvironmentError

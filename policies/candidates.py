@@ -1,4 +1,4 @@
-"""Trials whose devices a policy may choose: where each stands, and the rows of a plan for them.
+"""Trials whose devices a policy may choose: what each holds, and the rows of a plan for them.
 
 Every policy of this package treats trials that cannot move by themselves (`split` hands them out as a snapshot of
 their own) and never puts a movable trial on a device where one of those computes. Chooses nothing itself, apart from
@@ -21,8 +21,8 @@ RESTART_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mover:
-    """One movable trial.
+class Candidate:
+    """One trial whose devices a policy may choose.
 
     Attributes:
         trial: the trial.
@@ -67,12 +67,15 @@ def restart_cost_s(trial: TrialView) -> float:
 
 
 def worker_range(trial: TrialView) -> tuple[int, int]:
-    """The fewest and most ranks that a policy may give it."""
-    low = trial.limits.min_workers or trial.start.num_workers
-    return low, max(low, trial.limits.max_workers or trial.start.num_workers)
+    """The fewest and most ranks that a policy may give it; never fewer than reach its smallest batch."""
+    limits = trial.limits
+    low = limits.min_workers or trial.start.num_workers
+    if limits.max_grad_accum is not None:
+        low = max(low, math.ceil(limits.min_global_batch / (limits.max_micro_batch * limits.max_grad_accum)))
+    return low, max(low, limits.max_workers or trial.start.num_workers)
 
 
-def split(snapshot: Snapshot) -> tuple[Snapshot, tuple[Mover, ...], Fleet]:
+def split(snapshot: Snapshot) -> tuple[Snapshot, tuple[Candidate, ...], Fleet]:
     """The snapshot of the trials that cannot move, the movable ones sorted by id, and the devices left to them."""
     fixed = tuple(trial for trial in snapshot.trials if not trial.limits.can_move)
     if len(fixed) == len(snapshot.trials):
@@ -85,12 +88,12 @@ def split(snapshot: Snapshot) -> tuple[Snapshot, tuple[Mover, ...], Fleet]:
     taken = {device_id for trial in fixed for device_id in trial.placement}
     fleet = Fleet(device for device in snapshot.devices if device.device_id not in taken)
     in_force = {row.trial_id: row.settings for row in snapshot.plan.allocations}
-    movers = []
+    candidates = []
     for trial in sorted((t for t in snapshot.trials if t.limits.can_move), key=lambda t: t.trial_id):
         old = in_force.get(trial.trial_id) if trial.override is None else trial.override.settings
         seats = fleet.seats(trial.placement) if old is not None and old.share > 0 else None
-        movers.append(
-            Mover(
+        candidates.append(
+            Candidate(
                 trial=trial,
                 in_force=old,
                 seats=seats or (),
@@ -98,7 +101,7 @@ def split(snapshot: Snapshot) -> tuple[Snapshot, tuple[Mover, ...], Fleet]:
                 age_s=snapshot.now_s - trial.changed_at_s,
             )
         )
-    return rest, tuple(movers), fleet
+    return rest, tuple(candidates), fleet
 
 
 def _must_stay(trial: TrialView) -> bool:
@@ -132,13 +135,21 @@ class Budget:
 
 
 def split_batch(trial: TrialView, global_batch: int, workers: int) -> tuple[int, int]:
-    """(micro-batch, accumulation) of that many ranks, the global batch kept in its limits and as it divides."""
-    global_batch = min(trial.limits.max_global_batch, max(trial.limits.min_global_batch, global_batch))
-    largest = most_micro_batch(trial.limits, trial.fit.micro_batch_cap)
+    """(micro-batch, accumulation) of that many ranks, the global batch kept in its limits and as it divides.
+
+    Where accumulation is limited the batch is the largest that the ranks reach with it.
+    """
+    limits = trial.limits
+    global_batch = min(limits.max_global_batch, max(limits.min_global_batch, global_batch))
+    largest = most_micro_batch(limits, trial.fit.micro_batch_cap)
     per_rank = max(1, math.ceil(global_batch / workers - 1e-9))
     grad_accum = math.ceil(per_rank / largest)
+    if workers == 1 and global_batch > trial.start.global_batch:
+        grad_accum = max(grad_accum, limits.min_grad_accum_alone)
+    if limits.max_grad_accum is not None and grad_accum > limits.max_grad_accum:
+        grad_accum = limits.max_grad_accum
+        per_rank = min(per_rank, grad_accum * largest)
     micro_batch = math.ceil(per_rank / grad_accum)
-    limits = trial.limits
     if micro_batch * grad_accum * workers > limits.max_global_batch and micro_batch > 1:
         lower = (micro_batch - 1) * grad_accum * workers
         if lower >= limits.min_global_batch:
@@ -146,20 +157,20 @@ def split_batch(trial: TrialView, global_batch: int, workers: int) -> tuple[int,
     return micro_batch, grad_accum
 
 
-def wait(mover: Mover, reason: str, binding: str = "devices") -> Allocation:
+def wait(candidate: Candidate, reason: str, binding: str = "devices") -> Allocation:
     """The row of a trial that holds no device now."""
-    settings = dataclasses.replace(mover.in_force or mover.trial.start, share=0.0)
-    return _row(mover, settings, (), reason, binding)
+    settings = dataclasses.replace(candidate.in_force or candidate.trial.start, share=0.0)
+    return _row(candidate, settings, (), reason, binding)
 
 
-def keep(mover: Mover, fleet: Fleet, reason: str, binding: str) -> Allocation:
+def keep(candidate: Candidate, fleet: Fleet, reason: str, binding: str) -> Allocation:
     """The row of a trial that keeps everything it has."""
-    assert mover.in_force is not None
-    return _row(mover, mover.in_force, fleet.placement(mover.seats), reason, binding)
+    assert candidate.in_force is not None
+    return _row(candidate, candidate.in_force, fleet.placement(candidate.seats), reason, binding)
 
 
 def run(
-    mover: Mover,
+    candidate: Candidate,
     fleet: Fleet,
     seats: Seats,
     settings: Settings,
@@ -171,7 +182,7 @@ def run(
     """The row of a trial on these devices.
 
     Args:
-        mover: the trial.
+        candidate: the trial.
         fleet: what `seats` point into.
         seats: one device per rank; the order of the present placement is kept where the devices are the same.
         settings: the dials; the number of ranks is taken from the seats.
@@ -179,20 +190,22 @@ def run(
         binding: what stopped the policy from going further.
         predicted: its goodput there, in samples/s.
     """
-    if set(seats) == set(mover.seats):
-        seats = mover.seats
+    if set(seats) == set(candidate.seats):
+        seats = candidate.seats
     settings = dataclasses.replace(settings, num_workers=len(seats))
-    row = _row(mover, settings, fleet.placement(seats), reason, binding)
-    cost_s = mover.restart_s if row.effect is Effect.RESTART else 0.0
+    row = _row(candidate, settings, fleet.placement(seats), reason, binding)
+    cost_s = candidate.restart_s if row.effect is Effect.RESTART else 0.0
     return dataclasses.replace(row, predicted_goodput=predicted, cost_s=cost_s)
 
 
-def _row(mover: Mover, settings: Settings, placement: tuple[DeviceId, ...], reason: str, binding: str) -> Allocation:
+def _row(
+    candidate: Candidate, settings: Settings, placement: tuple[DeviceId, ...], reason: str, binding: str
+) -> Allocation:
     return Allocation(
-        trial_id=mover.trial_id,
+        trial_id=candidate.trial_id,
         settings=settings,
         placement=placement,
-        effect=effect_of(mover.in_force, settings, moves=placement != mover.trial.placement),
+        effect=effect_of(candidate.in_force, settings, moves=placement != candidate.trial.placement),
         reason=reason,
         binding=binding,
     )

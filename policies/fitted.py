@@ -1,7 +1,7 @@
-"""The snapshot as the policies of this package read it: where every trial stands, and what dials would bring it.
+"""The trials of a snapshot with their fitted models, and the parts of a plan that all policies make alike.
 
-Holds what all policies do alike, so that each of their files says only what is its own: speeds pooled over trials of
-one shape, predictions, room for newcomers, and the plan around the allocations. Decides no dial itself.
+Speeds and memory are pooled over trials of one shape; `FittedTrial` predicts steps, goodput and memory from them. Room
+for newcomers, fair shares, allocations and the plan around them are here too. Decides no dial itself.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from orchestrator.policies.fit import noise_scale, pool
 from orchestrator.policies.goodput import efficiency, goodput
-from orchestrator.policies.ladder import numerical_efficiency, step_ratio, usable
 from orchestrator.policies.memory import MemoryLine, MemoryPoint, largest_micro_batch, largest_split, solve_line
 from orchestrator.policies.plan import Allocation, Alternative, DeviceId, Generation, Plan, Settings, TrialId, effect_of
 from orchestrator.policies.shares import Claim, components, fill, fits
 from orchestrator.policies.snapshot import DeviceKind, Snapshot, TrialView
-from orchestrator.policies.speed import Prediction, SpeedModel, response, solve
+from orchestrator.policies.speed import Prediction, SpeedModel, as_known, response, solve
 from orchestrator.policies.tier import Tier
+from orchestrator.policies.tier_fit import numerical_efficiency, step_ratio, usable
 
 _EPSILON = 1e-9
 _CALIBRATION_DOUBT = 0.05
@@ -32,8 +32,8 @@ _SAME_SHARE = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """One trial, and what follows about it from the whole snapshot.
+class FittedTrial:
+    """One trial with the models that all trials of its shape measured.
 
     Attributes:
         trial: the trial.
@@ -169,8 +169,8 @@ class Room:
     resting: Mapping[TrialId, str]
 
 
-def read(snapshot: Snapshot) -> tuple[Standing, ...]:
-    """Where every trial stands, sorted by trial id."""
+def fit_trials(snapshot: Snapshot) -> tuple[FittedTrial, ...]:
+    """Every trial of the snapshot with its models, sorted by trial id."""
     units = {device.device_id: device.units for device in snapshot.devices}
     kinds = {device.device_id: device.kind for device in snapshot.devices}
     in_force = {allocation.trial_id: allocation.settings for allocation in snapshot.plan.allocations}
@@ -180,23 +180,26 @@ def read(snapshot: Snapshot) -> tuple[Standing, ...]:
         (shape, workers, kind): solve(pooled[shape].cells, workers, _FLOOR_RATIO[kind])
         for shape, workers, kind in {(trial.shape, len(trial.placement), _kind_of(trial, kinds)) for trial in trials}
     }
-    standings = []
+    nodes = {device.device_id: device.node_id for device in snapshot.devices}
+    fitted_trials = []
     for trial in trials:
         old = in_force.get(trial.trial_id) if trial.override is None else trial.override.settings
         workers, kind = len(trial.placement), _kind_of(trial, kinds)
-        standing = Standing(
+        fitted = FittedTrial(
             trial=trial,
             in_force=old,
             settings=_on_workers(old or trial.resume or trial.start, workers, trial),
             age_s=snapshot.now_s - trial.changed_at_s,
             units=min((units[device_id] for device_id in trial.placement if device_id in units), default=1),
-            model=models[trial.shape, workers, kind],
+            model=models[trial.shape, workers, kind]
+            if (known := pooled[trial.shape].known_speed) is None
+            else as_known(known, workers, len({nodes.get(device_id) for device_id in trial.placement})),
             noise=noise_scale(trial.fit),
             kind=kind,
             memory=pooled[trial.shape].memory,
         )
-        standings.append(standing if old is not None else _admitted(standing))
-    return tuple(standings)
+        fitted_trials.append(fitted if old is not None else _admitted(fitted))
+    return tuple(fitted_trials)
 
 
 def _kind_of(trial: TrialView, kinds: Mapping[DeviceId, DeviceKind]) -> DeviceKind:
@@ -204,43 +207,45 @@ def _kind_of(trial: TrialView, kinds: Mapping[DeviceId, DeviceKind]) -> DeviceKi
     return next((kinds[device_id] for device_id in trial.placement if device_id in kinds), DeviceKind.CPU)
 
 
-def _admitted(standing: Standing) -> Standing:
+def _admitted(fitted: FittedTrial) -> FittedTrial:
     """A trial new to the plan: its global batch cut into micro-batches that its memory is predicted to hold."""
-    settings = standing.settings
-    line = standing.memory_line(settings)
-    if line is None or standing.has_room(settings):
-        return standing
+    settings = fitted.settings
+    line = fitted.memory_line(settings)
+    if line is None or fitted.has_room(settings):
+        return fitted
     per_rank = settings.micro_batch * settings.grad_accum
-    at_most = max(1, largest_micro_batch(line, standing.trial.memory_limit_bytes, settings.micro_batch))
+    at_most = max(1, largest_micro_batch(line, fitted.trial.memory_limit_bytes, settings.micro_batch))
     micro_batch = largest_split(per_rank, at_most)
     smaller = dataclasses.replace(settings, micro_batch=micro_batch, grad_accum=per_rank // micro_batch)
-    return dataclasses.replace(standing, settings=smaller)
+    if smaller.grad_accum > (fitted.trial.limits.max_grad_accum or smaller.grad_accum):
+        return fitted
+    return dataclasses.replace(fitted, settings=smaller)
 
 
-def claim_of(standing: Standing, *, weight: float, max_share: float) -> Claim:
+def claim_of(fitted: FittedTrial, *, weight: float, max_share: float) -> Claim:
     """The trial's claim: a stale one to exactly what it has, any other between its minimum and `max_share`."""
-    limits = standing.trial.limits
+    limits = fitted.trial.limits
     low, high = limits.min_share, max(limits.min_share, max_share)
-    if standing.is_pinned:
-        low = high = min(limits.max_share, max(limits.min_share, standing.settings.share))
+    if fitted.is_pinned:
+        low = high = min(limits.max_share, max(limits.min_share, fitted.settings.share))
     return Claim(
-        trial_id=standing.trial_id,
+        trial_id=fitted.trial_id,
         weight=weight,
         min_share=low,
         max_share=high,
-        placement=standing.trial.placement,
+        placement=fitted.trial.placement,
     )
 
 
-def make_room(standings: Sequence[Standing], claims: Iterable[Claim], pause_s: float) -> Room:
+def make_room(fitted_trials: Sequence[FittedTrial], claims: Iterable[Claim], pause_s: float) -> Room:
     """Let trials rest that are paused for less than `pause_s`, then give way until all minima fit.
 
     First stale trials give up to their minimum, then trials that may pause do: lightest first, then the youngest.
     """
-    by_id = {standing.trial_id: standing for standing in standings}
+    by_id = {fitted.trial_id: fitted for fitted in fitted_trials}
     resting = {
         s.trial_id: f"rests since {s.age_s:.1f} s of {pause_s:.1f} s after its pause"
-        for s in standings
+        for s in fitted_trials
         if s.is_resting(pause_s)
     }
     kept = {claim.trial_id: claim for claim in claims if claim.trial_id not in resting}
@@ -250,7 +255,7 @@ def make_room(standings: Sequence[Standing], claims: Iterable[Claim], pause_s: f
             kept[claim.trial_id] = dataclasses.replace(claim, min_share=low)
     paused = []
     crowded = set(_crowded(kept.values()))
-    for trial in sorted((s.trial for s in standings), key=lambda t: (t.weight, -t.began_at_s, t.trial_id)):
+    for trial in sorted((s.trial for s in fitted_trials), key=lambda t: (t.weight, -t.began_at_s, t.trial_id)):
         full = crowded.intersection(trial.placement)
         if trial.trial_id in kept and trial.limits.can_pause and full:
             resting[trial.trial_id] = f"paused at weight {trial.weight:g}: minima of others fill {min(full)}"
@@ -263,9 +268,9 @@ def make_room(standings: Sequence[Standing], claims: Iterable[Claim], pause_s: f
     return Room(claims=tuple(kept[trial_id] for trial_id in sorted(kept)), resting=resting)
 
 
-def fill_room(standings: Iterable[Standing], room: Room) -> dict[TrialId, float]:
+def fill_room(fitted_trials: Iterable[FittedTrial], room: Room) -> dict[TrialId, float]:
     """Fair shares for all who take part. Trials that share devices keep what they have if it is as good as that."""
-    in_force = {s.trial_id: s.in_force.share for s in standings if s.in_force is not None}
+    in_force = {s.trial_id: s.in_force.share for s in fitted_trials if s.in_force is not None}
     shares = fill(room.claims)
     for group in components(room.claims):
         is_near = all(
@@ -279,16 +284,16 @@ def fill_room(standings: Iterable[Standing], room: Room) -> dict[TrialId, float]
 
 
 def allocate(
-    standing: Standing, settings: Settings, *, reason: str, binding: str, alternatives: tuple[Alternative, ...] = ()
+    fitted: FittedTrial, settings: Settings, *, reason: str, binding: str, alternatives: tuple[Alternative, ...] = ()
 ) -> Allocation:
     """The allocation of `settings`, with its effect and what it is predicted to bring."""
-    old = standing.in_force
-    after = standing.goodput(settings)
-    before = None if old is None else standing.goodput(old)
+    old = fitted.in_force
+    after = fitted.goodput(settings)
+    before = None if old is None else fitted.goodput(old)
     return Allocation(
-        trial_id=standing.trial_id,
+        trial_id=fitted.trial_id,
         settings=settings,
-        placement=standing.trial.placement,
+        placement=fitted.trial.placement,
         effect=effect_of(old, settings),
         reason=reason,
         binding=binding,

@@ -2,7 +2,7 @@
 
 Where a trial has a guard (`orchestrator.train.precision`), a cheaper tier is chosen only once its probes found it safe,
 and a tier that is emulated is never chosen. Without a guard nothing is known, and all allowed tiers may be tried.
-Called by `policies.world` and the policies; the facts arrive as `TrialFit.tiers`.
+Called by `policies.fitted` and the policies; the facts arrive as `TrialFit.tiers`.
 """
 
 from __future__ import annotations
