@@ -83,16 +83,17 @@ def start(resolved: ResolvedRun, *, plain: bool | None = None, is_quiet: bool = 
 def _drive(resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet: bool = False) -> int:
     """One start of a run, with output that lasts and signals that are taken from the first moment on."""
     driver = _Driver(resolved, run_dir)
-    with driver.interrupts.taken(), lasting_output(run_dir / LOG_NAME, is_quiet=is_quiet):
+    with driver.interrupts.taken(), lasting_output(run_dir / LOG_NAME, is_quiet=is_quiet) as screen:
         try:
             code = driver.execute(plain)
-        except OrchestratorError as error:
-            if not driver.is_stuck:
-                raise
+            if is_quiet:
+                screen.write(f"{run_dir}\n")
+        except OrchestratorError as error:  # said here, where output lasts
             say_last(f"error: {error}")
             code = error.exit_code
-    if is_quiet:
-        say(str(run_dir))
+        except Exception:
+            logger.exception("the run ended with an unexpected error; please report it with the lines below")
+            code = EXIT_FAILED
     if driver.is_stuck:  # a thread of Ray waits for what is gone; the interpreter would wait for the thread
         driver.leave(code)
     return code

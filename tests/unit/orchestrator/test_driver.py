@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pytest
 
@@ -18,6 +20,7 @@ from orchestrator import driver as run
 from orchestrator.cluster import StartGivenUpError
 from orchestrator.config import ResolvedRun, load_config
 from orchestrator.errors import ConfigError, UnfitEnvironmentError
+from orchestrator.output import hang_up
 
 
 class Policy:
@@ -218,17 +221,65 @@ def test_the_last_resort_ends_everything_and_leaves_a_run_that_can_be_resumed(
     assert "did not end in time and was ended" in capsys.readouterr().err
 
 
-def test_a_run_whose_ray_is_stuck_says_its_error_and_ends_the_process(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "code", "words", "is_stuck"),
+    [
+        (UnfitEnvironmentError("a process of Ray ended"), 3, "error: a process of Ray ended", True),
+        (ConfigError("another process runs it"), 2, "error: another process runs it", False),
+        (KeyError("ours"), 1, "please report it", False),
+    ],
+)
+def test_an_error_is_said_where_output_lasts_and_a_stuck_ray_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, words: str, is_stuck: bool
 ) -> None:
     resolved, left = resolved_run(tmp_path / "runs"), []
 
     def fail(driver: run._Driver, _plain: bool | None) -> int:
-        driver.is_stuck = True
-        raise UnfitEnvironmentError("a process of Ray ended")
+        driver.is_stuck = is_stuck
+        hang_up()  # what is said goes to the log of the run
+        raise error
 
     monkeypatch.setattr(run._Driver, "execute", fail)
     monkeypatch.setattr(run._Driver, "leave", lambda _driver, code: left.append(code))
-    assert run._drive(resolved, tmp_path, plain=True) == 3
-    assert left == [3]
-    assert "error: a process of Ray ended" in capfd.readouterr().err
+    with open_streams(monkeypatch):
+        assert run._drive(resolved, tmp_path, plain=True) == code
+    assert left == ([code] if is_stuck else [])
+    assert words in (tmp_path / "run.log").read_text()
+
+
+@contextlib.contextmanager
+def open_streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Standard streams with descriptors, which those of pytest may lack."""
+    with Path(os.devnull).open("w") as out, Path(os.devnull).open("w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        handler = logging.StreamHandler(cast(TextIO, _Current()))
+        logging.getLogger("orchestrator").addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger("orchestrator").removeHandler(handler)
+
+
+class _Current:
+    """What standard error is at the time, as Python's handler of last resort has it."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def test_a_quiet_run_prints_its_directory_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(_driver: run._Driver, _plain: bool | None) -> int:
+        print("a table")  # noqa: T201 - stands for the view
+        return 0
+
+    monkeypatch.setattr(run._Driver, "execute", execute)
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        assert run._drive(resolved_run(tmp_path / "runs"), tmp_path, plain=True, is_quiet=True) == 0
+    assert (tmp_path / "out").read_text() == f"{tmp_path}\n"
+    assert (tmp_path / "err").read_text() == ""
