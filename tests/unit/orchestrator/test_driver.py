@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 
 import pytest
 
+from orchestrator import beginning
 from orchestrator import driver as run
 from orchestrator.cluster import StartGivenUpError
 from orchestrator.config import ResolvedRun, load_config
@@ -61,11 +62,11 @@ def resolved_run(storage: Path) -> ResolvedRun:
 def test_a_run_directory_that_cannot_be_made_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"storage: .* cannot be made \(Not a directory\); allowed: a directory"):
-        run.make_run_dir(resolved_run(tmp_path / "file"))
+        beginning.make_run_dir(resolved_run(tmp_path / "file"))
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
+    beginning.make_run_dir(resolved)
     with pytest.raises(ConfigError, match="exists already"):
-        run.make_run_dir(resolved)
+        beginning.make_run_dir(resolved)
 
 
 @pytest.mark.parametrize("trace", ["trials", "status"])
@@ -75,7 +76,7 @@ def test_a_run_whose_journal_is_lost_does_not_begin_from_its_start(
 ) -> None:
     """It would train finished trials again, and mix their records with those that are there."""
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
+    beginning.make_run_dir(resolved)
     if trace == "trials":
         (resolved.run_dir / "trials" / "trial-00000").mkdir(parents=True)
     else:
@@ -163,43 +164,43 @@ def test_a_run_file_that_was_edited_is_said_and_does_not_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
-    assert run.load_begun(resolved.run_dir).config == resolved.config
+    beginning.make_run_dir(resolved)
+    assert beginning.load_begun(resolved.run_dir).config == resolved.config
     assert capsys.readouterr().out == ""
     edited = resolved.run_dir / "run.yaml"
     edited.write_text(edited.read_text().replace("seed: 0", "seed: 7"))
-    assert run.load_begun(resolved.run_dir).config.seed == 0
+    assert beginning.load_begun(resolved.run_dir).config.seed == 0
     said = capsys.readouterr().out
     assert f"{edited} was edited since the run began; what counts is what it began with" in said
     assert "--set name=NEW" in said
     edited.unlink()
-    assert run.load_begun(resolved.run_dir).config.seed == 0
+    assert beginning.load_begun(resolved.run_dir).config.seed == 0
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_the_run_file_it_has(tmp_path: Path) -> None:
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
+    beginning.make_run_dir(resolved)
     (resolved.run_dir / "control" / "run.yaml").unlink()
     (resolved.run_dir / "run.yaml").write_text(resolved.to_yaml().replace("seed: 0", "seed: 7"))
-    assert run.load_begun(resolved.run_dir).config.seed == 7
+    assert beginning.load_begun(resolved.run_dir).config.seed == 7
 
 
 def test_a_run_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
+    beginning.make_run_dir(resolved)
     begun = resolved.run_dir / "control" / "run.yaml"
     begun.write_text(begun.read_text().replace("# schema: 1", "# schema: 99"))
     with pytest.raises(ConfigError, match=r"control/run.yaml:1: was written by a newer version \(schema 99\); allowed"):
-        run.load_begun(resolved.run_dir)
+        beginning.load_begun(resolved.run_dir)
 
 
 def test_a_quota_of_the_container_counts_as_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = resolved_run(tmp_path / "runs")
-    monkeypatch.setattr(run, "num_usable_cores", lambda: len(os.sched_getaffinity(0)))
-    assert run.within_quota(resolved) is resolved
-    monkeypatch.setattr(run, "num_usable_cores", lambda: 1)
+    monkeypatch.setattr(beginning, "num_usable_cores", lambda: len(os.sched_getaffinity(0)))
+    assert beginning.within_quota(resolved) is resolved
+    monkeypatch.setattr(beginning, "num_usable_cores", lambda: 1)
     if len(os.sched_getaffinity(0)) > 1:
-        assert run.within_quota(resolved).config.cluster.num_cpus == 1
+        assert beginning.within_quota(resolved).config.cluster.num_cpus == 1
     assert resolved.config.cluster.num_cpus is None, "the run file says nothing of it"
 
 
@@ -210,7 +211,12 @@ def test_the_last_resort_ends_everything_and_leaves_a_run_that_can_be_resumed(
     (tmp_path / "status.json").write_text(json.dumps({"state": "stopping", "trials": []}))
     (tmp_path / "journal.jsonl").write_text("")
     removed: list[Path] = []
-    monkeypatch.setattr(run, "remove_home", lambda home: removed.append(home) or 0)
+
+    def remove(home: Path) -> int:
+        removed.append(home)
+        return 0
+
+    monkeypatch.setattr(run, "remove_home", remove)
     driver._ray.home = tmp_path / "home"
     thawed: list[bool] = []
     driver._thaw = lambda: thawed.append(True)
@@ -283,3 +289,32 @@ def test_a_quiet_run_prints_its_directory_and_nothing_else(tmp_path: Path, monke
         assert run._drive(resolved_run(tmp_path / "runs"), tmp_path, plain=True, is_quiet=True) == 0
     assert (tmp_path / "out").read_text() == f"{tmp_path}\n"
     assert (tmp_path / "err").read_text() == ""
+
+
+class Choosy:
+    """A policy of the user's own."""
+
+    def __init__(self, patience_s: float = 1.0) -> None:
+        if patience_s < 0:
+            raise ValueError("patience_s is negative")
+
+    def decide(self, snapshot: object) -> object:
+        """Nothing."""
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [("{patience_s: '5'}", "'<' not supported"), ("{patience_s: -1}", "is negative"), ("{x: 1}", "no parameter 'x'")],
+)
+def test_a_policy_of_the_users_own_is_built_before_anything_starts(tmp_path: Path, params: str, words: str) -> None:
+    """Its refusal had come out of the policy actor, behind Ray's start, as a traceback of Ray."""
+    file = tmp_path / "run.yaml"
+    text = f"name: one\nstorage: {tmp_path}/runs\njob: {{name: mlp}}\n"
+    file.write_text(f"{text}policy: {{name: '{__name__}:Choosy', params: {params}}}\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        run.start(load_config(file, []))
+    assert (caught.value.line, caught.value.key) == (4, "policy")
+    assert not (tmp_path / "runs").exists()
+    file.write_text(f"{text}policy: {{name: '{__name__}:Choosy', params: {{patience_s: 2}}}}\n")
+    beginning.require_policy(load_config(file, []))
