@@ -18,10 +18,11 @@ import ray
 from ray import tune
 from ray.exceptions import RayError
 
+from orchestrator.beginning import load_begun, make_run_dir, require_history, require_policy, within_quota
 from orchestrator.cluster import RayCluster, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
-from orchestrator.driver import load_begun, log_end, make_run_dir, require_history, single_driver, within_quota
+from orchestrator.driver import log_end, single_driver
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
 from orchestrator.run_dirs import StopKind, stop_request
@@ -75,6 +76,7 @@ def _run_dir(resolved: ResolvedRun, *, is_resumed: bool) -> Path:
     """
     run_dir = resolved.run_dir
     require_fit(resolved, is_new=not is_resumed)
+    require_policy(resolved)
     if is_resumed:
         if not (run_dir / "run.yaml").exists():
             raise ConfigError(f"{run_dir} holds no run.yaml; leave resume=True out to begin a new run")
