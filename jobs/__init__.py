@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from orchestrator.jobs.own import is_own, load
 from orchestrator.jobs.table import JOB_INFO, JobInfo, check_param, complete_params, job_info
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def build_job(job: str, params: Mapping[str, object]) -> Job:
         ValueError: unknown job or parameter, wrong type, out of range, or values that do not go together.
     """
     complete = complete_params(job, params)
+    if is_own(job):
+        built: Job = load(job)(**complete)
+        return built
     from orchestrator.jobs.classes import JOBS
 
     return JOBS[job](**complete)

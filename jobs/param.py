@@ -9,9 +9,10 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-ParamValue = int | float | str | None
+ParamValue = Any
+"""Plain data: a number, text, a bool, None, or lists and mappings of these; the table's own jobs take scalars only."""
 
 
 class ParamKind(StrEnum):
@@ -20,6 +21,8 @@ class ParamKind(StrEnum):
     INT = "int"
     FLOAT = "float"
     TEXT = "str"
+    BOOL = "bool"
+    ANY = "any value"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class Param:
         maximum: largest allowed value, likewise.
         changes_speed: whether it may change the time of a step.
         choices: the words allowed, for kind str; empty allows any text.
+        is_required: whether it must be given, since it has no default.
+        allows_null: whether None is allowed although the default is another value.
     """
 
     name: str
@@ -45,6 +50,12 @@ class Param:
     maximum: float | None = None
     changes_speed: bool = True
     choices: tuple[str, ...] = ()
+    is_required: bool = False
+    allows_null: bool = False
+
+    @property
+    def _may_be_null(self) -> bool:
+        return self.allows_null or (self.default is None and not self.is_required)
 
     @property
     def allowed(self) -> str:
@@ -54,7 +65,7 @@ class Param:
             # Large whole numbers would otherwise be rounded: 1.09951e+12.
             form = "g" if self.kind is ParamKind.FLOAT else "d"
             words += f" from {self.minimum:{form}} to {self.maximum:{form}}"
-        return f"{words}, or null" if self.default is None else words
+        return f"{words}, or null" if self._may_be_null else words
 
     def check(self, value: object) -> ParamValue:
         """The value in the parameter's own type.
@@ -62,8 +73,10 @@ class Param:
         Raises:
             ValueError: wrong type or out of range; the message does not name the job.
         """
-        if value is None and self.default is None:
-            return None
+        if self.kind is ParamKind.ANY or (value is None and self._may_be_null):
+            return value
+        if isinstance(value, bool) and self.kind is ParamKind.BOOL:
+            return value
         if isinstance(value, bool) or not isinstance(value, _ACCEPTED[self.kind]):
             raise ValueError(f"{self.name}={value!r} has type {type(value).__name__}; allowed: {self.allowed}")
         if isinstance(value, str):
@@ -80,6 +93,7 @@ _ACCEPTED: dict[ParamKind, tuple[type[int] | type[float] | type[str], ...]] = {
     ParamKind.INT: (int,),
     ParamKind.FLOAT: (int, float),
     ParamKind.TEXT: (str,),
+    ParamKind.BOOL: (),
 }
 
 
@@ -96,6 +110,9 @@ class JobInfo:
         divisible: pairs (a, b) of int parameters where `a` must be a multiple of `b`.
         libraries: pairs of a word of the parameter `data` and the module that is imported to make it.
         folder_library: the module that reads whatever `data_dir` names; None where that depends on its files.
+        kind: a declared training, or a function that trains by itself.
+        takes_any: whether it takes parameters beyond `params`.
+        takes_config: whether it takes all parameters as one dict named `config`.
     """
 
     learning_rate_rule: Literal["sqrt", "linear"]
@@ -106,6 +123,14 @@ class JobInfo:
     divisible: tuple[tuple[str, str], ...] = ()
     libraries: tuple[tuple[str, str], ...] = ()
     folder_library: str | None = None
+    kind: Literal["training", "function", "lightning", "huggingface"] = "training"
+    takes_any: bool = False
+    takes_config: bool = False
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it trains by itself, and its steps are only seen from outside."""
+        return self.kind == "function"
 
     def param(self, name: str) -> Param | None:
         """The parameter of that name, None where there is none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from orchestrator.jobs.own import info_of, is_own
 from orchestrator.jobs.param import (
     JobInfo,
     Param,
@@ -177,11 +178,13 @@ JOB_INFO: dict[str, JobInfo] = {
 
 
 def job_info(job: str) -> JobInfo:
-    """The table row of a job.
+    """The table row of a job, or what the signature of a training named by import path says; the latter imports it.
 
     Raises:
-        ValueError: there is no job of that name.
+        ValueError: there is no job of that name, or it cannot be imported.
     """
+    if is_own(job):
+        return info_of(job)
     if job not in JOB_INFO:
         raise ValueError(f"job {job!r} does not exist; allowed: {', '.join(JOB_INFO)}.{did_you_mean(job, JOB_INFO)}")
     return JOB_INFO[job]
@@ -195,6 +198,8 @@ def check_param(job: str, name: str, value: object) -> ParamValue:
     """
     info = job_info(job)
     param = info.param(name)
+    if param is None and info.takes_any:
+        return value
     if param is None:
         names = [known.name for known in info.params]
         allowed = ", ".join(names)
@@ -202,7 +207,8 @@ def check_param(job: str, name: str, value: object) -> ParamValue:
     try:
         return param.check(value)
     except ValueError as error:
-        raise ValueError(f"job {job}: {error}; it means: {param.description}") from None
+        means = f"; it means: {param.description}" if param.description else ""
+        raise ValueError(f"job {job}: {error}{means}") from None
 
 
 def complete_params(job: str, params: Mapping[str, object]) -> dict[str, ParamValue]:
@@ -212,8 +218,11 @@ def complete_params(job: str, params: Mapping[str, object]) -> dict[str, ParamVa
         ValueError: unknown job or parameter, wrong type, out of range, or values that do not go together.
     """
     info = job_info(job)
-    complete = {param.name: param.default for param in info.params}
+    complete = {param.name: param.default for param in info.params if not param.is_required}
     complete.update({name: check_param(job, name, value) for name, value in params.items()})
+    missing = [param.name for param in info.params if param.name not in complete]
+    if missing:
+        raise ValueError(f"job {job}: no value for {', '.join(missing)}; give it in job.params or search.space")
     for multiple, divisor in info.divisible:
         number, by = complete[multiple], complete[divisor]
         if isinstance(number, int) and isinstance(by, int) and number % by:

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
 import click
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    OrchestratorError,
+    UnfitEnvironmentError,
+)
+from orchestrator.interrupts import terminable
+from orchestrator.output import give_up, open_standard_streams
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 COMPLETE_VARIABLE = "_ORCHESTRATOR_COMPLETE"
 
 # command -> (module, one line for the list of commands); the module is imported when the command is used.
@@ -33,9 +38,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stop": ("orchestrator.commands.runs", "Stop a run so that it can be resumed."),
     "resume": ("orchestrator.commands.runs", "Go on with a stopped or broken run."),
     "explain": ("orchestrator.commands.after", "Explain a decision: what was weighed, chosen and gained."),
+    "export": ("orchestrator.commands.after", "Write the best trial's model as files that plain PyTorch loads."),
     "verify": ("orchestrator.commands.after", "Check a run's journal and telemetry for violations."),
     "simulate": ("orchestrator.commands.simulate", "Simulate a workload, or take a run's decisions again."),
     "doctor": ("orchestrator.commands.machine", "Check this machine: versions, devices, ports, disk."),
+    "clean": ("orchestrator.commands.machine", "Find and remove what killed runs left on this host."),
     "schema": ("orchestrator.commands.files", "Print the JSON schema of run files, for editors."),
     "completion": ("orchestrator.commands.machine", "Print the completion script of a shell."),
 }
@@ -95,7 +102,7 @@ Examples:
 
 \b
 Exit codes: 0 done, 1 failed, 2 your mistake, 3 this machine lacks something,
-130 interrupted."""
+4 some trials failed, 130 interrupted, 143 terminated."""
 
 
 @click.group(
@@ -110,14 +117,24 @@ def orchestrator() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the only place where errors become exit codes."""
+    open_standard_streams()
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
+        with terminable(_TerminatedError):
+            code = _run(arguments)
+        _flush()
     except BrokenPipeError:
-        return _reader_is_gone()
+        give_up(sys.stdout)
+        return EXIT_FAILED
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        _complain("interrupted")
         return EXIT_INTERRUPTED
+    except _TerminatedError:
+        _complain("terminated")
+        return EXIT_TERMINATED
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        _complain(f"error: {place}{error.strerror or error}; allowed: what this user may read and write, with room")
+        return UnfitEnvironmentError.exit_code
     except Exception:  # the last of three places that may catch everything: a bug must still end with exit code 1
         logger.exception("the command ended with an unexpected error; please report it with the lines below")
         return EXIT_FAILED
@@ -136,14 +153,27 @@ def _run(arguments: Sequence[str] | None) -> int:
         error.show()
         return error.exit_code
     except OrchestratorError as error:
-        click.echo(f"error: {error}", err=True)
+        _complain(f"error: {error}")
         return error.exit_code
     return code if isinstance(code, int) else 0
 
 
-def _reader_is_gone() -> int:
-    """`orchestrator list | head -1`: end quietly, and keep the interpreter from flushing into the closed pipe."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    return EXIT_FAILED
+class _TerminatedError(BaseException):
+    """SIGTERM came while a command ran that does not take it itself."""
+
+
+def _complain(text: str) -> None:
+    """Say what is wrong, where somebody is there to read it; the exit code says it anyway."""
+    try:
+        click.echo(text, err=True)
+    except (OSError, ValueError):
+        give_up(sys.stderr)
+
+
+def _flush() -> None:
+    """Pass on what was printed, and keep the interpreter from trying it again at its end where that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        give_up(sys.stdout)
+        raise

@@ -155,35 +155,43 @@ class ControlPlane:
                 return
             time.sleep(_POLL_S)
 
-    def close(self, state: str, *, is_hurried: bool = False) -> None:
-        """Close the slots (within seconds when hurried), tell the actor how the run ended, and end it."""
+    def close(self, state: str, *, is_hurried: bool = False) -> bool:
+        """Close the slots (within seconds when hurried), tell the actor how the run ended, and end it.
+
+        Returns:
+            Whether all slots have closed; threads of the others still wait for Ray.
+        """
         if self._watcher is not None:
             self._watcher.stop()
         if self._requests is not None:
             self._requests.release()
         try:
-            self._end_actor(state, is_hurried=is_hurried)
+            return self._end_actor(state, is_hurried=is_hurried)
         finally:
             if self._agents is not None:
                 self._agents.close()  # last: MPS must outlive the ranks it serves
                 self._agents = None
 
-    def _end_actor(self, state: str, *, is_hurried: bool) -> None:
+    def _end_actor(self, state: str, *, is_hurried: bool) -> bool:
         if self.policy is None:
-            return
+            return True
+        have_closed = True
         with contextlib.suppress(RayError):
             ray.get(self.policy.set_state.remote("stopping"), timeout=5.0)
         if self._supervisor is not None:
             # Also in a hurry a slot that is idle may end by itself: a thread that still waits for one when Ray is shut
             # down can take the whole process with it before the run's last word is written.
             timeout_s = _HURRIED_CLOSE_TIMEOUT_S if is_hurried else _CLOSE_TIMEOUT_S
-            if not self._supervisor.close(timeout_s):
+            have_closed = self._supervisor.close(timeout_s)
+            if not have_closed:
                 logger.warning("not all slots closed within %g s; their processes are ended", timeout_s)
             self._supervisor.abandon()
         with contextlib.suppress(RayError):
             ray.get(self.policy.end_run.remote(state), timeout=10.0)
-        ray.kill(self.policy)
+        with contextlib.suppress(RayError):
+            ray.kill(self.policy)
         self.policy = None
+        return have_closed
 
     @property
     def _open_timeout_s(self) -> float:
@@ -235,6 +243,7 @@ class ControlPlane:
             directory=str(self._run_dir / "trials" / "warm-up"),
             resume_from=None,
             num_reports_done=0,
+            import_paths=self.spec.import_paths,
         )
         return SlotSpec(
             num_workers=config.trial.num_workers,

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from orchestrator.config.machine import this_machine
 from orchestrator.devices.choice import GpuFacts, GpuShare, choose, gpu_facts
+from orchestrator.host import cpu_quota, is_short, make_temporary, without_proxy
 
 PYTHON_RANGE = ((3, 11), (3, 13))
 # Distribution -> range that is installed: at least the first, below the second; a test holds it against pyproject.toml.
@@ -75,10 +76,12 @@ def examine(storage: Path) -> list[Check]:
     checks += [check_modules("train and tune", "ray[train,tune]", RAY_EXTRA_MODULES)]
     checks += [check_bytecode()]
     machine = this_machine()
-    checks += [check_cores(machine.num_cores, os.cpu_count() or 1), check_affinity()]
+    checks += [check_cores(machine.num_cores, os.cpu_count() or 1, cpu_quota()), check_affinity()]
     checks += [check_devices(machine.num_gpus), check_nvml(machine.num_gpus)]
-    checks += [check_gpu_share(machine.num_gpus), check_ports()]
-    checks += [check_disk(storage), check_shared_memory(Path("/dev/shm"))]
+    checks += [check_gpu_share(machine.num_gpus), check_ports(), check_proxy(os.environ)]
+    checks += [check_disk(storage), check_shared_memory(Path("/dev/shm")), check_temporary()]
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home raises for a user without an entry
+    checks += [check_home(home), check_token(home / ".ray" / "auth_token")]
     return checks
 
 
@@ -161,9 +164,14 @@ def check_bytecode(modules: tuple[str, ...] = COMPILED_MODULES) -> Check:
     return Check(name="bytecode", status=Status.OK, detail=detail)
 
 
-def check_cores(num_usable: int, num_present: int) -> Check:
-    """How many cores this process may run on."""
+def check_cores(num_usable: int, num_present: int, quota: float | None = None) -> Check:
+    """How many cores this process may use; `quota` is what its container allows, in cores."""
     detail = f"{num_usable} of {num_present} usable"
+    if quota is not None:
+        detail += f", by a container's quota of {quota:g}"
+    if quota is not None and quota < 1:
+        remedy = f"give the container a whole core: every process stands still for {1 - quota:.0%} of the time"
+        return Check(name="cores", status=Status.WARN, detail=detail, remedy=remedy)
     if num_usable < 2:
         remedy = "two or more cores let two trials run at a time; set search.max_concurrent: 1 here"
         return Check(name="cores", status=Status.WARN, detail=detail, remedy=remedy)
@@ -237,6 +245,52 @@ def check_ports(free_ports: Callable[[int], Iterator[int]] = _free_ports) -> Che
         remedy = "allow listening on 127.0.0.1 and check net.ipv4.ip_local_port_range"
         return Check(name="ports", status=Status.FAIL, detail=f"cannot listen: {error}", remedy=remedy)
     return Check(name="ports", status=Status.OK, detail=f"{len(ports)} loopback ports can be opened")
+
+
+def check_proxy(environment: Mapping[str, str]) -> Check:
+    """Whether a proxy stands between the processes of a run; where it does, the run goes around it."""
+    missing = without_proxy(environment)
+    if not missing:
+        return Check(name="proxy", status=Status.OK, detail="none in the way")
+    detail = "set without no_proxy for this machine; a run sets that for itself"
+    return Check(name="proxy", status=Status.OK, detail=detail)
+
+
+def check_temporary(make: Callable[[str], Path] = make_temporary) -> Check:
+    """Whether there is a directory whose path is short enough for Ray's sockets, and whether TMPDIR is."""
+    try:
+        place = make("orch-doctor-")
+    except OSError as error:
+        remedy = "make /tmp or /var/tmp writable for you (chmod 1777), or set TMPDIR to a short path that is"
+        return Check(name="temporary", status=Status.FAIL, detail=f"no place for sockets: {error}", remedy=remedy)
+    place.rmdir()
+    detail = f"sockets are kept in {place.parent}"
+    named = os.environ.get("TMPDIR")
+    if named and not is_short(named):
+        detail += "; TMPDIR is too long for sockets or cannot be written, and a run does not use it"
+    return Check(name="temporary", status=Status.OK, detail=detail)
+
+
+def check_home(home: Path) -> Check:
+    """Whether libraries can keep files in the home directory; a run itself needs none there."""
+    if home.is_dir() and os.access(home, os.W_OK | os.X_OK):
+        return Check(name="home", status=Status.OK, detail=f"{home} can be written")
+    detail = f"{home} cannot be written; data sets and models that libraries would keep there are loaded anew"
+    remedy = "set HOME to a directory of yours; of single libraries HF_HOME, TORCH_HOME, XDG_CACHE_HOME"
+    return Check(name="home", status=Status.WARN, detail=detail, remedy=remedy)
+
+
+def check_token(path: Path) -> Check:
+    """Whether a token file makes every Ray of this user ask for it; earlier versions of ours left one there."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return Check(name="ray token", status=Status.OK, detail="none is kept for all clusters of this user")
+    detail = f"{path} makes every `ray start` and `ray job submit` of this user ask for it"
+    if mode & 0o077:
+        detail += ", and others can read it"
+    remedy = f"rm {path}, unless you made it for a cluster of yours; then chmod 600 {path}"
+    return Check(name="ray token", status=Status.WARN, detail=detail, remedy=remedy)
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -6,6 +6,7 @@
     |- PlanError           a policy raised, overran or returned an illegal plan
     |- ApplyError          a trial could not apply an allocation
     |  `- OutOfMemoryError   a step needs more memory than there is
+    |- FunctionError       a user's training function reported nothing, or nothing that the search can use
     |- TelemetryError      a record that cannot be true, or a damaged table
     |- ShareError          a share cannot be enforced as asked
     |- CheckpointError     a checkpoint is missing, damaged or does not fit
@@ -23,6 +24,9 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.policies.plan import Settings
+
+EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 4, 130, 143
+"""What the command line returns; 2 and 3 are those of the errors below."""
 
 
 class OrchestratorError(Exception):
@@ -63,6 +67,10 @@ class UnfitEnvironmentError(OrchestratorError):
 
 class PlanError(OrchestratorError):
     """A policy raised, overran its deadline or returned an illegal plan."""
+
+
+class FunctionError(OrchestratorError):
+    """A user's training function ended without a report, or its report lacks the metric of the search."""
 
 
 class ApplyError(OrchestratorError):

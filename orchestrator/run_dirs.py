@@ -1,11 +1,13 @@
 """Run directories seen from outside: which there are, what state each is in, and how to ask one to stop.
 
-Reads nothing but `status.json` and the driver's pid, writes nothing but the stop request. Knows neither Ray nor the
-journal. Used by the commands and the views; the driver of a run writes `status.json` and looks for the request.
+Reads nothing but `status.json` and the driver's lock, writes nothing but the stop request and, for a driver whose
+policy actor could not, the state a run ended in. Knows neither Ray nor the journal. Used by the commands and the views;
+the policy actor of a run writes `status.json`, and its driver looks for the request.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -18,13 +20,14 @@ from typing import Any
 from orchestrator.config.words import did_you_mean, printable
 from orchestrator.errors import ConfigError
 from orchestrator.names import is_safe_name, run_directory, write_atomically
+from orchestrator.processes import Life, Owner
 
 STATUS_FILE = "status.json"
 STOP_REQUEST = ("control", "stop")
 # States of status.json after which the driver writes it no more.
 ENDED_STATES = frozenset({"done", "failed", "interrupted"})
 _ENDED_TRIAL_STATES = frozenset({"done", "stopped", "failed"})
-# The driver keeps this file locked while it lives; it holds the driver's pid.
+# The driver keeps this file locked while it lives; it says which process of which host that is.
 LOCK_FILE = ("control", "lock")
 _SILENT_S = 5.0
 _MAX_STATUS_BYTES = 16 << 20
@@ -86,12 +89,17 @@ def state_of(run_dir: Path, status: dict[str, Any] | None) -> str:
 
 
 def is_driver_gone(run_dir: Path) -> bool:
-    """Whether the process that ran the run is known to be dead: its pid is gone and status.json has fallen silent.
+    """Whether the process that ran the run is known to be dead.
 
-    A run on another host that shares the storage has a pid unknown here, but keeps its status.json fresh.
+    A run on another host that shares the storage is never judged. A lock of earlier versions holds a process id alone:
+    there the process must be gone and status.json silent.
     """
     try:
-        pid = int((run_dir / LOCK_FILE[0] / LOCK_FILE[1]).read_text(encoding="ascii")[:20])
+        text = (run_dir / LOCK_FILE[0] / LOCK_FILE[1]).read_text(encoding="utf-8")
+        owner = Owner.parse(text)
+        if owner is not None:
+            return owner.life is Life.DEAD
+        pid = int(text[:20])
         silent_s = time.time() - (run_dir / STATUS_FILE).stat().st_mtime
     except (OSError, ValueError):
         return False
@@ -104,6 +112,15 @@ def is_driver_gone(run_dir: Path) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def mark_ended(run_dir: Path, state: str) -> None:
+    """Write down that the run ended where its policy actor did not come to it, as after a death of Ray."""
+    status = read_status(run_dir)
+    if status is None or status.get("state") in ENDED_STATES:
+        return
+    with contextlib.suppress(OSError):
+        write_atomically(run_dir / STATUS_FILE, json.dumps(status | {"state": state}))
 
 
 def list_runs(storage: Path) -> list[RunSummary]:

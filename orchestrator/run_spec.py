@@ -15,7 +15,8 @@ from orchestrator.config.model import (
     Scheduler,
 )
 from orchestrator.control.spec import RunSpec, StopRule
-from orchestrator.jobs.table import complete_params, job_info
+from orchestrator.jobs.own import changes_speed
+from orchestrator.jobs.table import JobInfo, complete_params, job_info
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.snapshot import DeviceKind, DialLimits, NodeType
 from orchestrator.policies.tier import Tier, auto_tiers
@@ -35,12 +36,12 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         seed=config.seed,
         job=config.job.name,
         params=dict(config.job.params),
-        speed_free_params=tuple(param.name for param in info.params if not param.changes_speed),
+        speed_free_params=speed_free_params(config, info),
         start=start,
         limits=dial_limits(config, start),
         dials=tuple(dial for dial, is_enabled in enabled.items() if is_enabled),
         samples_per_report=config.trial.samples_per_report,
-        max_reports=config.trial.max_reports,
+        max_reports=config.max_reports,
         policy=config.policy.name,
         policy_params=dict(config.policy.params),
         period_s=config.policy.period_s,
@@ -49,8 +50,8 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         stale_after_s=config.telemetry.stale_after_s,
         idle_close_s=config.slots.idle_close_s,
         max_units=config.cluster.num_cpus,
-        metric=info.metric,
-        mode=info.mode,
+        metric=config.search.metric or info.metric,
+        mode=config.search.mode or info.mode,
         probe_budget=config.dials.precision.probe_budget if config.dials.precision.enabled else 0.0,
         exchange_follows_tier=config.dials.precision.exchange == "tier",
         max_running=config.search.num_slots,
@@ -58,7 +59,16 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         node_types=node_types(config),
         max_cost_per_hour=config.cluster.max_cost_per_hour,
         stop_rule=stop_rule(config.search.scheduler),
+        is_function=info.is_function,
+        import_paths=config.job.import_paths,
     )
+
+
+def speed_free_params(config: RunConfig, info: JobInfo) -> tuple[str, ...]:
+    """Names of the parameters that leave the time of a step as it is."""
+    known = {param.name: param.changes_speed for param in info.params}
+    names = [*known, *(name for name in (*config.job.params, *config.search.space) if name not in known)]
+    return tuple(name for name in names if not known.get(name, changes_speed(name)))
 
 
 def stop_rule(scheduler: Scheduler) -> StopRule | None:

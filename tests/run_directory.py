@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.control.orders import SlotHello
 from orchestrator.policies.codec import to_jsonable
 from orchestrator.policies.fit import TrialFit
 from orchestrator.policies.plan import (
@@ -146,10 +147,17 @@ class RunDirectory:
 
     def begin(self, *trial_ids: str) -> None:
         """Head, slots, and the first attempt of each trial."""
-        self.log("run", schema=1, run_id="demo", policy=POLICY, config={}, devices=[to_jsonable(DEVICE)])
+        spec = {"policy": POLICY["name"], "policy_params": POLICY["params"]}
+        self.log("run", schema=1, run_id="demo", start_id="s1", spec=spec)
         for trial_id in trial_ids:
-            hello = {"slot_id": f"slot-{trial_id}", "placement": [DEVICE.device_id]}
-            self.log("slot", slot_id=f"slot-{trial_id}", state="idle", epoch=1, hello=hello)
+            hello = SlotHello(
+                slot_id=f"slot-{trial_id}",
+                placement=(DEVICE.device_id,),
+                devices=(DEVICE,),
+                enforced_by="cpu_cores",
+                enforcement="",
+            )
+            self.log("slot", slot_id=f"slot-{trial_id}", state="idle", epoch=1, hello=to_jsonable(hello))
             self.log("trial_queued", trial_id=trial_id, params={"lr": 0.1, "width": 32})
             self.assign(trial_id)
 

@@ -1,4 +1,7 @@
-"""Commands on what a run left behind: `explain` and `verify`. Both also work while the run goes on, and only read."""
+"""Commands on what a run left behind: `explain`, `export` and `verify`.
+
+All also work while the run goes on, and only read the run.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,32 @@ def explain(run: str, storage: Path, decision: int | None, as_json: bool) -> int
     return 0
 
 
+@click.command(
+    epilog="\b\nExamples:\n  orchestrator export demo --output best\n"
+    "  orchestrator export demo --output third --trial trial-00003"
+)
+@run_argument
+@storage_option
+@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A new directory.")
+@click.option("--trial", default=None, metavar="ID", help="Which trial; the best one if not given.")
+@json_option
+def export(run: str, storage: Path, output: Path, trial: str | None, as_json: bool) -> int:
+    """Write the model of RUN's best trial, at its best report, and its parameters as params.json.
+
+    A declared training's weights go to model.safetensors, a Hugging Face model in that library's layout; what a
+    function reported is copied as it is. Prints the line of Python that loads it.
+    """
+    run_dir = opened(run, storage)
+    from orchestrator.api import Run
+
+    line = Run(run_dir).export(output, trial)
+    if as_json:
+        print_json({"output": output, "load": line})
+    else:
+        click.echo(f"wrote {output}; to load it:\n{line}")
+    return 0
+
+
 @click.command(epilog="\b\nExamples:\n  orchestrator verify demo\n  orchestrator verify runs/demo --json")
 @run_argument
 @storage_option
@@ -64,4 +93,4 @@ def verify(run: str, storage: Path, as_json: bool) -> int:
     return 1 if violations else 0
 
 
-TABLE: dict[str, click.Command] = {"explain": explain, "verify": verify}
+TABLE: dict[str, click.Command] = {"explain": explain, "export": export, "verify": verify}

@@ -1,14 +1,12 @@
 """Commands on run files: `init`, `check`, `run`, `schema`.
 
-Deliberately thin: what a run file may say is in `orchestrator.config`, what a run does is in `orchestrator.run`. Only
-`run` itself may import torch or ray, and only after the file has passed every check.
+Deliberately thin: what a run file may say is in `orchestrator.config`, what a run does is in `orchestrator.driver`.
+Only `run` itself may import torch or ray, and only after the file has passed every check.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -155,14 +153,9 @@ def run(file: Path, overrides: tuple[str, ...], dry_run: bool, plain: bool, quie
     if dry_run:
         click.echo(f"would run {_summary(resolved)}\nwould write to {resolved.run_dir}\nnothing was started")
         return 0
-    from orchestrator.run import start
+    from orchestrator.driver import start
 
-    if not quiet:
-        return int(start(resolved, plain=plain or None))
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        code = int(start(resolved, plain=True))
-    click.echo(resolved.run_dir)
-    return code
+    return int(start(resolved, plain=True if quiet else plain or None, is_quiet=quiet))
 
 
 @click.command(epilog="\b\nExample:\n  orchestrator schema > run.schema.json")

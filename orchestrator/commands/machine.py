@@ -1,4 +1,4 @@
-"""Commands on this machine: `doctor` and `completion`. Neither imports torch or ray."""
+"""Commands on this machine: `doctor`, `clean` and `completion`. None imports torch or ray."""
 
 from __future__ import annotations
 
@@ -34,6 +34,36 @@ def doctor(storage: Path, as_json: bool) -> int:
     return UnfitEnvironmentError.exit_code if failed else 0
 
 
+@click.command(epilog="\b\nExamples:\n  orchestrator clean\n  orchestrator clean --yes")
+@click.option("--yes", is_flag=True, help="Remove it; without this nothing is touched.")
+@json_option
+def clean(yes: bool, as_json: bool) -> int:
+    """Find what killed runs left on this host: temporary directories, and processes that still run in them.
+
+    Removed with --yes is only what belongs to a run of this host whose driver is provably dead; a new run does so as
+    well. With --json: {removed: bool, leftovers: [{directory, run_dir, life, pids}]}.
+    """
+    from orchestrator.leftovers import find, sweep
+    from orchestrator.processes import Life
+
+    found = [leftover for leftover in find() if leftover.life is not Life.ALIVE]
+    removed = sweep() if yes else []
+    if as_json:
+        print_json({"removed": yes, "leftovers": [asdict(leftover) for leftover in found]})
+        return 0
+    dead = removed if yes else [leftover for leftover in found if leftover.life is Life.DEAD]
+    for leftover in dead:
+        click.echo(f"{'removed' if yes else 'would remove'} {leftover}: its driver is dead")
+    for leftover in found:
+        if leftover.life is Life.UNKNOWN:
+            click.echo(f"left alone: {leftover}; nothing proves that its driver is dead, or that it was of this host")
+    if not dead:
+        click.echo("nothing to remove")
+    elif not yes:
+        click.echo("nothing was touched; `orchestrator clean --yes` removes it")
+    return 0
+
+
 @click.command(
     epilog='\b\nExamples:\n  eval "$(orchestrator completion bash)"\n'
     "  orchestrator completion fish > ~/.config/fish/completions/orchestrator.fish"
@@ -52,4 +82,4 @@ def completion(shell: str) -> int:
     return 0
 
 
-TABLE: dict[str, click.Command] = {"doctor": doctor, "completion": completion}
+TABLE: dict[str, click.Command] = {"doctor": doctor, "clean": clean, "completion": completion}

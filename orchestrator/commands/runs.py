@@ -1,7 +1,7 @@
 """Commands on runs that live or could live again: `list`, `watch`, `stop`, `resume`.
 
 They reach a run only through its directory (`orchestrator.run_dirs`) and leave the rest to `orchestrator.view.terminal`
-and `orchestrator.run`, which are imported when needed.
+and `orchestrator.driver`, which are imported when needed.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float) ->
 def resume(run: str, storage: Path, plain: bool) -> int:
     """Go on with RUN from its last checkpoints; finished trials are not run again."""
     run_dir = opened(run, storage, may_be_new=True)
-    from orchestrator.run import resume as resume_run
+    from orchestrator.driver import resume as resume_run
 
     return int(resume_run(run_dir, plain=plain or None))
 

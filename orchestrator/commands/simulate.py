@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.commands.shared import NumberRange, json_option, opened, print_json, storage_option
-from orchestrator.errors import PlanError
+from orchestrator.errors import EXIT_DONE, EXIT_FAILED, PlanError
 
 if TYPE_CHECKING:
     from orchestrator.policies.simulator import Summary
@@ -51,8 +51,9 @@ def simulate(target: str, plot: Path | None, as_json: bool, **options: object) -
     """Simulate a workload, or take the decisions of a run again.
 
     TARGET is a workload (a CSV with name,time,application,num_replicas,batch_size; or philly-like or helios-like,
-    made up by --seed), or a run. Of a run the journal is replayed: its own policy must decide the same byte for byte
-    (exit code 1 if not); with --policy, what that one would have decided on the same snapshots.
+    made up by --seed), or a run. A simulation that would never end stops and says why (exit code 1). Of a run the
+    journal is replayed: its own policy must decide the same byte for byte (exit code 1 if not); with --policy, what
+    that one would have decided on the same snapshots.
     """
     from orchestrator.simulate import inputs
 
@@ -118,7 +119,7 @@ def _workload(target: str, plot: Path | None, as_json: bool, options: dict[str, 
         print_json({"workload": target, **summary.figures(), "jobs": jobs, "pictures": files})
     else:
         click.echo("\n".join([*_lines(target, summary), *(f"wrote {file}" for file in files)]))
-    return 0
+    return EXIT_DONE if summary.stopped is None else EXIT_FAILED
 
 
 def _lines(target: str, summary: Summary) -> list[str]:
@@ -131,6 +132,7 @@ def _lines(target: str, summary: Summary) -> list[str]:
         return "-" if value is None else f"{value:.2f}"
 
     jct = (hours(summary.jct_mean_s), hours(summary.jct_p50_s), hours(summary.jct_p99_s))
+    stopped = [] if summary.stopped is None else [f"stopped: {summary.stopped}"]
     return [
         f"{target} under {summary.policy}: {summary.num_ended} of {summary.num_jobs} jobs ended",
         f"  completion time  mean {jct[0]}, median {jct[1]}, 99 % {jct[2]}; makespan {hours(summary.makespan_s)}",
@@ -140,6 +142,7 @@ def _lines(target: str, summary: Summary) -> list[str]:
         f"99 % {number(summary.fairness_p99)}, {summary.unfair_ratio or 0:.0%} above 1",
         f"  changes          {summary.num_restarts} restarts, {summary.num_changes} live; "
         f"{summary.num_failures} failures",
+        *stopped,
         "assumed: speeds and noise scales are those of the applications (policies/simulator/README.md says which)",
     ]
 

@@ -11,13 +11,15 @@ import importlib.util
 import itertools
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 
 from orchestrator.config.model import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, RunConfig
 from orchestrator.config.source import KeyPath
 from orchestrator.config.values import ParamValue
 from orchestrator.config.words import did_you_mean, printable, seen
-from orchestrator.jobs.table import JOB_INFO, check_param
+from orchestrator.jobs.own import UserCodeError, changes_speed
+from orchestrator.jobs.table import JOB_INFO, JobInfo, check_param, job_info
 from orchestrator.policies.tier import by_cost, is_cheaper
 
 Finding = tuple[KeyPath, str]
@@ -25,10 +27,11 @@ _MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)
 _HOST_PORT = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})", re.ASCII)
 _NODE_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _MAX_PAIRS = 4096
-POLICIES_OF_FIXED_RANKS = frozenset(
-    {"static", "fair_share", "goodput", "fifo", "fluid", "tiresias", "optimus", "pollux", "sia"}
-)
-"""Policies that turn the number of ranks of no trial in a run; in the simulator some of them do."""
+POLICIES_OF_FIXED_RANKS = frozenset({"static", "fair_share", "goodput"})
+"""Policies of a run that leave the number of ranks of every trial as it is."""
+SIMULATED_POLICIES = frozenset({"fifo", "fluid", "tiresias", "optimus", "pollux", "sia"})
+"""Policies that only choose among trials which may be paused or moved. No trial of a run may, so in a run each of them
+would do what `static` does; in the simulator they do what their papers say."""
 
 
 def check_all(config: RunConfig) -> Iterator[Finding]:
@@ -36,6 +39,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
     for check in (
         _storage,
         _job,
+        _function,
         _space,
         _grid,
         _algorithm,
@@ -59,18 +63,57 @@ def _storage(config: RunConfig) -> Iterator[Finding]:
         yield ("storage",), f"got {seen(config.storage)}; '~' is not expanded, write the path out"
 
 
+def _info(config: RunConfig) -> JobInfo | None:
+    """What is known of the job, None where `_job` finds that there is none."""
+    try:
+        return job_info(config.job.name)
+    except ValueError:
+        return None
+
+
 def _job(config: RunConfig) -> Iterator[Finding]:
-    if config.job.name not in JOB_INFO:
-        names = list(JOB_INFO)
-        text = f"unknown job {seen(config.job.name)}; allowed: {', '.join(names)}{did_you_mean(config.job.name, names)}"
-        yield ("job", "name"), text
+    job = config.job.name
+    try:
+        info = job_info(job)
+    except UserCodeError as error:
+        details = textwrap.indent(error.details, "    ")
+        yield ("job", "name"), f"{printable(error.text)}\n{details}" if details else printable(error.text)
         return
+    except ValueError:
+        names = list(JOB_INFO)
+        text = f"unknown job {seen(job)}; allowed: {', '.join(names)}{did_you_mean(job, names)}, or an import path"
+        yield ("job", "name"), f"{text} package.module:name of your own"
+        return
+    if config.job.kind not in {"auto", info.kind}:
+        yield ("job", "kind"), f"got {config.job.kind}, but {printable(job, 100)} is a {info.kind}; allowed: auto"
     for name, value in config.job.params.items():
-        yield from _param(config.job.name, name, [value], ("job", "params", name))
+        yield from _param(job, name, [value], ("job", "params", name))
+    given = {*config.job.params, *config.search.space}
+    missing = [param.name for param in info.params if param.is_required and param.name not in given]
+    if missing:
+        yield ("job", "params"), f"no value for {', '.join(missing)}; give it here or search it in search.space"
+
+
+def _function(config: RunConfig) -> Iterator[Finding]:
+    """What a function, of which nothing is known from outside, needs in the run file."""
+    info = _info(config)
+    if info is None or not info.is_function:
+        return
+    for name, what in (("metric", "the name of the value that it reports"), ("mode", "min or max")):
+        if getattr(config.search, name) is None:
+            yield ("search", name), f"is missing; a function needs {what}, by which trials are compared"
+    if config.dials.workers.enabled:
+        text = "got true, but the ranks of a function cannot change while it runs; allowed: false"
+        yield ("dials", "workers", "enabled"), text
+    if config.search.scheduler.name == "hyperband" and config.trial.max_reports is None:
+        yield ("trial", "max_reports"), "is null; hyperband needs the number of reports that a whole trial makes"
 
 
 def _param(job: str, name: str, values: list[ParamValue], path: KeyPath) -> Iterator[Finding]:
-    names = [param.name for param in JOB_INFO[job].params]
+    info = job_info(job)
+    names = [param.name for param in info.params]
+    if name not in names and info.takes_any:
+        return
     if name not in names:
         shown = f"'{printable(name, 60)}'"
         yield path, f"unknown parameter {shown} of job {job}; allowed: {', '.join(names)}{did_you_mean(name, names)}"
@@ -84,15 +127,15 @@ def _param(job: str, name: str, values: list[ParamValue], path: KeyPath) -> Iter
 
 
 def _space(config: RunConfig) -> Iterator[Finding]:
-    job = config.job.name
-    if job not in JOB_INFO:
+    job, info = config.job.name, _info(config)
+    if info is None:
         return
     for name, distribution in config.search.space.items():
         path: KeyPath = ("search", "space", name)
         if name in config.job.params:
             yield path, "is searched here and fixed in job.params; keep one of them"
         yield from _param(job, name, _samples(distribution), path)
-    for multiple, divisor in JOB_INFO[job].divisible:
+    for multiple, divisor in info.divisible:
         yield from _divisible(config, multiple, divisor)
 
 
@@ -125,7 +168,7 @@ def _integers(config: RunConfig, name: str) -> list[int]:
             return list(range(low, min(high, low + _MAX_PAIRS)))
         values: tuple[ParamValue, ...] = distribution.values
     else:
-        param = JOB_INFO[config.job.name].param(name)
+        param = job_info(config.job.name).param(name)
         values = (config.job.params.get(name, param.default if param else None),)
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
 
@@ -140,8 +183,10 @@ def _grid(config: RunConfig) -> Iterator[Finding]:
 
 def _scheduler(config: RunConfig) -> Iterator[Finding]:
     scheduler = config.search.scheduler
-    if isinstance(scheduler, AshaScheduler | MedianScheduler) and scheduler.grace_reports > config.trial.max_reports:
-        text = f"got {scheduler.grace_reports}; allowed: at most trial.max_reports = {config.trial.max_reports}"
+    if _info(config) is None or not isinstance(scheduler, AshaScheduler | MedianScheduler):
+        return
+    if scheduler.grace_reports > config.max_reports:
+        text = f"got {scheduler.grace_reports}; allowed: at most trial.max_reports = {config.max_reports}"
         yield ("search", "scheduler", "grace_reports"), text
 
 
@@ -162,7 +207,7 @@ def _algorithm(config: RunConfig) -> Iterator[Finding]:
 
 def _pbt(config: RunConfig) -> Iterator[Finding]:
     scheduler, path = config.search.scheduler, ("search", "scheduler", "mutate")
-    if not isinstance(scheduler, PbtScheduler) or config.job.name not in JOB_INFO:
+    if not isinstance(scheduler, PbtScheduler) or _info(config) is None:
         return
     mutable = mutable_params(config)
     for name in scheduler.mutate or ():
@@ -177,8 +222,10 @@ def _pbt(config: RunConfig) -> Iterator[Finding]:
 
 def mutable_params(config: RunConfig) -> list[str]:
     """Searched parameters that a trial can change and still load the state of another."""
-    changing = {param.name for param in JOB_INFO[config.job.name].params if param.changes_speed}
-    return [name for name in config.search.space if name not in changing]
+    info = job_info(config.job.name)
+    changing = {param.name for param in info.params if param.changes_speed}
+    known = {param.name for param in info.params}
+    return [name for name in config.search.space if name not in changing and (name in known or not changes_speed(name))]
 
 
 def _batch(config: RunConfig) -> Iterator[Finding]:
@@ -203,7 +250,8 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
             yield ("trial", "micro_batch"), text
             return
         largest = dial.max_global
-    if trial.samples_per_report < largest:
+    info = _info(config)
+    if info is not None and not info.is_function and trial.samples_per_report < largest:
         what = how if largest == batch else "dials.batch.max_global"
         text = f"got {trial.samples_per_report}; allowed: at least one step between reports, {what} = {largest}"
         yield ("trial", "samples_per_report"), text
@@ -256,12 +304,18 @@ def _policy(config: RunConfig) -> Iterator[Finding]:
     from orchestrator.policies import POLICIES
 
     name, path = config.policy.name, ("policy", "name")
+    live = [known for known in POLICIES if known not in SIMULATED_POLICIES]
+    if name in SIMULATED_POLICIES:
+        text = f"got {seen(name)}, which decides about trials that may be paused or moved, and those of a run may not"
+        text += f", so it would do what static does; allowed: {', '.join(live)}, or module:Class of your own"
+        yield path, f"{text}; to compare it with others: orchestrator simulate --policy {name}"
+        return
     if name in POLICIES:
         yield from _policy_params(config, POLICIES[name])
         return
     match = _MODULE_CLASS.fullmatch(name)
     if match is None:
-        allowed = f"allowed: {', '.join(POLICIES)}, or module:Class{did_you_mean(name, POLICIES)}"
+        allowed = f"allowed: {', '.join(live)}, or module:Class{did_you_mean(name, live)}"
         yield path, f"unknown policy {seen(name)}; {allowed}"
         return
     # Only the outermost package is looked for: looking deeper would run the user's code, and `check` runs none.

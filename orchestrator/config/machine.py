@@ -19,6 +19,7 @@ from orchestrator.config.values import ParamValue
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
 from orchestrator.hardware import this_device
+from orchestrator.host import num_usable_cores
 from orchestrator.jobs.extras import fault_of
 from orchestrator.jobs.table import job_info
 from orchestrator.names import run_directory
@@ -32,7 +33,7 @@ class Machine:
     """What a run may use here.
 
     Attributes:
-        num_cores: cores this process may run on.
+        num_cores: cores this process may use: those it is bound to, and no more than its container's quota.
         num_gpus: NVIDIA devices the kernel shows; CUDA_VISIBLE_DEVICES may hide some of them later.
         device: which number formats ranks have units for.
     """
@@ -58,7 +59,7 @@ class Machine:
 def this_machine() -> Machine:
     """The machine this process runs on."""
     gpus = sum(1 for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit())
-    return Machine(num_cores=len(os.sched_getaffinity(0)), num_gpus=gpus, device=this_device(gpus))
+    return Machine(num_cores=num_usable_cores(), num_gpus=gpus, device=this_device(gpus))
 
 
 def check_fit(config: RunConfig, machine: Machine, *, is_new: bool = True) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ YAML.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field, model_serializer, model_validator
@@ -14,15 +15,38 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.config.values import FloatBounds, IntBounds, Params, ParamValue, Section, TierList, TierWord, Values
 from orchestrator.config.words import seen
+from orchestrator.jobs.table import job_info
 from orchestrator.names import NAME_PATTERN
 from orchestrator.policies.tier import Tier
+
+DEFAULT_REPORTS = 4
+"""Reports of a declared training where the run file does not say."""
+MOST_REPORTS = 10_000
+"""More than a function makes: it ends by itself."""
 
 
 class JobSection(Section):
     """What is trained."""
 
-    name: str = Field(description="what is trained, such as language or mlp", min_length=1, max_length=64)
+    name: str = Field(
+        description="what is trained: an import path package.module:name of your own, or a job such as language",
+        min_length=1,
+        max_length=300,
+    )
+    kind: Literal["auto", "function", "training", "lightning", "huggingface"] = Field(
+        default="auto", description="what the import path names; auto: found out by looking at it"
+    )
+    import_paths: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="directories where the import path is looked for; empty: the working directory and the run file's",
+    )
     params: Params = Field(default_factory=dict, description="fixed parameters of the job, by name")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is named by import path."""
+        return ":" in self.name
 
 
 class Distribution(Section):
@@ -57,7 +81,7 @@ class Distribution(Section):
             low = self.loguniform[0]
             raise PydanticCustomError("words", f"loguniform: got low = {low}; allowed: low > 0, or use uniform")
         listed = self.choice or self.grid or ()
-        if len({(type(v), v) for v in listed}) != len(listed):
+        if len({json.dumps(value, sort_keys=True) for value in listed}) != len(listed):
             raise PydanticCustomError("words", f"{self.kind}: a value is listed twice; list each value once")
         return self
 
@@ -141,6 +165,15 @@ class SearchSection(Section):
     """Which trials there are, and how many at a time."""
 
     space: dict[str, Distribution] = Field(default_factory=dict, description="searched parameters of the job, by name")
+    metric: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="name of the reported value that trials are compared by; null: the job's own, a function has none",
+    )
+    mode: Literal["min", "max"] | None = Field(
+        default=None, description="whether less or more of the metric is better; null: as the job says"
+    )
     num_trials: int = Field(default=1, ge=1, le=100_000, description="trials in all")
     max_concurrent: int = Field(default=1, ge=1, le=1_000, description="trials at a time; also the number of slots")
     algorithm: Literal["random", "grid", "optuna"] = Field(
@@ -174,7 +207,12 @@ class TrialSection(Section):
         le=10**12,
         description="training samples between two reports; a report evaluates and checkpoints",
     )
-    max_reports: int = Field(default=4, ge=1, le=10_000, description="reports after which a trial is complete")
+    max_reports: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="reports after which a trial is complete; null: 4, and of a function as many as it makes",
+    )
     num_workers: int = Field(default=1, ge=1, le=64, description="ranks per trial, at the start")
     micro_batch: int = Field(default=16, ge=1, le=2**20, description="samples per rank per forward at the start")
     grad_accum: int = Field(default=1, ge=1, le=2**16, description="micro-batches per step and rank at the start")
@@ -359,6 +397,13 @@ class RunConfig(Section):
     telemetry: TelemetrySection = Field(default=TelemetrySection(), description="step records")
     devices: DevicesSection = Field(default=DevicesSection(), description="what trials compute on")
     cluster: ClusterSection = Field(default=ClusterSection(), description="where the run takes place")
+
+    @property
+    def max_reports(self) -> int:
+        """Reports after which a trial is complete, at most."""
+        if self.trial.max_reports is not None:
+            return self.trial.max_reports
+        return MOST_REPORTS if job_info(self.job.name).is_function else DEFAULT_REPORTS
 
     @property
     def start_share(self) -> float:

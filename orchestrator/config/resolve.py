@@ -22,6 +22,7 @@ from orchestrator.config.render import to_yaml
 from orchestrator.config.source import KeyPath, parse, read_text
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
+from orchestrator.jobs.own import PICKLE_SUFFIX, add_import_paths
 from orchestrator.names import run_directory
 
 DEFAULT = "default"
@@ -78,10 +79,25 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedRun:
     except ValidationError as error:
         problems += from_pydantic(error, RunConfig, place)
     if config is not None:
+        config = _with_import_paths(config, path)
         problems += as_errors(check_all(config), place)
     if problems or config is None:
         raise join(sorted(problems, key=lambda problem: problem.line or 0))
     return ResolvedRun(config=config, origins=_origins(config, place), place=place)
+
+
+def _with_import_paths(config: RunConfig, path: Path) -> RunConfig:
+    """The configuration with the directories in which a training of the user's own is looked for, which it puts first
+    on this process's import path: that training is imported to know its parameters.
+    """
+    if not config.job.is_own:
+        return config
+    given = config.job.import_paths or (str(Path.cwd()), str(path.absolute().parent))
+    if config.job.name.partition(":")[0].endswith(PICKLE_SUFFIX):
+        given = (str(run_directory(config.storage, config.name)), *given)
+    paths = tuple(dict.fromkeys(str(Path(each).absolute()) for each in given))
+    add_import_paths(paths)
+    return config.model_copy(update={"job": config.job.model_copy(update={"import_paths": paths})})
 
 
 def fit_problems(resolved: ResolvedRun, machine: Machine | None = None, *, is_new: bool = True) -> list[ConfigError]:

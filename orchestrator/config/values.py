@@ -6,7 +6,7 @@ Types are strict: `true` is no number and `"1"` is no integer. A value that does
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -14,20 +14,26 @@ from pydantic_core import PydanticCustomError
 from orchestrator.config.words import did_you_mean, seen
 from orchestrator.policies.tier import NAMED_TIERS, TIER_WORDS, Tier
 
-ParamValue = bool | int | float | str | None
+ParamValue = Any
+"""Plain data, as YAML has it: a number, text, a bool, null, or lists and mappings of these."""
 
 
-def _scalar(value: object) -> object:
+def _plain(value: object) -> object:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    raise PydanticCustomError("words", f"got {seen(value)}; allowed: text, a finite number, true, false or null")
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(each) for key, each in value.items()}
+    allowed = "text, a finite number, true, false, null, or lists and mappings of these"
+    raise PydanticCustomError("words", f"got {seen(value)}; allowed: {allowed}")
 
 
-Scalar = Annotated[ParamValue, BeforeValidator(_scalar)]
-Params = dict[str, Scalar]
-Values = Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1, max_length=1000)]
+Plain = Annotated[ParamValue, BeforeValidator(_plain)]
+Params = dict[str, Plain]
+Values = Annotated[tuple[Plain, ...], Field(strict=False, min_length=1, max_length=1000)]
 FloatBounds = Annotated[tuple[float, float], Field(strict=False)]
 IntBounds = Annotated[tuple[int, int], Field(strict=False)]
 

@@ -37,7 +37,7 @@ _STORE_DELAY_S = 0.005
 
 
 class PolicyActor:
-    """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.run`."""
+    """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.driver`."""
 
     def __init__(self, spec: RunSpec, start_id: str) -> None:
         logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -11,12 +11,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from orchestrator.control.events import ShareChecked
 from orchestrator.control.ledger import Line
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import CONTEXT_BYTES
 from orchestrator.control.orders import Grant, SlotHello
 from orchestrator.control.state import RunState
-from orchestrator.policies.plan import DeviceId, TrialId
+from orchestrator.policies.plan import DeviceId, Generation, TrialId
 from orchestrator.policies.snapshot import DeviceKind
 from orchestrator.share.contention import Contention
 from orchestrator.share.verification import (
@@ -139,13 +140,14 @@ class ShareChecks:
         if check.verdict is Verdict.NOT_HELD:
             logger.warning("share.not_held trial=%s plan=%d %s", trial_id, generation, check.reason)
         self._state.log(
-            "check",
-            generation=generation,
-            trial_id=trial_id,
-            what=check.what.value,
-            expected=check.expected,
-            observed=check.observed,
-            unit=check.unit,
-            verdict=check.verdict.value,
-            reason=check.reason,
+            ShareChecked(
+                generation=Generation(generation),
+                trial_id=trial_id,
+                what=check.what.value,
+                expected=check.expected,
+                observed=check.observed,
+                unit=check.unit,
+                verdict=check.verdict.value,
+                reason=check.reason,
+            )
         )

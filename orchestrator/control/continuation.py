@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.control.events import TrialContinued, TrialPaused, TrialQueued, TrialRequeued
 from orchestrator.control.lifecycle import Lifecycle, Trial, TrialState
 from orchestrator.control.orders import Report, Resumption, StopMode
 from orchestrator.control.state import RunState
@@ -60,7 +61,7 @@ class Continuations:
         trial = lifecycle.submit(trial_id, params)
         if trial is not None:
             trial.token = "" if wanted is None else wanted.token
-            self._state.log("trial_queued", trial_id=trial_id, params=trial.params)
+            self._state.log(TrialQueued(trial_id=trial_id, params=trial.params))
             self._state.journal.sync()
             return
         trial = lifecycle.trials[trial_id]
@@ -101,13 +102,14 @@ class Continuations:
     def log_paused(self, trial: Trial) -> None:
         """Journal that a trial waits for the search."""
         self._state.log(
-            "trial_paused",
-            trial_id=trial.trial_id,
-            attempt=trial.attempt,
-            reason=trial.story[-1],
-            checkpoint=trial.checkpoint,
-            step=trial.step,
-            num_samples=trial.num_samples,
+            TrialPaused(
+                trial_id=trial.trial_id,
+                attempt=trial.attempt,
+                reason=trial.story[-1],
+                checkpoint=trial.checkpoint,
+                step=trial.step,
+                num_samples=trial.num_samples,
+            )
         )
         self._state.journal.sync()
 
@@ -151,15 +153,16 @@ class Continuations:
             shutil.rmtree(Path(state.spec.run_dir) / "trials" / trial.trial_id / "checkpoints", ignore_errors=True)
         state.lifecycle.go_on(trial)
         state.log(
-            "trial_continued",
-            trial_id=trial.trial_id,
-            attempt=trial.attempt,
-            params=params,
-            origin=wanted.origin if is_other else None,
-            num_reports=wanted.num_reports if is_other else len(trial.reports),
-            checkpoint=trial.checkpoint,
-            step=trial.step,
-            num_samples=trial.num_samples,
+            TrialContinued(
+                trial_id=trial.trial_id,
+                attempt=trial.attempt,
+                params=params,
+                origin=wanted.origin if is_other else None,
+                num_reports=wanted.num_reports if is_other else len(trial.reports),
+                checkpoint=trial.checkpoint,
+                step=trial.step,
+                num_samples=trial.num_samples,
+            )
         )
         state.journal.sync()
         state.changed_trials.add(trial.trial_id)
@@ -170,6 +173,21 @@ def is_of_another(trial: Trial, wanted: Resumption) -> bool:
     if wanted.origin is None:
         return False
     return wanted.origin != trial.trial_id or wanted.num_reports > len(trial.reports)
+
+
+def requeued(trial: Trial) -> TrialRequeued:
+    """The entry of a trial that is back in the queue."""
+    return TrialRequeued(
+        trial_id=trial.trial_id,
+        attempt=trial.attempt,
+        num_restarts=trial.num_restarts,
+        checkpoint=trial.checkpoint,
+        reason=trial.story[-1],
+        num_overflows=trial.num_overflows,
+        resume=trial.resume,
+        num_workers=trial.num_workers,
+        onward=trial.onward,
+    )
 
 
 def rebase(lifecycle: Lifecycle, trial: Trial, wanted: Resumption) -> None:

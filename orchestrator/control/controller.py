@@ -7,16 +7,27 @@ Every method is idempotent, because a caller whose answer was lost asks again. M
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from orchestrator.clock import Clock
 from orchestrator.control.admission import Admission
 from orchestrator.control.checks import ShareChecks
-from orchestrator.control.continuation import Continuations
+from orchestrator.control.continuation import Continuations, requeued
 from orchestrator.control.decider import Decider
-from orchestrator.control.journal import FILE_NAME, SCHEMA_VERSION, Journal, read
+from orchestrator.control.events import (
+    SCHEMA_VERSION,
+    Acknowledged,
+    Overridden,
+    Recovered,
+    Reported,
+    RunBegan,
+    SlotChanged,
+    TrialAssigned,
+    TrialToldToStop,
+)
+from orchestrator.control.journal import FILE_NAME, Journal, read_events
 from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
 from orchestrator.control.nodes import Nodes
 from orchestrator.control.orders import (
@@ -35,9 +46,8 @@ from orchestrator.control.recovery import forget_workers, recover
 from orchestrator.control.resizing import Resizes
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.state import RunState
-from orchestrator.policies.codec import to_jsonable
 from orchestrator.policies.fit import note_tiers, protect
-from orchestrator.policies.plan import TrialId, changed_dials
+from orchestrator.policies.plan import Generation, TrialId, changed_dials
 from orchestrator.policies.snapshot import Override
 from orchestrator.telemetry.record import unpack
 from orchestrator.telemetry.store import TelemetryWriter
@@ -82,13 +92,15 @@ class Controller:
         and the worker groups of the journal are gone.
         """
         spec, state = self.state.spec, self.state
-        entries = list(read(Path(spec.run_dir) / FILE_NAME))
+        entries = list(read_events(Path(spec.run_dir) / FILE_NAME))
         if not entries:
-            state.log("run", schema=SCHEMA_VERSION, run_id=spec.run_id, start_id=start_id, spec=spec.to_jsonable())
+            state.log(RunBegan(schema=SCHEMA_VERSION, run_id=spec.run_id, start_id=start_id, spec=spec.to_jsonable()))
         else:
             recover(state, entries)
-            are_workers_gone = all(entry.get("start_id") != start_id for entry in entries)
-            state.log("recovered", start_id=start_id, are_workers_gone=are_workers_gone)
+            are_workers_gone = all(
+                each.start_id != start_id for each in entries if isinstance(each, RunBegan | Recovered)
+            )
+            state.log(Recovered(start_id=start_id, are_workers_gone=are_workers_gone))
             if are_workers_gone:
                 forget_workers(state)
                 state.telling.begin_again()
@@ -98,7 +110,8 @@ class Controller:
 
     def submit(self, trial_id: TrialId, params: dict[str, Any], resumption: Resumption | None = None) -> None:
         """Queue a trial of the search, or let a known one go on where the search wants it to."""
-        self.continuations.submit(trial_id, {**self.state.spec.params, **params}, resumption)
+        fixed = {name: value for name, value in self.state.spec.params.items() if name not in params}
+        self.continuations.submit(trial_id, {**params, **fixed}, resumption)  # those searched are shown first
         self._assign()
 
     def answer(self, trial_id: TrialId, index: int) -> Answer | None:
@@ -128,7 +141,7 @@ class Controller:
         if trial is None:
             return
         num_workers = trial.moves_to if mode is StopMode.RESIZE else None
-        self.state.log("trial_stop", trial_id=trial_id, mode=mode.value, num_workers=num_workers)
+        self.state.log(TrialToldToStop(trial_id=trial_id, mode=mode.value, num_workers=num_workers))
         if trial.state.is_final:
             self.state.log_ended(trial)
         self._refresh(trial)
@@ -161,7 +174,7 @@ class Controller:
         slot, orphan = state.lifecycle.attach(hello)
         if carried is not None:
             state.end_trial(carried)
-        state.log("slot", slot_id=slot.slot_id, state=slot.state.value, epoch=slot.epoch, hello=to_jsonable(hello))
+        state.log(SlotChanged(slot_id=slot.slot_id, state=slot.state.value, epoch=slot.epoch, hello=hello))
         self._log_left(orphan)
         slot.idle_since_s = state.clock.now_s()
         state.publish(slot, state.idle_order(slot))
@@ -183,11 +196,8 @@ class Controller:
         """What a rank says happened; False when it speaks for an attempt that is over."""
         state = self.state
         slot = state.lifecycle.slots.get(slot_id)
-        trial = (
-            None
-            if slot is None or slot.epoch != epoch or slot.trial_id is None
-            else state.lifecycle.trials[slot.trial_id]
-        )
+        is_there = slot is not None and slot.epoch == epoch and slot.trial_id is not None
+        trial = state.lifecycle.trials[slot.trial_id] if is_there else None  # type: ignore[union-attr,index]
         if trial is None or (trial.trial_id, trial.attempt) != attempt_of:
             return False
         for message in events.records:
@@ -198,6 +208,8 @@ class Controller:
                 state.fits[trial.trial_id] = note_tiers(fit, tiers.tiers)
             for mode in events.modes:
                 state.note_mode(trial.trial_id, mode)
+            for dials in events.dials:
+                state.note_dials(trial, dials)
             for override in events.overrides:  # before any new grant
                 self._take_override(trial, override)
             for ack in events.acks:
@@ -255,7 +267,7 @@ class Controller:
             return
         if carried is not None:
             state.end_trial(carried)
-        state.log("slot", slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None)
+        state.log(SlotChanged(slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None))
         self._log_left(orphan)
         self._assign()
         state.journal.sync()
@@ -301,7 +313,7 @@ class Controller:
         """The slot's loop returned as told."""
         self.state.lifecycle.close_slot(slot_id)
         slot = self.state.lifecycle.slots[slot_id]
-        self.state.log("slot", slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None)
+        self.state.log(SlotChanged(slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None))
 
     def close(self) -> None:
         """Nothing more will come: close journal and tables."""
@@ -335,11 +347,12 @@ class Controller:
         state = self.state
         for slot, trial in state.lifecycle.assign(self.admission.may_start):
             state.log(
-                "trial_assigned",
-                trial_id=trial.trial_id,
-                attempt=trial.attempt,
-                slot_id=slot.slot_id,
-                epoch=slot.epoch,
+                TrialAssigned(
+                    trial_id=trial.trial_id,
+                    attempt=trial.attempt,
+                    slot_id=slot.slot_id,
+                    epoch=slot.epoch,
+                )
             )
             state.begin_trial(trial, slot)
             self._refresh(trial)
@@ -355,8 +368,7 @@ class Controller:
         self.state.publish(slot, order_of(self.state, slot))
 
     def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:
-        records = unpack(message)
-        window = self.state.windows[trial.trial_id]
+        records, window = unpack(message), self.state.windows[trial.trial_id]
         report = window.fold(rank, records, self.state.clock.now_s(), newest_generation=self.state.plan.generation)
         if report.accepted:
             self.telemetry.append_steps(trial.trial_id, trial.attempt, rank, records[report.mask])
@@ -380,15 +392,16 @@ class Controller:
             del state.overrides[trial.trial_id]
         committed_s = state.committed_at_s.get(ack.generation, ack.applied_s)
         state.log(
-            "ack",
-            generation=ack.generation,
-            trial_id=trial.trial_id,
-            attempt=trial.attempt,
-            step=ack.step,
-            settings=to_jsonable(ack.settings),
-            ack_s=max(0.0, ack.applied_s - committed_s),
-            switch_s=ack.switch_s,
-            dials=list(dials),
+            Acknowledged(
+                generation=Generation(ack.generation),
+                trial_id=trial.trial_id,
+                attempt=trial.attempt,
+                step=ack.step,
+                settings=ack.settings,
+                ack_s=max(0.0, ack.applied_s - committed_s),
+                switch_s=ack.switch_s,
+                dials=dials,
+            )
         )
         self.publish_offers()
 
@@ -405,17 +418,18 @@ class Controller:
         if before is not None and report.is_lasting:
             state.fits[trial.trial_id] = protect(state.fits[trial.trial_id], before, report.settings)
         trial.story.append(f"override {report.number} at step {report.step}: {report.reason}")
-        state.log("override", trial_id=trial.trial_id, **to_jsonable(report))
+        state.log(Overridden(trial_id=trial.trial_id, **{f.name: getattr(report, f.name) for f in fields(report)}))
         state.journal.sync()
         state.wants_decision = True
 
     def _take_report(self, trial: Trial, report: Report) -> None:
         is_new = self.state.take_report(trial, report)
-        fields = asdict(report) | {"metrics": {key: _finite(value) for key, value in report.metrics.items()}}
+        entry = Reported.of(trial.trial_id, report)
         # One that comes again too: an actor that died may have had it in the journal alone. Reading drops a second.
-        self.telemetry.append_results([{"trial_id": trial.trial_id, "attempt": trial.attempt, **fields}])
+        row = {"trial_id": trial.trial_id, "attempt": trial.attempt, **asdict(report), "metrics": entry.metrics}
+        self.telemetry.append_results([row])
         if is_new:
-            self.state.log("result", trial_id=trial.trial_id, **fields)
+            self.state.log(entry)
             self.state.journal.sync()
             self.state.telling.reached(trial, self.state.clock.now_s())
             self.state.changed_trials.add(trial.trial_id)
@@ -430,21 +444,5 @@ class Controller:
         elif trial.state is TrialState.PAUSED:
             self.continuations.log_paused(trial)
         else:
-            self.state.log(
-                "trial_requeued",
-                trial_id=trial.trial_id,
-                attempt=trial.attempt,
-                num_restarts=trial.num_restarts,
-                checkpoint=trial.checkpoint,
-                reason=trial.story[-1],
-                num_overflows=trial.num_overflows,
-                resume=None if trial.resume is None else to_jsonable(trial.resume),
-                num_workers=trial.num_workers,
-                onward=None if trial.onward is None else to_jsonable(trial.onward),
-            )
+            self.state.log(requeued(trial))
         self.continuations.settled(trial)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN: a diverged metric is null."""
-    return value if value == value and abs(value) != float("inf") else None  # noqa: PLR0124

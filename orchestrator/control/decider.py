@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from orchestrator.control.events import SPARE_REASON, GainRealised, Offered, PlanCommitted, PlanRefused
 from orchestrator.control.gain import Pace, efficiency_of
-from orchestrator.control.journal import SPARE_REASON
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.memory import memory_fields
 from orchestrator.control.node_views import node_type_views, waiting_views
@@ -19,11 +19,10 @@ from orchestrator.control.ranking import Outlook
 from orchestrator.control.resizing import limits_now
 from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
-from orchestrator.policies.codec import to_jsonable
 from orchestrator.policies.fair_share import FairShare
 from orchestrator.policies.fit import update
 from orchestrator.policies.invariants import check
-from orchestrator.policies.plan import Allocation, Plan, Settings, TrialId, changed_dials, diff, is_same
+from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, is_same
 from orchestrator.policies.snapshot import Snapshot, TrialView
 from orchestrator.share.verification import judge_speed
 from orchestrator.telemetry.stretch import Stretch
@@ -73,7 +72,7 @@ class Decider:
         state = self._state
         if snapshot.plan is not state.plan or (is_same(state.plan, plan) and not self._waits_for_a_target()):
             return True
-        state.log("plan", generation=plan.generation, snapshot=to_jsonable(snapshot), plan=to_jsonable(plan))
+        state.log(PlanCommitted.of(snapshot, plan))
         state.journal.sync()
         self._begin_gains(snapshot, plan)
         state.plan = plan
@@ -95,7 +94,7 @@ class Decider:
         if story != self._last_refusal:
             self._last_refusal = story
             logger.warning("plan.refused %s; the plan in force stays", story)
-            state.log("refusal", generation=state.plan.generation, reason=reason, violations=violations)
+            state.log(PlanRefused(generation=state.plan.generation, reason=reason, violations=tuple(violations)))
             state.journal.sync()
         if any(state.plan.allocation(trial.trial_id) is None for trial in snapshot.trials):
             spare = FairShare().decide(snapshot)
@@ -106,12 +105,13 @@ class Decider:
         granted = self._state.ledger.offer()
         for trial_id, grant in granted.items():
             self._state.log(
-                "offer",
-                generation=grant.generation,
-                trial_id=trial_id,
-                settings=to_jsonable(grant.settings),
-                units=[list(units) for units in grant.units],
-                amount=grant.amount,
+                Offered(
+                    generation=Generation(grant.generation),
+                    trial_id=trial_id,
+                    settings=grant.settings,
+                    units=grant.units,
+                    amount=grant.amount,
+                )
             )
         return granted
 
@@ -131,14 +131,15 @@ class Decider:
         for dial in gain.dials:
             state.gains[dial].add(gain.realised)
         state.log(
-            "gain",
-            generation=gain.generation,
-            trial_id=gain.trial_id,
-            dial="+".join(gain.dials),
-            predicted=gain.predicted,
-            realised=gain.realised,
-            before=_words(gain.before),
-            after=_words(gain.after),
+            GainRealised(
+                generation=Generation(gain.generation),
+                trial_id=gain.trial_id,
+                dial="+".join(gain.dials),
+                predicted=gain.predicted,
+                realised=gain.realised,
+                before=_words(gain.before),
+                after=_words(gain.after),
+            )
         )
 
     def _advance_fit(self, trial: Trial, now_s: float) -> None:
@@ -156,7 +157,7 @@ class Decider:
         return TrialView(
             trial_id=trial.trial_id,
             shape=state.spec.shape(trial.params),
-            start=state.spec.start_on(trial.size),
+            start=trial.start or state.spec.start_on(trial.size),
             limits=limits_now(state, trial),
             placement=state.ledger.lines[trial.trial_id].placement,
             weight=1.0,

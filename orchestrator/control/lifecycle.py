@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello, Status, StopMode
+from orchestrator.control.orders import DialReport, Outcome, Report, Resumption, SlotHello, Status, StopMode
 from orchestrator.policies.plan import DeviceId, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceKind
 
@@ -82,7 +82,7 @@ class Trial:
     `wish` is another number that the plan in force wants, and since when; `moves_to` that number once the trial was
     told to leave for it. `onward` holds the dials with which it goes on there. `refused` are numbers that could not be
     had, each with the time until which they are not tried again. `loss` is the training loss that was seen last, in
-    whichever attempt.
+    whichever attempt. `allows` is what its training said that it allows of its dials, None where that is all.
     """
 
     trial_id: TrialId
@@ -114,6 +114,17 @@ class Trial:
     refused: dict[int, float] = field(default_factory=dict)
     is_resized: bool = False
     loss: float | None = None
+    allows: DialReport | None = None
+
+    @property
+    def off(self) -> dict[str, str]:
+        """Name of each dial that its training does not have, and why."""
+        return {} if self.allows is None else dict(self.allows.off)
+
+    @property
+    def start(self) -> Settings | None:
+        """The dials that its training has of its own; None where they are those of the run file."""
+        return None if self.allows is None else self.allows.start
 
 
 class Lifecycle:

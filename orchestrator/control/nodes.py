@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from orchestrator.control.events import NodeChanged
 from orchestrator.control.lifecycle import Slot, SlotState
 from orchestrator.control.orders import StopMode
 from orchestrator.control.state import RunState
@@ -126,7 +127,7 @@ class Nodes:
                 self._stop(slot.trial_id, StopMode.CHECKPOINT)
 
     def _log(self, node_id: str, node_state: NodeState, num_cores: int, node_type: str) -> None:
-        self._state.log("node", node_id=node_id, state=node_state.value, num_cores=num_cores, node_type=node_type)
+        self._state.log(NodeChanged(node_id=node_id, state=node_state.value, num_cores=num_cores, node_type=node_type))
         logger.info("node.%s %s %s with %d cores", node_state.value, node_id[:8], node_type, num_cores)
         apply(self._state, node_id, node_state, num_cores, node_type)
 

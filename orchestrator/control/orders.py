@@ -74,7 +74,7 @@ class TrialOrder:
         trial_id: the trial.
         attempt: 0 for the first; later ones resume from the last commit.
         seed: of model initialisation and sampling.
-        job: a key of `jobs.JOBS`.
+        job: a key of `jobs.JOBS`, or the import path of a user's training.
         params: its parameters, those of the search included.
         start: the user's settings; `start.global_batch` is the base of the learning-rate rule.
         limits: the envelope of safety overrides.
@@ -86,6 +86,9 @@ class TrialOrder:
         memory_bytes: memory that each rank may take; 0 where nobody knows.
         probe_budget: part of the trial's time for probes of cheaper tiers; 0 for none.
         exchange_follows_tier: whether ranks exchange gradients in 16 bits while a tier computes in no more.
+        metric: name of the value that the search looks at.
+        mode: 'min' or 'max', whichever of it is better.
+        import_paths: directories where a job named by import path is looked for, first.
     """
 
     trial_id: TrialId
@@ -103,6 +106,9 @@ class TrialOrder:
     memory_bytes: int = 0
     probe_budget: float = 0.0
     exchange_follows_tier: bool = False
+    metric: str = ""
+    mode: str = "min"
+    import_paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +218,23 @@ class TierReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DialReport:
+    """What a training allows of its dials, as far as that is known at `step`: the newest one holds.
+
+    Attributes:
+        step: optimizer steps done.
+        start: the dials that the training has of its own, such as the batch size of its DataLoader.
+        limits: the part of the run file's limits that it can follow.
+        off: name of each dial that it does not have, and why.
+    """
+
+    step: int
+    start: Settings
+    limits: DialLimits
+    off: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """One report of a trial to the search; taken after evaluation and commit."""
 
@@ -270,9 +293,11 @@ class Events:
     reports: tuple[Report, ...] = ()
     tiers: tuple[TierReport, ...] = ()
     modes: tuple[StepModeView, ...] = ()
+    dials: tuple[DialReport, ...] = ()
     records: tuple[bytes, ...] = field(default=())
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (self.acks or self.overrides or self.reports or self.tiers or self.modes or self.records)
+        told = (self.acks, self.overrides, self.reports, self.tiers, self.modes, self.dials, self.records)
+        return not any(told)

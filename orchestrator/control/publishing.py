@@ -48,4 +48,7 @@ def _trial_order(state: RunState, trial: Trial) -> TrialOrder:
         memory_bytes=granted_bytes(state, state.ledger.lines[trial.trial_id].placement),
         probe_budget=spec.probe_budget,
         exchange_follows_tier=spec.exchange_follows_tier,
+        metric=spec.metric,
+        mode=spec.mode,
+        import_paths=spec.import_paths,
     )

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+from orchestrator.control.events import TrialResized
 from orchestrator.control.gain import Pace, efficiency_of
 from orchestrator.control.lifecycle import SlotState, Trial
 from orchestrator.control.orders import Outcome, Status, StopMode
@@ -130,13 +131,14 @@ class Resizes:
         trial.story.append(f"resize {stage}: {reason}")
         logger.info("trial.resize %s %s: %s", trial.trial_id, stage, reason)
         state.log(
-            "trial_resize",
-            trial_id=trial.trial_id,
-            attempt=trial.attempt,
-            stage=stage,
-            num_workers=num_workers,
-            reason=reason,
-            restart_s=state.restart_s,
+            TrialResized(
+                trial_id=trial.trial_id,
+                attempt=trial.attempt,
+                stage=stage,
+                num_workers=num_workers,
+                reason=reason,
+                restart_s=state.restart_s,
+            )
         )
         state.journal.sync()
 
@@ -149,8 +151,10 @@ def refuse(state: RunState, trial: Trial, num_workers: int) -> None:
 
 
 def limits_now(state: RunState, trial: Trial) -> DialLimits:
-    """The limits of a trial's dials, less the numbers of ranks that were tried for in vain."""
+    """What a trial's dials can be set to: what its training allows, less the numbers of ranks tried for in vain."""
     limits, now_s = state.spec.limits, state.clock.now_s()
+    if trial.allows is not None:
+        return trial.allows.limits
     if limits.min_workers is None or limits.max_workers is None:
         return limits
     vain = [number for number, until_s in trial.refused.items() if until_s > now_s]

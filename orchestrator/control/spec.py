@@ -12,6 +12,9 @@ from orchestrator.policies.plan import Settings, can_split, on_ranks
 from orchestrator.policies.snapshot import DeviceKind, DialLimits, NodeType
 from orchestrator.policies.tier import Tier
 
+UNKNOWN_SAMPLES = 10**15
+"""The length of a trial that ends when its function returns."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRule:
@@ -68,6 +71,8 @@ class RunSpec:
         node_types: nodes that can be asked for, sorted by name; none of them is said to be there.
         max_cost_per_hour: what they may cost together, None for no limit.
         stop_rule: how the search stops trials; None where every one runs to its end, or nobody told (another's search).
+        is_function: whether the job is a user's function, which ends by itself and whose samples nobody can foresee.
+        import_paths: directories where a job named by import path is looked for, first.
     """
 
     run_id: str
@@ -99,11 +104,13 @@ class RunSpec:
     node_types: tuple[NodeType, ...] = ()
     max_cost_per_hour: float | None = None
     stop_rule: StopRule | None = None
+    is_function: bool = False
+    import_paths: tuple[str, ...] = ()
 
     @property
     def target_samples(self) -> int:
-        """Samples of a trial that runs to its end."""
-        return self.samples_per_report * self.max_reports
+        """Samples of a trial that runs to its end; more than any has where nobody knows."""
+        return UNKNOWN_SAMPLES if self.is_function else self.samples_per_report * self.max_reports
 
     def start_on(self, num_workers: int) -> Settings:
         """The user's settings on that many ranks; as they are where the global batch does not divide by it."""
@@ -129,6 +136,7 @@ class RunSpec:
         fields["limits"] = DialLimits(**{**limits, "tiers": tuple(Tier(tier) for tier in limits["tiers"])})
         fields["dials"] = tuple(fields["dials"])
         fields["speed_free_params"] = tuple(fields["speed_free_params"])
+        fields["import_paths"] = tuple(fields.get("import_paths", ()))
         fields["node_types"] = tuple(
             NodeType(**{**each, "kind": DeviceKind(each["kind"]), "nodes": (), "leaving": ()})
             for each in fields.get("node_types", ())

@@ -7,14 +7,15 @@ that must survive a crash goes through `log`, which is the journal.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from orchestrator.clock import Clock
+from orchestrator.control.events import DialsDeclared, Event, ReportTold, TrialEnded
 from orchestrator.control.gain import GainMean, GainMeter, Pace
 from orchestrator.control.journal import Journal
 from orchestrator.control.ledger import Ledger
 from orchestrator.control.lifecycle import Lifecycle, Slot, SlotState, Trial
-from orchestrator.control.orders import Report, SlotOp, SlotOrder
+from orchestrator.control.orders import DialReport, Report, SlotOp, SlotOrder
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.telling import Telling
@@ -85,19 +86,20 @@ class RunState:
         self.changed_trials: set[TrialId] = set()
         self.wants_decision = False
 
-    def log(self, kind: str, **fields: object) -> None:
-        """Append an entry to the journal; durable after `journal.sync()`."""
-        self.journal.append(kind, self.clock.now_s(), self.clock.wall_s(), **fields)
+    def log(self, event: Event) -> None:
+        """Append an event to the journal; durable after `journal.sync()`."""
+        self.journal.append(replace(event, t_s=self.clock.now_s(), wall_s=self.clock.wall_s()))
 
     def log_ended(self, trial: Trial) -> None:
         """Journal that nothing more will happen to a trial."""
         self.log(
-            "trial_ended",
-            trial_id=trial.trial_id,
-            state=trial.state.value,
-            reason=trial.reason,
-            step=trial.step,
-            num_samples=trial.num_samples,
+            TrialEnded(
+                trial_id=trial.trial_id,
+                state=trial.state.value,
+                reason=trial.reason,
+                step=trial.step,
+                num_samples=trial.num_samples,
+            )
         )
         self.journal.sync()
         self.changed_trials.add(trial.trial_id)
@@ -117,7 +119,7 @@ class RunState:
         """Whether the search is told of a report now; it may have to wait for those of other trials."""
         told = self.telling.tell(trial, index, self.clock.now_s())
         if told is not None and told.is_judged:
-            self.log("told", trial_id=trial.trial_id, index=index, place=told.place, held_s=told.held_s)
+            self.log(ReportTold(trial_id=trial.trial_id, index=index, place=told.place, held_s=told.held_s))
             trial.story.append(f"report {index} told after {told.held_s:.1f} s, behind {told.place} others at its rung")
         return told is not None
 
@@ -189,6 +191,16 @@ class RunState:
         for table in (self.windows, self.fits, self.overrides, self.changed_at_s, self.checks, self.step_modes):
             table.pop(trial_id, None)
         self.changed_trials.add(trial_id)
+        self.wants_decision = True
+
+    def note_dials(self, trial: Trial, report: DialReport) -> None:
+        """A training said what it allows of its dials: later plans keep to that."""
+        if trial.allows == report:
+            return
+        trial.allows = report
+        trial.story.append(f"at step {report.step} these dials are off: {', '.join(sorted(report.off)) or 'none'}")
+        self.log(DialsDeclared(trial_id=trial.trial_id, **{f.name: getattr(report, f.name) for f in fields(report)}))
+        self.changed_trials.add(trial.trial_id)
         self.wants_decision = True
 
     def note_mode(self, trial_id: TrialId, found: StepModeView) -> None:

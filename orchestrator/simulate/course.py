@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.control.journal import FILE_NAME
+from orchestrator.control.events import PlanCommitted, Reported, TrialAssigned, TrialEnded
+from orchestrator.control.journal import FILE_NAME, History, read_history
 from orchestrator.errors import JournalError
 from orchestrator.policies import (
     Observation,
@@ -45,7 +46,6 @@ from orchestrator.policies.simulator import (
     simulate,
 )
 from orchestrator.policies.tier import Tier
-from orchestrator.telemetry.history import History, PlanCommitted, Reported, TrialAssigned, TrialEnded, read_history
 from orchestrator.telemetry.store import read_table
 from orchestrator.telemetry.tables import TableKind
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.control.journal import SPARE_REASON
+from orchestrator.control.events import SPARE_REASON, GainRealised, PlanCommitted, RunBegan
+from orchestrator.control.journal import History, read_history
 from orchestrator.errors import JournalError, PlanError
 from orchestrator.policies import FairShare, Plan, Policy, Snapshot, dumps, plan_from, snapshot_from, to_jsonable
 from orchestrator.policies.simulator import Guard, PolicyFaultError
 from orchestrator.simulate.inputs import policy_with
-from orchestrator.telemetry.history import GainRealised, History, PlanCommitted, RunBegun, read_history
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def replay(run_dir: Path, policy: Policy | None = None, name: str | None = None)
         PlanError: the policy raised, returned an illegal plan or did not return.
     """
     history = read_history(run_dir)
-    head = next(history.of(RunBegun), None)
+    head = next(history.of(RunBegan), None)
     if head is None:
         raise JournalError(f"the journal of {run_dir} has no head that names its policy; name one with --policy")
     asked = policy or policy_with(head.policy, head.policy_params)

@@ -16,13 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from orchestrator.errors import ConfigError
-from orchestrator.policies.codec import plan_from
-from orchestrator.policies.plan import TrialId
-from orchestrator.run_dirs import read_status
-from orchestrator.telemetry.history import (
+from orchestrator.control.events import (
     GainRealised,
-    History,
     PlanCommitted,
     Reported,
     RunEnded,
@@ -32,8 +27,12 @@ from orchestrator.telemetry.history import (
     TrialPaused,
     TrialQueued,
     TrialRequeued,
-    read_history,
 )
+from orchestrator.control.journal import History, read_history
+from orchestrator.errors import ConfigError
+from orchestrator.policies.codec import plan_from
+from orchestrator.policies.plan import TrialId
+from orchestrator.run_dirs import read_status
 from orchestrator.telemetry.store import read_table
 from orchestrator.telemetry.tables import TableKind
 

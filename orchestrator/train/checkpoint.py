@@ -39,12 +39,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from orchestrator.errors import CheckpointError
-from orchestrator.train import flat_state, manifest
+from orchestrator.train import best, flat_state, manifest
 from orchestrator.train.fsdp import local_part
 from orchestrator.train.manifest import FileEntry, Manifest
 
 KEEP_COMMITS = 2
-"""Commits kept: the newest, and the one before in case the newest turns out damaged."""
+"""Commits kept beside the best one: the newest, and the one before in case the newest turns out damaged."""
 
 _COMMIT_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _UNFINISHED_NAME = re.compile(_COMMIT_NAME.pattern + r"\.(tmp|old)-[0-9a-f]+")
@@ -145,6 +145,46 @@ def commit(
     return final
 
 
+def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Path:
+    """Make the files below `source` durable as the commit `<directory>/step-<n>`; called by one rank.
+
+    Retention is that of `commit`. `source` is left as it is.
+
+    Args:
+        directory: the trial's own directory of commits.
+        source: files of any kind, in folders too.
+        extra: JSON-able; holds `step` and what else a later attempt needs.
+
+    Raises:
+        CheckpointError: it could not be written. Nothing was committed then.
+    """
+    kept: dict[str, Any] = json.loads(manifest.canonical(dict(extra)))
+    final = directory / f"step-{_step_of(kept)}"
+    draft = None
+    try:
+        draft = _make_draft(final)
+        shutil.copytree(source, draft, dirs_exist_ok=True)
+        files = sorted(path for path in draft.rglob("*") if path.is_file())
+        manifest.sync_files(files)
+        for folder in {path.parent for path in files}:
+            manifest.sync_directory(folder)
+        record = Manifest(
+            schema=manifest.SCHEMA,
+            step=kept["step"],
+            world_size=1,
+            torch_version=str(torch.__version__),
+            extra=kept,
+            tensors={},
+            files=tuple(manifest.describe(path, draft) for path in files),
+        )
+        _finish(draft, final, record, _Ranks(0, 1, None))
+    except (CheckpointError, OSError, shutil.Error) as error:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(f"cannot commit {source} to {final}: {error}") from error
+    return final
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Proposal:
     """What a rank brings to a commit; `draft` is where to write, from rank 0 only and None if there is no need."""
@@ -196,7 +236,7 @@ def load(
     what = f"cannot load {path}"
     problem, record = None, None
     try:
-        record = _verified(path) if rank == 0 else None
+        record = verified(path) if rank == 0 else None
     except CheckpointError as error:
         problem = str(error)
     record = ranks.agree(what, problem, record)[0]
@@ -221,7 +261,7 @@ def load(
 def verify(path: Path) -> list[str]:
     """What is wrong with the commit in `path`; empty where nothing is. Unpickles nothing."""
     try:
-        _verified(path)
+        verified(path)
     except CheckpointError as error:
         return [str(error)]
     return []
@@ -329,10 +369,12 @@ def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:
 
 
 def _clear_away(final: Path, step: int) -> None:
-    """Remove unfinished commits, commits of later steps, and all but the newest `KEEP_COMMITS`."""
+    """Remove unfinished commits, commits of later steps, and all but the newest `KEEP_COMMITS` and the best one."""
     directory = final.parent
     commits = sorted(_commits(directory), reverse=True)
-    kept = {path for _, path in [item for item in commits if item[0] <= step][:KEEP_COMMITS]}
+    behind = [path for number, path in commits if number <= step]
+    found = best.read(directory)
+    kept = {*behind[:KEEP_COMMITS], *(path for path in behind if found is not None and path.name == found.commit)}
     unfinished = [path for path in directory.iterdir() if _UNFINISHED_NAME.fullmatch(path.name)]
     for path in [*(path for _, path in commits if path not in kept), *unfinished]:
         try:
@@ -350,7 +392,7 @@ def _commits(directory: Path) -> list[tuple[int, Path]]:
     return [(int(match.group(1)), path) for match, path in found if match is not None]
 
 
-def _verified(path: Path) -> Manifest:
+def verified(path: Path) -> Manifest:
     """The manifest of the commit in `path`, once every file has been found to be as it says.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from orchestrator.control.orders import Ack, Events, Outcome, OverrideReport, Report, SlotOrder, TierReport
+from orchestrator.control.orders import Ack, DialReport, Events, Outcome, OverrideReport, Report, SlotOrder, TierReport
 from orchestrator.policies.snapshot import StepModeView
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
 
@@ -67,6 +67,7 @@ class Outbox:
         self._reports: list[Report] = []
         self._tiers: list[TierReport] = []
         self._modes: list[StepModeView] = []
+        self._dials: list[DialReport] = []
         self._num_taken = 0
         self.num_dropped = 0
 
@@ -104,6 +105,12 @@ class Outbox:
         with self._lock:
             self._tiers = [report]
 
+    def add_dials(self, report: DialReport) -> None:
+        """Put what the training allows in place of what was said before, and ask for it to be sent at once."""
+        with self._lock:
+            self._dials = [report]
+        self._filled.set()
+
     def add_mode(self, measured: StepModeView) -> None:
         """Tell which step mode some dials have; it goes with the next message."""
         with self._lock:
@@ -132,10 +139,11 @@ class Outbox:
                 reports=tuple(self._reports),
                 tiers=tuple(self._tiers),
                 modes=tuple(self._modes),
+                dials=tuple(self._dials),
                 records=tuple(records),
             )
             self._full, self._num_rows = [], 0
             self._acks, self._overrides, self._reports, self._tiers = [], [], [], []
-            self._modes = []
+            self._modes, self._dials = [], []
             self._num_taken += 1
             return events

@@ -22,8 +22,8 @@ from orchestrator.errors import CheckpointError
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
-# One plain name, without a separator: nothing a manifest lists lies outside its directory.
-_FILE_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
+# Plain names, in folders too, none of them `..`: nothing a manifest lists lies outside its directory.
+_FILE_NAME = re.compile(r"(?!(.*/)?\.{1,2}(/|$))[^/\x00-\x1f]+(/[^/\x00-\x1f]+)*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +119,12 @@ def read(path: Path) -> Manifest:
         raise CheckpointError(f"{path} has no readable {MANIFEST_NAME} ({error}); it was never committed") from error
 
 
-def describe(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file as it lies on disk."""
+def describe(path: Path, below: Path | None = None) -> FileEntry:
+    """Size and SHA-256 of a file as it lies on disk; its name is that below a directory, by default its own."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileEntry(name=path.name, size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+        name = path.relative_to(below or path.parent).as_posix()
+        return FileEntry(name=name, size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
 
 
 def problems_of(path: Path, manifest: Manifest) -> list[str]:
@@ -133,7 +134,7 @@ def problems_of(path: Path, manifest: Manifest) -> list[str]:
 
 def _problem_of(path: Path, entry: FileEntry) -> str | None:
     """What is wrong with one file, or None."""
-    if not _FILE_NAME.fullmatch(entry.name) or entry.name in {".", ".."}:
+    if not _FILE_NAME.fullmatch(entry.name):
         return f"file name {entry.name!r} is not a plain name"
     file = path / entry.name
     try:

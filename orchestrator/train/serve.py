@@ -6,24 +6,27 @@ in the log, so that the next one starts as in a new process.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
 from orchestrator.errors import OutOfMemoryError, WorkerGroupError
-from orchestrator.jobs import build_job
+from orchestrator.jobs import build_job, job_info
 from orchestrator.jobs.job import Job
+from orchestrator.jobs.own import call_function, is_own, tail_of
 from orchestrator.policies.plan import TrialId
 from orchestrator.share import ShareMechanism
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.device_fault import is_device_fault
+from orchestrator.train.function.driver import FunctionDriver
+from orchestrator.train.function.workplace import logged_to
 from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState, seed_generators
 from orchestrator.train.link import Link
@@ -31,9 +34,6 @@ from orchestrator.train.loop import TrialLoop
 from orchestrator.train.read_ahead import reading
 
 logger = logging.getLogger(__name__)
-
-LOGGED = ("orchestrator",)
-"""Packages whose messages go to the log of the trial that is running."""
 
 _FLUSH_TIMEOUT_S = 10.0
 
@@ -55,7 +55,7 @@ class SlotLink(Link, Protocol):
 
 
 def job_of(trial: TrialOrder) -> Job:
-    """The job of a trial, from the table."""
+    """The declared training of a trial, from the table or by its import path."""
     return build_job(trial.job, trial.params)
 
 
@@ -109,18 +109,16 @@ class Server:
 
     def _run_trial(self, order: SlotOrder, trial: TrialOrder) -> Outcome:
         """One attempt; the second of three places that catch everything."""
-        with _log_to(Path(trial.directory), self._rank):
-            loop: TrialLoop | None = None
+        log = Path(trial.directory) / ("log.txt" if self._rank == 0 else f"log-{self._rank}.txt")
+        with logged_to(log):
+            drivers: list[TrialLoop | FunctionDriver] = []
             try:
                 logger.info("trial %s attempt %d begins: %s", trial.trial_id, trial.attempt, trial.params)
                 seed_generators(trial.seed)
-                with reading(self.build(trial)) as job:
-                    job.prepare()
-                    loop = TrialLoop(order, job, self._ranks_of(trial), self.boundary, self.link, self.share)
-                    outcome = loop.run()
+                outcome = self._train(order, trial, drivers)
             except Exception as error:
-                logger.exception("trial %s failed", trial.trial_id)
-                step, num_samples = (0, 0) if loop is None else loop.progress
+                logger.error("trial %s failed\n%s", trial.trial_id, tail_of(error))
+                step, num_samples = drivers[0].progress if drivers else (0, 0)
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 reason = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
                 if is_device_fault(error):
@@ -134,6 +132,18 @@ class Server:
                     self.groups.break_off()  # the others wait for this rank in a collective that it will never enter
             logger.info("trial %s attempt %d ends: %s", trial.trial_id, trial.attempt, outcome.status)
             return outcome
+
+    def _train(self, order: SlotOrder, trial: TrialOrder, drivers: list[TrialLoop | FunctionDriver]) -> Outcome:
+        """Build what trains and let it run; it is appended to `drivers`, for whoever asks how far it came."""
+        ranks = self._ranks_of(trial)
+        if is_own(trial.job) and job_info(trial.job).is_function:
+            call = partial(call_function, trial.job, trial.params)
+            drivers.append(FunctionDriver(order, call, ranks, self.boundary, self.link, self.share))
+            return drivers[0].run()
+        with reading(self.build(trial)) as job:
+            job.prepare()
+            drivers.append(TrialLoop(order, job, ranks, self.boundary, self.link, self.share))
+            return drivers[0].run()
 
     def _ranks_of(self, trial: TrialOrder) -> Ranks:
         """The ranks for a trial, which has fewer trials behind it in this process than the one before had."""
@@ -176,20 +186,3 @@ def _status_after(error: Exception) -> Outcome:
     if is_out_of_memory(error):
         return Outcome(status=Status.MEMORY, step=0, num_samples=0)
     return Outcome(status=Status.FAILED, step=0, num_samples=0)
-
-
-@contextlib.contextmanager
-def _log_to(directory: Path, rank: int) -> Iterator[None]:
-    """Write what orchestrator and jobs log in this process to the trial's own file; rank 0 to log.txt."""
-    directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / ("log.txt" if rank == 0 else f"log-{rank}.txt"))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger(name) for name in LOGGED]
-    for each in loggers:
-        each.addHandler(handler)
-    try:
-        yield
-    finally:
-        for each in loggers:
-            each.removeHandler(handler)
-        handler.close()

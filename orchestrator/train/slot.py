@@ -24,18 +24,21 @@ import torch.distributed as dist
 
 from orchestrator.control.orders import Opening, SlotHello
 from orchestrator.errors import ShareError, UnfitEnvironmentError
-from orchestrator.jobs import build_job
+from orchestrator.jobs import build_job, job_info
+from orchestrator.jobs.own import add_import_paths, is_own
 from orchestrator.policies.plan import DeviceId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.share import CpuCores, Mps, ShareMechanism, SmGroups, TimeSlice
 from orchestrator.telemetry.sampler import cuda_device_id
 from orchestrator.train.batch.memory import CudaGauge
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.device_fault import is_device_fault
+from orchestrator.train.function import reports
 from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.ray_link import RayLink
 from orchestrator.train.read_ahead import reading
-from orchestrator.train.serve import LOGGED, Server
+from orchestrator.train.serve import Server
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.compiled import set_up
 from orchestrator.train.stepper import Stepper
@@ -51,8 +54,7 @@ def slot_loop(config: dict[str, Any]) -> None:
     Raises:
         WorkerGroupError: the ranks could not agree on the end of a trial.
     """
-    for name in LOGGED:
-        logging.getLogger(name).setLevel(config["log_level"])
+    logging.getLogger("orchestrator").setLevel(config["log_level"])
     # Beside the runs, so that the next one of the same kind need not compile again.
     set_up(Path(config["warm_up"].directory).parents[2] / ".compiled")
     context = ray.train.get_context()
@@ -108,11 +110,17 @@ def _own_device() -> torch.device:
 def _warm_up(config: dict[str, Any], ranks: Ranks) -> None:
     """Pay what is paid once per process before the first trial does: data, imports, the first step's lazy set-up.
 
-    Data that cannot be read is no reason to open the slot again: the trial that needs it fails, and names the file.
+    Data that cannot be read, or a user's code that raises, is no reason to open the slot again: the trial that needs it
+    fails, and says why.
     """
     trial = config["warm_up"]
     is_prepared = False
     try:
+        if is_own(trial.job):
+            add_import_paths(trial.import_paths)
+            reports.install()  # before the user's module takes hold of what is replaced
+            if job_info(trial.job).is_function:
+                return
         with reading(build_job(trial.job, trial.params)) as job:
             job.prepare()
             is_prepared = True
@@ -122,10 +130,10 @@ def _warm_up(config: dict[str, Any], ranks: Ranks) -> None:
                 stepper.step()
                 if ranks.device.type == "cuda":
                     stepper.rehearse()  # what is loaded at a first capture need not be loaded in a trial
-    except ValueError as error:
-        if is_prepared and ranks.world_size > 1:
+    except Exception as error:
+        if is_device_fault(error) or (is_prepared and ranks.world_size > 1):
             raise  # the other ranks wait in a step that this one has left
-        logger.warning("not warmed up: %s", error)
+        logger.warning("not warmed up: %s: %s", type(error).__name__, error)
     if ranks.world_size > 1:
         dist.barrier(group=ranks.group)
 

@@ -187,7 +187,7 @@ def optuna_sampler(seed: int) -> Any:
 
 def scheduler_of(config: RunConfig) -> TrialScheduler:
     """Ray Tune's form of the run file's scheduler; metric and mode are those of the search."""
-    scheduler, max_t = config.search.scheduler, config.trial.max_reports
+    scheduler, max_t = config.search.scheduler, config.max_reports
     match scheduler:
         case AshaScheduler():
             return ASHAScheduler(

@@ -18,12 +18,13 @@ import ray
 from ray import tune
 from ray.exceptions import RayError
 
-from orchestrator.cluster import cluster_leaks, ray_cluster
+from orchestrator.cluster import RayCluster, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.config.render import scalar
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
+from orchestrator.driver import log_end, make_run_dir, require_history, single_driver, within_quota
 from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.run import log_end, make_run_dir, require_history, single_driver
+from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
 from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.admission import HEAD, require_tested_ray, sliver
@@ -42,8 +43,9 @@ def open_session(run_file: Path, overrides: list[str], *, is_resumed: bool) -> I
     if is_resumed:
         place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
         resolved = load_config(run_dir / "run.yaml", place)
+    resolved = within_quota(resolved)
     plane, stopping = ControlPlane(resolved, run_dir, is_foreign=True), Stopping(run_dir)
-    with single_driver(run_dir), _connected(resolved, plane.namespace):
+    with single_driver(run_dir), _connected(resolved, plane.namespace, run_dir):
         before = cluster_leaks(0.0)
         state = "failed"
         try:
@@ -86,14 +88,23 @@ def _run_dir(resolved: ResolvedRun, *, is_resumed: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _connected(resolved: ResolvedRun, namespace: str) -> Iterator[None]:
+def _connected(resolved: ResolvedRun, namespace: str, run_dir: Path) -> Iterator[None]:
     """The cluster of the run file, or the one this process is connected to already, which then stays connected."""
     if ray.is_initialized():
         yield
         return
     uses_gpus = resolved.config.devices.use != "cpu"
-    with ray_cluster(resolved.config.cluster, namespace, is_quiet=False, uses_gpus=uses_gpus):
+    cluster = resolved.config.cluster
+    with (
+        terminable(_terminated),
+        RayCluster(cluster, namespace, run_dir, is_quiet=False, uses_gpus=uses_gpus).opened(),
+    ):
+        reinstall()
         yield
+
+
+def _terminated() -> BaseException:
+    return SystemExit(EXIT_CODES[signal.SIGTERM])
 
 
 class Stopping:

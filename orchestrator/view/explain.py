@@ -10,6 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.control.events import (
+    Acknowledged,
+    GainRealised,
+    Overridden,
+    PlanCommitted,
+    PlanRefused,
+    ShareChecked,
+    TrialResized,
+)
+from orchestrator.control.journal import History, read_history
 from orchestrator.errors import ConfigError, JournalError
 from orchestrator.policies.candidates import split
 from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
@@ -17,17 +27,6 @@ from orchestrator.policies.fitted import FittedTrial, fit_trials
 from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
 from orchestrator.policies.snapshot import Snapshot, TrialView
 from orchestrator.share.verification import Verdict, judge_speed
-from orchestrator.telemetry.history import (
-    Acknowledged,
-    GainRealised,
-    History,
-    Overridden,
-    PlanCommitted,
-    Refused,
-    ShareChecked,
-    TrialResized,
-    read_history,
-)
 from orchestrator.view.text import (
     MISSING,
     clean,
@@ -291,7 +290,7 @@ def _summary(run_dir: Path, history: History) -> dict[str, Any]:
         ],
         "refusals": [
             {"reason": r.reason, "violations": list(r.violations), "after_s": r.wall_s - origin_s}
-            for r in history.of(Refused)
+            for r in history.of(PlanRefused)
         ],
     }
 

@@ -1,7 +1,7 @@
 """What is said at the end of a run: who won, what each dial did, what to do next, and where everything lies.
 
-A pure function of the last status. Called by the driver when a run ends; the last line is the run directory, alone, so
-that scripts can take it.
+A function of the last status and of the logs of failed trials. Called by the driver when a run ends; the last line is
+the run directory, alone, so that scripts can take it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.view.frame import failure_text, shown_dials
+from orchestrator.view.failures import failure_lines
+from orchestrator.view.frame import shown_dials
 from orchestrator.view.text import (
     MISSING,
     clean,
@@ -38,12 +39,31 @@ def render(status: Mapping[str, object], run_dir: Path) -> str:
     parts = [
         [_headline(status, trials)],
         _ranking(ranked, status),
-        [failure_text(trial) for trial in trials if trial.get("state") == "failed"],
+        failure_lines(trials),
         _dials(status),
         _next_commands(status, run_dir),
         [str(run_dir)],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def render_broken_off(run_dir: Path) -> str:
+    """The report of a run that ended before its first status; the last line is the run directory."""
+    command = f"orchestrator resume {shlex.quote(clean(run_dir))}"
+    return f"the run ended before any trial began\n\nnext:\n  {command}  # begin it\n\n{run_dir}"
+
+
+def count_failed(status: Mapping[str, object]) -> int:
+    """Trials that failed."""
+    return sum(trial.get("state") == "failed" for trial in dicts(status.get("trials")))
+
+
+def failure_line(status: Mapping[str, object]) -> str | None:
+    """One line that says how many trials failed, None where none did."""
+    num_failed, num_trials = count_failed(status), len(dicts(status.get("trials")))
+    if not num_failed:
+        return None
+    return f"{num_failed} of {num_trials} trial{'s' * (num_trials != 1)} failed; the report above says why"
 
 
 def rank(trials: Sequence[Mapping[str, object]], mode: str) -> list[Mapping[str, object]]:
@@ -61,9 +81,11 @@ def _headline(status: Mapping[str, object], trials: Sequence[Mapping[str, object
     started, updated = number(status.get("started_at")), number(status.get("updated_at"))
     took = MISSING if started is None or updated is None else show_seconds(updated - started)
     num_done = sum(trial.get("state") in {"done", "stopped"} for trial in trials)
+    num_failed = count_failed(status)
+    failed = f", {num_failed} failed" if num_failed else ""
     return (
         f"run {clean(status.get('run_id') or MISSING)} {clean(status.get('state') or MISSING)} after {took}:"
-        f" {num_done} of {len(trials)} trials ended well, {show_count(status.get('generation'))} plans"
+        f" {num_done} of {len(trials)} trials ended well{failed}, {show_count(status.get('generation'))} plans"
         f" by policy {clean(status.get('policy') or MISSING)}"
     )
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from orchestrator import run_dirs
 from orchestrator.clock import Clock, SystemClock
-from orchestrator.errors import ConfigError
+from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SOME_FAILED, ConfigError
 from orchestrator.view.frame import Frame, Role, build_frame, failure_text, plain_line
+from orchestrator.view.report import count_failed
 from orchestrator.view.text import dicts
 
 if TYPE_CHECKING:
@@ -32,8 +33,13 @@ logger = logging.getLogger(__name__)
 PLAIN_PERIOD_S = 5.0
 """Seconds between two plain lines."""
 
-EXIT_CODES = {"done": 0, "failed": 1, "interrupted": 130, "lost": 1}
-"""What following a run to its end returns, by the state it ended in."""
+EXIT_CODES = {
+    "done": EXIT_DONE,
+    "failed": EXIT_FAILED,
+    "interrupted": EXIT_INTERRUPTED,
+    "lost": EXIT_FAILED,
+}
+"""What following a run to its end returns, by the state it ended in; of one that is done, if no trial failed."""
 
 STYLES = {
     Role.TITLE: "bold",
@@ -122,6 +128,9 @@ class LiveView:
         if status is None:
             return
         self._state = str(status.get("state", ""))
+        if isinstance(self._painter, _Table) and is_plain_terminal(self._out):
+            self._painter.close()  # the terminal hung up: its output goes to the log of the run
+            self._painter, self._is_plain = None, True
         if self._painter is None:
             self._painter = _Lines(self._out, self._clock) if self._is_plain else _Table(self._out, self._clock)
         self._painter.draw(status, is_last=is_last)
@@ -238,8 +247,8 @@ def watch(run_dir: Path, once: bool, *, out: TextIO | None = None) -> int:
         out: where to; None is standard output.
 
     Returns:
-        0 when the run is done or `once`, 1 when it failed or its driver is gone, 130 when it was interrupted or the
-        user pressed Ctrl-C.
+        0 when the run is done or `once`, 4 when it is done and trials failed, 1 when it failed or its driver is gone,
+        130 when it was interrupted or the user pressed Ctrl-C.
 
     Raises:
         ConfigError: there is no status to show.
@@ -262,7 +271,8 @@ def watch(run_dir: Path, once: bool, *, out: TextIO | None = None) -> int:
         return 0
     view = LiveView(look, out=stream)
     try:
-        return EXIT_CODES[view.follow(EXIT_CODES)]
+        state = view.follow(EXIT_CODES)
+        return EXIT_SOME_FAILED if state == "done" and count_failed(look() or {}) else EXIT_CODES[state]
     except KeyboardInterrupt:
         return EXIT_CODES["interrupted"]
     finally:

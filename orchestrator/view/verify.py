@@ -11,24 +11,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.control.journal import SPARE_REASON
+from orchestrator.control.events import (
+    SPARE_REASON,
+    Acknowledged,
+    GainRealised,
+    Offered,
+    PlanCommitted,
+    Reported,
+    RunBegan,
+    RunEnded,
+    ShareChecked,
+    TrialQueued,
+)
+from orchestrator.control.journal import History, read_history
 from orchestrator.policies import FairShare, Plan, Policy, Snapshot, build_policy, dumps, plan_from, snapshot_from
 from orchestrator.policies.plan import Generation
 from orchestrator.run_dirs import ENDED_STATES, read_status
 from orchestrator.share.verification import SPEED_TOLERANCE, Verdict, judge_speed
-from orchestrator.telemetry.history import (
-    Acknowledged,
-    GainRealised,
-    History,
-    Offered,
-    PlanCommitted,
-    Reported,
-    RunBegun,
-    RunEnded,
-    ShareChecked,
-    TrialQueued,
-    read_history,
-)
 from orchestrator.telemetry.store import read_table
 from orchestrator.telemetry.tables import TableKind
 from orchestrator.view import verify_grants, verify_steps
@@ -97,7 +96,7 @@ def _journal(run_dir: Path, history: History, notes: list[str]) -> Iterator[Find
     state = (read_status(run_dir) or {}).get("state")
     if state in ENDED_STATES and not any(history.of(RunEnded)):
         yield Finding(code=Code.JOURNAL_TORN, text=f"journal: the run is {state}, and its last word is missing")
-    if history.entries and next(history.of(RunBegun), None) is None:
+    if history.entries and next(history.of(RunBegan), None) is None:
         yield Finding(code=Code.JOURNAL_TORN, text="journal: its head is missing")
     if not history.torn_tail_bytes:
         return
@@ -121,7 +120,7 @@ def _plans(history: History, findings: list[Finding]) -> dict[Generation, Plan]:
 
 def _replay(history: History, plans: dict[Generation, Plan], findings: list[Finding], notes: list[str]) -> int:
     """Take every decision again; returns how many could be."""
-    head = next(history.of(RunBegun), None)
+    head = next(history.of(RunBegan), None)
     if head is None:
         notes.append("decisions were not replayed: the journal has no head that names the policy")
         return 0

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.policies.plan import DeviceId, Generation, Plan, TrialId
-from orchestrator.telemetry.history import (
+from orchestrator.control.events import (
     Acknowledged,
-    Entry,
-    History,
+    Event,
     Offered,
     Overridden,
     PlanCommitted,
@@ -24,9 +22,12 @@ from orchestrator.telemetry.history import (
     TrialAssigned,
     TrialContinued,
     TrialEnded,
+    TrialPaused,
     TrialQueued,
     TrialRequeued,
 )
+from orchestrator.control.journal import History
+from orchestrator.policies.plan import DeviceId, Generation, Plan, TrialId
 from orchestrator.view.finding import Code, Finding
 
 _TOLERANCE = 1e-6
@@ -88,7 +89,7 @@ def over_commitments(history: History, plans: Plans) -> Iterator[Finding]:
             accounts.clear()
         elif isinstance(entry, TrialAssigned):
             accounts[entry.trial_id] = _Account(placement=slots.get(entry.slot_id, ()))
-        elif isinstance(entry, TrialRequeued | TrialEnded):
+        elif isinstance(entry, TrialRequeued | TrialPaused | TrialEnded):
             accounts.pop(entry.trial_id, None)
         elif isinstance(entry, Offered | Acknowledged | Overridden):
             _move(accounts.setdefault(entry.trial_id, _Account()), entry, plans)
@@ -143,7 +144,7 @@ def open_offers(history: History) -> list[OpenOffer]:
             offer = pending.get(entry.trial_id)
             if offer is not None and offer.generation <= entry.generation:
                 del pending[entry.trial_id]
-        elif isinstance(entry, TrialAssigned | TrialRequeued | TrialEnded):
+        elif isinstance(entry, TrialAssigned | TrialRequeued | TrialPaused | TrialEnded):
             offer = pending.pop(entry.trial_id, None)
             if offer is not None:
                 found.append(_open(offer, attempts, entry.t_s))
@@ -226,5 +227,5 @@ def endings(history: History) -> Iterator[Finding]:
                 yield Finding(code=Code.TRIAL_LOST, text=text, trial_id=queued.trial_id)
 
 
-def _is_done(entries: Sequence[Entry]) -> bool:
+def _is_done(entries: Sequence[Event]) -> bool:
     return bool(entries) and isinstance(last := entries[-1], RunEnded) and last.state == "done"

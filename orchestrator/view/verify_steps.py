@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.telemetry.history import History, Reported, TrialContinued, TrialEnded
+from orchestrator.control.events import Reported, TrialContinued, TrialEnded
+from orchestrator.control.journal import History
 from orchestrator.telemetry.record import FLAG_ROLLED_BACK, FLAG_SKIPPED
 from orchestrator.view.finding import Code, Finding
 from orchestrator.view.verify_grants import OpenOffer

@@ -156,7 +156,7 @@ def read_events(lines: Iterable[str], source: str, cluster: Cluster) -> tuple[No
             raise row.wrong("node", f"a node of the cluster, {min(names)} to {max(names)}")
         change = NodeChange(row.one_of("change", [each.value for each in NodeChange]))
         price = row.number("price") if change is NodeChange.PRICE else 0.0
-        events.append(NodeEvent(time_s=row.number("time"), node_id=node_id, change=change, price_per_hour=price))
+        events.append(NodeEvent(time_s=row.seconds("time"), node_id=node_id, change=change, price_per_hour=price))
     if not events:
         raise TableError(f"{source}: there is no event in it; allowed: at least one line below the head")
     return tuple(sorted(events, key=lambda event: (event.time_s, event.node_id)))

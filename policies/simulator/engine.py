@@ -21,6 +21,7 @@ from orchestrator.policies.simulator.cluster import Cluster, NodeChange, NodeEve
 from orchestrator.policies.simulator.guard import Guard
 from orchestrator.policies.simulator.job import Job
 from orchestrator.policies.simulator.overseer import Nobody, Overseer
+from orchestrator.policies.simulator.patience import NUM_IDLE, Patience
 from orchestrator.policies.simulator.record import Span, Timeline
 from orchestrator.policies.simulator.response import Load
 from orchestrator.policies.simulator.rules import Rules
@@ -43,7 +44,7 @@ class _What(IntEnum):
 
 @dataclass(slots=True)
 class Engine:
-    """One simulation. Build it, then `run` it once."""
+    """One simulation. Build it, then `run` it once; `stopped` then says why it would not have ended, if so."""
 
     guard: Guard
     applications: Applications
@@ -56,6 +57,8 @@ class Engine:
     jobs: dict[TrialId, Job] = field(default_factory=dict)
     active: dict[TrialId, Job] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=Timeline)
+    stopped: str | None = None
+    _patience: Patience = field(init=False)
     _devices: Devices = field(init=False)
     _events: list[tuple[float, int, int, object]] = field(default_factory=list)
     _order: int = 0
@@ -67,11 +70,12 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._devices = Devices(self.cluster, self.rules.units)
+        self._patience = Patience(interval_s=self.rules.interval_s, horizon_s=self.rules.horizon_s)
         self._rng = random.Random(f"engine-{self.rules.seed}")
         self._draws = [self._rng.gauss(0.0, 1.0) for _ in range(_NUM_DRAWS)]
 
     def run(self, workload: Workload) -> None:
-        """Simulate until every job has ended, or the horizon."""
+        """Simulate until every job has ended, the horizon, or it is clear that neither will come."""
         for submission in workload:
             self._push(submission.time_s, _What.ARRIVAL, submission)
         for event in self.cluster.events:
@@ -82,6 +86,8 @@ class Engine:
                 self.now_s = time_s
                 self._handle(_What(what), subject)
                 if not self.active and not any(event[1] == _What.ARRIVAL for event in self._events):
+                    break
+                if self.stopped is not None:
                     break
         finally:
             self.guard.close()
@@ -111,6 +117,7 @@ class Engine:
                 self._mark(job) if what is _What.MARK else self._fail(job)
 
     def _arrive(self, submission: Submission) -> None:
+        self._patience.renew()
         job = self.make(submission, self.applications)
         job.mark = self.overseer.first_mark(submission)
         job.updated_s = job.changed_at_s = self.now_s
@@ -129,6 +136,7 @@ class Engine:
 
     def _mark(self, job: Job) -> None:
         """A job reached its mark: it goes on to the next, or ends."""
+        self._patience.renew()
         self._advance(job)
         job.progress = job.mark
         mark = self.overseer.reached(job, self.now_s)
@@ -161,6 +169,7 @@ class Engine:
         job.num_failures += 1
 
     def _change_node(self, event: NodeEvent) -> None:
+        self._patience.renew()
         if event.change is NodeChange.PRICE:
             for job in self.active.values():
                 self._advance(job)
@@ -197,6 +206,20 @@ class Engine:
         interval_s = self.rules.interval_s
         self._next_tick_s = (math.floor(self.now_s / interval_s) + 1) * interval_s
         self._push(self._next_tick_s, _What.TICK, self._next_tick_s)
+        is_due = (self._patience.num_idle + 1) % NUM_IDLE == 0  # a look at all events costs more than a decision
+        self.stopped = self._patience.look(self.now_s, self.active.values(), self._next_s() if is_due else None)
+
+    def _next_s(self) -> float | None:
+        """When anything happens next that is neither a decision nor a failure."""
+        times = (time_s for time_s, what, _, subject in self._events if self._counts(_What(what), subject))
+        return min((time_s for time_s in times if time_s < math.inf), default=None)
+
+    def _counts(self, what: _What, subject: object) -> bool:
+        if what is _What.MARK:
+            assert isinstance(subject, tuple)
+            job, version = subject
+            return bool(job.version == version and job.ended_s is None)
+        return what in {_What.NODE, _What.ARRIVAL}
 
     def _learn(self, job: Job) -> None:
         if not job.windows:

@@ -65,6 +65,7 @@ class Summary:
         fairness_mean, fairness_p99: of finish-time fairness; unfair_ratio is the part of jobs above 1.
         num_restarts: starts beyond the first, of all jobs. num_changes: dials turned live. num_failures: failures.
         num_decisions: decisions made.
+        stopped: why it would not have ended, None where all jobs ended or the horizon came.
         jobs: one by one.
         spans, calibrations: as recorded.
     """
@@ -87,6 +88,7 @@ class Summary:
     num_changes: int
     num_failures: int
     num_decisions: int
+    stopped: str | None
     jobs: tuple[JobResult, ...]
     spans: tuple[Span, ...] = ()
     calibrations: tuple[Calibration, ...] = ()
@@ -129,6 +131,7 @@ def summarise(engine: Engine, policy: str) -> Summary:
         num_changes=sum(job.num_changes for job in jobs),
         num_failures=sum(job.num_failures for job in jobs),
         num_decisions=engine.guard.num_decisions,
+        stopped=engine.stopped,
         jobs=results,
         spans=tuple(engine.timeline.spans),
         calibrations=tuple(engine.timeline.calibrations),

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 _MAX_SHOWN = 60
+MAX_SECONDS = 1e11
+"""About 3,000 years: time stamps of this century are below it in seconds, and above it in milliseconds and less."""
 
 
 class TableError(ValueError):
@@ -63,6 +65,13 @@ class Row:
             raise self.wrong(column, allowed)
         return number
 
+    def seconds(self, column: str) -> float:
+        """A time in seconds since some beginning; a time stamp in smaller units is refused, not taken for seconds."""
+        number = self.number(column)
+        if number > MAX_SECONDS:
+            raise self.wrong(column, f"seconds, at most {MAX_SECONDS:g}; divide a time stamp in smaller units")
+        return number
+
     def one_of(self, column: str, known: Iterable[str]) -> str:
         """One of the known words."""
         value = self.text(column)
@@ -83,17 +92,25 @@ class Row:
 def read_rows(
     lines: Iterable[str], source: str, required: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """Rows of a CSV with a head line; empty lines and those that begin with '#' are passed over.
+    """Rows of a CSV with a head line; empty lines and comments, which begin with '#', are passed over.
 
     Raises:
-        TableError: a column is missing, unknown or named twice, or a line has another number of cells than the head.
+        TableError: a column is missing, unknown or named twice, a line has another number of cells than the head, or a
+            line below it begins with '#' and could be a comment as well as a row.
     """
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip() and line[0] != "#")
-    number, head = next(((number, line) for number, line in numbered), (1, ""))
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    number, head = next(((number, line) for number, line in numbered if line[0] != "#"), (1, ""))
     columns = [cell.strip() for cell in _cells(head, source, number)]
     _check_head(columns, f"{source}:{number}", required, optional)
     for number, line in numbered:
         cells = _cells(line, source, number)
+        if line[0] == "#":
+            if len(cells) == len(columns):
+                raise TableError(
+                    f"{source}:{number}: begins with '#' and has as many cells as the head; allowed: a name in quotes"
+                    f' ("{cells[0][:_MAX_SHOWN]}"), or a comment without commas'
+                )
+            continue
         if len(cells) != len(columns):
             raise TableError(
                 f"{source}:{number}: {len(cells)} cells; allowed: {len(columns)}, one for each of {', '.join(columns)}"
@@ -115,6 +132,11 @@ def _check_head(columns: Sequence[str], where: str, required: Sequence[str], opt
         raise TableError(
             f"{where}: column {missing[0]!r} is missing; the first line must name {', '.join(required)}"
             + (f" and may name {', '.join(optional)}" if optional else "")
+        )
+    if not columns[0] and columns[1:] and set(columns[1:]) <= set(known):
+        raise TableError(
+            f"{where}: the first column has no name, as pandas writes its index; write the table with index=False, or"
+            " remove that column"
         )
     for column in columns:
         if column not in known:

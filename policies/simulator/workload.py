@@ -97,7 +97,7 @@ def _submission(row: Row, applications: Collection[str] | None) -> Submission:
     application = row.text("application") if applications is None else row.one_of("application", applications)
     return Submission(
         name=name,
-        time_s=row.number("time"),
+        time_s=row.seconds("time"),
         application=application,
         num_replicas=row.integer("num_replicas"),
         batch_size=row.integer("batch_size"),

@@ -212,7 +212,7 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    from orchestrator.cluster import ray_cluster
+    from orchestrator.cluster import RayCluster
     from orchestrator.config.model import ClusterSection
     from tests.bench.stock_ends import Ends
 
@@ -223,7 +223,7 @@ def run_stock(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     # Nothing is captured on cores: there the arms of the expert are those of stock.
     fixed |= {"size": given.size, "is_expert": arm.startswith("expert") and not given.rehearse}
     fixed["gpus"] = 0.0 if given.rehearse else part
-    with ray_cluster(ClusterSection(), "stock"):
+    with RayCluster(ClusterSection(), "stock", given.directory).opened():
         generator = BasicVariantGenerator(random_state=SEED, max_concurrent=max_concurrent)  # as ours has
         tuner = tune.Tuner(
             tune.with_resources(stock_trial, {"node:__internal_head__": 0.001}),

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import orchestrator
+from orchestrator.control.events import PlanCommitted
+from orchestrator.control.journal import read_history
 from orchestrator.policies import NOTHING_FITTED, Observation, TrialFit, pool, predict_step_s, snapshot_from
 from orchestrator.policies.tier import Tier
-from orchestrator.telemetry.history import PlanCommitted, read_history
 from tests.bench.results_file import ROOT, Report, median_figure, options, say
 
 AFTER_S = (120.0, 240.0, 300.0)

@@ -55,7 +55,7 @@ WARMED = (
     "torch",
     "torch.distributed.fsdp torch.distributed.checkpoint",
     "ray ray.train.torch ray.tune pandas pyarrow.parquet",
-    "orchestrator.run orchestrator.train.slot orchestrator.jobs.classes",
+    "orchestrator.driver orchestrator.train.slot orchestrator.jobs.classes",
 )
 """Modules, in the order in which `warm` imports them."""
 ENVIRONMENT = {

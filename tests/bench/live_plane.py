@@ -84,7 +84,7 @@ def opened(file: dict[str, Any], *, num_known: int, timeout_s: float = 90.0) -> 
     """
     import ray
 
-    from orchestrator.cluster import ray_cluster
+    from orchestrator.cluster import RayCluster
     from orchestrator.control_plane import ControlPlane
 
     storage = Path(file["storage"])
@@ -97,7 +97,7 @@ def opened(file: dict[str, Any], *, num_known: int, timeout_s: float = 90.0) -> 
     plane = ControlPlane(resolved, resolved.run_dir)
     _make_known(storage / KNEES, plane.spec.shape(plane.spec.params), num_known)
     uses_gpus = resolved.config.devices.use != "cpu"
-    with ray_cluster(resolved.config.cluster, plane.namespace, uses_gpus=uses_gpus):
+    with RayCluster(resolved.config.cluster, plane.namespace, resolved.run_dir, uses_gpus=uses_gpus).opened():
         try:
             plane.open()
             deadline_s, wanted = time.monotonic() + timeout_s, resolved.config.search.num_slots

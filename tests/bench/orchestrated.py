@@ -52,14 +52,16 @@ def write_run_file(path: Path, name: str, **changes: Any) -> Path:
 @contextlib.contextmanager
 def cluster(num_cpus: int) -> Iterator[None]:
     """The driver's own local Ray."""
-    from orchestrator.cluster import num_child_processes, ray_cluster
+    from orchestrator.cluster import RayCluster
     from orchestrator.config.model import ClusterSection
 
-    with ray_cluster(ClusterSection(address="local", num_cpus=num_cpus), "bench"):
+    ray_cluster = RayCluster(ClusterSection(address="local", num_cpus=num_cpus), "bench", Path.cwd())
+    with ray_cluster.opened():
         yield
-    left = num_child_processes()
-    if left:
-        raise RuntimeError(f"{left} processes of the benchmark's Ray are still there after its shutdown")
+    if ray_cluster.num_left:
+        raise RuntimeError(
+            f"{ray_cluster.num_left} processes of the benchmark's Ray are still there after its shutdown"
+        )
 
 
 class Parts:

@@ -18,7 +18,7 @@ def run_stock(directory: Path, model: tuple[dict[str, Any], int], num_trials: in
     """So many trials, one at a time: for each the seconds until its first step was done."""
     from ray import tune
 
-    from orchestrator.cluster import ray_cluster
+    from orchestrator.cluster import RayCluster
     from orchestrator.config.model import ClusterSection
 
     stamps = directory / "stamps"
@@ -34,7 +34,7 @@ def run_stock(directory: Path, model: tuple[dict[str, Any], int], num_trials: in
         "use_gpu": use_gpu,
     }
     began_s = time.monotonic()
-    with ray_cluster(ClusterSection(), "stock", uses_gpus=use_gpu):
+    with RayCluster(ClusterSection(), "stock", directory, uses_gpus=use_gpu).opened():
         ready_s = time.monotonic()
         tuner = tune.Tuner(
             tune.with_resources(_trial, {"node:__internal_head__": 0.001}),

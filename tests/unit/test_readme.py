@@ -17,10 +17,19 @@ import yaml
 
 from orchestrator import cli
 from orchestrator.config import load_config
+from orchestrator.control.events import EVENTS, IN_JOURNAL, LEFT_OUT
 from orchestrator.control.lifecycle import SlotState, TrialState
-from orchestrator.control.orders import OverrideReport, Report
 from orchestrator.control.status import StatusWriter
-from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError
+from orchestrator.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_SOME_FAILED,
+    EXIT_TERMINATED,
+    ConfigError,
+    OrchestratorError,
+    UnfitEnvironmentError,
+)
 from orchestrator.policies import POLICIES
 from orchestrator.policies.plan import TrialId
 from orchestrator.share import SHARES
@@ -173,7 +182,9 @@ def test_the_exit_codes_are_those_of_the_code() -> None:
     table = section(README, "Commands").partition("| exit code")[2]
     shown = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
     errors = {OrchestratorError.exit_code, ConfigError.exit_code, UnfitEnvironmentError.exit_code}
-    assert shown == {0, cli.EXIT_FAILED, cli.EXIT_INTERRUPTED} | errors
+    ends = {EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED}
+    assert shown == ends | errors
+    assert {int(code) for code in re.findall(r"\b(\d+) [a-z]", cli.EPILOG.partition("Exit codes:")[2])} == shown
 
 
 # Make.
@@ -263,44 +274,25 @@ def environment_names() -> set[str]:
 
 def test_no_environment_variable_of_our_own_is_read() -> None:
     assert "has none of its own" in section(README, "Commands")
-    assert {name for name in environment_names() if not name.startswith(("RAY_", "TORCHINDUCTOR_"))} <= {"TERM"}
+    assert {name for name in environment_names() if not name.startswith(("RAY_", "TORCHINDUCTOR_"))} <= {
+        "TERM",
+        "TMPDIR",
+    }
 
 
 # The journal.
 
 
 JOURNAL_HEAD = {"kind", "seq", "t_s", "wall_s"}
-SPREAD: dict[str, type[Any]] = {"override": OverrideReport, "result": Report}
-"""Kinds whose entry holds all fields of a value, next to what is written out."""
-
-
-def written_entries() -> dict[str, set[str]]:
-    """Kinds and fields of journal entries, from the calls that write them; '**' stands for a value's fields."""
-    found: dict[str, set[str]] = {}
-    for path in (ROOT / "orchestrator").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not node.args:
-                continue
-            is_entry = node.func.attr == "log" or (
-                node.func.attr == "append" and ast.unparse(node.func.value) == "journal"
-            )
-            if is_entry and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-                found.setdefault(node.args[0].value, set()).update(each.arg or "**" for each in node.keywords)
-    return found
-
-
-def test_the_walk_finds_what_writes_the_journal() -> None:
-    entries = written_entries()
-    assert {"run", "plan", "ack", "run_ended"} <= set(entries)
-    assert {kind for kind, written in entries.items() if "**" in written} == set(SPREAD)
 
 
 def test_every_kind_of_journal_entry_is_listed_with_its_fields() -> None:
     shown = {row[0].strip("`"): set(names(row[1])) for row in rows(section(INSIDE, "The journal"))}
-    written = written_entries()
-    for kind, value in SPREAD.items():
-        written[kind] = written[kind] - {"**"} | {field.name for field in fields(value)}
-    assert shown == written
+    written = {
+        kind: {each.name for each in fields(event) if each.metadata.get(IN_JOURNAL) != LEFT_OUT} | {"kind"}
+        for kind, event in EVENTS.items()
+    }
+    assert shown == {kind: found - JOURNAL_HEAD for kind, found in written.items()}
 
 
 def test_what_every_entry_has_is_said() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import importlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +22,7 @@ from orchestrator import cli
 from orchestrator.config import ResolvedRun, load_config
 from orchestrator.errors import PlanError, UnfitEnvironmentError
 from orchestrator.jobs.table import JOB_INFO
+from orchestrator.processes import Owner
 
 ROOT = Path(__file__).parents[3]
 Run = Callable[..., tuple[int, str, str]]
@@ -153,31 +158,31 @@ def test_check_says_when_a_valid_file_does_not_fit(run: Run) -> None:
 
 
 def test_run_hands_the_resolved_configuration_over(run: Run, fake: Callable[..., None]) -> None:
-    seen: list[tuple[ResolvedRun, bool | None]] = []
+    seen: list[tuple[ResolvedRun, bool | None, bool]] = []
 
-    def start(resolved: ResolvedRun, *, plain: bool | None) -> int:
-        seen.append((resolved, plain))
+    def start(resolved: ResolvedRun, *, plain: bool | None, is_quiet: bool) -> int:
+        seen.append((resolved, plain, is_quiet))
         print("table")  # noqa: T201 - stands for the view
         return 0
 
-    fake("orchestrator.run", start=start)
+    fake("orchestrator.driver", start=start)
     demo = str(ROOT / "demo.yaml")
     assert run("run", demo)[:2] == (0, "table\n")
     assert run("run", demo, "--plain", "--set", "name=b")[0] == 0
-    assert [(resolved.config.name, plain) for resolved, plain in seen] == [("demo", None), ("b", True)]
-    code, out, _ = run("run", demo, "--quiet")
-    assert (code, out) == (0, f"{Path('runs/demo').resolve()}\n")
+    assert run("run", demo, "--quiet")[0] == 0
+    told = [(resolved.config.name, plain, is_quiet) for resolved, plain, is_quiet in seen]
+    assert told == [("demo", None, False), ("b", True, False), ("demo", True, True)]
 
 
 def test_a_wrong_file_starts_nothing_and_writes_nothing(run: Run, fake: Callable[..., None]) -> None:
-    fake("orchestrator.run", start=lambda *_, **__: pytest.fail("a run was started"))
+    fake("orchestrator.driver", start=lambda *_, **__: pytest.fail("a run was started"))
     assert run("run", str(ROOT / "demo.yaml"), "--set", "search.num_trials=0")[0] == 2
     assert run("run", str(ROOT / "demo.yaml"), "--set", "name=../../x")[0] == 2
     assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_dry_run_starts_nothing_and_writes_nothing(run: Run, fake: Callable[..., None]) -> None:
-    fake("orchestrator.run", start=lambda *_, **__: pytest.fail("a run was started"))
+    fake("orchestrator.driver", start=lambda *_, **__: pytest.fail("a run was started"))
     code, out, _ = run("run", str(ROOT / "demo.yaml"), "--dry-run")
     assert code == 0
     assert "6 trials, 2 at a time" in out
@@ -199,7 +204,7 @@ def test_an_error_becomes_its_exit_code_without_a_traceback(
     def start(*_: object, **__: object) -> int:
         raise error
 
-    fake("orchestrator.run", start=start)
+    fake("orchestrator.driver", start=start)
     seen, _, err = run("run", str(ROOT / "demo.yaml"))
     assert seen == code
     assert words in err
@@ -212,14 +217,14 @@ def test_a_bug_is_logged_with_its_traceback_and_is_exit_code_1(
     def start(*_: object, **__: object) -> int:
         raise ZeroDivisionError("a bug")
 
-    fake("orchestrator.run", start=start)
+    fake("orchestrator.driver", start=start)
     assert run("run", str(ROOT / "demo.yaml"))[0] == 1
     assert "ZeroDivisionError: a bug" in caplog.text
     assert "Traceback" in caplog.text
 
 
 def test_the_exit_code_of_a_run_is_passed_on(run: Run, fake: Callable[..., None]) -> None:
-    fake("orchestrator.run", start=lambda *_, **__: 130, resume=lambda *_, **__: 1)
+    fake("orchestrator.driver", start=lambda *_, **__: 130, resume=lambda *_, **__: 1)
     make_run("one")
     assert run("run", str(ROOT / "demo.yaml"))[0] == 130
     assert run("resume", "one")[0] == 1
@@ -339,3 +344,48 @@ def test_completion_knows_commands_and_runs(
             run()
         assert ended.value.code == 0
         assert expected in capsys.readouterr().out
+
+
+def test_clean_touches_nothing_until_it_is_told_to(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead, other = tmp_path / "orch-dead", tmp_path / "orch-other"
+    for place, owner in ((dead, Owner.this()), (other, dataclasses.replace(Owner.this(), host="another"))):
+        place.mkdir()
+        (place / "owner.json").write_text(dataclasses.replace(owner, start_ticks=1).record(run_dir="/runs/r"))
+    monkeypatch.setattr("orchestrator.leftovers.temporary_places", lambda: [tmp_path])
+    code, out, _ = run("clean")
+    assert code == 0
+    assert f"would remove {dead} of /runs/r: its driver is dead" in out
+    assert f"left alone: {other}" in out
+    assert "orchestrator clean --yes" in out
+    assert dead.exists()
+    answer = json.loads(run("clean", "--json")[1])
+    assert {Path(item["directory"]).name: item["life"] for item in answer["leftovers"]} == {
+        "orch-dead": "dead",
+        "orch-other": "unknown",
+    }
+    code, out, _ = run("clean", "--yes")
+    assert f"removed {dead}" in out
+    assert (dead.exists(), other.exists()) == (False, True)
+    assert "nothing to remove" in run("clean")[1]
+
+
+@pytest.mark.parametrize("errno_", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_what_the_machine_refuses_is_one_line(run: Run, fake: Callable[..., None], errno_: int) -> None:
+    def start(*_: object, **__: object) -> int:
+        raise OSError(errno_, os.strerror(errno_), "/runs/x")
+
+    fake("orchestrator.driver", start=start)
+    code, _, err = run("run", str(ROOT / "demo.yaml"))
+    assert code == 3
+    assert err.startswith(f"error: /runs/x: {os.strerror(errno_)}")
+    assert len(err.splitlines()) == 1
+
+
+def test_sigterm_ends_any_command_with_its_own_exit_code(run: Run, fake: Callable[..., None]) -> None:
+    def start(*_: object, **__: object) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    fake("orchestrator.driver", start=start)
+    code, _, err = run("run", str(ROOT / "demo.yaml"))
+    assert (code, err) == (143, "terminated\n")

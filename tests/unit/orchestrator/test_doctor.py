@@ -130,3 +130,49 @@ def test_everything_is_examined_and_every_problem_has_a_remedy(tmp_path: Path) -
         names
     )
     assert all(bool(check.remedy) == (check.status is not Status.OK) for check in checks)
+
+
+def test_a_quota_of_a_container_is_said_and_half_a_core_warns() -> None:
+    assert doctor.check_cores(2, 64, 2.0).detail == "2 of 64 usable, by a container's quota of 2"
+    half = doctor.check_cores(1, 64, 0.5)
+    assert half.status is Status.WARN
+    assert "50%" in half.remedy
+
+
+def test_a_proxy_is_no_problem_because_a_run_goes_around_it() -> None:
+    assert doctor.check_proxy({}).detail == "none in the way"
+    check = doctor.check_proxy({"http_proxy": "http://proxy:3128"})
+    assert check.status is Status.OK
+    assert "no_proxy" in check.detail
+
+
+def test_without_a_place_for_sockets_no_run_can_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(_prefix: str) -> Path:
+        raise OSError("/tmp: Read-only file system")
+
+    check = doctor.check_temporary(nowhere)
+    assert check.status is Status.FAIL
+    assert "Read-only" in check.detail
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 80)))
+    check = doctor.check_temporary()
+    assert check.status is Status.OK
+    assert "TMPDIR is too long" in check.detail
+
+
+def test_a_home_that_cannot_be_written_costs_downloads_and_no_run(tmp_path: Path) -> None:
+    assert doctor.check_home(tmp_path).status is Status.OK
+    assert doctor.check_home(tmp_path / "missing").status is Status.WARN
+
+
+def test_a_token_for_all_clusters_of_the_user_is_named_and_never_removed(tmp_path: Path) -> None:
+    token = tmp_path / "auth_token"
+    assert doctor.check_token(token).status is Status.OK
+    token.write_text("secret")
+    token.chmod(0o644)
+    check = doctor.check_token(token)
+    assert check.status is Status.WARN
+    assert "others can read it" in check.detail
+    assert "secret" not in check.detail + check.remedy
+    token.chmod(0o600)
+    assert "others" not in doctor.check_token(token).detail
+    assert token.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from orchestrator.clock import ManualClock
 from orchestrator.errors import ConfigError
+from orchestrator.processes import Owner
 from orchestrator.run_dirs import StopKind, StopResult, find_run, list_runs, request_stop, state_of, wait_until_ended
 
 
@@ -69,6 +71,18 @@ def test_a_run_whose_driver_died_without_a_word_is_lost(tmp_path: Path) -> None:
     set_pid(run_dir, dead_pid())
     assert state_of(run_dir, running) == "lost"
     assert state_of(run_dir, {"state": "done"}) == "done"
+
+
+def test_a_lock_says_which_process_of_which_host_holds_it(tmp_path: Path) -> None:
+    """A process id is given out again: such a run had been `running` for ever."""
+    run_dir = make_run(tmp_path, "demo", {"state": "running"}, updated_s=4e9)
+    owner = Owner.this()
+    set_pid(run_dir, owner.record())
+    assert state_of(run_dir, {"state": "running"}) == "running"
+    set_pid(run_dir, dataclasses.replace(owner, start_ticks=owner.start_ticks - 1).record())
+    assert state_of(run_dir, {"state": "running"}) == "lost"
+    set_pid(run_dir, dataclasses.replace(owner, host="another", pid=dead_pid()).record())
+    assert state_of(run_dir, {"state": "running"}) == "running", "another host's run is never judged"
 
 
 def test_a_run_that_still_writes_its_status_is_not_lost(tmp_path: Path) -> None:

@@ -6,27 +6,35 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.control.events import PlanRefused, ReportTold
 from orchestrator.control.journal import Journal, read
 from orchestrator.errors import JournalError
+from orchestrator.policies.plan import Generation, TrialId
+
+
+def told(index: int) -> ReportTold:
+    return ReportTold(trial_id=TrialId("t"), index=index, t_s=1.0, wall_s=2.0)
 
 
 def write(path: Path, count: int) -> None:
     journal = Journal(path)
     for number in range(count):
-        journal.append("thing", 1.0, 2.0, number=number)
+        journal.append(told(number))
     journal.close()
 
 
 def test_entries_come_back_in_order_and_numbered(tmp_path: Path) -> None:
     write(tmp_path / "j", 3)
-    assert [(entry["seq"], entry["number"]) for entry in read(tmp_path / "j")] == [(1, 0), (2, 1), (3, 2)]
+    assert [(entry["seq"], entry["index"]) for entry in read(tmp_path / "j")] == [(1, 0), (2, 1), (3, 2)]
 
 
 def test_a_line_is_canonical(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
-    journal.append("k", 1.5, 2.0, b=1, a=[1, "x"])
+    journal.append(PlanRefused(generation=Generation(4), reason="b", violations=("x", "y"), t_s=1.5, wall_s=2.0))
     journal.close()
-    assert (tmp_path / "j").read_text() == '{"a":[1,"x"],"b":1,"kind":"k","seq":1,"t_s":1.5,"wall_s":2.0}\n'
+    assert (tmp_path / "j").read_text() == (
+        '{"generation":4,"kind":"refusal","reason":"b","seq":1,"t_s":1.5,"violations":["x","y"],"wall_s":2.0}\n'
+    )
 
 
 @pytest.mark.parametrize("torn", [b"{", b'{"kind":"thing"', b"\xff\x00"])
@@ -36,9 +44,9 @@ def test_a_torn_line_is_not_read_and_a_new_writer_drops_it(tmp_path: Path, torn:
     path.write_bytes(path.read_bytes() + torn)
     assert len(list(read(path))) == 2
     journal = Journal(path)
-    assert journal.append("thing", 1.0, 2.0, number=2) == 3
+    assert journal.append(told(2)).seq == 3
     journal.close()
-    assert [entry["number"] for entry in read(path)] == [0, 1, 2]
+    assert [entry["index"] for entry in read(path)] == [0, 1, 2]
 
 
 def test_every_cut_of_the_file_leaves_a_readable_prefix(tmp_path: Path) -> None:
@@ -48,7 +56,7 @@ def test_every_cut_of_the_file_leaves_a_readable_prefix(tmp_path: Path) -> None:
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         entries = list(read(path))
-        assert [entry["number"] for entry in entries] == list(range(whole[:length].count(b"\n")))
+        assert [entry["index"] for entry in entries] == list(range(whole[:length].count(b"\n")))
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
@@ -64,7 +72,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_nan_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     with pytest.raises(JournalError, match="not plain JSON"):
-        journal.append("k", 1.0, 2.0, value=float("nan"))
+        journal.append(ReportTold(trial_id=TrialId("t"), index=0, held_s=float("nan")))
     journal.close()
     assert (tmp_path / "j").read_bytes() == b""
 

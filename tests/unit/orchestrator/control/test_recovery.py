@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from orchestrator.control.events import Recovered, TrialRequeued
 from orchestrator.control.recovery import moved
+from orchestrator.policies.plan import TrialId
 
 INSIDE = "trials/trial-00002/checkpoints/step-929"
 
@@ -23,10 +25,10 @@ INSIDE = "trials/trial-00002/checkpoints/step-929"
     ],
 )
 def test_a_checkpoint_is_where_the_run_is_now(checkpoint: str | None, wanted: str | None) -> None:
-    entry: dict[str, Any] = {"kind": "trial_requeued", "checkpoint": checkpoint}
-    assert moved(entry, Path("/elsewhere/d")) == {**entry, "checkpoint": wanted}
+    entry = TrialRequeued(trial_id=TrialId("t"), attempt=1, reason="", checkpoint=checkpoint)
+    assert moved(entry, Path("/elsewhere/d")) == replace(entry, checkpoint=wanted)
 
 
 def test_an_entry_without_a_checkpoint_stays() -> None:
-    entry = {"kind": "run"}
+    entry = Recovered(start_id="s", are_workers_gone=True)
     assert moved(entry, Path("/elsewhere/d")) is entry

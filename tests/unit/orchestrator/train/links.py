@@ -12,6 +12,7 @@ import torch
 
 from orchestrator.control.orders import (
     Ack,
+    DialReport,
     Grant,
     Outcome,
     OverrideReport,
@@ -71,6 +72,7 @@ class Script:
         self.acks: list[Ack] = []
         self.overrides: list[OverrideReport] = []
         self.reports: list[Report] = []
+        self.dials: list[DialReport] = []
         self._records: list[bytes] = []
         self._num_steps = 0
         add_record = self.outbox.add_record
@@ -109,6 +111,7 @@ class Script:
         self.acks += events.acks
         self.overrides += events.overrides
         self.reports += events.reports
+        self.dials += events.dials
         self._records += events.records
 
     @property

@@ -66,7 +66,7 @@ def test_an_override_counts_as_what_was_in_force_before(tmp_path: Path) -> None:
 def test_without_a_decision_all_are_listed(tmp_path: Path) -> None:
     run = healthy_run(tmp_path)
     run.log("override", trial_id="a", generation=2, number=1, settings=to_jsonable(CHEAPER), reason="not finite")
-    run.log("refusal", reason="the plan breaks invariants", violations=["too much"])
+    run.log("refusal", generation=2, reason="the plan breaks invariants", violations=["too much"])
     answer = explain(run.write(), None)
     assert [item["generation"] for item in answer["decisions"]] == [1, 2]
     assert answer["decisions"][1] | {"after_s": 0} == {

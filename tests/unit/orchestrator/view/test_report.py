@@ -26,7 +26,7 @@ def test_the_last_line_is_the_run_directory() -> None:
 
 def test_the_report_tells_ranking_failures_and_what_each_dial_did() -> None:
     lines = render(status(RUN_DIR, state="done"), RUN_DIR).splitlines()
-    assert lines[0] == "run demo done after 1:23: 0 of 2 trials ended well, 12 plans by policy goodput"
+    assert lines[0] == "run demo done after 1:23: 0 of 2 trials ended well, 1 failed, 12 plans by policy goodput"
     assert lines[3].split()[:3] == ["1", "trial-0001", "2.500"]
     assert lines[3].endswith("lr=0.01 width=64")
     assert "trial-0002 failed: ValueError: width must divide heads; log: runs/demo/trials/trial-0002/log.txt" in lines

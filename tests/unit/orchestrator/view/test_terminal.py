@@ -169,13 +169,36 @@ def test_a_terminal_that_went_away_stops_the_view_not_the_run(caplog: pytest.Log
     assert "view.lost" in caplog.text
 
 
+def test_a_table_becomes_lines_when_its_terminal_hangs_up() -> None:
+    """They go to the log of the run, where a table that is redrawn is nothing."""
+    out, content = Screen(), status(RUN_DIR)
+    view = view_of(content, out, clock_at())
+    view.refresh()
+    assert ESCAPE in out.getvalue()
+    out.isatty = lambda: False  # type: ignore[method-assign]
+    drawn = len(out.getvalue())
+    view.refresh()
+    lines = out.getvalue()[drawn:].splitlines()
+    assert any("running plan 12" in line and ESCAPE not in line for line in lines)
+    view.stop()
+
+
 def put(run_dir: Path, **changes: Any) -> None:
     (run_dir / "status.json").write_text(json.dumps(status(run_dir, **changes)))
 
 
-@pytest.mark.parametrize(("state", "code"), [("done", 0), ("failed", 1), ("interrupted", 130)])
-def test_watching_ends_with_the_run_and_returns_how_it_ended(tmp_path: Path, state: str, code: int) -> None:
-    put(tmp_path, state=state)
+def well(run_dir: Path) -> list[dict[str, Any]]:
+    """The trials without the one that failed."""
+    return [trial for trial in status(run_dir)["trials"] if trial["state"] != "failed"]
+
+
+@pytest.mark.parametrize(
+    ("state", "fails", "code"), [("done", False, 0), ("done", True, 4), ("failed", True, 1), ("interrupted", True, 130)]
+)
+def test_watching_ends_with_the_run_and_returns_how_it_ended(
+    tmp_path: Path, state: str, fails: bool, code: int
+) -> None:
+    put(tmp_path, state=state, **({} if fails else {"trials": well(tmp_path)}))
     out = io.StringIO()
     assert watch(tmp_path, False, out=out) == code
     assert f"{state} plan 12" in out.getvalue()
@@ -188,7 +211,7 @@ def test_a_run_is_watched_until_it_ends(tmp_path: Path, monkeypatch: pytest.Monk
     def wait(self: threading.Event, timeout: float | None = None) -> bool:
         looks.append(timeout)
         if len(looks) == 3:
-            put(tmp_path, state="done")
+            put(tmp_path, state="done", trials=well(tmp_path))
         return False
 
     monkeypatch.setattr(threading.Event, "wait", wait)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.control.journal import SPARE_REASON
-from orchestrator.errors import ConfigError
+from orchestrator.control.events import SCHEMA_VERSION, SPARE_REASON
+from orchestrator.errors import ConfigError, JournalError
 from orchestrator.policies import FairShare
 from orchestrator.policies.codec import to_jsonable
 from orchestrator.policies.plan import EMPTY_PLAN, Settings
@@ -257,18 +257,24 @@ def test_a_snapshot_that_cannot_be_read_cannot_be_replayed(tmp_path: Path) -> No
 
 def test_a_policy_that_is_not_here_is_noted_and_everything_else_checked(tmp_path: Path) -> None:
     run = healthy_run(tmp_path)
-    run.entries[0]["policy"] = {"name": "not_a_module_here:Mine", "params": {}}
+    run.entries[0]["spec"] = {"policy": "not_a_module_here:Mine", "policy_params": {}}
     answer = verify(run.write())
     assert answer["violations"] == []
     assert answer["checked"]["plans_replayed"] == 0
     assert "decisions were not replayed" in answer["notes"][0]
 
 
-def test_the_head_may_hold_the_policy_inside_its_specification(tmp_path: Path) -> None:
+def test_a_policy_with_other_parameters_than_the_head_says_is_no_match(tmp_path: Path) -> None:
     run = healthy_run(tmp_path)
-    policy = run.entries[0].pop("policy")
-    run.entries[0]["spec"] = {"policy": policy["name"], "policy_params": {"gain": 0.5}}
+    run.entries[0]["spec"]["policy_params"] = {"gain": 0.5}
     assert codes(run) == ["replay_mismatch"]
+
+
+def test_a_journal_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
+    run = healthy_run(tmp_path)
+    run.entries[0]["schema"] = SCHEMA_VERSION + 1
+    with pytest.raises(JournalError, match=f"schema {SCHEMA_VERSION + 1}.*reads up to {SCHEMA_VERSION}"):
+        verify(run.write())
 
 
 def test_fair_shares_that_stood_in_for_a_refused_policy_are_replayed_as_such(tmp_path: Path) -> None:

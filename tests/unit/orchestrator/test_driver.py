@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from orchestrator import run
+from orchestrator import driver as run
+from orchestrator.cluster import StartGivenUpError
 from orchestrator.config import ResolvedRun, load_config
 from orchestrator.errors import ConfigError
 
@@ -85,15 +89,68 @@ def test_a_run_directory_that_lost_its_empty_folders_can_be_held(tmp_path: Path)
         assert (tmp_path / "control" / "lock").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_while_ray_starts_is_taken_up_later(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_while_ray_starts_ends_the_run_with_its_own_exit_code(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
 ) -> None:
     """It had left processes, a cluster without slots, or a core dump."""
     driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
-    before = signal.getsignal(number)
-    with driver._signals(is_starting=True):
+    started = threading.Event()
+
+    @contextlib.contextmanager
+    def starting(is_unwanted: Callable[[], bool]) -> Iterator[None]:
         os.kill(os.getpid(), number)
-        assert "the run ends as soon as Ray has started" in capfd.readouterr().err
-    assert driver._wish_to_stop() == "graceful"
-    assert signal.getsignal(number) is before
+        started.set()
+        if is_unwanted():
+            raise StartGivenUpError
+        yield
+
+    monkeypatch.setattr(driver._ray, "opened", starting)
+    monkeypatch.setattr(run, "_load_torch", lambda: None)
+    monkeypatch.setattr(run, "sweep", list)
+    with driver.interrupts.taken():
+        assert driver.execute(True) == code
+    assert started.is_set()
+    output = capsys.readouterr().out
+    assert "ended before any trial began" in output
+    assert output.splitlines()[-1] == str(tmp_path)
+    assert not (tmp_path / "journal.jsonl").exists(), "a journal without a beginning could not be resumed"
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "last"),
+    [
+        (["done", "stopped"], 0, None),
+        (["done", "failed", "failed"], 4, "2 of 3 trials failed; the report above says why"),
+        (["failed"], 4, "1 of 1 trial failed; the report above says why"),
+    ],
+)
+def test_a_run_in_which_trials_failed_says_how_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], states: list[str], code: int, last: str | None
+) -> None:
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    status = {"state": "done", "trials": [{"trial_id": f"t{n}", "state": state} for n, state in enumerate(states)]}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert driver._last_word("done", {}) == code
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == str(tmp_path), "scripts take it"
+    assert printed.err.splitlines() == ([] if last is None else [last])
+
+
+@pytest.mark.parametrize(("state", "code"), [("failed", 1), ("interrupted", 130)])
+def test_a_run_that_its_policy_actor_could_not_end_is_ended_by_its_driver(
+    tmp_path: Path, state: str, code: int
+) -> None:
+    """After a death of Ray its status had said `running` for ever."""
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "trials": []}))
+    (tmp_path / "journal.jsonl").write_text("")
+    assert driver._last_word(state, {"processes": 0}) == code
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == state
+    assert json.loads((tmp_path / "journal.jsonl").read_text())["state"] == state
+    assert driver._last_word("failed", {}) == 1, "a second last word is not said"
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1

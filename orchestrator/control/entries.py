@@ -1,0 +1,130 @@
+"""Events as the JSON objects of journal lines, and back. The classes say what there is; this says how it is written.
+
+Called by `journal`. Decoding is strict about types, so that a damaged value is found where it is read, and passes over
+keys that a class does not have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, NewType, get_args, get_origin, get_type_hints
+
+from orchestrator.control.events import EVENTS, IN_JOURNAL, LEFT_OUT, RAW, SCHEMA_VERSION, Event, RunBegan
+from orchestrator.errors import JournalError
+from orchestrator.policies.codec import settings_from, to_jsonable
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.tier import Tier
+
+
+def encode(event: Event) -> dict[str, Any]:
+    """The entry as a JSON object.
+
+    Raises:
+        JournalError: it holds a value that JSON has no word for.
+    """
+    cls: Any = type(event)
+    try:
+        values = {name: getattr(event, name) for name, _ in _written(cls)}
+        raw = {name for name, is_raw in _written(cls) if is_raw}
+        return {"kind": event.kind, **{k: v if k in raw else to_jsonable(v) for k, v in values.items()}}
+    except ValueError as error:
+        raise JournalError(f"journal entry {event.kind!r} is not plain JSON: {error}") from error
+
+
+def decode(entry: Mapping[str, Any]) -> Event:
+    """The event that a journal's JSON object holds. Keys that the class does not have are passed over.
+
+    Raises:
+        KeyError, TypeError, ValueError: its kind is not known, a field is missing or of another type.
+        JournalError: it is the head of a journal of a newer version.
+    """
+    cls: Any = EVENTS.get(entry["kind"])
+    if cls is None:
+        raise ValueError(f"kind {str(entry['kind'])[:40]!r} is not one of {', '.join(EVENTS)}")
+    if cls is RunBegan and isinstance(entry["schema"], int) and entry["schema"] > SCHEMA_VERSION:
+        raise JournalError(
+            f"the journal has schema {entry['schema']}, written by a newer version of the orchestrator; this one reads"
+            f" up to {SCHEMA_VERSION}: use that version"
+        )
+    values = {name: entry[name] for name in ("seq", "t_s", "wall_s")}
+    for name, read, is_required in _readers(cls):
+        if is_required or name in entry:
+            values[name] = read(entry[name])
+    event: Event = cls(**values)
+    return event
+
+
+Read = Callable[[Any], Any]
+
+
+@cache
+def _written(cls: Any) -> tuple[tuple[str, bool], ...]:  # noqa: ANN401 - a dataclass
+    """Name of each field of an event that is written, and whether it holds JSON values already."""
+    how = {each.name: each.metadata.get(IN_JOURNAL) for each in dataclasses.fields(cls)}
+    return tuple((name, word == RAW) for name, word in how.items() if word != LEFT_OUT)
+
+
+@cache
+def _readers(cls: Any) -> tuple[tuple[str, Read, bool], ...]:  # noqa: ANN401 - a dataclass
+    """Name, reader and whether it must be there, of each field of an event."""
+    hints = get_type_hints(cls)
+    return tuple(
+        (
+            each.name,
+            _reader(hints[each.name]),
+            each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING,
+        )
+        for each in dataclasses.fields(cls)
+        if each.metadata.get(IN_JOURNAL) != LEFT_OUT
+    )
+
+
+def _reader(hint: Any) -> Read:  # noqa: ANN401 - a type, as `typing` has them
+    """The function that turns a JSON value into one of the declared type, or raises TypeError or ValueError."""
+    if isinstance(hint, NewType):
+        return _reader(hint.__supertype__)
+    if get_origin(hint) is not None:
+        return _reader_of_parts(get_origin(hint), get_args(hint))
+    if hint in _READERS:
+        return _READERS[hint]
+    return partial(_read_dataclass, hint) if dataclasses.is_dataclass(hint) else partial(_read_enum, hint)
+
+
+def _reader_of_parts(origin: Any, parts: tuple[Any, ...]) -> Read:  # noqa: ANN401
+    """The same for a mapping, a tuple of one type, or a value that may be None."""
+    if origin is Mapping:
+        item = _reader(parts[1])
+        return lambda value: {str(key): item(each) for key, each in _is_a(value, Mapping).items()}
+    item = _reader(next(part for part in parts if part is not types.NoneType))
+    if origin is tuple:
+        return lambda value: tuple(item(each) for each in _is_a(value, list | tuple))
+    return lambda value: None if value is None else item(value)
+
+
+def _read_dataclass(cls: Any, value: Any) -> Any:  # noqa: ANN401 - any dataclass
+    hints = get_type_hints(cls)
+    return cls(**{name: _reader(hints[name])(each) for name, each in _is_a(value, Mapping).items() if name in hints})
+
+
+def _read_enum(cls: Any, value: Any) -> Any:  # noqa: ANN401 - any enumeration
+    return cls(value)
+
+
+def _is_a(value: Any, kind: Any) -> Any:  # noqa: ANN401 - a JSON value
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{str(value)[:60]!r} is a {type(value).__name__}")
+    return value
+
+
+_READERS: dict[Any, Read] = {
+    Any: lambda value: value,
+    Settings: settings_from,
+    Tier: lambda value: Tier(_is_a(value, str)),
+    int: lambda value: int(_is_a(value, int)),
+    float: lambda value: float(_is_a(value, int | float)),
+    bool: lambda value: bool(_is_a(value, bool)),
+    str: lambda value: str(_is_a(value, str)),
+}

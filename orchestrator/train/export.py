@@ -1,0 +1,138 @@
+"""A trained model as files that plain PyTorch loads, from a commit of a trial.
+
+Of a declared training the model is built from its parameters and loaded; a Hugging Face model is written in that
+library's layout. Of a function the files that it reported are copied unchanged. Called by `orchestrator export` and by
+`Run.best`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.jobs import build_job
+from orchestrator.train import checkpoint, manifest
+
+WEIGHTS, PARAMS = "model.safetensors", "params.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+        trial_id: the trial.
+        job: a name of the table, or an import path.
+        params: its parameters.
+        commit: directory of the commit.
+        metric: name of the value that trials are compared by.
+        value: that of the commit, None where it is not known.
+    """
+
+    trial_id: str
+    job: str
+    params: Mapping[str, Any]
+    commit: Path
+    metric: str
+    value: float | None
+
+
+def export(source: Source, target: Path) -> str:
+    """Write the model and `params.json` into a new directory; returns the line of Python that loads the model.
+
+    Raises:
+        ConfigError: the directory is there and not empty.
+        CheckpointError: the commit is damaged.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{target} is there and not empty; allowed: a new directory", "--output")
+    record = checkpoint.verified(source.commit)
+    target.mkdir(parents=True, exist_ok=True)
+    line = _write_function(source, target) if _is_function(record) else _write_model(source, target)
+    facts = {
+        "trial_id": source.trial_id,
+        "job": source.job,
+        "params": dict(source.params),
+        "metric": source.metric,
+        "value": source.value,
+        "step": record.step,
+    }
+    (target / PARAMS).write_text(json.dumps(facts, indent=2, default=str) + "\n")
+    return line
+
+
+def state_dict(source: Source) -> dict[str, Tensor]:
+    """The weights of a commit by name, on the CPU.
+
+    Raises:
+        CheckpointError: the commit is damaged, or a function's files do not say which of them holds weights.
+    """
+    if not _is_function(checkpoint.verified(source.commit)):
+        return dict(built(source).state_dict())
+    files = [path for path in sorted(source.commit.rglob("*")) if path.is_file()]
+    tensors = [path for path in files if path.suffix in {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}]
+    if len(tensors) != 1:
+        names = ", ".join(path.name for path in files if path.name != manifest.MANIFEST_NAME)
+        raise CheckpointError(
+            f"{source.commit} holds {names}, and it is not clear which are the weights; load them yourself"
+        )
+    if tensors[0].suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(tensors[0]))
+    loaded: Any = torch.load(tensors[0], weights_only=True, map_location="cpu")
+    return dict(loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded)
+
+
+def built(source: Source) -> nn.Module:
+    """The model of a declared training with the weights of a commit, on the CPU.
+
+    Raises:
+        CheckpointError: the commit is damaged or does not fit the model.
+    """
+    job = build_job(source.job, source.params)
+    model = job.build_model()
+    checkpoint.load(source.commit, model=model, optimizer=job.build_optimizer(model), rank=0, world_size=1, group=None)
+    return model.eval()
+
+
+def _is_function(record: manifest.Manifest) -> bool:
+    return record.extra.get("kind") == "function"
+
+
+def _write_function(source: Source, target: Path) -> str:
+    """Copy what a function reported; the line says where it is."""
+    ignored = shutil.ignore_patterns(manifest.MANIFEST_NAME)
+    shutil.copytree(source.commit, target, ignore=ignored, dirs_exist_ok=True)
+    names = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+    weights = next((name for name in names if name.endswith(".safetensors")), None)
+    if weights is not None:
+        return f"from safetensors.torch import load_file; state = load_file({str(target / weights)!r})"
+    weights = next((name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt"))), None)
+    if weights is not None:
+        return f"import torch; state = torch.load({str(target / weights)!r}, weights_only=True)"
+    return f"from pathlib import Path; files = sorted(Path({str(target)!r}).rglob('*'))  # as the function wrote them"
+
+
+def _write_model(source: Source, target: Path) -> str:
+    from safetensors.torch import save_model
+
+    model = built(source)
+    save = getattr(model, "save_pretrained", None)
+    if callable(save):
+        save(target)
+        name = type(model).__name__
+        return f"from transformers import {name}; model = {name}.from_pretrained({str(target)!r})"
+    save_model(model, str(target / WEIGHTS))  # tied weights once
+    return (
+        f"from safetensors.torch import load_model; load_model(model, {str(target / WEIGHTS)!r})"
+        "  # into a model of the same class"
+    )

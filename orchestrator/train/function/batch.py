@@ -1,0 +1,261 @@
+"""The batch dial of a user's function: the batch size of the DataLoader that it trains from.
+
+A loader trains if it yields batches between a step and the next while gradients are on. Its batch sampler is read at
+every batch, so that a new size is in the next one; loader processes that read ahead bring it some batches later. Only
+torch's own `BatchSampler` is changed: others say what they want. Installed while a function runs, and removed then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from orchestrator.control.orders import Grant
+from orchestrator.policies.plan import Settings
+from orchestrator.policies.snapshot import DialLimits
+from orchestrator.train.dials.dial import held_still
+
+NO_LOADER = "no DataLoader"
+ITERABLE = "iterable data"
+OWN_SAMPLER = "a batch sampler of its own"
+SCHEDULE = "its learning rate changes with every step, so that it counts steps"
+SEVERAL = "it trains from several DataLoaders"
+RANKS = "several ranks"
+WATCH_STEPS = 8
+"""Steps after which it is known from which loader a function trains, and whether a schedule counts steps."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """One DataLoader: the batch size that its owner gave it, and what it yielded since the last step."""
+
+    sampler: BatchSampler | None
+    batch_size: int | None
+    why_off: str
+    num_batches: int = 0
+    num_samples: int = 0
+
+
+class Loaders:
+    """Watches all DataLoaders of a function.
+
+    Attributes:
+        is_frozen: whether sizes may change only where a loader is begun anew, as at the start of an epoch.
+    """
+
+    def __init__(self) -> None:
+        self._seen: weakref.WeakKeyDictionary[DataLoader[Any], _Seen] = weakref.WeakKeyDictionary()
+        self._targets: weakref.WeakKeyDictionary[BatchSampler, int] = weakref.WeakKeyDictionary()
+        self.is_frozen = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Watch, within."""
+        plain_iter, plain_batches = DataLoader.__iter__, BatchSampler.__iter__
+
+        def watched(loader: DataLoader[Any]) -> Any:
+            return self._watched(loader, plain_iter(loader))
+
+        def batches(sampler: BatchSampler) -> Iterator[list[int]]:
+            return self._batches(sampler) if sampler in self._targets else plain_batches(sampler)
+
+        DataLoader.__iter__, BatchSampler.__iter__ = watched, batches  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            DataLoader.__iter__, BatchSampler.__iter__ = plain_iter, plain_batches  # type: ignore[method-assign]
+
+    def take(self) -> list[_Seen]:
+        """The loaders that yielded batches since the last call, most batches first."""
+        used = [replace(seen) for seen in self._seen.values() if seen.num_batches]
+        for seen in self._seen.values():
+            seen.num_batches = seen.num_samples = 0
+        return sorted(used, key=lambda seen: -seen.num_batches)
+
+    def set_size(self, sampler: BatchSampler, batch_size: int) -> None:
+        """Make batches of that size from the next one on; of a frozen loader from its next beginning on."""
+        self._targets[sampler] = batch_size
+        if not self.is_frozen:
+            sampler.batch_size = batch_size
+
+    def begin(self, sampler: BatchSampler) -> bool:
+        """Give the sampler of a frozen loader its size now, before the loader is begun anew; True if it changed."""
+        before, sampler.batch_size = sampler.batch_size, self._targets[sampler]
+        return sampler.batch_size != before
+
+    def _watched(self, loader: DataLoader[Any], batches: Iterator[Any]) -> Iterator[Any]:
+        seen = self._seen.get(loader)
+        if seen is None:
+            seen = self._seen[loader] = _look_at(loader)
+            if seen.sampler is not None:
+                self._targets.setdefault(seen.sampler, seen.sampler.batch_size)
+        return _Watched(batches, loader, seen)
+
+    def _batches(self, sampler: BatchSampler) -> Iterator[list[int]]:
+        """What `BatchSampler.__iter__` yields, with the batch size read anew for every batch."""
+        sampler.batch_size = self._targets[sampler]
+        samples = iter(sampler.sampler)
+        while batch := [*itertools.islice(samples, sampler.batch_size)]:
+            if len(batch) < sampler.batch_size and sampler.drop_last:
+                return
+            yield batch
+
+
+class _Watched:
+    """The iterator of a loader, which it keeps alive; counts what it yields while gradients are on."""
+
+    def __init__(self, batches: Iterator[Any], loader: DataLoader[Any], seen: _Seen) -> None:
+        self._batches, self._loader, self._seen = batches, loader, seen
+
+    def __iter__(self) -> _Watched:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if torch.is_grad_enabled():
+            self._seen.num_batches += 1
+            self._seen.num_samples += _size_of(batch) or self._seen.batch_size or 1
+        return batch
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+
+def _size_of(batch: object) -> int:
+    """Samples in a batch of any shape: the length of the first tensor in it; 0 where there is none."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.dim() else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size for part in parts if (size := _size_of(part))), 0)
+
+
+def _look_at(loader: DataLoader[Any]) -> _Seen:
+    sampler = loader.batch_sampler
+    if isinstance(loader.dataset, IterableDataset):
+        return _Seen(sampler=None, batch_size=loader.batch_size, why_off=ITERABLE)
+    if type(sampler) is not BatchSampler:
+        size = getattr(sampler, "batch_size", loader.batch_size)
+        return _Seen(sampler=None, batch_size=size if isinstance(size, int) else None, why_off=OWN_SAMPLER)
+    return _Seen(sampler=sampler, batch_size=sampler.batch_size, why_off="")
+
+
+class LoaderBatch:
+    """The batch dial of a function.
+
+    It is off until `WATCH_STEPS` steps have shown what the function trains from, and stays off where its batch cannot
+    be changed. A user's accumulation is kept: the micro-batch is what changes.
+
+    Attributes:
+        own: the settings with the batch that the function has of its own.
+        num_samples: samples that the last step was made of; 1 where no loader says.
+    """
+
+    name = "batch"
+
+    def __init__(self, loaders: Loaders, start: Settings, *, is_alone: bool) -> None:
+        self._loaders, self._is_alone = loaders, is_alone
+        self._seen: _Seen | None = None
+        self._num_steps = 0
+        self._held = ""
+        self.own = start
+        self.num_samples = 1
+        self.why_off = f"not known before step {WATCH_STEPS}"
+
+    def limits(self, asked: DialLimits) -> DialLimits:
+        """Micro-batches from 1 on; the number of micro-batches in a step is the function's own."""
+        if self.why_off:
+            return held_still(self.name, asked, self.own)
+        accum, size = self.own.grad_accum, self.own.micro_batch
+        most = min(asked.max_micro_batch, asked.max_global_batch // accum)
+        least = -(-asked.min_global_batch // accum)
+        return replace(
+            asked,
+            min_global_batch=min(least, size) * accum,
+            max_global_batch=max(most, size) * accum,
+            max_micro_batch=max(most, size),
+            min_micro_batch=max(1, min(least, size)),
+        )
+
+    def prepare(self, asked: Settings) -> Settings:
+        """As asked, if the number of micro-batches is the function's own; else the batch stays as it is."""
+        if self.why_off or asked.grad_accum != self.own.grad_accum:
+            return replace(asked, micro_batch=self.now, grad_accum=self.own.grad_accum)
+        return asked
+
+    def apply(self, grant: Grant, settings: Settings) -> None:  # noqa: ARG002
+        """Make batches of that size from the next one on."""
+        if self._seen is not None and self._seen.sampler is not None and not self.why_off:
+            self._loaders.set_size(self._seen.sampler, settings.micro_batch)
+
+    @property
+    def now(self) -> int:
+        """Samples in the next batch, as far as the sampler says."""
+        sampler = None if self._seen is None else self._seen.sampler
+        return self.own.micro_batch if sampler is None or self.why_off else sampler.batch_size
+
+    def hold(self, why: str) -> None:
+        """The batch must not change in this training, for a reason that its library gives."""
+        self._held = why
+
+    def begin_epoch(self, loader: DataLoader[Any]) -> bool:
+        """Give a frozen loader the size that was asked for, before it is begun anew; True if that is another one."""
+        sampler = loader.batch_sampler
+        if self._seen is None or sampler is not self._seen.sampler or self.why_off:
+            return False
+        return self._loaders.begin(self._seen.sampler)
+
+    def stepped(self, *, num_backwards: int, counts_steps: Callable[[], bool]) -> bool:
+        """Take note of one step; True when that settled what the function's own batch is, or whether it may change."""
+        used = self._loaders.take()
+        self._num_steps += 1
+        self.num_samples = used[0].num_samples if used else 1
+        if self._num_steps == 1:
+            self._seen = used[0] if used else None
+            size, accum = (used[0].batch_size or 1, used[0].num_batches) if used else (1, 1)
+            # A loop that fetches ahead has seen one batch more before its first step than it has trained on.
+            self.own = replace(self.own, micro_batch=size, grad_accum=max(1, min(accum, num_backwards)))
+            return True
+        if self._num_steps == 2 and used and used[0].num_batches != self.own.grad_accum:
+            self.own = replace(self.own, grad_accum=used[0].num_batches)  # several batches and one backward pass
+            return True
+        if self._num_steps == WATCH_STEPS or (self._num_steps > WATCH_STEPS and self._held not in {"", self.why_off}):
+            self.why_off = self._why(len(used), counts_steps=counts_steps())
+            return True
+        self._follow(used)
+        return False
+
+    def label(self, settings: Settings) -> Settings:
+        """The settings that the last step was made with: larger batches than asked for, where some were fetched ahead."""
+        micro = -(-self.num_samples // settings.grad_accum)
+        return settings if micro <= settings.micro_batch else replace(settings, micro_batch=micro)
+
+    def _follow(self, used: list[_Seen]) -> None:
+        """A function that makes a new loader for each epoch: its batches are to have the size that was set before."""
+        if not used or self.why_off or self._seen is None or used[0].sampler in {None, self._seen.sampler}:
+            return
+        size, self._seen = self.now, used[0]
+        assert self._seen.sampler is not None
+        self._loaders.set_size(self._seen.sampler, size)
+
+    def _why(self, num_used: int, *, counts_steps: bool) -> str:
+        if self._held:
+            return self._held
+        if self._seen is None:
+            return NO_LOADER
+        if self._seen.why_off:
+            return self._seen.why_off
+        if num_used > 1:
+            return SEVERAL
+        if not self._is_alone:
+            return RANKS
+        return SCHEDULE if counts_steps else ""

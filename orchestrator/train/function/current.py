@@ -1,0 +1,74 @@
+"""The attempt that runs in this process now, for calls that a user's function makes: report, trial, watch.
+
+One process runs one function at a time. Outside of a trial there is none, and such calls do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Running(Protocol):
+    """What a running function can ask for."""
+
+    def report(self, metrics: Mapping[str, Any], checkpoint: Path | None) -> None:
+        """Tell the search of results, with a directory that holds the state behind them."""
+        ...
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The directory that the newest checkpoint was kept in, None where there is none."""
+        ...
+
+    @property
+    def info(self) -> TrialInfo:
+        """Who is asking."""
+        ...
+
+    def watch(self, parts: Mapping[str, Any]) -> None:
+        """Take note of the model, optimizer and loader that the function trains with."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialInfo:
+    """A trial as its own training sees it.
+
+    Attributes:
+        trial_id: unique in the run.
+        run: name of the run.
+        directory: the trial's own; its working directory is `work` below it.
+        rank: of this process, from 0.
+        world_size: ranks of this trial.
+        attempt: 0 for the first, more after an interruption.
+    """
+
+    trial_id: str
+    run: str
+    directory: Path
+    rank: int
+    world_size: int
+    attempt: int
+
+
+class _Now:
+    running: Running | None = None
+
+
+def running() -> Running | None:
+    """The function attempt of this process, None outside of one."""
+    return _Now.running
+
+
+@contextmanager
+def running_as(attempt: Running) -> Iterator[None]:
+    """Make `attempt` the one that runs."""
+    before, _Now.running = _Now.running, attempt
+    try:
+        yield
+    finally:
+        _Now.running = before

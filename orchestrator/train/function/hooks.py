@@ -1,0 +1,167 @@
+"""What is seen of a training that does not cooperate: its steps, its losses and its gradients; and its learning rate.
+
+Steps: torch's global optimizer hooks. Of several optimizers those of the first count, which is the first that steps.
+Losses: what `Tensor.backward` is called on. The learning rate is multiplied before each optimizer's step and put back
+behind it, so that a scheduler of the user's never sees the factor. Installed while a function runs, and removed then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from orchestrator.train.batch.learning_rate import ScalingRule
+
+_LINEAR = (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)
+"""Optimizers whose update is proportional to the gradient: their rate follows the batch itself (AdaScale), others' its
+square root."""
+
+
+class Steps:
+    """Watches optimizers and losses, and calls `boundary` behind each step of the first optimizer.
+
+    Attributes:
+        factor: what learning rates are multiplied by during a step.
+        loss: mean of the losses since the last step, on their device, None where there was none.
+        num_backwards: backward passes since the last step.
+        scales_loss: whether the training scales its loss by itself (GradScaler).
+        casts: whether the training uses autocast by itself.
+    """
+
+    def __init__(self, boundary: Callable[[Optimizer], None]) -> None:
+        self._boundary = boundary
+        self._first: Optimizer | None = None
+        self._rates: dict[int, list[float | Tensor]] = {}
+        self._losses: list[Tensor] = []
+        self._last_rate = float("nan")
+        self._num_rate_changes = 0
+        self._num_steps = 0
+        self.factor = 1.0
+        self.num_backwards = 0
+        self.scales_loss = self.casts = False
+
+    @property
+    def first(self) -> Optimizer | None:
+        """The optimizer whose steps are counted; None before its first."""
+        return self._first
+
+    @property
+    def rule(self) -> ScalingRule:
+        """How the learning rate follows the batch under the optimizer whose steps are counted."""
+        return ScalingRule.ADASCALE if isinstance(self._first, _LINEAR) else ScalingRule.SQRT
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the learning rate has changed with at least every second step, as a schedule over steps has it."""
+        return self._num_steps > 1 and self._num_rate_changes * 2 >= self._num_steps - 1
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group, as the user's schedule has it, in the step that was just made."""
+        return self._last_rate * self.factor
+
+    def take_loss(self) -> Tensor | None:
+        """The mean of the losses since the last call, a scalar on its device; None where there was none."""
+        losses, self._losses, self.num_backwards = self._losses, [], 0
+        if not losses:
+            return None
+        same = [loss for loss in losses if loss.device == losses[0].device]
+        return same[0] if len(same) == 1 else torch.stack([loss.float() for loss in same]).mean()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Watch, within."""
+        hooks = [
+            register_optimizer_step_pre_hook(lambda optimizer, _args, _kwargs: self._before(optimizer)),
+            register_optimizer_step_post_hook(lambda optimizer, _args, _kwargs: self._after(optimizer)),
+        ]
+        patches = [
+            _patched(Tensor, "backward", self._with_loss),
+            _patched(torch.autocast, "__enter__", self._with_autocast),
+            _patched(torch.amp.GradScaler, "scale", self._with_scaler),
+        ]
+        for patch in patches:
+            patch.__enter__()
+        try:
+            yield
+        finally:
+            for patch in reversed(patches):
+                patch.__exit__(None, None, None)
+            for hook in hooks:
+                hook.remove()
+
+    def _before(self, optimizer: Optimizer) -> None:
+        if self.factor == 1.0:
+            return
+        rates: list[float | Tensor] = []
+        for group in optimizer.param_groups:
+            rate = group["lr"]
+            rates.append(rate.clone() if isinstance(rate, Tensor) else rate)
+            _set_rate(group, rate * self.factor)
+        self._rates[id(optimizer)] = rates
+
+    def _after(self, optimizer: Optimizer) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates.pop(id(optimizer), []), strict=False):
+            _set_rate(group, rate)
+        if self._first is None:
+            self._first = optimizer
+        if optimizer is self._first:
+            self._num_steps += 1
+            rate = float(optimizer.param_groups[0]["lr"]) if optimizer.param_groups else 0.0
+            self._num_rate_changes += self._num_steps > 1 and rate != self._last_rate
+            self._last_rate = rate
+            self._boundary(optimizer)
+
+    def _with_loss(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(plain)
+        def backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if tensor.numel() == 1:
+                self._losses.append(tensor.detach().reshape(()))
+            self.num_backwards += 1
+            return plain(tensor, *args, **kwargs)
+
+        return backward
+
+    def _with_autocast(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(plain)
+        def enter(context: torch.autocast) -> Any:
+            # Recomputed activations enter it inside of torch, with the state that they were computed in.
+            self.casts |= not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
+            return plain(context)
+
+        return enter
+
+    def _with_scaler(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(plain)
+        def scale(scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> Any:
+            self.scales_loss |= scaler.is_enabled()
+            return plain(scaler, *args, **kwargs)
+
+        return scale
+
+
+@contextmanager
+def _patched(owner: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace a method of a public class meanwhile; torch has no hook for these."""
+    plain = getattr(owner, name)
+    setattr(owner, name, wrap(plain))
+    try:
+        yield
+    finally:
+        setattr(owner, name, plain)
+
+
+def _set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Set a group's learning rate; a tensor keeps its place, which an optimizer may have captured."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(torch.as_tensor(rate))
+    else:
+        group["lr"] = float(rate)

@@ -1,0 +1,101 @@
+"""Where a user's function runs: a working directory of its own, and a log that holds what it prints.
+
+`trials/ID/work` is current while the function runs, so that relative paths of trials do not meet. As Ray Tune does, the
+directory that was current before is named in TUNE_ORIG_WORKING_DIR.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+ORIGINAL_DIRECTORY = "TUNE_ORIG_WORKING_DIR"
+"""The variable in which Ray Tune's trials find it."""
+
+
+class LogStream(io.TextIOBase):
+    """A text stream whose lines go to a log file as they are; of one that a progress bar rewrites its last form only.
+
+    Knows no terminal: `isatty` is False, so that libraries draw no colours.
+    """
+
+    def __init__(self, handler: logging.FileHandler) -> None:
+        self._handler, self._line = handler, ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the log file."""
+        return "utf-8"
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Write whole lines; the rest waits for its end."""
+        *lines, rest = (self._line + text).split("\n")
+        for line in lines:
+            self._put(line)
+        self._line = rest.rpartition("\r")[2] if "\r" in rest else rest
+        return len(text)
+
+    def flush(self) -> None:
+        """Lines are written when they end."""
+
+    def close_line(self) -> None:
+        """Write what has no end yet."""
+        if self._line:
+            self._put(self._line)
+            self._line = ""
+
+    def _put(self, line: str) -> None:
+        shown = line.rstrip("\r").rpartition("\r")[2]
+        self._handler.acquire()
+        try:
+            if self._handler.stream is not None:
+                self._handler.stream.write(f"{shown}\n")
+                self._handler.stream.flush()
+        finally:
+            self._handler.release()
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Write what this process prints, and what any logger says, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, stream = logging.getLogger(), LogStream(handler)
+    before, others = root.level, root.handlers[:]
+    root.handlers[:] = [handler]  # others write to the standard streams, which lead to the same file
+    if before > logging.INFO:
+        root.setLevel(logging.INFO)
+    try:
+        with redirect_stdout(stream), redirect_stderr(stream):
+            yield
+    finally:
+        stream.close_line()
+        root.handlers[:] = others
+        root.setLevel(before)
+        handler.close()
+
+
+@contextmanager
+def working_directory(directory: Path) -> Iterator[None]:
+    """Make `directory` and run there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    before = Path.cwd()
+    original = os.environ.setdefault(ORIGINAL_DIRECTORY, str(before))
+    has_path = original in sys.path
+    if not has_path:
+        sys.path.append(original)  # a relative import path of the user's
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
