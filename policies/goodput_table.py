@@ -315,7 +315,7 @@ def _column(values: Sequence[int]) -> Array:
 
 
 def _efficiency(noise: Array, base: Array, batch: Array) -> Array:
-    """Statistical efficiency, one row per trial; see `policies.goodput.efficiency` (noise below 0: not known)."""
+    """Statistical efficiency, one row per trial; see `policies.goodput` (noise below 0: not known)."""
     known, base = noise[:, None, None], base[:, None, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         value: Array = np.where(known < 0, np.minimum(1.0, base / batch), (known + base) / (known + batch))
