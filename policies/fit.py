@@ -96,7 +96,7 @@ class TrialFit:
         num_overflows: overrides that shrank the micro-batch so far.
         memory: measured peaks, sorted by key.
         tiers: what the trial found out about its tiers, dearest first; empty where it has no guard.
-        known_speed: its step time where that is known; what was measured then does not count. See `policies.known`.
+        known_speed: its step time where that is known; what was measured then does not count.
     """
 
     cells: tuple[SpeedCell, ...] = ()

@@ -21,21 +21,14 @@ from orchestrator.policies.exploring import with_trials_of_tiers
 from orchestrator.policies.fitted import make_plan
 from orchestrator.policies.fleet import Fleet
 from orchestrator.policies.goodput_policy import Goodput
-from orchestrator.policies.goodput_table import (
-    GoodputTable,
-    SearchSpace,
-    Size,
-    goodput_now,
-    goodput_tables,
-    reference,
-    usable_tiers,
-)
+from orchestrator.policies.goodput_table import GoodputTable, goodput_now, goodput_tables, reference, usable_tiers
 from orchestrator.policies.invariants import MAX_ALTERNATIVES
 from orchestrator.policies.node_wish import NodeTerms, Worth, wishes
 from orchestrator.policies.node_worth import FleetWorth, SlotWorth, catalogue
 from orchestrator.policies.placing import Given, realise, size_now, trimmed
 from orchestrator.policies.plan import Allocation, Alternative, Plan, Settings, TrialId
 from orchestrator.policies.resizing import Terms, with_resizes
+from orchestrator.policies.sizes import SearchSpace, Size
 from orchestrator.policies.sizing import NONE, Menu, best_counts, climb_sizes, total
 from orchestrator.policies.snapshot import Snapshot
 from orchestrator.policies.worth import OBJECTIVES, Objective, Scene
@@ -151,6 +144,7 @@ class GoodputJoint:
                     )
             return
         chosen, why = self._choose(scene)
+        chosen = _kept_devices(scene, chosen)
         wanted: dict[TrialId, Size] = {
             candidate.trial_id: table.sizes[choice]
             for (candidate, table), choice in zip(scene.pairs(), chosen, strict=True)
@@ -210,6 +204,37 @@ class GoodputJoint:
         row = run(candidate, fleet, seats, dials, reason, binding=binding, predicted=None if table.is_prior else rate)
         gain = None if table.is_prior or not before else rate / before - 1
         return dataclasses.replace(row, predicted_gain=gain, alternatives=_alternatives(table, index))
+
+
+def _kept_devices(scene: Scene, chosen: Sequence[int]) -> list[int]:
+    """The options, with more devices for trials that would give up some that nobody takes.
+
+    They are restarted anyway; so a trial goes from 64 to 61 devices for three others, and not to 48, the next usual
+    number. Those with quotas keep to what was chosen.
+    """
+    found, fleet = list(chosen), scene.fleet
+    idle = [float(fleet.capacity(kind)) for kind in range(len(fleet.types))]
+    for table, choice in zip(scene.tables, chosen, strict=True):
+        if choice != NONE:
+            idle[table.sizes[choice].kind] -= table.sizes[choice].devices
+    bound = {i for pool in scene.pools for i in pool.members}
+    for i, (candidate, table) in enumerate(scene.pairs()):
+        now, choice = size_now(candidate, fleet), chosen[i]
+        if now is None or choice == NONE or i in bound:
+            continue
+        new = table.sizes[choice]
+        more = [
+            index
+            for index, size in enumerate(table.sizes)
+            if (size.kind, size.share) == (now.kind, now.share) == (new.kind, new.share)
+            and new.workers < size.workers < now.workers
+            and size.workers - new.workers <= idle[new.kind] + 1e-9
+            and table.best(index) > table.best(choice)
+        ]
+        if more:
+            found[i] = max(more, key=lambda index: table.sizes[index].workers)
+            idle[new.kind] -= table.sizes[found[i]].devices - new.devices
+    return found
 
 
 def _solve(scene: Scene, menus: Sequence[Menu]) -> list[int]:

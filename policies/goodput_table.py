@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.policies.candidates import Candidate, worker_range
+from orchestrator.policies.candidates import Candidate
 from orchestrator.policies.fit import TrialFit, noise_scale, pool
 from orchestrator.policies.fleet import Fleet
 from orchestrator.policies.plan import Settings
+from orchestrator.policies.scaling import Array, ScalingModel, prior, solve_scaling
+from orchestrator.policies.sizes import SearchSpace, Size, counts_of, most_workers, sizes_of
 from orchestrator.policies.snapshot import TrialView
-from orchestrator.policies.throughput import Array, Throughput, prior, solve_throughput
 from orchestrator.policies.tier import Tier
 from orchestrator.policies.tier_fit import usable
 
@@ -31,22 +32,7 @@ HELD_PART = 0.9
 NUM_BATCHES = 12
 MAX_POOLED = 32
 """Fits of one shape that are pooled at most, those with the most observations: more add time, not knowledge."""
-_EVERY_COUNT_UP_TO = 8
 _NO_LIMIT = 2**31
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Size:
-    """What a trial may be given: whole devices of one type, or a fraction of one."""
-
-    kind: int
-    workers: int
-    share: float
-
-    @property
-    def devices(self) -> float:
-        """How much of the fleet it takes."""
-        return self.workers * self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +59,10 @@ class GoodputTable:
         """Goodput at a size."""
         return (self.across if spans_nodes else self.inside)[index]
 
+    def best(self, index: int) -> float:
+        """Goodput at a size inside one node, or across several where none is large enough."""
+        return self.inside[index] or self.across[index]
+
     @property
     def measured_tiers(self) -> tuple[Tier, ...]:
         """The tiers in which its shape was measured."""
@@ -92,26 +82,7 @@ class GoodputTable:
         return self.grid.settings(self.row, index, self.sizes[index], spans_nodes=spans_nodes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchSpace:
-    """The sizes and batches among which a policy looks.
-
-    Attributes:
-        fractions: shares of one device that may be given to one rank.
-        tunes_batch: whether the batch may change; otherwise it is the one its user asked for.
-        growth: ranks are limited to this many times the most that were measured.
-        pools: whether that counts what other trials of the shape measured.
-        counts: the numbers of ranks to consider, or None for all small and some large ones.
-    """
-
-    fractions: tuple[float, ...] = ()
-    tunes_batch: bool = True
-    growth: int = 2
-    pools: bool = True
-    counts: tuple[int, ...] | None = None
-
-
-def models(candidates: Iterable[Candidate]) -> dict[str, Throughput]:
+def models(candidates: Iterable[Candidate]) -> dict[str, ScalingModel]:
     """One model per shape, from what all its trials measured; unmeasured shapes are left out."""
     groups: dict[str, list[TrialFit]] = defaultdict(list)
     for candidate in candidates:
@@ -123,7 +94,7 @@ def models(candidates: Iterable[Candidate]) -> dict[str, Throughput]:
         fits = heapq.nlargest(
             MAX_POOLED, groups[shape], key=lambda fit: (fit.num_observations, *(cell.recent for cell in fit.cells[:1]))
         )
-        model = solve_throughput(pool(fits).cells, known)
+        model = solve_scaling(pool(fits).cells, known)
         if model.is_measured:
             found[shape] = model
     return found
@@ -132,7 +103,7 @@ def models(candidates: Iterable[Candidate]) -> dict[str, Throughput]:
 def goodput_tables(candidates: Sequence[Candidate], fleet: Fleet, space: SearchSpace) -> tuple[GoodputTable, ...]:
     """What every trial makes of every size, in order."""
     solved = models(candidates)
-    counts = _counts(fleet, space, candidates)
+    counts = counts_of(fleet, space, candidates)
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for position, candidate in enumerate(candidates):
         alike[_group_key(candidate, space)].append(position)
@@ -140,9 +111,8 @@ def goodput_tables(candidates: Sequence[Candidate], fleet: Fleet, space: SearchS
     for key, positions in alike.items():
         first = candidates[positions[0]]
         model, is_prior = _model(first, solved.get(first.trial.shape))
-        group = _Alike(
-            tuple(positions), usable_tiers(first), _sizes(first, fleet, space, model, counts), model, is_prior
-        )
+        sizes = sizes_of(first, fleet, space, model.max_workers, counts)
+        group = _Alike(tuple(positions), usable_tiers(first), sizes, model, is_prior)
         shapes[key if is_prior else first.trial.shape].append(group)
     found: list[GoodputTable | None] = [None] * len(candidates)
     for groups in shapes.values():
@@ -159,11 +129,11 @@ class _Alike:
     positions: tuple[int, ...]
     tiers: tuple[Tier, ...]
     sizes: tuple[Size, ...]
-    model: Throughput
+    model: ScalingModel
     is_prior: bool
 
 
-def _model(candidate: Candidate, model: Throughput | None) -> tuple[Throughput, bool]:
+def _model(candidate: Candidate, model: ScalingModel | None) -> tuple[ScalingModel, bool]:
     """The model of a trial, and whether it is only a guess: nobody ran its shape, or none of the tiers it may use."""
     tiers = usable_tiers(candidate)
     if model is None:
@@ -186,51 +156,8 @@ def _group_key(candidate: Candidate, space: SearchSpace) -> tuple[object, ...]:
     """Trials of one key differ in their noise alone."""
     trial = candidate.trial
     batch = None if space.tunes_batch else candidate.wish.global_batch
-    own = None if space.pools else _most_workers(trial.fit)
+    own = None if space.pools else most_workers(trial.fit)
     return (trial.shape, trial.start, trial.limits, usable_tiers(candidate), trial.fit.micro_batch_cap, batch, own)
-
-
-def _most_workers(fit: TrialFit) -> int:
-    if fit.known_speed is not None:
-        return fit.known_speed.max_workers
-    return max((cell.num_workers for cell in fit.cells), default=0)
-
-
-def _counts(fleet: Fleet, space: SearchSpace, candidates: Sequence[Candidate]) -> tuple[int, ...]:
-    """Numbers of ranks worth considering: all small ones, then halves of octaves, and those of today.
-
-    Also what a large trial keeps if it gives the waiting ones their least, or twice that, and not half an octave.
-    """
-    if space.counts is not None:
-        return space.counts
-    most = max((fleet.capacity(kind) for kind in range(len(fleet.types))), default=0)
-    counts = set(range(1, min(most, _EVERY_COUNT_UP_TO) + 1))
-    step = _EVERY_COUNT_UP_TO
-    while step <= most:
-        counts |= {step, step + step // 2}
-        step *= 2
-    held = {len(candidate.seats) for candidate in candidates}
-    counts |= held | {candidate.wish.num_workers for candidate in candidates}
-    needed = sum(worker_range(candidate)[0] for candidate in (m.trial for m in candidates if not m.seats))
-    counts |= {n - times * needed for n in held for times in (1, 2) if n - times * needed > _EVERY_COUNT_UP_TO}
-    return tuple(sorted(count for count in counts if 1 <= count <= most))
-
-
-def _sizes(
-    candidate: Candidate, fleet: Fleet, space: SearchSpace, model: Throughput, counts: Sequence[int]
-) -> tuple[Size, ...]:
-    trial = candidate.trial
-    low, high = worker_range(trial)
-    known = model.max_workers if space.pools else _most_workers(trial.fit)
-    high = max(low, min(high, max(1, space.growth * known)))
-    limits = trial.limits
-    sizes = []
-    for kind in range(len(fleet.types)):
-        if low == 1:
-            sizes += [Size(kind, 1, s) for s in space.fractions if limits.min_share - 1e-9 <= s < limits.max_share]
-        if limits.max_share >= 1:
-            sizes += [Size(kind, n, 1.0) for n in counts if low <= n <= high and n <= fleet.capacity(kind)]
-    return tuple(sorted(sizes))
 
 
 class _Grid:
@@ -273,7 +200,7 @@ class _Grid:
             self._goodput.append(reached.tolist())
 
     @property
-    def model(self) -> Throughput:
+    def model(self) -> ScalingModel:
         """What its speeds come from."""
         return self._groups[0].model
 
@@ -337,7 +264,7 @@ def _exists(size: Size, fleet: Fleet, spans: bool) -> bool:
     return size.workers > 1 if spans else size.workers <= fleet.node_sizes[size.kind]
 
 
-def _slowness(sizes: Sequence[Size], fleet: Fleet, model: Throughput) -> Array:
+def _slowness(sizes: Sequence[Size], fleet: Fleet, model: ScalingModel) -> Array:
     """Step time at a size over that at one core, and whatever its neighbours on the device cost it."""
     units = [next((d.units for d in fleet.devices if d.device_type == name), 1) for name in fleet.types]
     values = [
@@ -388,7 +315,7 @@ def _column(values: Sequence[int]) -> Array:
 
 
 def _efficiency(noise: Array, base: Array, batch: Array) -> Array:
-    """Statistical efficiency, one row per trial; see `policies.goodput.efficiency` (noise below 0: not known)."""
+    """Statistical efficiency, one row per trial; see `policies.goodput` (noise below 0: not known)."""
     known, base = noise[:, None, None], base[:, None, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         value: Array = np.where(known < 0, np.minimum(1.0, base / batch), (known + base) / (known + batch))

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from orchestrator.policies.fit import pool
 from orchestrator.policies.fleet import Fleet
 from orchestrator.policies.plan import DeviceId
+from orchestrator.policies.scaling import ScalingModel, prior, solve_scaling
 from orchestrator.policies.sizing import Menu, climb_sizes, total
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, NodeType, Snapshot, TrialView
-from orchestrator.policies.throughput import Throughput, prior, solve_throughput
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class _Speedups:
         )
         return math.fsum(sums) / counts if counts else 0.0
 
-    def _rate(self, shape: tuple[int, TrialView, Throughput], make: _Make, share: float) -> float:
+    def _rate(self, shape: tuple[int, TrialView, ScalingModel], make: _Make, share: float) -> float:
         """Samples per second of one rank."""
         _, trial, model = shape
         tiers = [tier for tier in trial.limits.tiers if tier in model.tiers()] or list(model.tiers())
@@ -194,10 +194,10 @@ def _devices(each: NodeType, node_id: str) -> Iterable[DeviceView]:
         )
 
 
-def _model(trials: Sequence[TrialView]) -> Throughput:
+def _model(trials: Sequence[TrialView]) -> ScalingModel:
     """The model of a shape: what its trials measured, or the assumption where none did."""
     pooled = pool([trial.fit for trial in trials])
-    solved = solve_throughput(pooled.cells, pooled.known_speed)
+    solved = solve_scaling(pooled.cells, pooled.known_speed)
     return solved if solved.is_measured else prior(trials[0].start.micro_batch, trials[0].limits.tiers)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.policies.candidates import Budget, Candidate, split_batch, worker_range
 from orchestrator.policies.fleet import Fleet, Seats
-from orchestrator.policies.goodput_table import Size
 from orchestrator.policies.plan import Settings, TrialId
+from orchestrator.policies.sizes import Size
 
 Given = tuple[Seats, float]
 """Devices and the share of each."""

@@ -19,9 +19,10 @@ from orchestrator.policies.candidates import Budget, Candidate, keep, run, wait
 from orchestrator.policies.fitted import make_plan
 from orchestrator.policies.fixed import with_fixed
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.goodput_table import GoodputTable, SearchSpace, Size, goodput_tables
+from orchestrator.policies.goodput_table import GoodputTable, goodput_tables
 from orchestrator.policies.placing import Given, realise, size_now
 from orchestrator.policies.plan import Allocation, Plan, TrialId
+from orchestrator.policies.sizes import SearchSpace, Size
 from orchestrator.policies.sizing import NONE, Menu, best_counts
 from orchestrator.policies.snapshot import Snapshot
 

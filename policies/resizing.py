@@ -1,7 +1,7 @@
 """Whether a trial that stays on its node should go on with another number of ranks: what `goodput_joint` asks for live.
 
 One trial at a time, and only after a rest: its speed on every number of ranks that keeps its global batch is predicted
-by the model of `policies.throughput`, on the devices that it holds and on what nobody holds. What a restart costs is
+by the model of `policies.scaling`, on the devices that it holds and on what nobody holds. What a restart costs is
 taken off, over the time that is left for it to pay. Once a resize is asked for it is asked for again until it has
 happened. Knows no worker group; adds to rows that others have made.
 """
@@ -19,8 +19,8 @@ from orchestrator.policies.batch import most_micro_batch
 from orchestrator.policies.candidates import restart_cost_s, worker_range
 from orchestrator.policies.fit import pool
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Settings, TrialId, can_split, on_ranks
+from orchestrator.policies.scaling import ScalingModel, solve_scaling
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Snapshot, TrialView
-from orchestrator.policies.throughput import Throughput, solve_throughput
 
 GROWTH = 2
 """Ranks are limited to so many times the most that were measured, because waiting is unknown beyond."""
@@ -52,13 +52,13 @@ def with_resizes(snapshot: Snapshot, rows: Sequence[Allocation], terms: Terms) -
     if moving:
         return [_again(row, asked[row.trial_id]) if row in moving else row for row in rows]
     options: dict[TrialId, _Option] = {}
-    models: dict[str, Throughput] = {}
+    models: dict[str, ScalingModel] = {}
     for row in rows:
         trial = trials[row.trial_id]
         if _may_be_resized(snapshot, trial, row, terms):
             if trial.shape not in models:
                 pooled = pool([other.fit for other in snapshot.trials if other.shape == trial.shape])
-                models[trial.shape] = solve_throughput(pooled.cells, pooled.known_speed)
+                models[trial.shape] = solve_scaling(pooled.cells, pooled.known_speed)
             option = _best(snapshot, (trial, row, models[trial.shape]), rows, terms)
             if option is not None:
                 options[trial.trial_id] = option
@@ -94,7 +94,7 @@ def _sizes(trial: TrialView, settings: Settings) -> list[int]:
 
 
 def _best(
-    snapshot: Snapshot, candidate: tuple[TrialView, Allocation, Throughput], rows: Sequence[Allocation], terms: Terms
+    snapshot: Snapshot, candidate: tuple[TrialView, Allocation, ScalingModel], rows: Sequence[Allocation], terms: Terms
 ) -> _Option | None:
     """The number of ranks with the largest gain for a trial with its row and model; None where no other is worth it."""
     trial, row, model = candidate
@@ -123,7 +123,7 @@ def _best(
     return best if best is not None and best.gain >= terms.min_gain else None
 
 
-def _step_s(model: Throughput, settings: Settings, share: float, devices: Sequence[DeviceView]) -> float | None:
+def _step_s(model: ScalingModel, settings: Settings, share: float, devices: Sequence[DeviceView]) -> float | None:
     """Predicted seconds per step; None where the tier was never measured or a device is gone."""
     if len(devices) != settings.num_workers:
         return None

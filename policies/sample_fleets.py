@@ -29,7 +29,7 @@ _UNKNOWN_LENGTH = 1_000_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """The true speed of a shape, in the form of `policies.throughput`."""
+    """The true speed of a shape, in the form of `policies.scaling`."""
 
     floor_s: float
     slope_s: float

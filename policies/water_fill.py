@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from orchestrator.policies.candidates import Budget, Candidate, keep, run, wait, worker_range
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.goodput_table import Size
 from orchestrator.policies.placing import as_wished, realise
 from orchestrator.policies.plan import Allocation, Settings, TrialId
+from orchestrator.policies.sizes import Size
 
 MAX_PER_DEVICE = 8
 """Trials on one device at most, where nobody says otherwise."""

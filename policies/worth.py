@@ -15,8 +15,9 @@ from functools import cached_property
 
 from orchestrator.policies.candidates import Budget, Candidate
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.goodput_table import GoodputTable, Size, reference
+from orchestrator.policies.goodput_table import GoodputTable, reference
 from orchestrator.policies.placing import size_now
+from orchestrator.policies.sizes import Size, usual_counts
 from orchestrator.policies.sizing import NONE, Menu, Pool
 from orchestrator.policies.snapshot import Snapshot, TrialView
 
@@ -61,6 +62,11 @@ class Scene:
     def knows_lengths(self) -> bool:
         """Whether the length of every trial is known."""
         return all(candidate.trial.target_samples is not None for candidate in self.candidates)
+
+    @cached_property
+    def usual(self) -> frozenset[int]:
+        """Numbers of ranks that may be chosen; the others are for those that give up more than is taken."""
+        return usual_counts(self.fleet, self.candidates)
 
     @cached_property
     def unit(self) -> int:
@@ -198,14 +204,14 @@ class Objective:
         weight, fair = terms
         base, now, sizes = reference(table), size_now(candidate, scene.fleet), table.sizes
         at = sizes.index(now) if now is not None and now in sizes else NONE
-        rates = [inside or across for inside, across in zip(table.inside, table.across, strict=True)]
+        rates = [table.best(index) for index in range(len(sizes))]
         if at != NONE and scene.fleet.num_nodes(candidate.seats) > 1:
             rates[at] = table.across[at]
         values = []
         for index, rate in enumerate(rates):
             paid = rate * self._paid(candidate, table, rate) if candidate.seats and index != at and rate > 0 else rate
             value = weight * self._worth(candidate.trial, paid, (base, fair, scene, table.is_prior))
-            is_open = rate > 0 if not candidate.is_pinned else index == at
+            is_open = rate > 0 and sizes[index].workers in scene.usual if not candidate.is_pinned else index == at
             values.append(value if is_open else -math.inf)
         idle = -math.inf if candidate.is_pinned and at != NONE else 0.0
         if self.name == "fair" and idle == 0:

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.bench.results_file import Report, median_figure, options, say
 
-SIZES = ((160, 64, 0.05), (2_000, 2_000, 1.0), (10_000, 10_000, 10.0))
+SIZES = ((160, 64, 0.05), (200, 64, 0.05), (2_000, 2_000, 1.0), (10_000, 10_000, 10.0))
 """Trials, devices, seconds allowed."""
 MAX_GIB = 4.0
 MANY = 5_000

@@ -18,9 +18,10 @@ import pytest
 
 from orchestrator.policies.candidates import split
 from orchestrator.policies.goodput_joint import GoodputJoint
-from orchestrator.policies.goodput_table import GoodputTable, SearchSpace, Size, goodput_tables, reference
+from orchestrator.policies.goodput_table import GoodputTable, goodput_tables, reference
 from orchestrator.policies.plan import EMPTY_PLAN
 from orchestrator.policies.sample_fleets import search_world
+from orchestrator.policies.sizes import SearchSpace, Size
 from orchestrator.policies.snapshot import Quota, Snapshot
 
 highspy: Any = pytest.importorskip("highspy")

@@ -6,9 +6,9 @@ import dataclasses
 
 from orchestrator.policies.candidates import Budget, Candidate, split
 from orchestrator.policies.fleet import Fleet
-from orchestrator.policies.goodput_table import Size
 from orchestrator.policies.placing import as_wished, in_order, realise, size_now, trimmed
 from orchestrator.policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
+from orchestrator.policies.sizes import Size
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Quota, Snapshot, TrialView
 from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import limits, trial

@@ -53,7 +53,7 @@ class Sync:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Throughput:
+class ScalingModel:
     """The solved model of one shape.
 
     Attributes:
@@ -109,10 +109,10 @@ class Throughput:
         return (grad_accum - 1) * micro + last
 
 
-def prior(micro_batch: int, tiers: Sequence[Tier]) -> Throughput:
+def prior(micro_batch: int, tiers: Sequence[Tier]) -> ScalingModel:
     """A model for a shape nobody has run: every tier alike, a micro-batch takes one unknown unit of time."""
     line = Line(PRIOR_FLOOR_RATIO, (1 - PRIOR_FLOOR_RATIO) / micro_batch, is_solved=False)
-    return Throughput(lines={(tier, ""): line for tier in tiers})
+    return ScalingModel(lines={(tier, ""): line for tier in tiers})
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +124,10 @@ class _Seen:
     micro_s: float | None
 
 
-def solve_throughput(cells: Iterable[SpeedCell], known: KnownSpeed | None = None) -> Throughput:
+def solve_scaling(cells: Iterable[SpeedCell], known: KnownSpeed | None = None) -> ScalingModel:
     """Fit the model to the cells of one shape; those with too few steps do not count. What is known stands as it is."""
     if known is not None:
-        return Throughput(
+        return ScalingModel(
             lines={
                 (line.tier, line.device_type): Line(line.floor_s, line.slope_s, is_solved=True) for line in known.lines
             },
@@ -142,18 +142,18 @@ def solve_throughput(cells: Iterable[SpeedCell], known: KnownSpeed | None = None
     usable = [cell for cell in cells if cell.recent and cell.num_steps >= MIN_STEPS]
     usable = sorted(usable, key=lambda cell: (-cell.num_steps, cell.key))[:MAX_CELLS]
     if not usable:
-        return Throughput()
+        return ScalingModel()
     exponent = _exponent(usable)
     seen = [_seen(cell, exponent) for cell in usable]
     alone = [one for one in seen if one.cell.crowd == 0] or seen
     lines = _lines(alone)
     gamma, intra, inter = _sync(alone, lines)
     max_workers = max(cell.num_workers for cell in usable)
-    model = Throughput(lines=lines, exponent=exponent, intra=intra, inter=inter, gamma=gamma, max_workers=max_workers)
+    model = ScalingModel(lines=lines, exponent=exponent, intra=intra, inter=inter, gamma=gamma, max_workers=max_workers)
     ratios = [(one, math.log(one.step_s / predicted)) for one in seen if (predicted := _predict(model, one)) > 0]
     errors = [error for one, error in ratios if one.cell.crowd == 0] or [0.0]
     spread = max(MIN_SPREAD, math.sqrt(math.fsum(error**2 for error in errors) / len(errors)))
-    return Throughput(
+    return ScalingModel(
         lines=lines,
         exponent=exponent,
         intra=intra,
@@ -231,7 +231,7 @@ def _sync(seen: Sequence[_Seen], lines: Mapping[Pace, Line]) -> tuple[float, Syn
         if inter is None:
             base = intra or Sync()
             inter = Sync(base.alpha_s * INTER_OVER_INTRA, base.beta_s * INTER_OVER_INTRA)
-        model = Throughput(lines=lines, intra=intra or Sync(), inter=inter, gamma=gamma)
+        model = ScalingModel(lines=lines, intra=intra or Sync(), inter=inter, gamma=gamma)
         error = math.fsum(math.log(one.step_s / _predict(model, one)) ** 2 for one in several) / len(several)
         error += 1e-6 * (gamma - 1) ** 2  # a small gamma where the data do not tell
         if best is None or error < best[0]:
@@ -270,7 +270,7 @@ def _fit_sync(seen: Sequence[_Seen], lines: Mapping[Pace, Line], gamma: float) -
     return Sync(alpha_s, beta_s)
 
 
-def _predict(model: Throughput, one: _Seen) -> float:
+def _predict(model: ScalingModel, one: _Seen) -> float:
     cell = one.cell
     line = model.lines[cell.tier, cell.device_type]
     micro = line.work_s(cell.micro_batch)
