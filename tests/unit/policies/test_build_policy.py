@@ -16,7 +16,7 @@ def test_a_policy_is_built_by_name_with_its_parameters() -> None:
 
 
 def test_a_policy_of_ones_own_is_found_by_module_and_class() -> None:
-    assert build_policy("orchestrator.policies.fair_share:FairShare", {"pause_s": 1.0}) == FairShare(pause_s=1.0)
+    assert build_policy("orchestrator.policies.decide.fair_share:FairShare", {"pause_s": 1.0}) == FairShare(pause_s=1.0)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_policy_of_ones_own_is_found_by_module_and_class() -> None:
         ("goodput", {"min_gain": "much"}, r"cannot be built from"),
         ("no.such.module:Policy", {}, r"cannot import module 'no.such.module'"),
         (":Policy", {}, r"cannot import module ''"),
-        ("orchestrator.policies.fair_share:FareShare", {}, r"no class 'FareShare'; did you mean 'FairShare'"),
+        ("orchestrator.policies.decide.fair_share:FareShare", {}, r"no class 'FareShare'; did you mean 'FairShare'"),
         ("orchestrator.policies.plan:TrialId", {"x": "1"}, r"cannot be built from"),
         ("orchestrator.policies.tier:Tier", {"word": "bf16"}, r"no method decide"),
     ],
