@@ -46,7 +46,7 @@ from orchestrator.control.recovery import forget_workers, recover
 from orchestrator.control.resizing import Resizes
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.state import RunState
-from orchestrator.policies.fit import note_tiers, protect
+from orchestrator.policies.learn.fit import note_tiers, protect
 from orchestrator.policies.plan import Generation, TrialId, changed_dials
 from orchestrator.policies.snapshot import Override
 from orchestrator.telemetry.record import unpack

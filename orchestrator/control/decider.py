@@ -19,9 +19,9 @@ from orchestrator.control.ranking import Outlook
 from orchestrator.control.resizing import limits_now
 from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
-from orchestrator.policies.fair_share import FairShare
-from orchestrator.policies.fit import update
+from orchestrator.policies.decide.fair_share import FairShare
 from orchestrator.policies.invariants import check
+from orchestrator.policies.learn.fit import update
 from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, is_same
 from orchestrator.policies.snapshot import Snapshot, TrialView
 from orchestrator.share.verification import judge_speed

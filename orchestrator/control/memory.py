@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.state import RunState
-from orchestrator.policies.memory import solve_line
+from orchestrator.policies.learn.memory import solve_line
 from orchestrator.policies.plan import DeviceId, Settings
 from orchestrator.policies.snapshot import DeviceKind
 

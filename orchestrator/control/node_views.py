@@ -12,7 +12,7 @@ from dataclasses import replace
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.nodes import NodeState
 from orchestrator.control.state import RunState
-from orchestrator.policies.fit import NOTHING_FITTED, inherit
+from orchestrator.policies.learn.fit import NOTHING_FITTED, inherit
 from orchestrator.policies.snapshot import DeviceView, NodeType, TrialView
 
 

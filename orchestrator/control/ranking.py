@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from orchestrator.control.lifecycle import Trial
 from orchestrator.control.orders import Report
 from orchestrator.control.spec import RunSpec, StopRule
+from orchestrator.policies.learn.survival import MOST, chance, chance_after_rung, place, rungs
 from orchestrator.policies.plan import TrialId
-from orchestrator.policies.survival import MOST, chance, chance_after_rung, place, rungs
 
 
 @dataclass(frozen=True, slots=True)

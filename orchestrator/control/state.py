@@ -19,7 +19,7 @@ from orchestrator.control.orders import DialReport, Report, SlotOp, SlotOrder
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.telling import Telling
-from orchestrator.policies.fit import NOTHING_FITTED, TrialFit, capped, inherit
+from orchestrator.policies.learn.fit import NOTHING_FITTED, TrialFit, capped, inherit
 from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Override, StepModeView
 from orchestrator.share.verification import Check, Subject

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from orchestrator.control.state import RunState
-from orchestrator.policies.fit import Observation
+from orchestrator.policies.learn.fit import Observation
 from orchestrator.policies.plan import TrialId
 
 

@@ -23,8 +23,8 @@ from orchestrator.control.lifecycle import Trial, TrialState
 from orchestrator.control.orders import StopMode
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.spec import StopRule
+from orchestrator.policies.learn.survival import rungs
 from orchestrator.policies.plan import TrialId
-from orchestrator.policies.survival import rungs
 
 _ENOUGH_WAVES = 2
 """A rung that has judged so many times `factor` trials has something to compare with."""

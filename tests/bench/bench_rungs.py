@@ -26,9 +26,9 @@ from orchestrator.control.orders import StopMode
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.spec import StopRule
 from orchestrator.control.telling import Telling
+from orchestrator.policies.learn.survival import rungs
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.simulator.search import stops
-from orchestrator.policies.survival import rungs
 from tests.bench.results_file import RESULTS, Figure, Report, bootstrap_interval, options
 
 RECORDED = RESULTS / "gpu_search_nvidia-h200_2026-11-29_rungs.jsonl"

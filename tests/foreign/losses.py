@@ -28,7 +28,6 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from tests.foreign.trainings import BY_NAME, ROOT, ForeignTraining
 
-
 OUTPUT = "output.txt"
 """What a training's process printed, in its working directory."""
 

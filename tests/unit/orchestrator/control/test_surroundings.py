@@ -13,7 +13,7 @@ from orchestrator.control.state import RunState
 from orchestrator.control.surroundings import completed
 from orchestrator.policies import dumps, snapshot_from
 from orchestrator.policies.codec import to_jsonable
-from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.learn.fit import Observation, TrialFit, update
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
 from orchestrator.policies.sample_worlds import snapshot
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
