@@ -1,7 +1,7 @@
 """The orchestrator from Python: `run` starts a run and waits for it, `Run` is what came of one.
 
 A run is a process of its own, the same as `orchestrator run FILE`: so it works in a script, a thread and a notebook
-alike, and leaves nothing in the process that asked for it. Imported when `orchestrator.run` or `Run` is asked for.
+alike, and leaves nothing in the process that asked for it. Imported when `run` or `Run` is asked for.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Run:
             OrchestratorError: there is no commit.
         """
         from orchestrator.train import best
-        from orchestrator.train.checkpoint import latest
+        from orchestrator.train.checkpoint import newest
         from orchestrator.train.export import Source
 
         status = self._status
@@ -177,8 +177,8 @@ class Run:
             noted = best.read(commits)
             if noted is not None and (commits / noted.commit).is_dir():
                 found.append((name, commits / noted.commit, noted.value))
-            elif (newest := latest(commits)) is not None:
-                found.append((name, newest, None))
+            elif (commit := newest(commits)) is not None:
+                found.append((name, commit, None))
         if not found:
             whose = "no trial has" if trial_id is None else f"{trial_id} has no"
             raise OrchestratorError(f"{whose} a checkpoint in {self.path}; a function reports one with its metrics")

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -18,11 +19,13 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
+from orchestrator import evidence
 from orchestrator.clock import SystemClock
 from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.config.model import JobSection
 from orchestrator.config.render import scalar
+from orchestrator.config.source import read_text
 from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal
@@ -36,7 +39,16 @@ from orchestrator.leftovers import remove_home, sweep
 from orchestrator.names import write_atomically
 from orchestrator.output import LOG_NAME, lasting_output, say, say_last
 from orchestrator.processes import Owner
-from orchestrator.run_dirs import StopKind, mark_ended, stop_request
+from orchestrator.run_dirs import (
+    BEGUN_FILE,
+    RUN_FILE,
+    SCHEMA,
+    StopKind,
+    mark_ended,
+    run_file_schema,
+    stop_request,
+    with_schema,
+)
 from orchestrator.view.failures import common_error
 from orchestrator.view.report import failure_line, render_broken_off
 from orchestrator.view.report import render as render_report
@@ -102,7 +114,9 @@ def make_run_dir(resolved: ResolvedRun) -> None:
     try:
         run_dir.mkdir(parents=True, mode=0o700)
         _ship_function(resolved.config.job, run_dir)
-        write_atomically(run_dir / "run.yaml", resolved.to_yaml(with_origins=True))
+        (run_dir / BEGUN_FILE[0]).mkdir()
+        for place in (run_dir.joinpath(*BEGUN_FILE), run_dir / RUN_FILE):
+            write_atomically(place, with_schema(resolved.to_yaml(with_origins=True)))
     except FileExistsError:
         raise ConfigError(f"{run_dir} exists already; allowed: another name, or `orchestrator resume`") from None
     except OSError as error:
@@ -127,16 +141,37 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
         ConfigError: there is nothing to resume.
     """
     status = read_status(run_dir / STATUS_NAME)
-    if not (run_dir / "run.yaml").exists():
+    if not (run_dir / RUN_FILE).exists() and not run_dir.joinpath(*BEGUN_FILE).exists():
         raise ConfigError(f"{run_dir} holds no run.yaml and is no run directory; see: orchestrator list")
     if status is not None and status.get("state") == "done":
         raise ConfigError(f"the run in {run_dir} is done; nothing to resume")
     require_history(run_dir)
-    place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
-    resolved = load_config(run_dir / "run.yaml", place)
+    resolved = load_begun(run_dir)
     require_fit(resolved, is_new=False)
     (run_dir / "control" / "stop").unlink(missing_ok=True)
     return _drive(resolved, run_dir, plain=plain)
+
+
+def load_begun(run_dir: Path) -> ResolvedRun:
+    """The configuration that a run began with; says so where its run file was edited since.
+
+    Parameters of trials, plans and reports of an earlier start are in the journal and belong to that configuration.
+
+    Raises:
+        ConfigError: it cannot be read, or a newer version wrote it.
+    """
+    begun, shown = run_dir.joinpath(*BEGUN_FILE), run_dir / RUN_FILE
+    if not begun.exists():  # a run of an earlier version
+        begun = shown
+    schema = run_file_schema(read_text(begun))
+    if schema > SCHEMA:
+        raise ConfigError(f"was written by a newer version (schema {schema}); allowed: up to schema {SCHEMA}", begun, 1)
+    place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
+    resolved = load_config(begun, place)
+    if begun != shown and shown.exists() and read_text(shown) != read_text(begun):
+        command = f"orchestrator run {shlex.quote(str(shown))} --set name=NEW"
+        say(f"{shown} was edited since the run began; what counts is what it began with ({begun}). As a run: {command}")
+    return resolved
 
 
 def require_history(run_dir: Path) -> None:
@@ -367,6 +402,7 @@ def single_driver(run_dir: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(Owner.this().record())
         lock.flush()
+        evidence.forget(run_dir)
         yield
 
 
@@ -377,3 +413,4 @@ def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
     journal.append(RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks))
     journal.close()
+    evidence.record_or_not(run_dir)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,12 @@ _ENDED_TRIAL_STATES = frozenset({"done", "stopped", "failed"})
 # The driver keeps this file locked while it lives; it says which process of which host that is.
 LOCK_FILE = ("control", "lock")
 _SILENT_S = 5.0
-_MAX_STATUS_BYTES = 16 << 20
+_MAX_STATUS_BYTES = 1 << 30
+SCHEMA = 1
+"""Of status files and run files; those of a newer version are not read."""
+RUN_FILE, BEGUN_FILE = "run.yaml", ("control", "run.yaml")
+"""The run file for people, and as the run began, which counts."""
+_SCHEMA_LINE = re.compile(r"# schema: (\d{1,9})$", re.MULTILINE)
 _POLL_S = 0.1
 
 
@@ -55,7 +61,8 @@ class RunSummary:
 
     Attributes:
         name: the directory's name.
-        state: what status.json says; 'unreadable' if it says nothing; 'lost' if its driver died without a word.
+        state: what status.json says; 'unreadable' if it says nothing or may not be read; 'newer' if a newer version
+            wrote it; 'lost' if its driver died without a word.
         num_trials: trials known so far.
         num_ended: trials that ended, whatever way.
         updated_s: when status.json was replaced last, seconds since the epoch.
@@ -84,6 +91,8 @@ def state_of(run_dir: Path, status: dict[str, Any] | None) -> str:
     """The run's state in one printable word; 'lost' where its driver died without a last word."""
     if status is None:
         return "unreadable"
+    if _is_newer(status):
+        return "newer"
     state = printable(str(status.get("state", "unknown")), 30)
     return "lost" if state not in ENDED_STATES and is_driver_gone(run_dir) else state
 
@@ -124,19 +133,18 @@ def mark_ended(run_dir: Path, state: str) -> None:
 
 
 def list_runs(storage: Path) -> list[RunSummary]:
-    """Runs below `storage`, newest first; anything without a status.json is no run and left out."""
+    """Runs below `storage`, newest first: what has a status.json, and what may not be looked into."""
     found = []
     for run_dir in _run_dirs(storage):
         status = read_status(run_dir)
         states = _trial_states((status or {}).get("trials"))
         num_ended = sum(1 for state in states if state in _ENDED_TRIAL_STATES)
-        updated_s = (run_dir / STATUS_FILE).stat().st_mtime
         summary = RunSummary(
             name=run_dir.name,
             state=state_of(run_dir, status),
             num_trials=len(states),
             num_ended=num_ended,
-            updated_s=updated_s,
+            updated_s=_updated_s(run_dir),
             run_dir=run_dir,
         )
         found.append(summary)
@@ -145,9 +153,72 @@ def list_runs(storage: Path) -> list[RunSummary]:
 
 def _run_dirs(storage: Path) -> list[Path]:
     try:
-        return [p for p in storage.iterdir() if is_safe_name(p.name) and (p / STATUS_FILE).is_file()]
+        found = [path for path in storage.iterdir() if is_safe_name(path.name)]
     except OSError:
         return []
+    return [path for path in found if _may_be_run(path)]
+
+
+def _may_be_run(path: Path) -> bool:
+    try:
+        return (path / STATUS_FILE).is_file()
+    except OSError:  # another user's directory: whether it is a run cannot be seen
+        return True
+
+
+def _updated_s(run_dir: Path) -> float:
+    for path in (run_dir / STATUS_FILE, run_dir):
+        with contextlib.suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
+
+
+def _is_newer(status: dict[str, Any]) -> bool:
+    schema = status.get("schema", SCHEMA)
+    return isinstance(schema, int) and schema > SCHEMA
+
+
+def require_readable(run_dir: Path) -> None:
+    """Refuse a run of which this user may not read the status, or that a newer version wrote.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    shown = printable(str(run_dir), 200)
+    try:
+        with (run_dir / STATUS_FILE).open("rb"):
+            pass
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"run {shown} cannot be read ({error.strerror}; it belongs to {_owner_of(run_dir)}); allowed: a run of"
+            " yours, or one whose files you may read"
+        ) from None
+    status = read_status(run_dir)
+    if status is not None and _is_newer(status):
+        raise ConfigError(
+            f"run {shown} was written by a newer version (schema {status['schema']}); this one reads up to schema"
+            f" {SCHEMA}: use the version that wrote it"
+        )
+
+
+def _owner_of(path: Path) -> str:
+    try:
+        return path.owner()
+    except (OSError, KeyError):
+        return "another user"
+
+
+def run_file_schema(text: str) -> int:
+    """The schema that a run file of a run directory names; that of the first versions where it names none."""
+    match = _SCHEMA_LINE.match(text)
+    return 1 if match is None else int(match[1])
+
+
+def with_schema(text: str) -> str:
+    """A run file for a run directory, with its schema in the first line."""
+    return f"# schema: {SCHEMA}\n{text}"
 
 
 def _trial_states(trials: object) -> list[str]:
@@ -173,6 +244,10 @@ def find_run(run: str, storage: Path, *, may_be_new: bool = False) -> Path:
     try:
         run_dir = Path(run).resolve() if looks_like_path else run_directory(storage, run)
         is_there = run_dir.is_dir()
+        if is_there:
+            require_readable(run_dir)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"run '{printable(run, 80)}' cannot be opened ({printable(str(error), 80)})") from None
     if not is_there:
@@ -180,7 +255,7 @@ def find_run(run: str, storage: Path, *, may_be_new: bool = False) -> Path:
         runs = f"existing: {', '.join(known[:10])}" if known else "there are no runs there"
         what = f"no run '{printable(run, 80)}'{where}; {runs}{did_you_mean(Path(run).name, known)}"
         raise ConfigError(f"{what} (--storage names another directory)")
-    is_new = may_be_new and (run_dir / "run.yaml").is_file()
+    is_new = may_be_new and (run_dir / RUN_FILE).is_file()
     if not is_new and not (run_dir / STATUS_FILE).is_file():
         what = f"{printable(str(run_dir), 200)} is no run directory: it has no {STATUS_FILE}"
         raise ConfigError(f"{what}; give the name of a run or the directory that `run` printed last")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator import evidence
 from orchestrator.control.orders import SlotHello
 from orchestrator.policies.codec import to_jsonable
 from orchestrator.policies.learn.fit import TrialFit
@@ -28,6 +29,7 @@ from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, S
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import STEP_DTYPE, TIERS, StepArray
 from orchestrator.telemetry.store import TelemetryWriter
+from orchestrator.train import manifest
 
 DEVICE = DeviceView(device_id=DeviceId("node0/cpu"), node_id="node0", kind=DeviceKind.CPU, units=2)
 START = Settings(share=0.5, micro_batch=4, grad_accum=1, tier=Tier.FP32, num_workers=2)
@@ -190,7 +192,7 @@ class RunDirectory:
 
     def result(self, trial_id: str, index: int, step: int, num_samples: int) -> None:
         metrics = {"val_loss": 1.0 / (index + 1), "broken": None}
-        checkpoint = f"trials/{trial_id}/checkpoints/{step}"
+        checkpoint = f"trials/{trial_id}/checkpoints/step-{step}"
         row = {"trial_id": trial_id, "index": index, "num_samples": num_samples, "step": step}
         self.log("result", **row, metrics=metrics, checkpoint=checkpoint)
 
@@ -213,6 +215,33 @@ class RunDirectory:
         for part in parts:
             writer.append_steps(trial_id, attempt, rank, part)
         assert writer.flush()
+
+    def complete(self, state: str = "done") -> Path:
+        """Write everything that a run has when it ended, its commits and the record of its evidence too."""
+        self.write()
+        writer = TelemetryWriter(self.telemetry)
+        for entry in self.entries:
+            if entry["kind"] == "result":
+                names = ("trial_id", "index", "step", "num_samples", "metrics", "checkpoint", "t_s", "wall_s")
+                writer.append_results([{"attempt": 0, **{name: entry[name] for name in names}}])
+                self._commit(self.path / entry["checkpoint"], entry["step"])
+        writer.append_devices([{"device_id": "cpu", "t_s": 1.0}])
+        writer.close()
+        (self.path / "status.json").write_text(json.dumps({"state": state, "trials": []}))
+        (self.path / "control").mkdir(exist_ok=True)
+        (self.path / "control" / "run.yaml").write_text("# schema: 1\nname: demo\n")
+        evidence.record(self.path)
+        return self.path
+
+    def _commit(self, path: Path, step: int) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "__0_0.distcp").write_bytes(bytes(range(256)) * 4)
+        (path / "rng_rank0.pt").write_bytes(b"generators")
+        files = tuple(manifest.describe(file) for file in sorted(path.iterdir()) if file.name != manifest.MANIFEST_NAME)
+        made = manifest.Manifest(
+            schema=1, step=step, world_size=1, torch_version="2", extra={}, tensors={}, files=files
+        )
+        (path / manifest.MANIFEST_NAME).write_bytes(manifest.encode(made))
 
     def _allocated(self, trial_id: str) -> Settings:
         allocation = self.plan.allocation(TrialId(trial_id))

@@ -69,23 +69,25 @@ def export(run: str, storage: Path, output: Path, trial: str | None, as_json: bo
 @click.command(epilog="\b\nExamples:\n  orchestrator verify demo\n  orchestrator verify runs/demo --json")
 @run_argument
 @storage_option
+@click.option("--checkpoints", is_flag=True, help="Read every byte of every checkpoint as well.")
 @json_option
-def verify(run: str, storage: Path, as_json: bool) -> int:
-    """Check the journal and telemetry of RUN: over-commitment, torn allocations, lost samples, leaks.
+def verify(run: str, storage: Path, checkpoints: bool, as_json: bool) -> int:
+    """Check the journal and telemetry of RUN: over-commitment, torn allocations, lost samples, leaks, lost evidence.
 
     Exit code 1 if anything is found. Notes say what could not be checked, and which shares were not real. With --json:
     {violations: [...], checked: {...}, notes: [...]}.
     """
     run_dir = opened(run, storage)
+    from orchestrator.view.finding import sentence
     from orchestrator.view.verify import verify as verify_run
 
-    answer = verify_run(run_dir)
+    answer = verify_run(run_dir, reads_checkpoints=checkpoints)
     violations = answer["violations"]
     if as_json:
         print_json(answer)
     else:
         for violation in violations:
-            click.echo(f"violation: {printable(str(violation))}")
+            click.echo(f"violation: {printable(sentence(violation))}")
         for note in answer["notes"]:
             click.echo(f"note: {printable(str(note))}")
         count = len(violations)

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterator
 
 from orchestrator.config.model import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, RunConfig
+from orchestrator.config.policy_params import type_problem
 from orchestrator.config.source import KeyPath
 from orchestrator.config.values import ParamValue
 from orchestrator.config.words import did_you_mean, printable, seen
@@ -25,6 +26,8 @@ from orchestrator.policies.tier import by_cost, is_cheaper
 Finding = tuple[KeyPath, str]
 _MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*):([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
 _HOST_PORT = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})", re.ASCII)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_VARIABLE = re.compile(r"\$\w|\$\{|\$\(|%\w+%|%\(\w+\)")
 _NODE_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _MAX_PAIRS = 4096
 POLICIES_OF_FIXED_RANKS = frozenset({"static", "fair_share", "goodput"})
@@ -61,6 +64,12 @@ def _storage(config: RunConfig) -> Iterator[Finding]:
         yield ("storage",), f"got {seen(config.storage)}; allowed: a path without control characters"
     elif config.storage.startswith("~"):
         yield ("storage",), f"got {seen(config.storage)}; '~' is not expanded, write the path out"
+    elif _URL.match(config.storage):
+        text = "a URL; allowed: a path of this machine or of a file system that is mounted on it, such as /mnt/runs"
+        yield ("storage",), f"got {seen(config.storage)}, {text}; copy the run directory afterwards if need be"
+    elif _VARIABLE.search(config.storage):
+        text = f"got {seen(config.storage)}; variables are not expanded: write the path out, or let your shell do it: "
+        yield ("storage",), f'{text}--set storage="..."'
 
 
 def _info(config: RunConfig) -> JobInfo | None:
@@ -336,6 +345,10 @@ def _policy_params(config: RunConfig, policy: type) -> Iterator[Finding]:
         text = f"unknown parameter '{printable(name, 60)}' of policy {config.policy.name}; {allowed}"
         yield ("policy", "params", name), text
     for name, value in config.policy.params.items():
+        problem = type_problem(policy, name, value)
+        if problem is not None:
+            yield ("policy", "params", name), problem
+            continue
         try:
             build_policy(config.policy.name, {} if name in unknown else {name: value})
         except ValueError as error:

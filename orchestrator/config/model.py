@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
+from orchestrator.config.foreign import distribution_in_our_words
 from orchestrator.config.values import FloatBounds, IntBounds, Params, ParamValue, Section, TierList, TierWord, Values
 from orchestrator.config.words import seen
 from orchestrator.jobs.table import job_info
@@ -66,6 +67,9 @@ class Distribution(Section):
         if not isinstance(data, dict):
             raise PydanticCustomError("words", f"got {seen(data)}; {wanted}")
         kinds = [kind for kind in cls.model_fields if kind in data]
+        foreign = None if kinds else distribution_in_our_words(data)
+        if foreign is not None:
+            raise PydanticCustomError("words", "{text}", {"text": foreign})
         if len(kinds) > 1 or not data:
             raise PydanticCustomError("words", f"got {' and '.join(kinds) or 'an empty mapping'}; {wanted}")
         if kinds and data[kinds[0]] is None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from orchestrator.config.foreign import ELSEWHERE
 from orchestrator.config.source import Document, KeyPath, dotted
 from orchestrator.config.words import did_you_mean, looks_like_number, nearest, printable, seen
 from orchestrator.errors import ConfigError
@@ -69,7 +70,7 @@ def from_pydantic(error: ValidationError, model: type[BaseModel], place: Place) 
     for item in error.errors(include_url=False):
         spot = locate(model, item["loc"])
         if spot.path not in found:
-            found[spot.path] = place.error(spot.path, _text(item["type"], item, spot, model))
+            found[spot.path] = place.error(spot.path, _text(item["type"], item, spot, model, place))
     return list(found.values())
 
 
@@ -156,11 +157,11 @@ def _names_of(member: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
-def _text(kind: str, item: ErrorDetails, spot: Spot, model: type[BaseModel]) -> str:
+def _text(kind: str, item: ErrorDetails, spot: Spot, model: type[BaseModel], place: Place) -> str:
     if kind == "words":
         return str(item["msg"])
     if kind == "extra_forbidden":
-        return _unknown_key(str(spot.path[-1]), spot.owner, model)
+        return _unknown_key(spot, model, place)
     allowed = describe(spot.annotation, spot.metadata)
     meaning = f" ({spot.description})" if spot.description and spot.description not in allowed else ""
     if kind in {"missing", "union_tag_not_found"}:
@@ -243,16 +244,31 @@ def _describe_range(facts: Iterable[object]) -> str:
     return pattern
 
 
-def _unknown_key(key: str, owner: type[BaseModel] | None, model: type[BaseModel]) -> str:
+def _unknown_key(spot: Spot, model: type[BaseModel], place: Place) -> str:
+    key, owner = str(spot.path[-1]), spot.owner
     allowed = list(owner.model_fields) if owner is not None else []
+    # Letters of other alphabets look like those of a key that is known.
+    shown = printable(key, 60) if key.isascii() else ascii(key[:60])[1:-1]
+    return f"unknown key '{shown}'; allowed: {', '.join(allowed)}{_suggestion(key, allowed, spot, model, place)}"
+
+
+def _suggestion(key: str, allowed: list[str], spot: Spot, model: type[BaseModel], place: Place) -> str:
+    """The key that was probably meant: one of the same section, one of another tool's, or one of another section."""
     here = nearest(key, allowed)
     if here is not None:
-        suggestion = f"; did you mean '{here}'?"
-    else:
-        elsewhere = {path[-1]: dotted(path) for path in reversed(list(_all_keys(model)))}
-        match = nearest(key, elsewhere) if len(key) > 2 else None
-        suggestion = f"; did you mean '{elsewhere[match]}'?" if match else ""
-    return f"unknown key '{printable(key, 60)}'; allowed: {', '.join(allowed)}{suggestion}"
+        return _meant((*spot.path[:-1], here), here, spot, place)
+    if key in ELSEWHERE:
+        return f"; did you mean '{ELSEWHERE[key]}'?"
+    elsewhere = {path[-1]: path for path in reversed(list(_all_keys(model)))}
+    match = nearest(key, elsewhere) if len(key) > 2 else None
+    return "" if match is None else _meant(elsewhere[match], dotted(elsewhere[match]), spot, place)
+
+
+def _meant(path: KeyPath, shown: str, spot: Spot, place: Place) -> str:
+    line = place.document.lines.get(path)
+    if line is None or place.is_set(spot.path):
+        return f"; did you mean '{shown}'?"
+    return f"; did you mean '{shown}', which line {line} gives already?"
 
 
 def _all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[tuple[str, ...]]:

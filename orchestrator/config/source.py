@@ -24,6 +24,7 @@ MAX_FILE_BYTES = 1_000_000
 MAX_DEPTH = 16
 _TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels; a run file needs 5"
 MAX_ALIASES = 64
+_MERGE_KEY = "<<"
 MAX_VALUES = 20_000
 
 KeyPath = tuple[str | int, ...]
@@ -263,6 +264,9 @@ class _Builder:
         """The key, or None where it is refused and its value is to be dropped."""
         if raw_key is None:
             raise ConfigError("a list, mapping or alias is used as a key; allowed: text", self.place, line)
+        if raw_key == _MERGE_KEY:
+            text = "merge keys ('<<') are not read, YAML 1.2 has none; write the values out, or alias a whole section"
+            raise ConfigError(f"{text}: key: *anchor", self.place, line, dotted(frame.path) or None)
         if not isinstance(value, str):
             text = f"key {seen(value)} is no text; put it in quotes"
             self.problems.append(ConfigError(text, self.place, line, dotted(frame.path) or None))

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from orchestrator.config.policy_params import type_problem
+from orchestrator.config.source import parse
 from orchestrator.config.words import did_you_mean, printable
 from orchestrator.errors import ConfigError, TraceError
-from orchestrator.policies import Policy, build_policy
+from orchestrator.policies import POLICIES, Policy, build_policy
 from orchestrator.policies.simulator import (
     POLLUX_APPLICATIONS,
     Applications,
@@ -124,9 +124,12 @@ def policy_of(name: str, settings: Iterable[str]) -> Policy:
         if not sign or not key:
             raise ConfigError(f"{printable(setting, 60)!r} is no parameter; allowed: KEY=VALUE", "--set")
         try:
-            params[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            params[key] = parse(value, "--set").data  # as in a run file: 1e1 is a number
+        except ConfigError:
             raise ConfigError(f"{printable(value, 60)!r} is no value; allowed: a number or a word", "--set") from None
+        problem = type_problem(POLICIES.get(name), key, params[key])
+        if problem is not None:
+            raise ConfigError(problem, "--set", None, printable(key, 60))
     return policy_with(name, params)
 
 

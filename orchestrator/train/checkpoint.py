@@ -223,23 +223,24 @@ def load(
 ) -> dict[str, Any]:
     """Load a commit into `model` and `optimizer` in place, on any number of ranks; called by every rank together.
 
-    Generators are restored where the commit has a state of this rank number. A model that raised while loading may be
-    half loaded: build it anew.
+    Where it is damaged, the newest whole one before it in the same directory is loaded, and the log says what that
+    costs. Generators are restored where the commit has a state of this rank number. A model that raised while loading
+    may be half loaded: build it anew.
 
     Returns:
         The `extra` of the commit.
 
     Raises:
-        CheckpointError: on every rank, if the commit is damaged or does not fit.
+        CheckpointError: on every rank, if the commit and all before it are damaged, or it does not fit.
     """
     ranks = _Ranks(rank, world_size, group)
     what = f"cannot load {path}"
-    problem, record = None, None
+    problem, chosen = None, None
     try:
-        record = verified(path) if rank == 0 else None
+        chosen = newest_whole(path) if rank == 0 else None
     except CheckpointError as error:
         problem = str(error)
-    record = ranks.agree(what, problem, record)[0]
+    path, record = ranks.agree(what, problem, chosen)[0]
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict[str, Any]] = {}
     try:
@@ -267,14 +268,34 @@ def verify(path: Path) -> list[str]:
     return []
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest commit in `directory` that verifies, or None; a damaged one is skipped with a warning."""
-    for _, path in sorted(_commits(directory), reverse=True):
-        problems = verify(path)
-        if not problems:
-            return path
-        _log.warning("checkpoint.damaged %s is skipped: %s", path, "; ".join(problems))
-    return None
+def newest(directory: Path) -> Path | None:
+    """The newest commit in `directory`, whole or not; None where there is none."""
+    return max(_commits(directory), default=(0, None))[1]
+
+
+def newest_whole(path: Path) -> tuple[Path, Manifest]:
+    """The commit in `path`, or the newest before it that verifies, with a warning that says what that costs.
+
+    Raises:
+        CheckpointError: there is none; its text is that of `path` itself.
+    """
+    try:
+        return path, verified(path)
+    except CheckpointError as damage:
+        match = _COMMIT_NAME.fullmatch(path.name)
+        step = int(match.group(1)) if match is not None else -1
+        for older, candidate in sorted(_commits(path.parent), reverse=True):
+            if older >= step:
+                continue
+            try:
+                record = verified(candidate)
+            except CheckpointError as error:
+                _log.warning("checkpoint.damaged %s is skipped: %s", candidate, error)
+                continue
+            cost = f"{step - older} step{'s' * (step - older != 1)}"
+            _log.warning("checkpoint.damaged %s; going on from %s, %s are done again", damage, candidate, cost)
+            return candidate, record
+        raise
 
 
 @contextmanager
@@ -400,7 +421,7 @@ def verified(path: Path) -> Manifest:
     """
     match = _COMMIT_NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is not named like a commit; allowed: step-<n>; pass what `latest` returned")
+        raise CheckpointError(f"{path} is not named like a commit; allowed: step-<n>, as `commit` names it")
     record = manifest.read(path)
     problems = manifest.problems_of(path, record)
     if record.step != int(match.group(1)):

@@ -10,6 +10,7 @@ import math
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -35,6 +36,15 @@ def trial_id_of(tune_trial_id: str, *, is_foreign: bool = False) -> TrialId:
     return TrialId(f"trial-{tune_trial_id.replace('_', '-') if is_foreign else tune_trial_id.rsplit('_', 1)[-1]}")
 
 
+def within(bounds: Mapping[str, tuple[float, float]], params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with those outside of their range at its nearer end.
+
+    Ray Tune scales a parameter up and down without regard to the range it was drawn from, and a range that is sampled
+    by its logarithm can be left by a rounding error.
+    """
+    return params | {name: min(max(params[name], low), high) for name, (low, high) in bounds.items() if name in params}
+
+
 class SlotTrial(tune.Trainable):  # type: ignore[misc]
     """One trial of the search. `step` returns the next report of the trial that runs in a slot.
 
@@ -55,11 +65,13 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
         namespace: str = "",
         is_foreign: bool = False,
         worst: tuple[str, float] | None = None,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         """Take over a trial's configuration; nothing is started yet.
 
         `worst` is the name of the metric, and what the search is told where a trial has diverged and its metric is no
         number: Ray Tune's schedulers compare with it, and a comparison with NaN stops nobody.
+        `bounds` are the ranges of the searched parameters, outside of which no searcher's value is taken.
         `is_foreign` says that the search is the user's own: it may take up trials again that it let stop or fail.
 
         Raises:
@@ -67,7 +79,7 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
         """
         self._name, self._namespace, self._is_foreign = actor, namespace, is_foreign
         self._handle: Any = None
-        self._worst = worst
+        self._worst, self._bounds = worst, bounds or {}
         require_untouched(self.trial_resources)
         self._begin(config)
 
@@ -120,7 +132,7 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._id = trial_id_of(self.trial_id, is_foreign=self._is_foreign)
-        self._params = dict(config)
+        self._params = within(self._bounds, dict(config))
         self._index, self._is_submitted, self._last, self._pointer = 0, False, {}, {}
 
     def _put_aside(self) -> None:

@@ -9,7 +9,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from orchestrator.config.model import (
     RunConfig,
 )
 from orchestrator.errors import UnfitEnvironmentError
-from orchestrator.tune.adapter import LIVE, Interrupter, SlotTrial, StopForwarder
+from orchestrator.tune.adapter import LIVE, Interrupter, SlotTrial, StopForwarder, within
 from orchestrator.tune.admission import HEAD, PIN_HEAD, sliver
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,10 @@ class Search:
         part = PIN_HEAD[HEAD] if self._is_simple else sliver(search.num_slots, ray.available_resources().get(HEAD, 0.0))
         worst = (self._metric, -_WORST if self._mode == "max" else _WORST)
         trainable = tune.with_resources(
-            tune.with_parameters(SlotTrial, actor=actor_name, namespace=namespace, worst=worst), {HEAD: part}
+            tune.with_parameters(
+                SlotTrial, actor=actor_name, namespace=namespace, worst=worst, bounds=bounds_of(search.space)
+            ),
+            {HEAD: part},
         )
         if not self._is_simple and tune.Tuner.can_restore(self._directory):
             return tune.Tuner.restore(self._directory, trainable=trainable, resume_errored=False)
@@ -209,10 +213,25 @@ def scheduler_of(config: RunConfig) -> TrialScheduler:
                 quantile_fraction=scheduler.quantile,
                 resample_probability=scheduler.resample,
                 hyperparam_mutations={name: mutation(config.search.space[name]) for name in names},
+                custom_explore_fn=partial(within, bounds_of(config.search.space)),
                 log_config=False,
             )
         case _:
             return FIFOScheduler()
+
+
+def bounds_of(space: Mapping[str, Distribution]) -> dict[str, tuple[float, float]]:
+    """The lowest and the highest value of each searched range; listed values have none."""
+    found: dict[str, tuple[float, float]] = {}
+    for name, distribution in space.items():
+        if distribution.randint is not None:
+            low, high = distribution.randint
+            found[name] = low, high - 1
+        elif not distribution.is_listed:
+            bounds = distribution.uniform or distribution.loguniform
+            assert bounds is not None
+            found[name] = bounds
+    return found
 
 
 def mutation(distribution: Distribution) -> Any:

@@ -20,9 +20,8 @@ from ray.exceptions import RayError
 
 from orchestrator.cluster import RayCluster, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
-from orchestrator.config.render import scalar
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
-from orchestrator.driver import log_end, make_run_dir, require_history, single_driver, within_quota
+from orchestrator.driver import load_begun, log_end, make_run_dir, require_history, single_driver, within_quota
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
 from orchestrator.run_dirs import StopKind, stop_request
@@ -41,8 +40,7 @@ def open_session(run_file: Path, overrides: list[str], *, is_resumed: bool) -> I
     resolved = load_config(run_file, overrides)
     run_dir = _run_dir(resolved, is_resumed=is_resumed)
     if is_resumed:
-        place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
-        resolved = load_config(run_dir / "run.yaml", place)
+        resolved = load_begun(run_dir)
     resolved = within_quota(resolved)
     plane, stopping = ControlPlane(resolved, run_dir, is_foreign=True), Stopping(run_dir)
     with single_driver(run_dir), _connected(resolved, plane.namespace, run_dir):

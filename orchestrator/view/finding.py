@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,6 +23,8 @@ class Code(StrEnum):
     JOURNAL_TORN = "journal_torn"
     TELEMETRY_GAP = "telemetry_gap"
     LEAK = "leak"
+    EVIDENCE_MISSING = "evidence_missing"
+    EVIDENCE_ALTERED = "evidence_altered"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,3 +35,10 @@ class Finding:
     text: str
     trial_id: str | None = None
     generation: int | None = None
+
+
+def sentence(violation: Mapping[str, object]) -> str:
+    """A violation of `verify`'s answer for people: whom it concerns, what it is, and under which plan."""
+    who = "" if violation.get("trial_id") is None else f"{violation['trial_id']}: "
+    plan = "" if violation.get("generation") is None else f" (plan {violation['generation']})"
+    return f"{who}{violation['text']}{plan} [{violation['code']}]"

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator import evidence
 from orchestrator.control.events import (
     SPARE_REASON,
     Acknowledged,
@@ -23,6 +24,7 @@ from orchestrator.control.events import (
     ShareChecked,
     TrialQueued,
 )
+from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import History, read_history
 from orchestrator.policies import FairShare, Plan, Policy, Snapshot, build_policy, dumps, plan_from, snapshot_from
 from orchestrator.policies.plan import Generation
@@ -30,12 +32,18 @@ from orchestrator.run_dirs import ENDED_STATES, read_status
 from orchestrator.share.verification import SPEED_TOLERANCE, Verdict, judge_speed
 from orchestrator.telemetry.store import read_table
 from orchestrator.telemetry.tables import TableKind
-from orchestrator.view import verify_grants, verify_steps
+from orchestrator.view import verify_evidence, verify_grants, verify_steps
 from orchestrator.view.finding import Code, Finding
 
+_NOTHING_TOLD = "the journal is gone: nothing but the files themselves was looked at"
 
-def verify(run_dir: Path) -> dict[str, Any]:
+
+def verify(run_dir: Path, *, reads_checkpoints: bool = False) -> dict[str, Any]:
     """Check a run.
+
+    Args:
+        run_dir: its directory.
+        reads_checkpoints: read every byte of every checkpoint; otherwise their manifests and the sizes of their files.
 
     Returns:
         `violations` (a list of `{code, text, trial_id, generation}`), `checked` (how many of what were looked at) and
@@ -45,6 +53,9 @@ def verify(run_dir: Path) -> dict[str, Any]:
         ConfigError: the directory is no run.
         TelemetryError: it was written by a newer version.
     """
+    if not (run_dir / JOURNAL_NAME).exists() and evidence.is_recorded(run_dir):
+        gone = verify_evidence.recorded(run_dir, has_ended=True, notes=[])
+        return {"violations": [asdict(finding) for finding in gone], "checked": {}, "notes": [_NOTHING_TOLD]}
     history = read_history(run_dir)
     steps = read_table(run_dir / "telemetry", TableKind.STEPS)
     notes = [f"telemetry: {note}" for note in steps.notes]
@@ -60,6 +71,14 @@ def verify(run_dir: Path) -> dict[str, Any]:
     findings += verify_steps.samples(attempts, history, notes)
     findings += verify_steps.gaps(attempts)
     findings += verify_grants.endings(history)
+    has_ended = (read_status(run_dir) or {}).get("state") in ENDED_STATES
+    results = read_table(run_dir / "telemetry", TableKind.RESULTS)
+    notes += [f"telemetry: {note}" for note in results.notes]
+    findings += verify_evidence.recorded(run_dir, has_ended=has_ended, notes=notes)
+    findings += verify_evidence.unreadable([*steps.notes, *results.notes])
+    findings += verify_evidence.missing_steps(history, attempts)
+    findings += verify_evidence.results(history, results.table, has_ended=has_ended)
+    findings += verify_evidence.checkpoints(run_dir, history, has_ended=has_ended, reads_all=reads_checkpoints)
     notes += _deviations(history)
     checked = {
         "entries": len(history.entries),

@@ -85,11 +85,6 @@ class Loaders:
         if not self.is_frozen:
             sampler.batch_size = batch_size
 
-    def begin(self, sampler: BatchSampler) -> bool:
-        """Give the sampler of a frozen loader its size now, before the loader is begun anew; True if it changed."""
-        before, sampler.batch_size = sampler.batch_size, self._targets[sampler]
-        return sampler.batch_size != before
-
     def _watched(self, loader: DataLoader[Any], batches: Iterator[Any]) -> Iterator[Any]:
         seen = self._seen.get(loader)
         if seen is None:
@@ -166,7 +161,6 @@ class LoaderBatch:
         self._loaders, self._is_alone = loaders, is_alone
         self._seen: _Seen | None = None
         self._num_steps = 0
-        self._held = ""
         self.own = start
         self.num_samples = 1
         self.why_off = f"not known before step {WATCH_STEPS}"
@@ -203,18 +197,7 @@ class LoaderBatch:
         sampler = None if self._seen is None else self._seen.sampler
         return self.own.micro_batch if sampler is None or self.why_off else sampler.batch_size
 
-    def hold(self, why: str) -> None:
-        """The batch must not change in this training, for a reason that its library gives."""
-        self._held = why
-
-    def begin_epoch(self, loader: DataLoader[Any]) -> bool:
-        """Give a frozen loader the size that was asked for, before it is begun anew; True if that is another one."""
-        sampler = loader.batch_sampler
-        if self._seen is None or sampler is not self._seen.sampler or self.why_off:
-            return False
-        return self._loaders.begin(self._seen.sampler)
-
-    def stepped(self, *, num_backwards: int, counts_steps: Callable[[], bool]) -> bool:
+    def stepped(self, *, counts_steps: Callable[[], bool]) -> bool:
         """Take note of one step; True when that settled what the function's own batch is, or whether it may change."""
         used = self._loaders.take()
         self._num_steps += 1
@@ -222,22 +205,13 @@ class LoaderBatch:
         if self._num_steps == 1:
             self._seen = used[0] if used else None
             size, accum = (used[0].batch_size or 1, used[0].num_batches) if used else (1, 1)
-            # A loop that fetches ahead has seen one batch more before its first step than it has trained on.
-            self.own = replace(self.own, micro_batch=size, grad_accum=max(1, min(accum, num_backwards)))
+            self.own = replace(self.own, micro_batch=size, grad_accum=accum)
             return True
-        if self._num_steps == 2 and used and used[0].num_batches != self.own.grad_accum:
-            self.own = replace(self.own, grad_accum=used[0].num_batches)  # several batches and one backward pass
-            return True
-        if self._num_steps == WATCH_STEPS or (self._num_steps > WATCH_STEPS and self._held not in {"", self.why_off}):
+        if self._num_steps == WATCH_STEPS:
             self.why_off = self._why(len(used), counts_steps=counts_steps())
             return True
         self._follow(used)
         return False
-
-    def label(self, settings: Settings) -> Settings:
-        """The settings that the last step was made with: larger batches than asked for, where some were fetched ahead."""
-        micro = -(-self.num_samples // settings.grad_accum)
-        return settings if micro <= settings.micro_batch else replace(settings, micro_batch=micro)
 
     def _follow(self, used: list[_Seen]) -> None:
         """A function that makes a new loader for each epoch: its batches are to have the size that was set before."""
@@ -248,8 +222,6 @@ class LoaderBatch:
         self._loaders.set_size(self._seen.sampler, size)
 
     def _why(self, num_used: int, *, counts_steps: bool) -> str:
-        if self._held:
-            return self._held
         if self._seen is None:
             return NO_LOADER
         if self._seen.why_off:

@@ -295,14 +295,21 @@ def test_watch_explain_and_verify_call_the_views(run: Run, fake: Callable[..., N
 
 
 def test_verify_fails_when_it_finds_something(run: Run, fake: Callable[..., None]) -> None:
-    found: list[str] = []
+    found: list[dict[str, object]] = []
     notes: list[str] = []
-    fake("orchestrator.view.verify", verify=lambda _: {"violations": list(found), "notes": list(notes)})
+    asked: list[bool] = []
+
+    def verify(_: Path, *, reads_checkpoints: bool) -> dict[str, object]:
+        asked.append(reads_checkpoints)
+        return {"violations": list(found), "notes": list(notes)}
+
+    fake("orchestrator.view.verify", verify=verify)
     make_run("demo")
     assert run("verify", "demo")[:2] == (0, "demo: no violations\n")
-    found.append("cpu:0 over-committed")
-    code, out, _ = run("verify", "demo")
-    assert (code, out) == (1, "violation: cpu:0 over-committed\ndemo: 1 violation\n")
+    found.append({"code": "leak", "text": "2 actors\x1b[2J are left", "trial_id": None, "generation": 3})
+    code, out, _ = run("verify", "demo", "--checkpoints")
+    assert (code, out) == (1, "violation: 2 actors\\x1b[2J are left (plan 3) [leak]\ndemo: 1 violation\n")
+    assert asked == [False, True]
     code, out, _ = run("verify", "demo", "--json")
     assert (code, json.loads(out)) == (1, {"violations": found, "notes": notes})
     found.clear()

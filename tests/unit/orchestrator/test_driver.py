@@ -154,3 +154,47 @@ def test_a_run_that_its_policy_actor_could_not_end_is_ended_by_its_driver(
     assert json.loads((tmp_path / "journal.jsonl").read_text())["state"] == state
     assert driver._last_word("failed", {}) == 1, "a second last word is not said"
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_file_that_was_edited_is_said_and_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    assert run.load_begun(resolved.run_dir).config == resolved.config
+    assert capsys.readouterr().out == ""
+    edited = resolved.run_dir / "run.yaml"
+    edited.write_text(edited.read_text().replace("seed: 0", "seed: 7"))
+    assert run.load_begun(resolved.run_dir).config.seed == 0
+    said = capsys.readouterr().out
+    assert f"{edited} was edited since the run began; what counts is what it began with" in said
+    assert "--set name=NEW" in said
+    edited.unlink()
+    assert run.load_begun(resolved.run_dir).config.seed == 0
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_run_file_it_has(tmp_path: Path) -> None:
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    (resolved.run_dir / "control" / "run.yaml").unlink()
+    (resolved.run_dir / "run.yaml").write_text(resolved.to_yaml().replace("seed: 0", "seed: 7"))
+    assert run.load_begun(resolved.run_dir).config.seed == 7
+
+
+def test_a_run_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
+    resolved = resolved_run(tmp_path / "runs")
+    run.make_run_dir(resolved)
+    begun = resolved.run_dir / "control" / "run.yaml"
+    begun.write_text(begun.read_text().replace("# schema: 1", "# schema: 99"))
+    with pytest.raises(ConfigError, match=r"control/run.yaml:1: was written by a newer version \(schema 99\); allowed"):
+        run.load_begun(resolved.run_dir)
+
+
+def test_a_quota_of_the_container_counts_as_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = resolved_run(tmp_path / "runs")
+    monkeypatch.setattr(run, "num_usable_cores", lambda: len(os.sched_getaffinity(0)))
+    assert run.within_quota(resolved) is resolved
+    monkeypatch.setattr(run, "num_usable_cores", lambda: 1)
+    if len(os.sched_getaffinity(0)) > 1:
+        assert run.within_quota(resolved).config.cluster.num_cpus == 1
+    assert resolved.config.cluster.num_cpus is None, "the run file says nothing of it"

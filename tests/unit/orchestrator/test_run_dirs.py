@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator import run_dirs
 from orchestrator.clock import ManualClock
+from orchestrator.control import status
 from orchestrator.errors import ConfigError
 from orchestrator.processes import Owner
-from orchestrator.run_dirs import StopKind, StopResult, find_run, list_runs, request_stop, state_of, wait_until_ended
+from orchestrator.run_dirs import (
+    StopKind,
+    StopResult,
+    find_run,
+    list_runs,
+    request_stop,
+    run_file_schema,
+    state_of,
+    wait_until_ended,
+    with_schema,
+)
 
 
 def make_run(storage: Path, name: str, status: dict[str, Any] | str, updated_s: float = 1000.0) -> Path:
@@ -161,3 +176,68 @@ def test_a_run_that_was_broken_off_before_its_first_status_can_be_resumed(tmp_pa
     assert find_run("new", tmp_path, may_be_new=True) == tmp_path / "new"
     with pytest.raises(ConfigError, match=r"it has no status\.json"):
         find_run("new", tmp_path)
+
+
+@contextlib.contextmanager
+def as_nobody(*closed: Path) -> Iterator[None]:
+    """As a user who may not read these files: root gives its rights away, others take them from the files."""
+    modes = [(path, path.stat().st_mode) for path in closed]
+    for path in closed:
+        path.chmod(0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path, mode in modes:
+            path.chmod(mode)
+
+
+@pytest.fixture
+def storage() -> Iterator[Path]:
+    """One that everybody may look into; pytest's own directories are the user's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("closed", ["", "status.json"], ids=["directory", "status"])
+def test_another_users_run_hides_nobodys_own_and_is_no_traceback(storage: Path, closed: str) -> None:
+    """The run directories of others are closed; where several users share a storage, `list` had shown nothing."""
+    make_run(storage, "mine", {"state": "done"})
+    other = make_run(storage, "other", {"state": "running"})
+    for path in (storage / "mine", storage / "mine" / "status.json"):
+        path.chmod(0o755)
+    with as_nobody(other / closed):
+        assert {run.name: run.state for run in list_runs(storage)} == {"mine": "done", "other": "unreadable"}
+        assert find_run("mine", storage) == (storage / "mine").resolve()
+        for name in ("other", str(other)):
+            with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied; it belongs to \w+\); allowed"):
+                find_run(name, storage)
+
+
+@pytest.mark.parametrize("may_be_new", [False, True])
+def test_a_run_of_a_newer_version_is_refused_by_name(tmp_path: Path, may_be_new: bool) -> None:
+    make_run(tmp_path, "demo", {"schema": 99, "state": "done"})
+    with pytest.raises(ConfigError, match=r"written by a newer version \(schema 99\); this one reads up to schema 1"):
+        find_run("demo", tmp_path, may_be_new=may_be_new)
+    assert [run.state for run in list_runs(tmp_path)] == ["newer"]
+
+
+def test_the_schema_is_that_of_the_writer() -> None:
+    assert run_dirs.SCHEMA == status.SCHEMA_VERSION
+    assert run_file_schema(with_schema("name: a\n")) == run_dirs.SCHEMA
+    assert run_file_schema("name: a\n# schema: 7\n") == 1, "only the first line says it"
+    assert run_file_schema("# schema: 99\n") == 99
+
+
+def test_the_status_of_a_search_with_very_many_trials_is_read(tmp_path: Path) -> None:
+    """Those of 26,000 trials had been too long for the reader."""
+    trials = [{"trial_id": f"trial-{number:05d}", "state": "done", "error": "x" * 700} for number in range(26_000)]
+    make_run(tmp_path, "many", {"state": "done", "trials": trials})
+    assert (tmp_path / "many" / "status.json").stat().st_size > 16 << 20
+    (found,) = list_runs(tmp_path)
+    assert (found.num_trials, found.num_ended) == (26_000, 26_000)

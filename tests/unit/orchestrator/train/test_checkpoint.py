@@ -165,21 +165,47 @@ def test_commits_of_an_abandoned_course_are_removed(tmp_path: Path) -> None:
     commit(tmp_path, model, optimizer, 10)
     commit(tmp_path, model, optimizer, 20)
     commit(tmp_path, model, optimizer, 15)
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-15"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-15"]
 
 
-def test_latest_skips_a_damaged_commit_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert checkpoint.latest(tmp_path / "nowhere") is None
+def damage(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def test_behind_a_damaged_commit_the_newest_whole_one_is_loaded_and_the_cost_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trial had failed for good, with a whole commit beside the damaged one."""
     model, optimizer = build()
-    good = commit(tmp_path, model, optimizer, 9)
-    bad = commit(tmp_path, model, optimizer, 10)
-    assert checkpoint.latest(tmp_path) == bad
-    next(bad.glob("*.distcp")).unlink()
+    good = commit(tmp_path, model, optimizer, 7, note="good")
+    before = state_of(model)
+    train(model, optimizer, 3)
+    bad = commit(tmp_path, model, optimizer, 10, note="bad")
+    assert checkpoint.newest_whole(bad)[0] == bad
+    damage(bad)
+    train(model, optimizer, 2)
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.latest(tmp_path) == good
-    assert "checkpoint.damaged" in caplog.text
-    assert "step-10" in caplog.text
+        extra = load(bad, model, optimizer)
+    assert extra == {"step": 7, "note": "good"}
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
+    assert f"going on from {good}, 3 steps are done again" in caplog.text
+    assert str(bad) in caplog.text
+    damage(good)
+    with pytest.raises(CheckpointError, match="step-10"):
+        load(bad, model, optimizer)
+
+
+def test_a_later_commit_never_stands_in_for_an_earlier_one(tmp_path: Path) -> None:
+    """It belongs to a course that the trial has left."""
+    model, optimizer = build()
+    early = commit(tmp_path, model, optimizer, 5)
+    commit(tmp_path, model, optimizer, 9)
+    damage(early)
+    with pytest.raises(CheckpointError, match="step-5"):
+        load(early, model, optimizer)
 
 
 def test_every_single_bit_flip_is_found(tmp_path: Path) -> None:

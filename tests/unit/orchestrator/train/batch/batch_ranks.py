@@ -26,7 +26,7 @@ from orchestrator.jobs.job import Job
 from orchestrator.policies.plan import Settings, TrialId
 from orchestrator.policies.snapshot import DialLimits
 from orchestrator.policies.tier import Tier
-from orchestrator.train import checkpoint, fsdp
+from orchestrator.train import fsdp
 from orchestrator.train.batch.noise import weights_of
 from orchestrator.train.batch.rank_noise import RankNoise
 from orchestrator.train.boundary import Boundary
@@ -217,8 +217,9 @@ class StoreLink(Script):
             trial, settings = self._order.trial, outcome.settings
             assert trial is not None
             assert settings is not None
-            found = checkpoint.latest(Path(trial.directory) / "checkpoints")
-            again = replace(trial, attempt=trial.attempt + 1, resume_from=None if found is None else str(found))
+            commits = (Path(trial.directory) / "checkpoints").glob("step-*")
+            last = max(commits, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+            again = replace(trial, attempt=trial.attempt + 1, resume_from=None if last is None else str(last))
             dials = grant(2, 2, micro_batch=settings.micro_batch, grad_accum=settings.grad_accum)
             self._order = replace(self._order, trial=again, grant=dials)
         self.version += 1
