@@ -30,8 +30,8 @@ _EVEN_CHANCE = 0.25
 """Chance to survive its next rung at which a trial counts half. The weight saturates: all trials have to be judged
 before a search ends, and a leader alone on a device leaves most of what several would make of it."""
 _HOPELESS = 0.3
-"""Least weight in a search: whoever has no chance waits as long as others make nearly as much of the device, not
-longer, since it too has to reach its rung before the search can end."""
+"""Least weight in a search: a trial without a chance waits while others use the device nearly as well, but no longer,
+since it too has to reach its rung before the search can end."""
 _LONG_WAIT_S = 180.0
 """Seconds without a device after which a trial gets its least size from trials that hold more than theirs, whatever
 their restarts cost."""
