@@ -161,7 +161,7 @@ class GoodputJoint:
         yield from with_trials_of_tiers(tuple(scene.pairs()), rows, fleet, self.cooldown_s)
 
     def _rests(self, scene: Scene) -> bool:
-        """Whether devices stay as they are: a trial changed within `cooldown_s`, and none came, left or lost a device."""
+        """Whether devices stay: a trial changed within `cooldown_s`, and none came, left or lost a device."""
         known = {trial.trial_id for trial in scene.snapshot.trials}
         if any(row.trial_id not in known for row in scene.snapshot.plan.allocations):
             return False

@@ -7,9 +7,9 @@
 
 Source: the step time of Pollux (OSDI 2021, section 3.2), with share, interference, tier and device type added.
 Synchronisation that was never measured is assumed to cost nothing, so that policies try to grow, but only to twice the
-measured ranks (`max_workers`). A tier that was never measured has no speed. The cells and the fit of a line are those of
-`speed`, which predicts the step time of a trial on the ranks that it has, with the error of each prediction; this model
-extrapolates and has one error for all. Called by the policies that choose ranks or nodes.
+measured ranks (`max_workers`). A tier that was never measured has no speed. The cells and the fit of a line are those
+of `speed`, which predicts the step time of a trial on the ranks that it has, with the error of each prediction; this
+model extrapolates and has one error for all. Called by the policies that choose ranks or nodes.
 """
 
 from __future__ import annotations
