@@ -1,8 +1,8 @@
 """Trials whose devices a policy may choose: what each holds, and the rows of a plan for them.
 
-Every policy of this package treats trials that cannot move by themselves (`split` hands them out as a snapshot of
-their own) and never puts a movable trial on a device where one of those computes. Chooses nothing itself, apart from
-what must stay: `is_pinned`.
+`split` separates them from the trials that cannot move, which every policy decides on their own, as a snapshot of
+their own. A candidate is never put on a device that such a trial uses. Nothing is chosen here, except which candidates
+have to stay: `is_pinned`.
 """
 
 from __future__ import annotations

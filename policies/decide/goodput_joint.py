@@ -57,7 +57,7 @@ class GoodputJoint:
             those that have done least first), `fair` (who has least of its fair share first), `search` (weighted by
             the chance to survive the next rung), `deadline` (in time).
         min_gain: predicted relative gain of the objective, restarts charged, below which nothing is moved.
-        cooldown_s: seconds after a change in which devices are not divided anew, unless trials came or went.
+        cooldown_s: seconds after a change in which the sizes of running trials stay, unless trials came or went.
         horizon_s: time over which the cost of a restart has to pay off at least.
         short_first: 0 treats long and short trials alike; the larger, the more the weight falls with the time to go.
         uses_fractions: whether a trial may get an eighth, a quarter or half of a device, where its limits allow it.
@@ -109,7 +109,7 @@ class GoodputJoint:
         return dataclasses.replace(plan, nodes=wishes(snapshot, self._worth_of_nodes(snapshot), node_terms))
 
     def _worth_of_nodes(self, snapshot: Snapshot) -> Worth:
-        """What nodes are worth: to trials that may be placed anew, or to those in slots where none may."""
+        """What nodes are worth to trials that can move, or to those in slots if none can."""
         trials = (*snapshot.trials, *snapshot.waiting)
         if not any(trial.limits.can_move for trial in trials):
             return SlotWorth(snapshot)
@@ -161,7 +161,7 @@ class GoodputJoint:
         yield from with_trials_of_tiers(tuple(scene.pairs()), rows, fleet, self.cooldown_s)
 
     def _rests(self, scene: Scene) -> bool:
-        """Whether devices stay as they are: somebody changed a moment ago, and nobody came, left or lost a device."""
+        """Whether devices stay: a trial changed within `cooldown_s`, and none came, left or lost a device."""
         known = {trial.trial_id for trial in scene.snapshot.trials}
         if any(row.trial_id not in known for row in scene.snapshot.plan.allocations):
             return False
@@ -213,10 +213,10 @@ class GoodputJoint:
 
 
 def _kept_devices(scene: Scene, chosen: Sequence[int]) -> list[int]:
-    """The options, with more devices for trials that would give up some that nobody takes.
+    """The options, with more devices for trials that would give up devices that no other trial takes.
 
-    They are restarted anyway; so a trial goes from 64 to 61 devices for three others, and not to 48, the next usual
-    number. Those with quotas keep to what was chosen.
+    Such a trial restarts in any case. So it goes from 64 to 61 devices for three others, and not to 48, the next usual
+    number. Trials of users with a quota keep what was chosen.
     """
     found, fleet = list(chosen), scene.fleet
     idle = [float(fleet.capacity(kind)) for kind in range(len(fleet.types))]

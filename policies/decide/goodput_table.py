@@ -1,8 +1,8 @@
 """The predicted goodput of every trial that may be placed, for every size it may get, and the dials that reach it.
 
 A size is a number of whole devices of one type, or a fraction of one. For each size the best global batch, split and
-tier are found by evaluating a grid of them at once, for all trials of one shape together. Knows no capacity and no
-objective. Called by the policies that place trials.
+tier are found by evaluating a grid of them, for all trials of one shape together. Capacity and objective are left to
+the callers, the policies that place trials.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class GoodputTable:
         sizes: the sizes, the smallest first within each type.
         inside: samples/s of useful progress with all ranks on one node, 0 where a node is too small.
         across: the same with ranks on several nodes, 0 for one rank.
-        is_prior: whether nobody ever ran its shape, so that only ratios mean something.
+        is_prior: whether its shape was never measured, so that only ratios of its goodputs mean something.
         spread: relative error of the model.
     """
 
@@ -134,7 +134,7 @@ class _Alike:
 
 
 def _model(candidate: Candidate, model: ScalingModel | None) -> tuple[ScalingModel, bool]:
-    """The model of a trial, and whether it is only a guess: nobody ran its shape, or none of the tiers it may use."""
+    """The model of a trial, and whether it is a guess because its shape or its tiers were never measured."""
     tiers = usable_tiers(candidate)
     if model is None:
         return prior(candidate.trial.start.micro_batch, tiers), True
@@ -252,7 +252,7 @@ class _Grid:
                     step_s = model.step_s(line, *parts, spans_nodes=spans)
                     rate = batch[:, mine_only] / (step_s * slow[:, mine_only])
                     rates[int(spans), :, mine_only] = np.where(exists & may, rate, 0.0)
-            # A fit from few windows may say that more nodes are faster; nobody is to plan for that.
+            # A fit from few windows may say that more nodes are faster, which is not to be planned for.
             np.minimum(rates[1], rates[0], out=rates[1], where=rates[0] > 0)
             better = rates > best
             np.copyto(best, rates, where=better)

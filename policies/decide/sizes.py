@@ -1,7 +1,7 @@
 """The sizes that a trial may be given: numbers of whole devices of one type, or a fraction of one.
 
-Knows limits and measured ranks, no speed and no objective. Called by `policies.decide.goodput_table` and
-`policies.decide.worth`.
+They follow from the limits of the trial and from the ranks on which its shape was measured. Called by
+`policies.decide.goodput_table` and `policies.decide.worth`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from orchestrator.policies.decide.fleet import Fleet
 from orchestrator.policies.learn.fit import TrialFit
 
 _EVERY_COUNT_UP_TO = 8
+"""Numbers of ranks up to this are all considered, half octaves above."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -1,8 +1,9 @@
 """What every size is worth to every movable trial under an objective: the values that `goodput_joint` chooses by.
 
-A value is the trial's weight times what the objective makes of its speed-up over one whole device. A restart takes off
-the part of the time in which it has to pay off. Where somebody has waited for long although there are devices enough
-for everyone's least, getting nothing costs more than anything can gain. Knows no placement; chooses nothing.
+A value is the trial's weight times a function of its speed-up over one whole device; the objective says which. A
+restart reduces the value of a change by the part of the time in which the change has to pay off. If a trial has waited
+for long although the devices suffice for the least size of every trial, getting nothing costs it more than anything can
+gain. This module chooses nothing and does not place; called by `goodput_joint`.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ _EVEN_CHANCE = 0.25
 """Chance to survive its next rung at which a trial counts half. The weight saturates: all trials have to be judged
 before a search ends, and a leader alone on a device leaves most of what several would make of it."""
 _HOPELESS = 0.3
-"""Least weight in a search: whoever has no chance waits as long as others make nearly as much of the device, not
-longer, since it too has to reach its rung before the search can end."""
+"""Least weight in a search: a trial without a chance waits while others use the device nearly as well, but no longer,
+since it too has to reach its rung before the search can end."""
 _LONG_WAIT_S = 180.0
-"""Seconds without a device after which a trial gets its least from those who have more than theirs, whatever a restart
-costs them."""
+"""Seconds without a device after which a trial gets its least size from trials that hold more than theirs, whatever
+their restarts cost."""
 _LEAST_PAID = 0.05
 """Least part of its worth that a restart leaves."""
 _SHORT_S = 100.0
 """Seconds alone on one device below which trials of unknown length count alike."""
 _SERVICE_POWER = 0.7
-"""How much less of `short_first` there is where the time to go is only expected."""
+"""Factor of `short_first` if the time to go is only expected."""
 _DIMINISHING = 0.5
-"""Exponent of speed-ups where lengths are unknown. A sum of plain speed-ups goes to whoever scales best, and that is
-the longest trials; weights that know the lengths set that right, weights that only expect them do not."""
+"""Exponent of speed-ups if lengths are unknown. The sum of plain speed-ups favours the trials that scale best, which
+are the longest ones. Weights from known lengths correct that; weights from expected lengths do not."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Scene:
         """Devices in these units."""
         return max(1, round(devices * self.unit))
 
+    def held(self, candidate: Candidate) -> int:
+        """What a trial holds, in these units."""
+        return self.units(candidate.share * len(candidate.seats)) if candidate.seats else 0
+
     def counted(self, sizes: tuple[Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Type and units of each size."""
         found = self._counted.get(id(sizes))
@@ -98,7 +103,7 @@ class Scene:
         for quota in self.snapshot.quotas:
             members = tuple(i for i, candidate in enumerate(self.candidates) if candidate.trial.user == quota.user)
             pinned = [self.candidates[i] for i in members if self.candidates[i].is_pinned]
-            held = sum(self.units(candidate.share * len(candidate.seats)) for candidate in pinned)
+            held = sum(self.held(candidate) for candidate in pinned)
             most = min(budget.left(quota.user), float(len(self.snapshot.devices))) * self.unit
             if members:
                 found.append(Pool(members, max(held, math.floor(most + 1e-9), 0)))
@@ -135,53 +140,47 @@ class Objective:
         ]
 
     def urged(self, scene: Scene, menus: Sequence[Menu]) -> tuple[list[Menu], frozenset[int]]:
-        """The menus by which everybody is served who has waited for too long, and whom they must serve.
+        """The menus with which every trial that has waited for too long is served, and the positions to be served.
 
-        For those, and for all that run so that nobody is sent away, getting nothing costs more than all other choices
-        together can be worth. Nobody has to be served where nobody has waited for long.
+        Getting nothing then costs such a trial more than all other choices together can be worth; and every running
+        trial too, so that none loses its last device to it. Where no trial has waited for long, the menus stay as they
+        are and no position is returned.
         """
-        overdue = self._overdue(scene, menus)
+        overdue = _served_by_their_least(scene, menus, self._waiting_for_long(scene, menus))
         if not overdue:
             return list(menus), frozenset()
         loss = math.fsum(_spread(menu) for menu in menus) + 1.0
         served = frozenset(i for i, candidate in enumerate(scene.candidates) if candidate.seats or i in overdue)
         return [replace(menu, idle=menu.idle - loss) if i in served else menu for i, menu in enumerate(menus)], served
 
-    def _overdue(self, scene: Scene, menus: Sequence[Menu]) -> set[int]:
-        """Who has waited for too long and has to be served, the longest first, as far as the least of all fits.
+    def _waiting_for_long(self, scene: Scene, menus: Sequence[Menu]) -> list[int]:
+        """Trials that have waited for too long behind one that could give something up, the longest wait first.
 
-        Nobody waits for long behind one that has more than its least and no less time to go. Behind shorter trials the
-        long ones wait on purpose, and in a search those with little chance.
+        That one holds more than its least, has no less time to go and no higher priority. A long trial may wait for
+        shorter ones, and in a search so may one with little chance.
         """
-        seconds = [_seconds_left(candidate, table) for candidate, table in scene.pairs()]
-        least = [_least(menu) for menu in menus]
-        held = [
-            scene.units(candidate.share * len(candidate.seats)) if candidate.seats else 0
-            for candidate in scene.candidates
-        ]
-        can_give = (i for i, candidate in enumerate(scene.candidates) if held[i] > least[i] and not candidate.is_pinned)
-        longest_s = max((seconds[i] for i in can_give), default=-math.inf)
         waiting = [
             i
             for i, candidate in enumerate(scene.candidates)
             if not candidate.seats and candidate.in_force is not None and candidate.age_s >= _LONG_WAIT_S
-            if seconds[i] <= longest_s and self.urgency(candidate.trial) == 1
+            if self.urgency(candidate.trial) == 1
         ]
         if not waiting:
-            return set()
-        rooms = {pool.members: float(pool.most) for pool in scene.pools}
-        rooms[()] = float(len(scene.fleet.devices) * scene.unit)
-        mine = {i: [(), *(pool.members for pool in scene.pools if i in pool.members)] for i in range(len(menus))}
-        for i, candidate in enumerate(scene.candidates):
-            for key in mine[i] if candidate.seats else ():
-                rooms[key] -= held[i] if candidate.is_pinned else least[i]
-        overdue: set[int] = set()
-        for i in sorted(waiting, key=lambda i: (-scene.candidates[i].age_s, scene.candidates[i].trial_id)):
-            if all(least[i] <= rooms[key] for key in mine[i]):
-                overdue.add(i)
-                for key in mine[i]:
-                    rooms[key] -= least[i]
-        return overdue
+            return []
+        holders = [
+            (_seconds_left(candidate, table), candidate.trial.priority)
+            for (candidate, table), menu in zip(scene.pairs(), menus, strict=True)
+            if candidate.seats and not candidate.is_pinned and scene.held(candidate) > _least(menu)
+        ]
+        seconds = {i: _seconds_left(scene.candidates[i], scene.tables[i]) for i in waiting}
+        found = [
+            i
+            for i in waiting
+            if any(
+                left_s >= seconds[i] and priority <= scene.candidates[i].trial.priority for left_s, priority in holders
+            )
+        ]
+        return sorted(found, key=lambda i: (-scene.candidates[i].age_s, scene.candidates[i].trial_id))
 
     def _weights(self, scene: Scene) -> list[float]:
         """Weight, urgency and priority of every trial, and under `throughput` how soon it is likely to end."""
@@ -240,6 +239,32 @@ class Objective:
             needed = remaining / max(1.0, trial.deadline_s - scene.snapshot.now_s)
             return 10.0 * min(1.0, rate / max(needed, 1e-9)) + 0.1 * speedup
         return speedup if scene.knows_lengths else speedup**_DIMINISHING
+
+
+def _served_by_their_least(scene: Scene, menus: Sequence[Menu], waiting: Sequence[int]) -> set[int]:
+    """Those of the waiting trials, in order, whose least fits beside the least of all that run, quotas included."""
+    if not waiting:
+        return set()
+    pools = [
+        ((), float(len(scene.fleet.devices) * scene.unit)),
+        *((pool.members, float(pool.most)) for pool in scene.pools),
+    ]
+    rooms = dict(pools)
+
+    def take(position: int, units: float) -> None:
+        for members in rooms:
+            if not members or position in members:
+                rooms[members] -= units
+
+    for i, candidate in enumerate(scene.candidates):
+        if candidate.seats:
+            take(i, scene.held(candidate) if candidate.is_pinned else _least(menus[i]))
+    served: set[int] = set()
+    for i in waiting:
+        if all(_least(menus[i]) <= room for members, room in rooms.items() if not members or i in members):
+            take(i, _least(menus[i]))
+            served.add(i)
+    return served
 
 
 def _least(menu: Menu) -> float:

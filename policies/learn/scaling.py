@@ -1,13 +1,15 @@
-"""How fast a shape of trial is on any number of devices: one model solved from all its measured cells.
+"""How fast a shape of trial is on any number of ranks, nodes and types of device: a model fitted to its measured cells.
 
     step_s = ((accum - 1) * micro + (micro ** gamma + sync ** gamma) ** (1 / gamma)) * crowd / response(cores)
     micro  = floor + slope * micro_batch            per tier and device type; the floor is what launching costs
     sync   = alpha + beta * (workers - 2)           apart inside a node and between nodes; 0 for one worker
     crowd  = 1 + interference * shares of others on the same device
 
-Source: the step time of Pollux (OSDI 2021, section 3.2), with share, interference, tier and device type added. What was
-never measured is assumed to cost nothing, so that growing is tried, but only to twice what was measured
-(`max_workers`); a tier that was never measured has no speed. Knows no trial, plan or objective.
+Source: the step time of Pollux (OSDI 2021, section 3.2), with share, interference, tier and device type added.
+Synchronisation that was never measured is assumed to cost nothing, so that policies try to grow, but only to twice the
+measured ranks (`max_workers`). A tier that was never measured has no speed. The cells and the fit of a line are those
+of `speed`, which predicts the step time of a trial on the ranks that it has, with the error of each prediction; this
+model extrapolates and has one error for all. Called by the policies that choose ranks or nodes.
 """
 
 from __future__ import annotations

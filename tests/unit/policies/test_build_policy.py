@@ -53,7 +53,10 @@ def test_the_public_names_are_sorted_and_exist() -> None:
 
 
 def test_modules_are_not_shadowed_by_functions_of_the_same_name() -> None:
-    code = "from orchestrator.policies import goodput as g, static as s; print(g.efficiency(1.0, 1, 1), s.Static())"
+    code = (
+        "from orchestrator.policies.decide import goodput as g, static as s; "
+        "from orchestrator.policies.learn import efficiency as e; print(e.efficiency(1.0, 1, 1), s.Static(), g)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("1.0 Static")
 

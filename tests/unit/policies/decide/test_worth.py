@@ -12,7 +12,7 @@ from orchestrator.policies.invariants import check
 from orchestrator.policies.learn.fit import Observation, TrialFit, update
 from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, Settings
 from orchestrator.policies.sample_fleets import after
-from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Quota, Snapshot, TrialView
 from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import trial
 
@@ -123,6 +123,37 @@ def test_a_holder_gives_up_no_more_devices_than_others_take(knows_lengths: bool)
     assert {name: held for name, held in num_held(policy, now).items()} == {
         "giant": 61, "small-0": 1, "small-1": 1, "small-2": 1
     }  # fmt: skip
+
+
+def test_a_trial_of_lower_priority_waits_behind_a_holder_for_as_long_as_that_runs() -> None:
+    policy = GoodputJoint()
+    small = [view(f"small-{i}", 75.0, most=1) for i in range(3)]
+    now = with_giant(policy, *small, knows_lengths=True)
+    trials = (dataclasses.replace(now.trials[0], priority=1), *now.trials[1:])
+    now = dataclasses.replace(now, trials=trials)
+    for _ in range(10):
+        now = after(now, policy.decide(now), seconds=60.0)
+    assert num_held(policy, now) == {"giant": 64, "small-0": 0, "small-1": 0, "small-2": 0}
+
+
+def test_a_user_at_the_quota_is_not_served_beyond_it_however_long_a_trial_waits() -> None:
+    policy = GoodputJoint()
+    small = [view(f"small-{i}", 75.0, most=1, user="ann") for i in range(3)]
+    now = with_giant(policy, *small, knows_lengths=True)
+    now = dataclasses.replace(now, quotas=(Quota(user="ann", max_devices=2.0),))
+    for _ in range(6):
+        now = after(now, policy.decide(now), seconds=60.0)
+    assert sum(held for name, held in num_held(policy, now).items() if name != "giant") == 2
+
+
+def test_a_long_trial_waits_for_shorter_ones_on_purpose() -> None:
+    """Sixty-four short trials on one device each come before the long one, which waits as long as they take."""
+    policy = GoodputJoint()
+    short = [view(f"short-{i:02d}", 2_000.0, most=1) for i in range(64)]
+    now = world(view("giant", 500_000.0), *short)
+    for _ in range(10):
+        now = after(now, policy.decide(now), seconds=60.0)
+    assert num_held(policy, now)["giant"] == 0
 
 
 def test_where_no_length_is_known_the_small_are_not_starved_by_who_scales_best() -> None:
