@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("orchestrator.commands.after", "Explain a decision: what was weighed, chosen and gained."),
     "export": ("orchestrator.commands.after", "Write the best trial's model as files that plain PyTorch loads."),
     "verify": ("orchestrator.commands.after", "Check a run's journal and telemetry for violations."),
+    "repair": ("orchestrator.commands.after", "Make a damaged journal whole, as far as it can be."),
     "simulate": ("orchestrator.commands.simulate", "Simulate a workload, or take a run's decisions again."),
     "doctor": ("orchestrator.commands.machine", "Check this machine: versions, devices, ports, disk."),
     "clean": ("orchestrator.commands.machine", "Find and remove what killed runs left on this host."),

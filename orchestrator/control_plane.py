@@ -22,7 +22,7 @@ from orchestrator.config import ResolvedRun
 from orchestrator.control.orders import TrialOrder
 from orchestrator.devices.agent import NodeReady
 from orchestrator.devices.ray_agents import Agents, gpu_nodes
-from orchestrator.errors import UnfitEnvironmentError, WorkerGroupError
+from orchestrator.errors import JournalError, UnfitEnvironmentError, WorkerGroupError
 from orchestrator.node_requests import NodeRequests
 from orchestrator.node_watcher import NodeWatcher, num_slots_with_room, num_workers_with_room
 from orchestrator.policies.plan import TrialId
@@ -147,9 +147,12 @@ class ControlPlane:
         if self._requests is not None:
             self._requests.release()  # nothing more is launched; nodes in use stay while they are
         ray.get(self.policy.set_state.remote("stopping"))
-        ray.get(self.policy.interrupt.remote())
-        deadline_s = time.monotonic() + _GRACE_S
+        deadline_s, is_told = time.monotonic() + _GRACE_S, False
         while time.monotonic() < deadline_s and not is_cancelled():
+            if not is_told:
+                with contextlib.suppress(JournalError):  # a full disk: there may be room in a moment
+                    ray.get(self.policy.interrupt.remote())
+                    is_told = True
             slots = ray.get(self.policy.status.remote())["slots"]
             if not any(slot["trial_id"] for slot in slots):
                 return

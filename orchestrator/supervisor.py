@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.control.orders import TrialOrder
+from orchestrator.errors import JournalError
 from orchestrator.policies.plan import can_split, on_ranks
 
 logger = logging.getLogger(__name__)
@@ -238,14 +239,15 @@ class Supervisor:
         return None
 
     def _tell(self, method: Any, *arguments: str | int) -> Any:
-        """Call the policy actor once; it may be restarting, and then the call is retried by Ray itself."""
-        if self._is_abandoned:
-            return None
-        try:
-            return ray.get(method.remote(*arguments), timeout=30.0)
-        except RayError as error:
-            logger.warning("the policy actor did not answer: %s", error)
-            return None
+        """Call the policy actor, again while it cannot write; Ray itself retries while it restarts."""
+        while not self._is_abandoned:
+            try:
+                return ray.get(method.remote(*arguments), timeout=30.0)
+            except RayError as error:
+                logger.warning("the policy actor did not answer: %s", error)
+                if not isinstance(error, JournalError) or self._is_closing.wait(_FIRST_BACK_OFF_S):
+                    return None
+        return None
 
 
 def _backend_config(spec: SlotSpec) -> Any:

@@ -1,16 +1,21 @@
-"""Commands on what a run left behind: `explain`, `export` and `verify`.
+"""Commands on what a run left behind.
 
-All also work while the run goes on, and only read the run.
+`explain`, `export` and `verify` also work while the run goes on, and only read it; `repair` mends its journal.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from orchestrator.commands.shared import json_option, opened, print_json, run_argument, storage_option
 from orchestrator.config.words import printable
+from orchestrator.errors import ConfigError
+from orchestrator.run_dirs import read_status, state_of
+
+_LIVE = {"starting", "running", "stopping"}
 
 
 @click.command(epilog="\b\nExamples:\n  orchestrator explain demo\n  orchestrator explain demo --decision 7 --json")
@@ -95,4 +100,34 @@ def verify(run: str, storage: Path, checkpoints: bool, as_json: bool) -> int:
     return 1 if violations else 0
 
 
-TABLE: dict[str, click.Command] = {"explain": explain, "export": export, "verify": verify}
+@click.command(epilog="\b\nExamples:\n  orchestrator repair demo\n  orchestrator repair runs/demo --json")
+@run_argument
+@storage_option
+@json_option
+def repair(run: str, storage: Path, as_json: bool) -> int:
+    """Make the journal of RUN whole where lines of it are damaged, so that the run can be resumed.
+
+    Says what is kept and what is not. The damaged journal stays beside it, checkpoints are not touched. With --json:
+    {num_lines, num_kept, damage: [...], impossible: [...], num_restored, kept_as}.
+    """
+    run_dir = opened(run, storage)
+    if state_of(run_dir, read_status(run_dir)) in _LIVE:
+        raise ConfigError(f"{run_dir.name} is running; stop it first: orchestrator stop {run_dir}")
+    from orchestrator.control.repair import repair as repair_run
+
+    found = repair_run(run_dir)
+    if as_json:
+        print_json(asdict(found))
+        return 0
+    for text in found.damage:
+        click.echo(f"damaged: {printable(text)}")
+    for text in found.impossible:
+        click.echo(f"left out, because it cannot have happened without what is lost: {printable(text)}")
+    click.echo(f"{run_dir.name}: {found.num_kept} of {found.num_lines} entries kept", nl=False)
+    click.echo(f", {found.num_restored} reports taken from the tables" if found.num_restored else "")
+    if found.kept_as is not None:
+        click.echo(f"the damaged journal is {found.kept_as}; go on with: orchestrator resume {run_dir}")
+    return 0
+
+
+TABLE: dict[str, click.Command] = {"explain": explain, "export": export, "verify": verify, "repair": repair}

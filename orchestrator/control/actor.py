@@ -13,17 +13,19 @@ import logging
 import os
 import uuid
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from orchestrator.clock import Reading, SystemClock, read_clock
+from orchestrator.control import nodes, placement, resizing
 from orchestrator.control.controller import Answer, Controller
 from orchestrator.control.nodes import NodeOrder, NodeView
 from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, SlotOrder, Status
 from orchestrator.control.rendezvous import Rendezvous
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.status import StatusWriter
-from orchestrator.errors import TelemetryError
+from orchestrator.errors import JournalError, TelemetryError
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import TrialId
 
@@ -34,6 +36,8 @@ _LOOK_S = 1.0
 """Who waits looks so often: a report may be told after a time, without anything having happened."""
 _SLOW_PERIOD_S = 1.0
 _STORE_DELAY_S = 0.005
+_HELD_BACK_S = 0.5
+"""Between two attempts while the journal cannot be written."""
 
 
 class PolicyActor:
@@ -44,16 +48,19 @@ class PolicyActor:
         log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
         log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("orchestrator").addHandler(log)
-        self._controller = Controller(spec, SystemClock(), incarnation=uuid.uuid4().hex[:8])
+        self._clock = SystemClock()
+        self._controller = Controller(spec, self._clock, incarnation=uuid.uuid4().hex[:8])
         self._controller.begin(start_id)
         self._policy = build_policy(spec.policy, spec.policy_params)
         self._deadline_s, self._period_s = spec.deadline_s, spec.period_s
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
+        self._disk = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._syncing: asyncio.Task[None] | None = None
         self._deciding: asyncio.Future[Any] | None = None
         self._events: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._wake = asyncio.Event()
         self._rendezvous = Rendezvous()
-        self._status = StatusWriter(self._controller.state)
+        self._status = StatusWriter(self._controller.world, self._controller.run, self._clock)
         self._ticker: asyncio.Task[None] | None = None
         self._storing: asyncio.Task[None] | None = None
         self._is_over = False
@@ -68,19 +75,22 @@ class PolicyActor:
     async def submit(self, trial_id: TrialId, params: dict[str, Any], resumption: Resumption | None = None) -> None:
         """Queue a trial, or let a known one go on."""
         self._controller.submit(trial_id, params, resumption)
-        self._after()
+        await self._commit()
 
     async def pause(self, trial_id: TrialId) -> None:
         """The search puts a trial aside; it commits and leaves its slot, and may be submitted again."""
-        self._controller.continuations.pause(trial_id)
-        self._after()
+        self._controller.pause(trial_id)
+        await self._commit()
 
     async def pin(self, trial_id: TrialId, num_reports: int) -> dict[str, Any]:
         """Keep the state behind a report; the fields of a `Resumption` that names it."""
-        return self._controller.continuations.pin(trial_id, num_reports)
+        pointer = self._controller.pin(trial_id, num_reports)
+        await self._commit()
+        return pointer
 
     async def answer(self, trial_id: TrialId, index: int) -> Answer | None:
         """Wait for report `index` of a trial; None after some seconds without one: ask again."""
+        self._controller.want(trial_id, index)
         answer = await self._poll(f"trial:{trial_id}", lambda: self._controller.answer(trial_id, index))
         result: Answer | None = answer
         return result
@@ -88,12 +98,12 @@ class PolicyActor:
     async def release(self, trial_id: TrialId) -> None:
         """The search has no further use for a trial."""
         self._controller.release(trial_id)
-        self._after()
+        await self._commit()
 
     async def interrupt(self) -> None:
         """Let every trial commit and leave."""
         self._controller.interrupt()
-        self._after()
+        await self._commit()
 
     # Worker groups.
 
@@ -109,7 +119,7 @@ class PolicyActor:
         """A worker group reports for work."""
         self._rendezvous.forget(hello.slot_id)
         epoch = self._controller.attach(hello)
-        self._after()
+        await self._commit()
         return epoch
 
     async def watch(self, slot_id: str, epoch: int, incarnation: str, seq: int) -> SlotOrder | None:
@@ -131,7 +141,7 @@ class PolicyActor:
         except TelemetryError as error:
             logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
             return True
-        self._after()
+        await self._commit()
         if events.records or events.reports:
             await self._store()  # what is answered must survive this process; the sender repeats what is not
         return is_current
@@ -145,53 +155,55 @@ class PolicyActor:
         agreed = await self._rendezvous.meet(meeting, slot_id, rank, world_size, outcome)
         if agreed is None and outcome.status in {Status.FAILED, Status.MEMORY}:
             self._controller.poison_slot(slot_id, epoch, outcome)
+            await self._commit()
         return agreed
 
     async def finish(self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], outcome: Outcome) -> None:
         """All ranks have left the trial."""
         self._controller.finish(slot_id, epoch, attempt, outcome)
-        self._after()
+        await self._commit()
 
     # The driver.
 
     async def fault(self, slot_id: str, epoch: int, reason: str) -> None:
         """A GPU failed under a slot."""
-        self._controller.state.lifecycle.suspect(slot_id, epoch, reason)
+        self._controller.suspect(slot_id, epoch, reason)
+        await self._commit()
 
     async def take_device_samples(self, samples: list[dict[str, Any]]) -> None:
         """What the agent of a GPU node saw."""
         if not self._is_over:
             self._controller.checks.take_samples(samples)
-            self._controller.telemetry.append_devices(self._status.take_samples(samples))
+            self._controller.engine.telemetry.append_devices(self._status.take_samples(samples))
 
     async def lose_slot(self, slot_id: str, reason: str) -> None:
         """A slot ended without being told to."""
         self._controller.lose_slot(slot_id, reason)
-        self._after()
+        await self._commit()
 
     async def close_slot(self, slot_id: str) -> None:
         """Tell a slot to end when it is idle."""
         self._controller.close_slot(slot_id)
-        self._after()
+        await self._commit()
 
     async def slot_closed(self, slot_id: str) -> None:
         """A slot's loop returned as told."""
         self._controller.slot_closed(slot_id)
-        self._after()
+        await self._commit()
 
     async def nodes(self, present: tuple[NodeView, ...]) -> None:
         """The cluster's nodes, whenever they change."""
-        self._controller.nodes.update(present)
-        self._after()
+        self._controller.take_nodes(present)
+        await self._commit()
 
     async def node_order(self) -> NodeOrder:
         """The nodes that the cluster shall be asked for, and those that are let go."""
-        return self._controller.nodes.order()
+        return nodes.order(self._controller.world, self._controller.run)
 
     async def num_slots_worth(self) -> int:
         """Slots that have something to do or would have at once: what a larger cluster would be paid for."""
-        lifecycle = self._controller.state.lifecycle
-        return len(lifecycle.queue) + len(lifecycle.running())
+        run = self._controller.run
+        return len(run.queue) + len(run.running())
 
     async def status(self) -> dict[str, Any]:
         """The content of status.json, now."""
@@ -200,31 +212,34 @@ class PolicyActor:
     async def set_state(self, state: str) -> None:
         """The driver says how the run stands: starting, running, stopping."""
         self._status.run_state = state
-        self._status.write()
+        self._write_status()
 
     async def wants_slot(self) -> bool:
         """Whether a closed slot should be opened again."""
-        return self._controller.wants_slot()
+        return placement.wants_slot(self._controller.world, self._controller.run)
 
     async def slots_to_open(self) -> tuple[int, ...]:
         """Sizes of slots that trials wait for which change their number of ranks."""
-        return self._controller.slots_to_open()
+        return resizing.slots_to_open(self._controller.world, self._controller.run)
 
     async def give_up(self, reason: str) -> None:
         """No slot will ever open: whoever waits for a report is told so."""
-        self._controller.continuations.give_up(reason)
-        self._after()
+        self._controller.give_up(reason)
+        await self._commit()
 
     async def end_run(self, state: str) -> None:
         """Close journal and tables; the actor is of no use afterwards."""
         if self._ticker is not None:
             self._ticker.cancel()
         self._is_over = True
-        if state == "done":
-            self._controller.continuations.end_paused()
-        self._status.run_state = state
-        self._status.write()
-        self._controller.close()
+        try:
+            if state == "done":
+                self._controller.end_paused()
+            await self._commit()
+        finally:
+            self._status.run_state = state
+            self._write_status()
+            self._controller.engine.close()
 
     # Inside.
 
@@ -232,21 +247,37 @@ class PolicyActor:
         if self._ticker is None and not self._is_over:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever())
 
-    def _after(self) -> None:
-        """Wake whom the last change concerns."""
+    async def _commit(self) -> None:
+        """Return once everything that happened is on disk and what follows is done; messages of a moment share a sync.
+
+        Raises:
+            JournalError: it cannot be written now; the sender of the message sends it again.
+        """
         self._ensure_ticks()
-        slots, trials = self._controller.take_changes()
+        while not self._controller.engine.is_durable:
+            if self._syncing is None:
+                self._syncing = asyncio.get_running_loop().create_task(self._sync())
+            await asyncio.shield(self._syncing)
+        self._controller.engine.perform()
+        slots, trials = self._controller.engine.take_changes()
         for key in [*(f"slot:{slot_id}" for slot_id in slots), *(f"trial:{trial_id}" for trial_id in trials)]:
             self._events.pop(key, asyncio.Event()).set()
-        if self._controller.state.wants_decision:
+        if self._controller.engine.wants_decision:
             self._wake.set()
 
-    async def _poll(self, key: str, look: Any) -> Any:
+    async def _sync(self) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._disk, self._controller.engine.sync)
+        finally:
+            self._syncing = None
+
+    async def _poll(self, key: str, look: Callable[[], Any]) -> Any:
         """What `look` finds, as soon as it is not None; None after `POLL_S`."""
-        self._ensure_ticks()
         deadline_s = asyncio.get_running_loop().time() + POLL_S
-        while (found := look()) is None:
-            self._after()  # looking may have granted a credit
+        while True:
+            await self._commit()
+            if (found := look()) is not None:
+                return found
             event = self._events[key]
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
@@ -254,7 +285,7 @@ class PolicyActor:
             except TimeoutError:
                 if left_s <= _LOOK_S:
                     return None
-        return found
+                self._controller.advance_rungs()
 
     async def _store(self) -> None:
         """Return once the records taken so far are in their file; messages of the same moment share one write."""
@@ -265,7 +296,7 @@ class PolicyActor:
     async def _store_soon(self) -> None:
         await asyncio.sleep(_STORE_DELAY_S)
         self._storing = None  # records that come from here on wait for the next write
-        self._controller.telemetry.flush()
+        self._controller.engine.telemetry.flush()
 
     async def _tick_for_ever(self) -> None:
         """Decide every period and at once when trials come or go; the first of three places that catch everything."""
@@ -274,49 +305,59 @@ class PolicyActor:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._period_s)
-            self._wake.clear()
             try:
-                try:
-                    await self._decide()
-                    if loop.time() >= next_slow_s:
-                        next_slow_s = loop.time() + _SLOW_PERIOD_S
-                        self._look_after_all()
-                finally:
-                    self._after()
+                await self._commit()
+                self._wake.clear()
+                await self._decide()
+                if loop.time() >= next_slow_s:
+                    next_slow_s = loop.time() + _SLOW_PERIOD_S
+                    self._look_after_all()
+                await self._commit()
+            except JournalError as error:
+                logger.warning("nothing is decided: %s", error)
+                await asyncio.sleep(_HELD_BACK_S)
             except Exception:
                 logger.exception("a tick failed; the plan in force stays")
 
     def _look_after_all(self) -> None:
         """What is done about once a second."""
-        self._controller.decider.settle_gains()
-        self._controller.checks.observe()
-        self._controller.close_idle_slots()
-        self._controller.admit()
-        self._controller.telemetry.append_devices(self._status.sample_devices())
-        self._controller.telemetry.flush()
-        self._status.write()
+        controller = self._controller
+        self._status.trouble = controller.engine.trouble
+        try:
+            controller.look_at_trials()
+            controller.close_idle_slots()
+            controller.admit()
+            controller.advance_rungs()
+        finally:
+            controller.engine.telemetry.append_devices(self._status.sample_devices())
+            controller.engine.telemetry.flush()
+            controller.engine.rotate()
+            self._write_status()
+
+    def _write_status(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the last one stays
+            self._status.write()
 
     async def _decide(self) -> None:
         """One decision: snapshot, policy in its own thread with a deadline, plan."""
         controller = self._controller
-        controller.state.wants_decision = False
-        snapshot = controller.decider.snapshot()
+        controller.engine.wants_decision = False
+        controller.learn()
+        snapshot = controller.snapshot()
         if snapshot is None:
             return
         if self._deciding is not None and not self._deciding.done():
-            controller.decider.refuse(snapshot, "the policy still has not returned from an earlier decision", [])
-            controller.publish_offers()
+            controller.refuse(snapshot, "the policy still has not returned from an earlier decision")
+            controller.offer()
             return
         self._deciding = asyncio.get_running_loop().run_in_executor(self._pool, self._policy.decide, snapshot)
         try:
             plan = await asyncio.wait_for(asyncio.shield(self._deciding), self._deadline_s)
         except TimeoutError:
-            controller.decider.refuse(
-                snapshot, f"the policy took longer than its deadline of {self._deadline_s:g} s", []
-            )
+            controller.refuse(snapshot, f"the policy took longer than its deadline of {self._deadline_s:g} s")
         except Exception as error:  # a user's policy may raise anything
             logger.exception("the policy raised")
-            controller.decider.refuse(snapshot, f"the policy raised {type(error).__name__}: {error}", [])
+            controller.refuse(snapshot, f"the policy raised {type(error).__name__}: {error}")
         else:
-            controller.decider.accept(snapshot, plan)
-        controller.publish_offers()
+            controller.accept(snapshot, plan)
+        controller.offer()

@@ -12,8 +12,7 @@ import logging
 from pathlib import Path
 
 from orchestrator.control.knee import Knee, affordable
-from orchestrator.control.lifecycle import Trial
-from orchestrator.control.state import RunState
+from orchestrator.control.world import Run, Trial, World
 from orchestrator.names import write_atomically
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.policies.tier import Tier
@@ -33,9 +32,9 @@ _CONTEXT_BYTES = 1 << 30
 class Admission:
     """Says who may start, for one run."""
 
-    def __init__(self, state: RunState) -> None:
-        self._state = state
-        self._path = Path(state.spec.run_dir).parent / FILE_NAME
+    def __init__(self, world: World, run: Run) -> None:
+        self._world, self._run = world, run
+        self._path = Path(run.spec.run_dir).parent / FILE_NAME
         self._knee = Knee(_read(self._path))
         self._peaks: dict[str, int] = {}
 
@@ -44,34 +43,33 @@ class Admission:
         gpus = self._gpus()
         if not gpus:
             return True
-        running = self._state.lifecycle.running()
+        running = self._run.running()
         if any(other.is_suspect for other in running) or (trial.is_suspect and running):
             return False
-        shape, num_ranks = self._state.spec.shape(trial.params), self._num_ranks(running)
+        shape, num_ranks = self._run.spec.shape(trial.params), self._num_ranks(running)
         limit = self._affordable(gpus, shape, num_ranks)
-        if all(self._state.spec.shape(other.params) == shape for other in running):  # only alike ones have a knee
+        if all(self._run.spec.shape(other.params) == shape for other in running):  # only alike ones have a knee
             limit = min(limit, self._knee.limit(_key(gpus[0], shape)) * len(gpus))
-        size = trial.num_workers or self._state.spec.start.num_workers
+        size = trial.num_workers or self._run.spec.start.num_workers
         return num_ranks < limit and (not running or num_ranks + size <= limit)
 
-    def observe(self) -> bool:
+    def observe(self, now_s: float) -> bool:
         """Look at the trials that run; whether more may start now than before."""
-        gpus, state = self._gpus(), self._state
-        running = state.lifecycle.running()
+        gpus, spec = self._gpus(), self._run.spec
+        running = [trial for trial in self._run.running() if trial.window is not None]
         if not gpus or not running:
             return False
-        now_s = state.clock.now_s()
-        views = [state.windows[trial.trial_id].view(now_s) for trial in running]
+        views = [trial.window.view(now_s) for trial in running if trial.window is not None]
         is_news = False
-        shapes = {state.spec.shape(trial.params) for trial in running}
+        shapes = {spec.shape(trial.params) for trial in running}
         for trial, view in zip(running, views, strict=True):
-            shape = state.spec.shape(trial.params)
+            shape = spec.shape(trial.params)
             is_news = is_news or (view.memory_bytes is not None and shape not in self._peaks)
             self._peaks[shape] = max(self._peaks.get(shape, 0), view.memory_bytes or 0)
         if len(shapes) > 1:
             return is_news
         # The speed of one that waits for others is that of before, while these have its part of the card.
-        waits = [state.telling.is_waiting(trial.trial_id) for trial in running]
+        waits = [self._run.rungs.is_waiting(trial) for trial in running]
         rates = [
             None if view.is_stale or is_waiting else view.throughput_per_s
             for view, is_waiting in zip(views, waits, strict=True)
@@ -89,29 +87,29 @@ class Admission:
 
     def _dials(self, trial: Trial) -> tuple[int, int, Tier] | None:
         """What a speed depends on beside the neighbours; the share follows from their number."""
-        settings = self._state.ledger.running_settings(trial.trial_id)
+        settings = None if trial.account is None else trial.account.settings
         return None if settings is None else (settings.micro_batch, settings.grad_accum, settings.tier)
 
     def _gpus(self) -> list[DeviceView]:
-        return [device for device in self._state.devices.values() if device.kind is DeviceKind.CUDA]
+        return [device for device in self._world.devices.values() if device.kind is DeviceKind.CUDA]
 
     def _num_ranks(self, trials: list[Trial]) -> int:
         """Ranks of trials that run: each takes its part of a GPU."""
-        slots = (self._state.slot_of(trial) for trial in trials)
+        slots = (self._world.slot_of(trial) for trial in trials)
         return sum(1 if slot is None or slot.hello is None else len(slot.hello.placement) for slot in slots)
 
     def _affordable(self, gpus: list[DeviceView], shape: str, num_running: int) -> int:
         """Ranks that memory allows, all alike; as many as wanted where a device does not tell its memory."""
         total_bytes = sum(gpu.memory_bytes for gpu in gpus)
         if total_bytes == 0:
-            return len(self._state.lifecycle.slots) or 1
+            return len(self._world.slots) or 1
         peak = self._peaks.get(shape) or max(self._peaks.values(), default=0) or self._foreseen_bytes()
-        others = num_running * (peak or 0) + len(self._state.lifecycle.slots) * _CONTEXT_BYTES
+        others = num_running * (peak or 0) + len(self._world.slots) * _CONTEXT_BYTES
         return affordable(int(total_bytes * (1 - _SPARE_RATIO)) - others, peak, num_running)
 
     def _foreseen_bytes(self) -> int | None:
         """What a trial may take before any has run: that of the steps with which slots warm up, twice for safety."""
-        hellos = (slot.hello for slot in self._state.lifecycle.slots.values())
+        hellos = (slot.hello for slot in self._world.slots.values())
         warm_bytes = max((hello.warm_peak_bytes or 0 for hello in hellos if hello is not None), default=0)
         return _SAFETY * warm_bytes or None
 

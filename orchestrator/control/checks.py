@@ -11,12 +11,12 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.control.events import ShareChecked
-from orchestrator.control.ledger import Line
-from orchestrator.control.lifecycle import Trial
+from orchestrator.control.events import Event, ShareChecked
+from orchestrator.control.grants import Account
 from orchestrator.control.memory import CONTEXT_BYTES
 from orchestrator.control.orders import Grant, SlotHello
-from orchestrator.control.state import RunState
+from orchestrator.control.signals import CheckMade
+from orchestrator.control.world import Run, Trial, World
 from orchestrator.policies.plan import DeviceId, Generation, TrialId
 from orchestrator.policies.snapshot import DeviceKind
 from orchestrator.share.contention import Contention
@@ -42,8 +42,8 @@ MEASURED_S = 2.0
 class ShareChecks:
     """The checks of one run."""
 
-    def __init__(self, state: RunState) -> None:
-        self._state = state
+    def __init__(self, world: World, run: Run) -> None:
+        self._world, self._run = world, run
         self._processes: dict[DeviceId, dict[int, int] | None] = {}
         self._contention: dict[TrialId, Contention] = {}
         self._beside: dict[TrialId, tuple[frozenset[str], float]] = {}
@@ -56,38 +56,39 @@ class ShareChecks:
             found = sample.get("processes")
             self._processes[sample["device_id"]] = None if found is None else {int(pid): used for pid, used in found}
 
-    def observe(self) -> None:
-        """Check the share of every trial that runs with its newest grant."""
-        state = self._state
-        running = {trial.trial_id: trial for trial in state.lifecycle.running()}
+    def observe(self, now_s: float) -> list[Event]:
+        """Check the share of every trial that runs with its newest grant; what was seen."""
+        running = {trial.trial_id: trial for trial in self._run.running()}
         for gone in self._beside.keys() - running.keys():
             del self._beside[gone]
             self._contention.pop(gone, None)
         self._said = {said for said in self._said if said[0] in running}
-        self._computing = self._who_computes()
+        self._computing = self._who_computes(now_s)
+        found: list[Event] = []
         for trial in running.values():
-            slot, line = state.slot_of(trial), state.ledger.lines.get(trial.trial_id)
-            if slot is None or slot.hello is None or line is None or line.applied is None or line.offers:
+            slot, account = self._world.slot_of(trial), trial.account
+            if slot is None or slot.hello is None or account is None or account.applied is None or account.offers:
                 continue
-            if line.applied.settings.share <= 0:
+            if account.applied.settings.share <= 0:
                 continue
-            for check in self._checks(trial, slot.hello, line, line.applied):
-                self._note(trial.trial_id, line.applied.generation, check)
+            for check in self._checks(trial, slot.hello, account, account.applied, now_s):
+                found += self._noted(trial.trial_id, account.applied.generation, check)
+        return found
 
-    def _checks(self, trial: Trial, hello: SlotHello, line: Line, grant: Grant) -> list[Check]:
-        devices = [self._state.devices[each] for each in line.placement if each in self._state.devices]
+    def _checks(self, trial: Trial, hello: SlotHello, account: Account, grant: Grant, now_s: float) -> list[Check]:
+        devices = [self._world.devices[each] for each in account.placement if each in self._world.devices]
         if devices and all(device.kind is DeviceKind.CPU for device in devices):
-            usage = self._state.windows[trial.trial_id].usage()
+            usage = None if trial.window is None else trial.window.usage()
             is_current = usage is not None and abs(usage.cores - grant.amount) < 1e-3
             return [judge_cpu(grant.amount, usage if is_current else None)]
         found = []
         if "compute" in hello.enforces:
-            found.append(self._neighbours(trial, line, grant))
+            found.append(self._neighbours(trial, account, grant, now_s))
         if "memory" in hello.enforces and hello.memory_cap_bytes:
-            found.append(self._memory(trial, hello, hello.memory_cap_bytes))
+            found.append(self._memory(trial, hello, hello.memory_cap_bytes, now_s))
         return found
 
-    def _memory(self, trial: Trial, hello: SlotHello, cap_bytes: int) -> Check:
+    def _memory(self, trial: Trial, hello: SlotHello, cap_bytes: int, now_s: float) -> Check:
         """NVML's count of whole processes where it shows them, else what the ranks' own allocators say."""
         used = [
             (self._processes.get(device_id) or {}).get(pid)
@@ -96,58 +97,57 @@ class ShareChecks:
         seen = [each for each in used if each is not None]
         if seen:
             return judge_memory(cap_bytes + CONTEXT_BYTES, max(seen), "the fullest rank with its context, by NVML")
-        own = self._state.windows[trial.trial_id].view(self._state.clock.now_s()).memory_bytes
+        own = None if trial.window is None else trial.window.view(now_s).memory_bytes
         if own is not None:
             return judge_memory(cap_bytes, own, "the ranks' own peak: NVML shows none of their processes")
         return judge_memory(cap_bytes, None, "NVML shows none of its processes, and no step has told its peak")
 
-    def _neighbours(self, trial: Trial, line: Line, grant: Grant) -> Check:
-        now_s, trial_id = self._state.clock.now_s(), trial.trial_id
-        own = set(line.placement)
+    def _neighbours(self, trial: Trial, account: Account, grant: Grant, now_s: float) -> Check:
+        trial_id, own = trial.trial_id, set(account.placement)
         neighbours = frozenset(key for key, devices in self._computing.items() if key != trial_id and devices & own)
         crowd, since_s = self._beside.get(trial_id, (None, 0.0))
         if crowd != neighbours:
             since_s = now_s
             self._beside[trial_id] = neighbours, since_s
-        stretch = self._state.windows[trial_id].stretch(since_s + SETTLE_S)
+        stretch = None if trial.window is None else trial.window.stretch(since_s + SETTLE_S)
         is_enough = stretch is not None and stretch.num_steps >= MIN_STEPS and stretch.seconds >= MEASURED_S
         if stretch is None or not is_enough or stretch.generation != grant.generation:
             return unobservable(Subject.NEIGHBOURS, "times", "too few steps since its share or its neighbours changed")
-        settings = self._state.ledger.running_settings(trial_id) or grant.settings
+        settings = account.settings or grant.settings
         key = (grant.amount, settings.micro_batch, settings.grad_accum, settings.tier, stretch.is_replayed)
         step_s = stretch.seconds / stretch.num_steps
         return self._contention.setdefault(trial_id, Contention()).note(key, neighbours, step_s)
 
-    def _who_computes(self) -> dict[TrialId, frozenset[DeviceId]]:
+    def _who_computes(self, now_s: float) -> dict[TrialId, frozenset[DeviceId]]:
         """The devices of every trial that computes now; none where cores alone are shared, which nobody asks about."""
-        state, now_s = self._state, self._state.clock.now_s()
-        if all(device.kind is DeviceKind.CPU for device in state.devices.values()):
+        if all(device.kind is DeviceKind.CPU for device in self._world.devices.values()):
             return {}
         return {
-            key: frozenset(line.placement)
-            for key, line in state.ledger.lines.items()
-            if line.held_share() > 0
-            and (window := state.windows.get(key)) is not None
-            and window.stretch(now_s - 2 * SETTLE_S) is not None
+            trial.trial_id: frozenset(trial.account.placement)
+            for trial in self._run.trials.values()
+            if trial.account is not None
+            and trial.account.held_share() > 0
+            and trial.window is not None
+            and trial.window.stretch(now_s - 2 * SETTLE_S) is not None
         }
 
-    def _note(self, trial_id: TrialId, generation: int, check: Check) -> None:
-        self._state.checks.setdefault(trial_id, {})[check.what] = check
+    def _noted(self, trial_id: TrialId, generation: int, check: Check) -> list[Event]:
+        """The newest check of its kind; an entry of the journal once per allocation and verdict."""
+        made = CheckMade(trial_id=trial_id, check=check)
         said = (trial_id, generation, check.what, check.verdict)
         if check.verdict is Verdict.NOT_OBSERVABLE or said in self._said:
-            return
+            return [made]
         self._said.add(said)
         if check.verdict is Verdict.NOT_HELD:
             logger.warning("share.not_held trial=%s plan=%d %s", trial_id, generation, check.reason)
-        self._state.log(
-            ShareChecked(
-                generation=Generation(generation),
-                trial_id=trial_id,
-                what=check.what.value,
-                expected=check.expected,
-                observed=check.observed,
-                unit=check.unit,
-                verdict=check.verdict.value,
-                reason=check.reason,
-            )
+        entry = ShareChecked(
+            generation=Generation(generation),
+            trial_id=trial_id,
+            what=check.what.value,
+            expected=check.expected,
+            observed=check.observed,
+            unit=check.unit,
+            verdict=check.verdict.value,
+            reason=check.reason,
         )
+        return [made, entry]

@@ -1,35 +1,26 @@
-"""The controller: events from worker groups and from the search in, orders and answers out. No Ray, no waiting.
+"""The controller: messages of worker groups, the search and the driver in, events, orders and answers out. No Ray.
 
-Every method is idempotent, because a caller whose answer was lost asks again. Methods return at once; who has to wait
-(a long poll) waits in the actor, which is told through `take_changes` whom to wake.
+Each message becomes events, which `Engine` writes and applies. A message may be sent again after a failure or a lost
+answer: what has happened already does not happen twice. Methods return at once; who has to wait (a long poll) waits in
+the actor. Questions (`answer`, `order`, `snapshot` ...) change nothing.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from orchestrator.clock import Clock
+from orchestrator.control import decisions, departures, nodes, placement, resizing, resumption
+from orchestrator.control import events as ev
+from orchestrator.control import signals as sig
 from orchestrator.control.admission import Admission
 from orchestrator.control.checks import ShareChecks
-from orchestrator.control.continuation import Continuations, requeued
-from orchestrator.control.decider import Decider
-from orchestrator.control.events import (
-    SCHEMA_VERSION,
-    Acknowledged,
-    Overridden,
-    Recovered,
-    Reported,
-    RunBegan,
-    SlotChanged,
-    TrialAssigned,
-    TrialToldToStop,
-)
-from orchestrator.control.journal import FILE_NAME, Journal, read_events
-from orchestrator.control.lifecycle import Slot, SlotState, Trial, TrialState
-from orchestrator.control.nodes import Nodes
+from orchestrator.control.engine import Engine
+from orchestrator.control.events import Event
+from orchestrator.control.nodes import NodeView
 from orchestrator.control.orders import (
     Ack,
     Events,
@@ -41,16 +32,12 @@ from orchestrator.control.orders import (
     SlotOrder,
     StopMode,
 )
-from orchestrator.control.publishing import order_of
-from orchestrator.control.recovery import forget_workers, recover
-from orchestrator.control.resizing import Resizes
 from orchestrator.control.spec import RunSpec
-from orchestrator.control.state import RunState
-from orchestrator.policies.fit import note_tiers, protect
-from orchestrator.policies.plan import Generation, TrialId, changed_dials
-from orchestrator.policies.snapshot import Override
+from orchestrator.control.world import SlotState, Trial, TrialState
+from orchestrator.policies.invariants import check
+from orchestrator.policies.plan import Generation, Plan, TrialId, changed_dials
+from orchestrator.policies.snapshot import Snapshot
 from orchestrator.telemetry.record import unpack
-from orchestrator.telemetry.store import TelemetryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -66,150 +53,171 @@ class Answer:
 
 
 class Controller:
-    """One run. All methods run on one event loop."""
+    """One run. All methods run on one event loop.
+
+    Attributes:
+        engine: what writes and applies events.
+        world: everything known.
+        run: the run.
+        admission: who may start on GPUs.
+        checks: whether shares are real.
+    """
 
     def __init__(self, spec: RunSpec, clock: Clock, incarnation: str) -> None:
-        run_dir = Path(spec.run_dir)
-        self.state = RunState(spec, clock, Journal(run_dir / FILE_NAME), incarnation)
-        self.decider = Decider(self.state)
-        self.admission = Admission(self.state)
-        self.continuations = Continuations(self.state, self.stop_trial)
-        self.nodes = Nodes(
-            self.state,
-            self.stop_trial,
-            lambda slot_id, reason: self.lose_slot(slot_id, reason, is_charged=False),
-            self.close_slot,
-        )
-        self.resizes = Resizes(self.state, self.stop_trial)
-        self.checks = ShareChecks(self.state)
-        self.telemetry = TelemetryWriter(run_dir / "telemetry")
-        self._is_interrupted = False
+        self.engine = Engine(spec, clock, incarnation)
+        self.world, self.run = self.engine.world, self.engine.run
+        self.admission = Admission(self.world, self.run)
+        self.checks = ShareChecks(self.world, self.run)
+        self._last_refusal = ""
 
     def begin(self, start_id: str) -> None:
         """Write the head of a new journal, or take up what an existing one says.
 
-        An entry of the same `start_id` means that only the actor was restarted; otherwise the whole run is started anew
-        and the worker groups of the journal are gone.
+        A `start_id` that the journal knows means that only the actor was restarted; otherwise the whole run is started
+        anew and the worker groups of the journal are gone.
         """
-        spec, state = self.state.spec, self.state
-        entries = list(read_events(Path(spec.run_dir) / FILE_NAME))
-        if not entries:
-            state.log(RunBegan(schema=SCHEMA_VERSION, run_id=spec.run_id, start_id=start_id, spec=spec.to_jsonable()))
+        spec = self.run.spec
+        if not self.engine.recover():
+            head = ev.RunBegan(schema=ev.SCHEMA_VERSION, run_id=spec.run_id, start_id=start_id, spec=spec.to_jsonable())
+            self.engine.emit(head)
         else:
-            recover(state, entries)
-            are_workers_gone = all(
-                each.start_id != start_id for each in entries if isinstance(each, RunBegan | Recovered)
-            )
-            state.log(Recovered(start_id=start_id, are_workers_gone=are_workers_gone))
-            if are_workers_gone:
-                forget_workers(state)
-                state.telling.begin_again()
-        state.journal.sync()
+            is_new = start_id not in self.run.start_ids
+            self.engine.emit(ev.Recovered(start_id=start_id, are_workers_gone=is_new, schema=ev.SCHEMA_VERSION))
+        self.engine.sync()
 
     # The search.
 
-    def submit(self, trial_id: TrialId, params: dict[str, Any], resumption: Resumption | None = None) -> None:
-        """Queue a trial of the search, or let a known one go on where the search wants it to."""
-        fixed = {name: value for name, value in self.state.spec.params.items() if name not in params}
-        self.continuations.submit(trial_id, {**params, **fixed}, resumption)  # those searched are shown first
-        self._assign()
+    def submit(self, trial_id: TrialId, params: dict[str, Any], wanted: Resumption | None = None) -> None:
+        """Queue a trial of the search, or let a known one go on where the search wants it to.
+
+        Raises:
+            ValueError: a new trial shall go on from a commit of another run.
+        """
+        run = self.run
+        fixed = {name: value for name, value in run.spec.params.items() if name not in params}
+        shown = {**params, **fixed}  # those searched are shown first
+        self.engine.emit(*resumption.submitted(run, trial_id, shown, wanted))
+        if run.why_no_slots:
+            self.give_up(run.why_no_slots)
+        self.settle()
+
+    def want(self, trial_id: TrialId, index: int) -> None:
+        """The search asks for a report of a trial, which grants the trial that report."""
+        trial = self.run.trials[trial_id]
+        if trial.wanted != index or trial.credit <= index:
+            self.engine.emit(sig.ReportWanted(trial_id=trial_id, index=index))
+        self.advance_rungs()
 
     def answer(self, trial_id: TrialId, index: int) -> Answer | None:
-        """Report `index` of a trial, or its end; None while it is pending. Asking grants the trial that report."""
-        trial = self.state.lifecycle.trials[trial_id]
-        self.state.telling.wants(trial_id, index)
+        """Report `index` of a trial, or its end; None while it is pending or waits at a rung."""
+        run, trial = self.run, self.run.trials[trial_id]
         if index < len(trial.reports):
-            if not self._is_interrupted and not self.state.may_tell(trial, index):
+            if not run.is_interrupted and not run.rungs.is_free(trial_id, index):
                 return None
             has_failed = trial.state is TrialState.FAILED  # which the search learns when it asks once more
             is_last = trial.state.is_final and not has_failed and index == len(trial.reports) - 1
-            is_last |= index == self.state.spec.max_reports - 1  # Tune need not ask once more to learn that
+            is_last |= index == run.spec.max_reports - 1  # Tune need not ask once more to learn that
             return Answer(state=trial.state, report=trial.reports[index], reason=trial.reason, is_last=is_last)
         if trial.state.is_final:
             return Answer(state=trial.state, reason=trial.reason, is_last=True)
-        if self._is_interrupted and trial.state in {TrialState.QUEUED, TrialState.PAUSED}:
+        if run.is_interrupted and trial.state in {TrialState.QUEUED, TrialState.PAUSED}:
             return Answer(state=trial.state, reason="the run was interrupted", is_last=True)
-        if trial.credit <= index:
-            trial.credit = index + 1
-            self.state.telling.began(trial_id, self.state.clock.now_s())
-            self._refresh(trial)
         return None
 
-    def stop_trial(self, trial_id: TrialId, mode: StopMode) -> None:
-        """The search has no further use for a trial, or the run is interrupted."""
-        trial = self.state.lifecycle.stop(trial_id, mode)
-        if trial is None:
-            return
-        num_workers = trial.moves_to if mode is StopMode.RESIZE else None
-        self.state.log(TrialToldToStop(trial_id=trial_id, mode=mode.value, num_workers=num_workers))
-        if trial.state.is_final:
-            self.state.log_ended(trial)
-        self._refresh(trial)
-        self.state.changed_trials.add(trial_id)
+    def pause(self, trial_id: TrialId) -> None:
+        """The search puts a trial aside; it commits and leaves its slot, and may be submitted again."""
+        self.engine.emit(*resumption.paused(self.run, trial_id))
+        self.settle()
 
-    def interrupt(self) -> None:
-        """Let every running trial commit and leave; nothing is assigned any more."""
-        self._is_interrupted = self.continuations.is_interrupted = True
-        for trial in self.state.lifecycle.running():
-            self.stop_trial(trial.trial_id, StopMode.CHECKPOINT)
-        self.state.changed_trials.update(self.state.lifecycle.trials)
+    def pin(self, trial_id: TrialId, num_reports: int) -> dict[str, Any]:
+        """Keep the state behind report `num_reports` of a trial; fields of a `Resumption` that names it.
+
+        Raises:
+            ValueError: the trial has not reported so often, or that commit is gone.
+        """
+        trial = self.run.trials.get(trial_id)
+        if trial is None or num_reports == 0:
+            return {"origin": trial_id, "num_reports": 0, "checkpoint": None, "step": 0, "num_samples": 0}
+        kept = str(resumption.pinned_path(self.run, trial, num_reports))
+        report = trial.reports[num_reports - 1]
+        if report.checkpoint != kept:
+            self.engine.emit(ev.CommitPinned(trial_id=trial_id, index=num_reports - 1, checkpoint=kept))
+        place = {"origin": trial_id, "num_reports": num_reports, "checkpoint": kept}
+        return {**place, "step": report.step, "num_samples": report.num_samples}
 
     def release(self, trial_id: TrialId) -> None:
         """The search's stand-in of a trial has gone; the trial ends, unless the whole run is only interrupted."""
-        self.state.telling.released(trial_id)
-        if not self._is_interrupted:
+        trial = self.run.trials.get(trial_id)
+        if trial is None:
+            return
+        self.engine.emit(sig.TrialReleased(trial_id=trial_id))
+        if not self.run.is_interrupted:
             self.stop_trial(trial_id, StopMode.DISCARD)
+        self.advance_rungs()
+
+    def stop_trial(self, trial_id: TrialId, mode: StopMode) -> None:
+        """Tell a trial to leave."""
+        self.engine.emit(*departures.told_to_stop(self.run, self.run.trials[trial_id], mode))
+        self.settle()
+
+    def interrupt(self) -> None:
+        """Let every running trial commit and leave; nothing is assigned any more."""
+        if not self.run.is_interrupted:
+            self.engine.emit(ev.RunInterrupted())
+        for trial in self.run.running():
+            self.engine.emit(*departures.told_to_stop(self.run, trial, StopMode.CHECKPOINT))
+
+    def give_up(self, reason: str) -> None:
+        """No slot will ever open: trials that wait for one, now or later, fail with that reason."""
+        if self.run.why_no_slots != reason:
+            self.engine.emit(sig.SlotsGivenUp(reason=reason))
+        while self.run.queue:
+            self.engine.emit(departures.failed(self.run.trials[self.run.queue[0]], reason))
+
+    def end_paused(self) -> None:
+        """The search is over: what it put aside will not go on."""
+        self._repeat(lambda: resumption.next_end_of_paused(self.run))
 
     # Worker groups.
 
     def expect_slot(self, slot_id: str, num_workers: int | None = None) -> None:
         """The supervisor is opening a slot, of that many ranks where they are not those that trials begin with."""
-        self.state.lifecycle.expect_slot(slot_id, num_workers)
+        self.engine.emit(sig.SlotExpected(slot_id=slot_id, num_workers=num_workers or self.run.spec.start.num_workers))
 
     def attach(self, hello: SlotHello) -> int:
-        """A worker group reports for work; returns its epoch."""
-        state = self.state
-        state.set_devices(hello.devices)
-        carried = state.lifecycle.slots[hello.slot_id].trial_id if hello.slot_id in state.lifecycle.slots else None
-        slot, orphan = state.lifecycle.attach(hello)
-        if carried is not None:
-            state.end_trial(carried)
-        state.log(SlotChanged(slot_id=slot.slot_id, state=slot.state.value, epoch=slot.epoch, hello=hello))
-        self._log_left(orphan)
-        slot.idle_since_s = state.clock.now_s()
-        state.publish(slot, state.idle_order(slot))
-        self._assign()
-        self.resizes.advance()
-        state.journal.sync()
-        return slot.epoch
+        """A worker group reports for work; returns its epoch. The same processes may report again."""
+        slot = self.world.slots.get(hello.slot_id)
+        if slot is not None and slot.is_open and slot.hello == hello:
+            self.settle()
+            return slot.epoch
+        epoch = 1 if slot is None else slot.epoch + 1
+        here = ev.SlotChanged(slot_id=hello.slot_id, state=SlotState.IDLE.value, epoch=epoch, hello=hello)
+        orphans = [] if slot is None else nodes.orphaned(self.world, slot, "its worker group died")
+        self.engine.emit(here, *orphans)
+        self.settle()
+        self.advance_resizes()
+        return epoch
 
     def order(self, slot_id: str, epoch: int) -> SlotOrder | None:
         """The newest order of a slot, or None when its epoch is over (the caller must end)."""
-        slot = self.state.lifecycle.slots.get(slot_id)
-        if slot is None or slot.epoch != epoch or slot.state in {SlotState.CLOSED, SlotState.LOST}:
+        slot = self.world.slots.get(slot_id)
+        if slot is None or slot.epoch != epoch or not slot.is_open:
             return None
-        if slot_id not in self.state.orders:
-            self._publish_for(slot)
-        return self.state.orders[slot_id]
+        return self.engine.order(slot_id)
 
-    def take_events(self, slot_id: str, epoch: int, attempt_of: tuple[TrialId, int], rank: int, events: Events) -> bool:
-        """What a rank says happened; False when it speaks for an attempt that is over."""
-        state = self.state
-        slot = state.lifecycle.slots.get(slot_id)
-        is_there = slot is not None and slot.epoch == epoch and slot.trial_id is not None
-        trial = state.lifecycle.trials[slot.trial_id] if is_there else None  # type: ignore[union-attr,index]
-        if trial is None or (trial.trial_id, trial.attempt) != attempt_of:
+    def take_events(self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], rank: int, events: Events) -> bool:
+        """What a rank says happened; False when it speaks for an attempt that is over.
+
+        Raises:
+            TelemetryError: a message of records is damaged.
+        """
+        trial = self.world.attempt_in(slot_id, epoch, attempt)
+        if trial is None:
             return False
         for message in events.records:
-            self._take_records(trial, rank, message)
+            self.engine.emit(sig.RecordsCame(trial_id=trial.trial_id, rank=rank, records=unpack(message)))
         if rank == 0:
-            for tiers in events.tiers:
-                fit = state.fits[trial.trial_id]
-                state.fits[trial.trial_id] = note_tiers(fit, tiers.tiers)
-            for mode in events.modes:
-                state.note_mode(trial.trial_id, mode)
-            for dials in events.dials:
-                state.note_dials(trial, dials)
+            self._take_findings(trial, events)
             for override in events.overrides:  # before any new grant
                 self._take_override(trial, override)
             for ack in events.acks:
@@ -218,231 +226,193 @@ class Controller:
                 self._take_report(trial, report)
         return True
 
-    def finish(self, slot_id: str, epoch: int, attempt_of: tuple[TrialId, int], outcome: Outcome) -> None:
+    def finish(self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], outcome: Outcome) -> None:
         """The trial left its slot on all ranks."""
-        state = self.state
-        slot = state.lifecycle.slots.get(slot_id)
-        if slot is None or slot.epoch != epoch or slot.trial_id is None:
-            return
-        trial = state.lifecycle.trials[slot.trial_id]
-        if (trial.trial_id, trial.attempt) != attempt_of:
-            return
-        self.resizes.leaving(trial, outcome)
-        state.lifecycle.finish(slot, outcome)
-        state.end_trial(trial.trial_id)
-        slot.idle_since_s = state.clock.now_s()
-        self._log_left(trial)
-        state.publish(slot, state.idle_order(slot))
-        self._assign()
-        state.journal.sync()
+        trial = self.world.attempt_in(slot_id, epoch, attempt)
+        if trial is not None:
+            self.engine.emit(departures.left(self.run, trial, outcome))
+            self.settle()
 
     def world_size(self, slot_id: str) -> int:
         """Ranks of a slot's worker group; 1 for an unknown one."""
-        slot = self.state.lifecycle.slots.get(slot_id)
+        slot = self.world.slots.get(slot_id)
         return 1 if slot is None or slot.hello is None else len(slot.hello.placement)
 
     def poison_slot(self, slot_id: str, epoch: int, outcome: Outcome) -> None:
-        """One rank raised and the others did not come: the trial fails with that when the group has restarted."""
-        slot = self.state.lifecycle.slots.get(slot_id)
-        if slot is not None and slot.epoch == epoch:
-            self.state.lifecycle.poison(slot_id, outcome)
+        """One rank raised and the others did not come: that decides about the trial when the group has restarted."""
+        self.engine.emit(ev.SlotPoisoned(slot_id=slot_id, epoch=epoch, outcome=outcome))
 
-    def admit(self) -> None:
-        """Start what may start by now, let go of nodes that are not wanted, and move on who changes its group.
+    def suspect(self, slot_id: str, epoch: int, reason: str) -> None:
+        """A GPU failed under a slot of that epoch: the trial in it runs alone from now on."""
+        slot = self.world.slots.get(slot_id)
+        trial = None if slot is None or slot.epoch != epoch else self.world.trial_in(slot)
+        if trial is not None:
+            self.engine.emit(ev.TrialSuspected(trial_id=trial.trial_id, reason=reason))
 
-        Called once a second.
-        """
-        self.nodes.settle()
-        self.admission.observe()
-        self._assign()
-        self.resizes.advance()
+    # The driver.
 
     def lose_slot(self, slot_id: str, reason: str, *, is_charged: bool = True) -> None:
         """A slot ended without being told to, or its node did."""
-        state = self.state
-        slot = state.lifecycle.slots.get(slot_id)
-        carried = None if slot is None else slot.trial_id
-        orphan = state.lifecycle.lose_slot(slot_id, reason, is_charged=is_charged)
-        if slot is None:
-            return
-        if carried is not None:
-            state.end_trial(carried)
-        state.log(SlotChanged(slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None))
-        self._log_left(orphan)
-        self._assign()
-        state.journal.sync()
-        state.changed_slots.add(slot_id)
+        slot = self.world.slots.get(slot_id)
+        if slot is not None and slot.is_open:
+            self.engine.emit(*nodes.slot_lost(self.world, slot, reason, is_charged=is_charged))
+            self.settle()
 
     def close_slot(self, slot_id: str) -> None:
         """Tell a slot to end when it is idle; its loop returns."""
-        slot = self.state.lifecycle.slots.get(slot_id)
-        if slot is None or slot.is_closing:
-            return
-        slot.is_closing = True
-        if slot.state is SlotState.IDLE:
-            self.state.publish(slot, self.state.idle_order(slot))
-
-    def close_idle_slots(self) -> None:
-        """Let go of slots that have had nothing to do for long."""
-        state = self.state
-        open_slots = state.open_slots()
-        if state.lifecycle.queue and not len(open_slots) > state.spec.max_running > 0:
-            return  # one that is idle is about to be taken; where more are open than may run, it may be of no use
-        free_slots = state.lifecycle.free_slots()
-        for slot in open_slots:
-            is_idle = slot in free_slots and slot.hello is not None
-            if is_idle and state.clock.now_s() - slot.idle_since_s > state.spec.idle_close_s:
-                self.close_slot(slot.slot_id)
-
-    def wants_slot(self) -> bool:
-        """Whether a closed slot should be opened again: trials wait and none is on its way."""
-        if self._is_interrupted or not self.state.lifecycle.has_turn():
-            return False
-        usual = self.state.spec.start.num_workers
-        opening = [slot for slot in self.state.open_slots() if slot.state is SlotState.OPENING]
-        is_opening = any(slot.num_workers == usual for slot in opening)
-        # One that needs a group of a certain size is served by `slots_to_open`.
-        waits = any(self.state.lifecycle.trials[key].num_workers is None for key in self.state.lifecycle.queue)
-        return waits and not is_opening
-
-    def slots_to_open(self) -> tuple[int, ...]:
-        """Sizes of slots that shall be opened beside the others, for trials that change their number of ranks."""
-        return () if self._is_interrupted else self.resizes.slots_to_open()
+        self.engine.emit(sig.SlotToldToClose(slot_id=slot_id))
 
     def slot_closed(self, slot_id: str) -> None:
         """The slot's loop returned as told."""
-        self.state.lifecycle.close_slot(slot_id)
-        slot = self.state.lifecycle.slots[slot_id]
-        self.state.log(SlotChanged(slot_id=slot_id, state=slot.state.value, epoch=slot.epoch, hello=None))
+        slot = self.world.slots.get(slot_id)
+        if slot is not None and slot.is_open:
+            self.engine.emit(ev.SlotChanged(slot_id=slot_id, state=SlotState.CLOSED.value, epoch=slot.epoch))
 
-    def close(self) -> None:
-        """Nothing more will come: close journal and tables."""
-        self.state.journal.close()
-        self.telemetry.close()
+    def take_nodes(self, present: tuple[NodeView, ...]) -> None:
+        """The list of nodes that are there; what differs from the last one has happened since."""
+        self._repeat(lambda: nodes.next_change(self.world, self.run, present))
+        self.settle()
+
+    # Time passes.
+
+    def settle(self) -> None:
+        """What follows from what is known: trials go on that the search wants, and start where slots are free."""
+        self._repeat(lambda: resumption.next_continuation(self.run))
+        self._repeat(lambda: _listed(placement.assignment(self.world, self.run, self.admission.may_start)))
+
+    def admit(self) -> None:
+        """Start what may start by now, let go of nodes that are not wanted, and move on who changes its group."""
+        self._repeat(lambda: nodes.next_release(self.world, self.run))
+        self.admission.observe(self.engine.now_s)
+        self.settle()
+        self.advance_resizes()
+
+    def advance_rungs(self) -> None:
+        """Tell the search of reports whose turn it is."""
+        run = self.run
+        while True:
+            now_s = self.engine.now_s
+            opened = [sig.RungOpened(number=each) for each in run.rungs.openable(run.trials, now_s, run.left_s)]
+            for each in opened:
+                self.engine.emit(each)
+            due = run.rungs.due(run.trials, now_s)
+            if due is None:
+                return
+            told: Event = sig.ReportToldAgain(trial_id=due.trial_id, index=due.index)
+            if due.is_judged:
+                told = ev.ReportTold(trial_id=due.trial_id, index=due.index, place=due.place, held_s=due.held_s)
+            self.engine.emit(told)
+
+    def advance_resizes(self) -> None:
+        """Let trials go whose new group is there, and forget wishes that nobody fulfilled in time."""
+        self._repeat(lambda: resizing.next_step(self.world, self.run, self.engine.now_s))
+
+    def close_idle_slots(self) -> None:
+        """Let go of slots that have had nothing to do for long."""
+        for slot in placement.idle_slots(self.world, self.run, self.engine.now_s):
+            self.close_slot(slot.slot_id)
+
+    def look_at_trials(self) -> None:
+        """Note the gain of changes that have settled, and whether shares are real."""
+        for trial in self.run.running():
+            self.engine.emit(*decisions.realised(trial))
+        for event in self.checks.observe(self.engine.now_s):
+            self.engine.emit(event)
 
     # Decisions.
 
-    def publish_offers(self) -> None:
-        """Send out what can be granted now, and let trials go that another group is ready for."""
-        self.resizes.advance()
-        offered = self.decider.offers()
-        if not offered:
-            return
-        self.state.journal.sync()
-        for trial_id in offered:
-            self._refresh(self.state.lifecycle.trials[trial_id])
+    def learn(self) -> None:
+        """Take in what was observed of the running trials since the last time."""
+        for event in decisions.learned(self.world, self.run, self.engine.now_s):
+            self.engine.emit(event)
 
-    def take_changes(self) -> tuple[set[str], set[TrialId]]:
-        """Slots and trials whose waiters have something to read; forgotten by this call."""
-        waited = self.state.telling.ready(self.state.clock.now_s())
-        changes = self.state.changed_slots, self.state.changed_trials | waited
-        self.state.changed_slots, self.state.changed_trials = set(), set()
-        return changes
+    def snapshot(self) -> Snapshot | None:
+        """The world as a policy sees it; None when there is nothing to decide."""
+        return decisions.snapshot(self.world, self.run, self.engine.now_s)
+
+    def accept(self, snapshot: Snapshot, plan: Plan) -> bool:
+        """Take a plan that breaks no invariant: journal it, then make it the target. False when it was refused."""
+        violations = check(snapshot, plan)
+        if violations:
+            self.refuse(snapshot, "the plan breaks invariants", [violation.text for violation in violations])
+            return False
+        self._last_refusal = ""
+        if self.engine.emit(*decisions.committed(self.run, snapshot, plan)):
+            logger.info("plan.committed generation=%d %s", plan.generation, plan.reason)
+        return True
+
+    def refuse(self, snapshot: Snapshot, reason: str, violations: Sequence[str] = ()) -> None:
+        """Note why a decision was not taken, once per reason, and look after trials that have no allocation yet."""
+        story = f"{reason}: {'; '.join(violations)}"
+        if story != self._last_refusal:
+            logger.warning("plan.refused %s; the plan in force stays", story)
+            in_force = self.run.plan.generation
+            self.engine.emit(ev.PlanRefused(generation=in_force, reason=reason, violations=tuple(violations)))
+            self._last_refusal = story
+        spare = decisions.stand_in(self.run, snapshot, reason)
+        if spare is not None:
+            self.accept(snapshot, spare)
+
+    def offer(self) -> None:
+        """Offer what can be granted now, and let trials go that another group is ready for."""
+        self.advance_resizes()
+        self.engine.emit(*decisions.offered(self.world, self.run))
 
     # Inside.
 
-    def _assign(self) -> None:
-        if self._is_interrupted:
-            return
-        state = self.state
-        for slot, trial in state.lifecycle.assign(self.admission.may_start):
-            state.log(
-                TrialAssigned(
-                    trial_id=trial.trial_id,
-                    attempt=trial.attempt,
-                    slot_id=slot.slot_id,
-                    epoch=slot.epoch,
-                )
-            )
-            state.begin_trial(trial, slot)
-            self._refresh(trial)
-        state.journal.sync()
+    def _repeat(self, next_step: Callable[[], Sequence[Event]]) -> None:
+        """Let happen what follows from the world, until nothing does."""
+        while events := next_step():
+            if not self.engine.emit(*events):
+                logger.error("what should follow was refused: %s", events)
+                return
 
-    def _refresh(self, trial: Trial) -> None:
-        """Publish the order of the slot that carries the trial."""
-        slot = self.state.slot_of(trial)
-        if slot is not None:
-            self._publish_for(slot)
-
-    def _publish_for(self, slot: Slot) -> None:
-        self.state.publish(slot, order_of(self.state, slot))
-
-    def _take_records(self, trial: Trial, rank: int, message: bytes) -> None:
-        records, window = unpack(message), self.state.windows[trial.trial_id]
-        report = window.fold(rank, records, self.state.clock.now_s(), newest_generation=self.state.plan.generation)
-        if report.accepted:
-            self.telemetry.append_steps(trial.trial_id, trial.attempt, rank, records[report.mask])
-        if report.refused:
-            logger.warning("telemetry.refused trial=%s rank=%d %s", trial.trial_id, rank, report.reasons)
+    def _take_findings(self, trial: Trial, events: Events) -> None:
+        for tiers in events.tiers:
+            self.engine.emit(sig.TiersFound(trial_id=trial.trial_id, report=tiers))
+        for mode in events.modes:
+            self.engine.emit(sig.StepModeFound(trial_id=trial.trial_id, found=mode))
+        for dials in events.dials:
+            if trial.allows != dials:
+                values = {each.name: getattr(dials, each.name) for each in fields(dials)}
+                self.engine.emit(ev.DialsDeclared(trial_id=trial.trial_id, **values))
 
     def _take_ack(self, trial: Trial, ack: Ack) -> None:
-        state = self.state
-        before = state.ledger.running_settings(trial.trial_id)
-        grant = state.ledger.acknowledge(trial.trial_id, ack.generation)
-        if grant is None:
+        account = trial.account
+        granted = None if account is None else next((g for g in account.offers if g.generation == ack.generation), None)
+        if account is None or granted is None:
             return
-        now_s = state.clock.now_s()
-        dials = self.resizes.acknowledged(trial) if before is None else changed_dials(before, grant.settings)
-        for dial in dials:
-            state.changes_applied[dial] = state.changes_applied.get(dial, 0) + 1
-        if dials:
-            state.changed_at_s[trial.trial_id] = now_s
-        override = state.overrides.get(trial.trial_id)
-        if override is not None and override.generation < ack.generation:
-            del state.overrides[trial.trial_id]
-        committed_s = state.committed_at_s.get(ack.generation, ack.applied_s)
-        state.log(
-            Acknowledged(
-                generation=Generation(ack.generation),
-                trial_id=trial.trial_id,
-                attempt=trial.attempt,
-                step=ack.step,
-                settings=ack.settings,
-                ack_s=max(0.0, ack.applied_s - committed_s),
-                switch_s=ack.switch_s,
-                dials=dials,
-            )
+        before, now_s = account.settings, self.engine.now_s
+        arrival = resizing.arrived(self.run, trial, now_s) if before is None else None
+        dials = ("workers",) if arrival is not None else ()
+        committed_s = self.run.committed_at_s.get(ack.generation, ack.applied_s)
+        acknowledged = ev.Acknowledged(
+            generation=Generation(ack.generation),
+            trial_id=trial.trial_id,
+            attempt=trial.attempt,
+            step=ack.step,
+            settings=ack.settings,
+            ack_s=max(0.0, ack.applied_s - committed_s),
+            switch_s=ack.switch_s,
+            dials=dials if before is None else changed_dials(before, granted.settings),
         )
-        self.publish_offers()
+        self.engine.emit(*_listed(arrival), acknowledged)
+        self.offer()
 
     def _take_override(self, trial: Trial, report: OverrideReport) -> None:
-        state = self.state
-        before = report.instead_of or state.ledger.running_settings(trial.trial_id)
-        if not state.ledger.record_override(trial.trial_id, report.number, report.settings, report.generation):
-            return
-        state.overrides[trial.trial_id] = Override(
-            number=report.number, generation=report.generation, settings=report.settings, reason=report.reason
-        )
-        state.changed_at_s[trial.trial_id] = state.clock.now_s()
-        state.meter.forget(trial.trial_id)
-        if before is not None and report.is_lasting:
-            state.fits[trial.trial_id] = protect(state.fits[trial.trial_id], before, report.settings)
-        trial.story.append(f"override {report.number} at step {report.step}: {report.reason}")
-        state.log(Overridden(trial_id=trial.trial_id, **{f.name: getattr(report, f.name) for f in fields(report)}))
-        state.journal.sync()
-        state.wants_decision = True
+        values = {each.name: getattr(report, each.name) for each in fields(report)}
+        self.engine.emit(ev.Overridden(trial_id=trial.trial_id, **values))
 
     def _take_report(self, trial: Trial, report: Report) -> None:
-        is_new = self.state.take_report(trial, report)
-        entry = Reported.of(trial.trial_id, report)
+        entry = ev.Reported.of(trial.trial_id, report)
+        if report.index > len(trial.reports):
+            raise ValueError(f"report {report.index} of {trial.trial_id} came before report {len(trial.reports)}")
+        self.engine.emit(entry)
         # One that comes again too: an actor that died may have had it in the journal alone. Reading drops a second.
         row = {"trial_id": trial.trial_id, "attempt": trial.attempt, **asdict(report), "metrics": entry.metrics}
-        self.telemetry.append_results([row])
-        if is_new:
-            self.state.log(entry)
-            self.state.journal.sync()
-            self.state.telling.reached(trial, self.state.clock.now_s())
-            self.state.changed_trials.add(trial.trial_id)
+        self.engine.telemetry.append_results([row])
+        self.advance_rungs()
 
-    def _log_left(self, trial: Trial | None) -> None:
-        """Journal what a trial that left its slot is now, and let it go on if the search has asked for that."""
-        if trial is None:
-            return
-        self.state.changed_trials.add(trial.trial_id)
-        if trial.state.is_final:
-            self.state.log_ended(trial)
-        elif trial.state is TrialState.PAUSED:
-            self.continuations.log_paused(trial)
-        else:
-            self.state.log(requeued(trial))
-        self.continuations.settled(trial)
+
+def _listed(event: Event | None) -> list[Event]:
+    return [] if event is None else [event]

@@ -12,11 +12,47 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NewType, get_args, get_origin, get_type_hints
 
-from orchestrator.control.events import EVENTS, IN_JOURNAL, LEFT_OUT, RAW, SCHEMA_VERSION, Event, RunBegan
+from orchestrator.control import events as ev
+from orchestrator.control.events import IN_JOURNAL, LEFT_OUT, RAW, SCHEMA_VERSION, SPARSE, Event, Recovered, RunBegan
 from orchestrator.errors import JournalError
 from orchestrator.policies.codec import settings_from, to_jsonable
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import Tier
+
+EVENTS: dict[str, type[Event]] = {
+    event.kind: event
+    for event in (
+        ev.RunBegan,
+        ev.Recovered,
+        ev.SlotChanged,
+        ev.NodeChanged,
+        ev.TrialQueued,
+        ev.TrialAssigned,
+        ev.TrialToldToStop,
+        ev.TrialRequeued,
+        ev.TrialResized,
+        ev.TrialPaused,
+        ev.ResumptionWanted,
+        ev.TrialContinued,
+        ev.TrialEnded,
+        ev.PlanCommitted,
+        ev.PlanRefused,
+        ev.Offered,
+        ev.Acknowledged,
+        ev.DialsDeclared,
+        ev.Overridden,
+        ev.Reported,
+        ev.CommitPinned,
+        ev.TrialSuspected,
+        ev.SlotPoisoned,
+        ev.RunInterrupted,
+        ev.ReportTold,
+        ev.ShareChecked,
+        ev.GainRealised,
+        ev.RunEnded,
+    )
+}
+"""The class of each kind of entry."""
 
 
 def encode(event: Event) -> dict[str, Any]:
@@ -25,17 +61,20 @@ def encode(event: Event) -> dict[str, Any]:
     Raises:
         JournalError: it holds a value that JSON has no word for.
     """
-    cls: Any = type(event)
     try:
-        values = {name: getattr(event, name) for name, _ in _written(cls)}
-        raw = {name for name, is_raw in _written(cls) if is_raw}
-        return {"kind": event.kind, **{k: v if k in raw else to_jsonable(v) for k, v in values.items()}}
+        entry: dict[str, Any] = {"kind": event.kind}
+        cls: Any = type(event)
+        for name, how, default in _written(cls):
+            value = getattr(event, name)
+            if how != SPARSE or value != default:
+                entry[name] = value if how == RAW else to_jsonable(value)
     except ValueError as error:
         raise JournalError(f"journal entry {event.kind!r} is not plain JSON: {error}") from error
+    return entry
 
 
-def decode(entry: Mapping[str, Any]) -> Event:
-    """The event that a journal's JSON object holds. Keys that the class does not have are passed over.
+def decode(entry: Mapping[str, Any], run_id: str = "") -> Event:
+    """The event of a run that a journal's JSON object holds. Keys that the class does not have are passed over.
 
     Raises:
         KeyError, TypeError, ValueError: its kind is not known, a field is missing or of another type.
@@ -44,12 +83,12 @@ def decode(entry: Mapping[str, Any]) -> Event:
     cls: Any = EVENTS.get(entry["kind"])
     if cls is None:
         raise ValueError(f"kind {str(entry['kind'])[:40]!r} is not one of {', '.join(EVENTS)}")
-    if cls is RunBegan and isinstance(entry["schema"], int) and entry["schema"] > SCHEMA_VERSION:
+    if cls in {RunBegan, Recovered} and int(entry.get("schema", 1)) > SCHEMA_VERSION:
         raise JournalError(
             f"the journal has schema {entry['schema']}, written by a newer version of the orchestrator; this one reads"
             f" up to {SCHEMA_VERSION}: use that version"
         )
-    values = {name: entry[name] for name in ("seq", "t_s", "wall_s")}
+    values = {name: entry[name] for name in ("seq", "t_s", "wall_s")} | {"run_id": run_id}
     for name, read, is_required in _readers(cls):
         if is_required or name in entry:
             values[name] = read(entry[name])
@@ -61,10 +100,10 @@ Read = Callable[[Any], Any]
 
 
 @cache
-def _written(cls: Any) -> tuple[tuple[str, bool], ...]:  # noqa: ANN401 - a dataclass
-    """Name of each field of an event that is written, and whether it holds JSON values already."""
-    how = {each.name: each.metadata.get(IN_JOURNAL) for each in dataclasses.fields(cls)}
-    return tuple((name, word == RAW) for name, word in how.items() if word != LEFT_OUT)
+def _written(cls: Any) -> tuple[tuple[str, object, object], ...]:  # noqa: ANN401 - a dataclass
+    """Name of each field of an event that is written, how, and its default."""
+    found = ((each.name, each.metadata.get(IN_JOURNAL), each.default) for each in dataclasses.fields(cls))
+    return tuple(field for field in found if field[1] != LEFT_OUT)
 
 
 @cache

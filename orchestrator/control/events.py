@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from orchestrator.control.orders import Report, SlotHello
+from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello
 from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
 from orchestrator.policies.plan import DeviceId, Generation, Plan, Settings, TrialId
 from orchestrator.policies.snapshot import DialLimits, Snapshot
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the entries that are written; older ones are read, newer ones are refused."""
 SPARE_REASON = "fair shares while the policy is refused"
 """How the reason of a plan begins that stands in for a refused policy; a replay decides it with `FairShare`."""
 IN_JOURNAL = "in the journal"
-"""Key of a field's metadata: RAW for one that holds JSON values already, LEFT_OUT for one that is not written."""
-RAW, LEFT_OUT = "raw", "left out"
+"""Key of a field's metadata: RAW for one that holds JSON values already, LEFT_OUT for one that is not written,
+SPARSE for one that is not written while it has its default."""
+RAW, LEFT_OUT, SPARSE = "raw", "left out", "sparse"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +35,14 @@ class Event:
         seq: its number in the journal, from 1 without gaps; 0 before it was written.
         t_s: when it happened, in seconds of the monotonic clock of the actor's node.
         wall_s: the same in seconds since 1970, for people.
+        run_id: the run; the head of a journal says it for all entries.
     """
 
     kind: ClassVar[str]
     seq: int = 0
     t_s: float = 0.0
     wall_s: float = 0.0
+    run_id: str = field(default="", metadata={IN_JOURNAL: LEFT_OUT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +68,15 @@ class RunBegan(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered(Event):
-    """The actor was started again; with `are_workers_gone` the whole run was, and its worker groups had ended."""
+    """The actor was started again; with `are_workers_gone` the whole run was, and its worker groups had ended.
+
+    `schema` is that of the entries from here on; journals of schema 1 do not say it.
+    """
 
     kind: ClassVar[str] = "recovered"
     start_id: str = ""
     are_workers_gone: bool
+    schema: int = field(default=1, metadata={IN_JOURNAL: SPARSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +108,12 @@ class NodeChanged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialQueued(Event):
-    """The search submitted a trial."""
+    """The search submitted a trial; `token` names the life of its stand-in there."""
 
     kind: ClassVar[str] = "trial_queued"
     trial_id: TrialId
     params: Mapping[str, Any]
+    token: str = field(default="", metadata={IN_JOURNAL: SPARSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +149,7 @@ class TrialRequeued(Event):
         resume: dials with which it begins again after that.
         num_workers: size of the slot that it needs, None for any.
         onward: dials with which it goes on in a slot of another size.
+        step, num_samples: how far it has come; None in journals of schema 1.
     """
 
     kind: ClassVar[str] = "trial_requeued"
@@ -153,6 +162,8 @@ class TrialRequeued(Event):
     resume: Settings | None = None
     num_workers: int | None = None
     onward: Settings | None = None
+    step: int | None = field(default=None, metadata={IN_JOURNAL: SPARSE})
+    num_samples: int | None = field(default=None, metadata={IN_JOURNAL: SPARSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +196,16 @@ class TrialPaused(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResumptionWanted(Event):
+    """The search wants a known trial to go on, once it has left its slot; `resumption` says where, as it was asked."""
+
+    kind: ClassVar[str] = "trial_wanted"
+    trial_id: TrialId
+    params: Mapping[str, Any]
+    resumption: Resumption
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialContinued(Event):
     """A trial goes on: at its own end, or (`origin`) behind report `num_reports` of another trial."""
 
@@ -197,6 +218,7 @@ class TrialContinued(Event):
     checkpoint: str | None = None
     step: int = 0
     num_samples: int = 0
+    token: str = field(default="", metadata={IN_JOURNAL: SPARSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +257,10 @@ class PlanCommitted(Event):
         Raises:
             ValueError: it cannot be read; the message names the path of what is wrong.
         """
-        return self.decoded or (snapshot_from(self.snapshot), plan_from(self.plan))
+        if self.decoded is None:  # once: it takes milliseconds
+            object.__setattr__(self, "decoded", (snapshot_from(self.snapshot), plan_from(self.plan)))
+        assert self.decoded is not None
+        return self.decoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,14 +343,7 @@ class Reported(Event):
     def of(cls, trial_id: TrialId, report: Report) -> Reported:
         """The entry of a report."""
         metrics = {key: value if math.isfinite(value) else None for key, value in report.metrics.items()}
-        return cls(
-            trial_id=trial_id,
-            index=report.index,
-            step=report.step,
-            num_samples=report.num_samples,
-            metrics=metrics,
-            checkpoint=report.checkpoint,
-        )
+        return cls(trial_id=trial_id, **{**asdict(report), "metrics": metrics})
 
     @property
     def report(self) -> Report:
@@ -337,6 +355,42 @@ class Reported(Event):
             metrics={key: float("nan") if value is None else value for key, value in self.metrics.items()},
             checkpoint=self.checkpoint,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitPinned(Event):
+    """The checkpoint behind a report is kept, under a name of its own, for as long as the search may want it."""
+
+    kind: ClassVar[str] = "trial_pinned"
+    trial_id: TrialId
+    index: int
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialSuspected(Event):
+    """A GPU failed under a trial; whose fault that was is not known, so the trial runs alone from then on."""
+
+    kind: ClassVar[str] = "trial_suspected"
+    trial_id: TrialId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotPoisoned(Event):
+    """The ranks of a slot lost each other over one rank's outcome: it decides about the trial when they restart."""
+
+    kind: ClassVar[str] = "slot_poisoned"
+    slot_id: str
+    epoch: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInterrupted(Event):
+    """All trials were told to commit and leave, and no trial is assigned any more until the run is started anew."""
+
+    kind: ClassVar[str] = "run_interrupted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,34 +443,3 @@ class RunEnded(Event):
     kind: ClassVar[str] = "run_ended"
     state: str
     leaks: Mapping[str, int]
-
-
-EVENTS: dict[str, type[Event]] = {
-    event.kind: event
-    for event in (
-        RunBegan,
-        Recovered,
-        SlotChanged,
-        NodeChanged,
-        TrialQueued,
-        TrialAssigned,
-        TrialToldToStop,
-        TrialRequeued,
-        TrialResized,
-        TrialPaused,
-        TrialContinued,
-        TrialEnded,
-        PlanCommitted,
-        PlanRefused,
-        Offered,
-        Acknowledged,
-        DialsDeclared,
-        Overridden,
-        Reported,
-        ReportTold,
-        ShareChecked,
-        GainRealised,
-        RunEnded,
-    )
-}
-"""The class of each kind of entry."""

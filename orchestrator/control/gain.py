@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from orchestrator.policies.fit import TrialFit, noise_scale
-from orchestrator.policies.goodput import efficiency
+from orchestrator.policies.learn.efficiency import efficiency
+from orchestrator.policies.learn.fit import TrialFit, noise_scale
 from orchestrator.policies.plan import TrialId
 from orchestrator.telemetry.stretch import Stretch
 
@@ -47,8 +47,10 @@ class RealisedGain:
     after: Pace
 
 
-@dataclass(frozen=True, slots=True)
-class _Measurement:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """A change that was committed and whose effect is not known yet; `efficiency_after` belongs to the new batch."""
+
     generation: int
     dials: tuple[str, ...]
     predicted: float | None
@@ -62,57 +64,33 @@ def efficiency_of(fit: TrialFit, base_batch: int, global_batch: int) -> float:
     return 1.0 if noise is None else efficiency(noise, base_batch, global_batch)
 
 
-class GainMeter:
-    """Measures at most one change per trial at a time."""
+def settled(
+    trial_id: TrialId, measurement: Measurement | None, now: Stretch | None, *, is_last: bool = False
+) -> RealisedGain | None:
+    """The gain of a change, once the trial has trained with it for a while; None until then.
 
-    def __init__(self) -> None:
-        self._open: dict[TrialId, _Measurement] = {}
-
-    def committed(
-        self,
-        trial_id: TrialId,
-        generation: int,
-        dials: tuple[str, ...],
-        predicted: float | None,
-        before: Pace,
-        efficiency_after: float,
-    ) -> None:
-        """A change was committed; nothing of it is applied yet. `efficiency_after` belongs to the new batch.
-
-        It takes the place of an older one; `settle` that before, with what there is.
-        """
-        self._open[trial_id] = _Measurement(generation, dials, predicted, before, efficiency_after)
-
-    def forget(self, trial_id: TrialId) -> None:
-        """The trial left its slot, or its settings: what is measured now would not be the change."""
-        self._open.pop(trial_id, None)
-
-    def settle(self, trial_id: TrialId, now: Stretch | None, *, is_last: bool = False) -> RealisedGain | None:
-        """The gain of the trial's open change, once it has trained with it for a while; each is answered once.
-
-        Args:
-            trial_id: the trial.
-            now: how fast it went since its dials last turned.
-            is_last: whether it is about to change again, so that less has to be enough.
-        """
-        measurement = self._open.get(trial_id)
-        if measurement is None or now is None or now.generation != measurement.generation:
-            return None
-        if now.num_steps < MIN_STEPS or now.seconds < (LEAST_S if is_last else SETTLE_S):
-            return None
-        del self._open[trial_id]
-        if measurement.before.goodput <= 0:
-            return None
-        after = Pace(throughput=now.samples_per_s, efficiency=measurement.efficiency_after)
-        return RealisedGain(
-            trial_id=trial_id,
-            generation=measurement.generation,
-            dials=measurement.dials,
-            predicted=measurement.predicted,
-            realised=after.goodput / measurement.before.goodput - 1.0,
-            before=measurement.before,
-            after=after,
-        )
+    Args:
+        trial_id: the trial.
+        measurement: the change that is being measured, if any.
+        now: how fast the trial went since its dials last turned.
+        is_last: whether it is about to change again, so that less has to be enough.
+    """
+    if measurement is None or now is None or now.generation != measurement.generation:
+        return None
+    if now.num_steps < MIN_STEPS or now.seconds < (LEAST_S if is_last else SETTLE_S):
+        return None
+    if measurement.before.goodput <= 0:
+        return None
+    after = Pace(throughput=now.samples_per_s, efficiency=measurement.efficiency_after)
+    return RealisedGain(
+        trial_id=trial_id,
+        generation=measurement.generation,
+        dials=measurement.dials,
+        predicted=measurement.predicted,
+        realised=after.goodput / measurement.before.goodput - 1.0,
+        before=measurement.before,
+        after=after,
+    )
 
 
 class GainMean:

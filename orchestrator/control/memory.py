@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from orchestrator.control.lifecycle import Trial
-from orchestrator.control.state import RunState
-from orchestrator.policies.memory import solve_line
+from orchestrator.control.world import Run, Trial, World
+from orchestrator.policies.learn.memory import solve_line
 from orchestrator.policies.plan import DeviceId, Settings
 from orchestrator.policies.snapshot import DeviceKind
 
@@ -27,27 +26,28 @@ class MemoryFields(TypedDict):
     resume: Settings | None
 
 
-def granted_bytes(state: RunState, placement: tuple[DeviceId, ...]) -> int:
+def granted_bytes(world: World, placement: tuple[DeviceId, ...]) -> int:
     """Memory for the tensors of each rank of a trial on these devices; 0 where nothing is known or granted."""
     granted = []
     for device_id in set(placement):
-        device = state.devices[device_id]
+        device = world.devices[device_id]
         if device.kind is not DeviceKind.CUDA or device.memory_bytes <= 0:
             return 0
-        open_ranks = sum(slot.hello.placement.count(device_id) for slot in state.open_slots() if slot.hello is not None)
+        open_ranks = sum(slot.hello.placement.count(device_id) for slot in world.open_slots() if slot.hello is not None)
         granted.append(device.memory_bytes // max(1, open_ranks) - CONTEXT_BYTES)
     return max(0, min(granted, default=0))
 
 
-def memory_fields(state: RunState, trial: Trial) -> MemoryFields:
+def memory_fields(world: World, run: Run, trial: Trial) -> MemoryFields:
     """What a policy shall know of the trial's memory."""
-    placement = state.ledger.lines[trial.trial_id].placement
-    settings = state.ledger.running_settings(trial.trial_id) or state.spec.start
-    line = solve_line(state.fits[trial.trial_id].memory, settings.tier, len(placement))
-    is_known = line is not None and state.devices[placement[0]].kind is DeviceKind.CUDA
+    assert trial.account is not None
+    assert trial.fit is not None
+    placement, settings = trial.account.placement, trial.account.settings or run.spec.start
+    line = solve_line(trial.fit.memory, settings.tier, len(placement))
+    is_known = line is not None and world.devices[placement[0]].kind is DeviceKind.CUDA
     return MemoryFields(
         memory_fixed_bytes=int(line.fixed_bytes) if line is not None and is_known else 0,
         memory_sample_bytes=int(line.sample_bytes) if line is not None and is_known else 0,
-        memory_limit_bytes=granted_bytes(state, placement),
+        memory_limit_bytes=granted_bytes(world, placement),
         resume=trial.resume or trial.onward,
     )

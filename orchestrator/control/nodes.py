@@ -1,34 +1,19 @@
-"""The cluster's nodes as the controller knows them: who joined, who is about to leave, who is gone. No Ray.
+"""What follows from the cluster's nodes: who joined, who is about to leave, who is gone, who is let go. Pure.
 
-A node's cores are in the ledger as soon as it joins, before any worker group runs there. One that drains (a spot
-notice), or that the plan in force does not want any more, gives its trials back with a commit; one that is gone gives
-them back without, at no charge to their restarts.
+A node's cores count as soon as it joins, before any worker group runs there. One that drains (a spot notice), or that
+the plan in force does not want any more, gives its trials back with a commit; one that is gone gives them back without,
+at no charge to their restarts.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
-from orchestrator.control.events import NodeChanged
-from orchestrator.control.lifecycle import Slot, SlotState
+from orchestrator.control.departures import lost, told_to_stop
+from orchestrator.control.events import Event, NodeChanged, SlotChanged
 from orchestrator.control.orders import StopMode
-from orchestrator.control.state import RunState
-from orchestrator.policies.plan import DeviceId, TrialId
-from orchestrator.policies.snapshot import DeviceKind, DeviceView
-
-logger = logging.getLogger(__name__)
-
-
-class NodeState(StrEnum):
-    """Where a node is in its life."""
-
-    JOINED = "joined"
-    DRAINING = "draining"
-    RELEASED = "released"
-    LEFT = "left"
+from orchestrator.control.signals import SlotToldToClose
+from orchestrator.control.world import NodeState, Run, Slot, SlotState, World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,104 +41,82 @@ class NodeOrder:
     released: tuple[str, ...]
 
 
-class Nodes:
-    """The part of the controller that follows the cluster's nodes."""
+def next_change(world: World, run: Run, present: tuple[NodeView, ...]) -> list[Event]:
+    """The next difference between what is known and the nodes that are there; empty where there is none."""
+    for node in present:
+        known = world.nodes.get(node.node_id)
+        if known is None or known.state is NodeState.LEFT:
+            return [_changed(node.node_id, NodeState.JOINED, node.num_cores, node.node_type)]
+        if node.is_draining and known.state is not NodeState.DRAINING:
+            change = _changed(node.node_id, NodeState.DRAINING, node.num_cores, node.node_type)
+            return [change, *_drained(world, run, node.node_id)]
+    there = {node.node_id for node in present}
+    for node_id, known in world.nodes.items():
+        if node_id not in there and known.state is not NodeState.LEFT:
+            for slot in world.slots_on(node_id):
+                return slot_lost(world, slot, f"node {node_id[:8]} left the cluster", is_charged=False)
+            return [_changed(node_id, NodeState.LEFT, 0, known.node_type)]
+    return []
 
-    def __init__(
-        self,
-        state: RunState,
-        stop: Callable[[TrialId, StopMode], None],
-        lose: Callable[[str, str], None],
-        close: Callable[[str], None],
-    ) -> None:
-        self._state, self._stop, self._lose, self._close = state, stop, lose, close
 
-    def update(self, present: tuple[NodeView, ...]) -> None:
-        """Take the list of nodes that are there; what differs from the last one has happened since."""
-        state = self._state
-        for node in present:
-            known = state.nodes.get(node.node_id)
-            if known is None or known is NodeState.LEFT:
-                self._log(node.node_id, NodeState.JOINED, node.num_cores, node.node_type)
-            if node.is_draining and state.nodes[node.node_id] is not NodeState.DRAINING:
-                self._log(node.node_id, NodeState.DRAINING, node.num_cores, node.node_type)
-                self._drain(node.node_id)
-        there = {node.node_id for node in present}
-        for node_id, known in list(state.nodes.items()):
-            if node_id not in there and known is not NodeState.LEFT:
-                for slot in slots_on(state, node_id):
-                    self._lose(slot.slot_id, f"node {node_id[:8]} left the cluster")
-                self._log(node_id, NodeState.LEFT, 0, state.node_types.get(node_id, ""))
-        state.journal.sync()
-
-    def settle(self) -> None:
-        """Let go of nodes that the wish does not want any more, and take back those that it wants again."""
-        state = self._state
-        if not state.wishes:
-            return
-        for wish in state.wishes:
-            ours = [node_id for node_id, name in state.node_types.items() if name == wish.node_type]
-            stays = [node_id for node_id in ours if state.nodes[node_id] is NodeState.JOINED]
-            released = [node_id for node_id in ours if state.nodes[node_id] is NodeState.RELEASED]
-            back = sorted(released)[: max(0, wish.num_nodes - len(stays))]
-            for node_id in released:
-                if node_id in back:
-                    self._log(node_id, NodeState.JOINED, state.node_cores.get(node_id, 0), wish.node_type)
-                else:
-                    self._drain(node_id)  # a slot may have been on its way there
+def next_release(world: World, run: Run) -> list[Event]:
+    """The next node that the wish does not want any more, or wants again; empty where there is none."""
+    for wish in run.wishes:
+        ours = [node_id for node_id, node in world.nodes.items() if node.node_type == wish.node_type]
+        stays = [node_id for node_id in ours if world.nodes[node_id].state is NodeState.JOINED]
+        released = sorted(node_id for node_id in ours if world.nodes[node_id].state is NodeState.RELEASED)
+        if released and len(stays) < wish.num_nodes:
+            node = world.nodes[released[0]]
+            return [_changed(released[0], NodeState.JOINED, node.num_cores, wish.node_type)]
+        for node_id in released:
+            if drained := _drained(world, run, node_id):
+                return drained  # a slot may have been on its way there
+        if len(stays) > wish.num_nodes:
             # The emptiest node costs the least to leave.
-            stays.sort(key=lambda node_id: (self._num_trials(node_id), node_id))
-            for node_id in stays[: max(0, len(stays) - wish.num_nodes)]:
-                self._log(node_id, NodeState.RELEASED, state.node_cores.get(node_id, 0), wish.node_type)
-                self._drain(node_id)
-        state.journal.sync()
-
-    def order(self) -> NodeOrder:
-        """What the cluster shall be asked for."""
-        state = self._state
-        return NodeOrder(
-            wanted={wish.node_type: wish.num_nodes for wish in state.wishes},
-            released=tuple(sorted(key for key, known in state.nodes.items() if known is NodeState.RELEASED)),
-        )
-
-    def _num_trials(self, node_id: str) -> int:
-        return sum(slot.trial_id is not None for slot in slots_on(self._state, node_id))
-
-    def _drain(self, node_id: str) -> None:
-        """Its trials commit and go to the front of the queue; its slots take no more and close."""
-        for slot in slots_on(self._state, node_id):
-            self._close(slot.slot_id)
-            if slot.trial_id is not None:
-                self._stop(slot.trial_id, StopMode.CHECKPOINT)
-
-    def _log(self, node_id: str, node_state: NodeState, num_cores: int, node_type: str) -> None:
-        self._state.log(NodeChanged(node_id=node_id, state=node_state.value, num_cores=num_cores, node_type=node_type))
-        logger.info("node.%s %s %s with %d cores", node_state.value, node_id[:8], node_type, num_cores)
-        apply(self._state, node_id, node_state, num_cores, node_type)
+            node_id = min(stays, key=lambda node_id: (_num_trials(world, node_id), node_id))
+            change = _changed(node_id, NodeState.RELEASED, world.nodes[node_id].num_cores, wish.node_type)
+            return [change, *_drained(world, run, node_id)]
+    return []
 
 
-def apply(state: RunState, node_id: str, node_state: NodeState, num_cores: int, node_type: str = "") -> None:
-    """Note what happened to a node; also called for the entries of a journal."""
-    state.nodes[node_id] = node_state
-    if node_type:
-        state.node_types[node_id] = node_type
-    if node_state is NodeState.LEFT:
-        state.drop_devices(node_id)
-    elif node_state is NodeState.JOINED and num_cores > 0:
-        state.node_cores[node_id] = num_cores
-        device_id = DeviceId(f"cpu:{node_id[:8]}")
-        if device_id not in state.devices:
-            state.set_devices((DeviceView(device_id=device_id, node_id=node_id, kind=DeviceKind.CPU, units=num_cores),))
-    state.wants_decision = True
+def order(world: World, run: Run) -> NodeOrder:
+    """What the cluster shall be asked for."""
+    return NodeOrder(
+        wanted={wish.node_type: wish.num_nodes for wish in run.wishes},
+        released=tuple(sorted(key for key, node in world.nodes.items() if node.state is NodeState.RELEASED)),
+    )
 
 
-def slots_on(state: RunState, node_id: str) -> list[Slot]:
-    """Open slots with a rank on that node."""
-    gone = {SlotState.CLOSED, SlotState.LOST}
-    return [
-        slot
-        for slot in state.lifecycle.slots.values()
-        if slot.state not in gone
-        and slot.hello is not None
-        and any(device.node_id == node_id for device in slot.hello.devices)
-    ]
+def slot_lost(world: World, slot: Slot, reason: str, *, is_charged: bool = True) -> list[Event]:
+    """A slot is gone with its controller or its node, and its trial goes back to the queue."""
+    lost_slot = SlotChanged(slot_id=slot.slot_id, state=SlotState.LOST.value, epoch=slot.epoch)
+    return [lost_slot, *orphaned(world, slot, reason, is_charged=is_charged)]
+
+
+def orphaned(world: World, slot: Slot, reason: str, *, is_charged: bool = True) -> list[Event]:
+    """What becomes of the trials of a slot whose processes have ended."""
+    found = []
+    for run_id, trial_id in slot.trials:
+        run = world.runs[run_id]
+        found.append(lost(run, slot, run.trials[trial_id], reason, is_charged=is_charged))
+    return found
+
+
+def _num_trials(world: World, node_id: str) -> int:
+    return sum(len(slot.trials) for slot in world.slots_on(node_id))
+
+
+def _drained(world: World, run: Run, node_id: str) -> list[Event]:
+    """Its trials commit and go to the front of the queue; its slots take no more and close."""
+    found: list[Event] = []
+    for slot in world.slots_on(node_id):
+        if not slot.is_closing:
+            found.append(SlotToldToClose(slot_id=slot.slot_id))
+        trial = world.trial_in(slot)
+        if trial is not None and trial.stop in {StopMode.NONE, StopMode.RESIZE}:
+            found += told_to_stop(run, trial, StopMode.CHECKPOINT)
+    return found
+
+
+def _changed(node_id: str, state: NodeState, num_cores: int, node_type: str) -> NodeChanged:
+    return NodeChanged(node_id=node_id, state=state.value, num_cores=num_cores, node_type=node_type)

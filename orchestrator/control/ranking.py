@@ -17,12 +17,15 @@ from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from orchestrator.control.lifecycle import Trial
 from orchestrator.control.orders import Report
 from orchestrator.control.spec import RunSpec, StopRule
+from orchestrator.policies.learn.survival import MOST, chance, chance_after_rung, place, rungs
 from orchestrator.policies.plan import TrialId
-from orchestrator.policies.survival import MOST, chance, chance_after_rung, place, rungs
+
+if TYPE_CHECKING:
+    from orchestrator.control.world import Trial
 
 
 @dataclass(frozen=True, slots=True)

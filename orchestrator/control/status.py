@@ -1,6 +1,6 @@
 """The run as one dict: the content of `status.json`, from which every view is made.
 
-Reads the state, changes nothing in it. The file is replaced atomically, so that a reader never sees half of one.
+Reads the world, changes nothing in it. The file is replaced atomically, so that a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.control.lifecycle import Trial, TrialState
+from orchestrator.clock import Clock
+from orchestrator.control import grants
 from orchestrator.control.node_views import node_type_views
-from orchestrator.control.state import RunState
+from orchestrator.control.world import Run, Trial, TrialState, World
 from orchestrator.policies.plan import DeviceId, Settings
 from orchestrator.policies.snapshot import DeviceKind
 from orchestrator.telemetry.sampler import DeviceSample, Samplers, open_samplers
@@ -23,15 +24,21 @@ SCHEMA_VERSION = 1
 
 
 class StatusWriter:
-    """Makes and writes the status of one run. `run_state` is what the driver last said."""
+    """Makes and writes the status of one run.
 
-    def __init__(self, state: RunState) -> None:
-        self._state = state
+    Attributes:
+        run_state: what the driver last said.
+        trouble: why nothing is decided at the moment; None where nothing is in the way.
+    """
+
+    def __init__(self, world: World, run: Run, clock: Clock) -> None:
+        self._world, self._run, self._clock = world, run, clock
         self._samplers: Samplers | None = None
         self._sampled: tuple[str, ...] = ()
-        self._started_at = state.clock.wall_s()
+        self._started_at = clock.wall_s()
         self._samples: dict[str, DeviceSample] = {}
         self.run_state = "starting"
+        self.trouble: str | None = None
 
     def sample_devices(self) -> list[dict[str, Any]]:
         """Look at the cores of this node; rows for the telemetry table. GPUs are looked at by their agents."""
@@ -39,7 +46,7 @@ class StatusWriter:
 
     def take_samples(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Keep the newest sample of each device; rows for the telemetry table."""
-        now_s, wall_s = self._state.clock.now_s(), self._state.clock.wall_s()
+        now_s, wall_s = self._clock.now_s(), self._clock.wall_s()
         for sample in samples:
             self._samples[sample["device_id"]] = DeviceSample(**sample)
         told = ({key: value for key, value in sample.items() if key != "processes"} for sample in samples)
@@ -47,62 +54,63 @@ class StatusWriter:
 
     def now(self) -> dict[str, Any]:
         """The status of this instant."""
-        state = self._state
-        spec = state.spec
+        world, run = self._world, self._run
+        spec = run.spec
         return {
             "schema": SCHEMA_VERSION,
             "run_id": spec.run_id,
             "state": self.run_state,
             "started_at": self._started_at,
             "actor_pid": os.getpid(),
-            "updated_at": state.clock.wall_s(),
+            "updated_at": self._clock.wall_s(),
             "policy": spec.policy,
-            "generation": int(state.plan.generation),
+            "generation": int(run.plan.generation),
             "metric": spec.metric,
             "mode": spec.mode,
+            "trouble": self.trouble,
             "dials": {
                 dial: {
                     "enabled": dial in spec.dials,
-                    "changes_applied": state.changes_applied.get(dial, 0),
-                    "gain": state.gains[dial].per_change if dial in state.gains else None,
+                    "changes_applied": run.changes_applied.get(dial, 0),
+                    "gain": run.gains[dial].per_change if dial in run.gains else None,
                 }
                 for dial in ("share", "batch", "precision", *(["workers"] if "workers" in spec.dials else []))
             },
-            "devices": [self._device(device_id) for device_id in sorted(state.devices)],
+            "devices": [self._device(device_id) for device_id in sorted(world.devices)],
             "nodes": self._nodes(),
             "slots": [
                 {"slot_id": slot.slot_id, "state": slot.state.value, "epoch": slot.epoch, "trial_id": slot.trial_id}
-                for slot in sorted(state.lifecycle.slots.values(), key=lambda slot: slot.slot_id)
+                for slot in sorted(world.slots.values(), key=lambda slot: slot.slot_id)
             ],
-            "trials": [self._trial(trial) for trial in state.lifecycle.trials.values()],
+            "trials": [self._trial(trial) for trial in run.trials.values()],
         }
 
     def write(self) -> None:
         """Replace the file."""
-        path = Path(self._state.spec.run_dir) / FILE_NAME
+        path = Path(self._run.spec.run_dir) / FILE_NAME
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(self.now(), allow_nan=False, default=_plain))
         os.replace(draft, path)  # noqa: PTH105
 
     def _open_samplers(self) -> Samplers:
         """Samplers of the devices known now; the actor sees those of its own node."""
-        known = tuple(sorted(self._state.devices))
+        known = tuple(sorted(self._world.devices))
         if self._samplers is None or known != self._sampled:
             if self._samplers is not None:
                 self._samplers.close()
-            devices = self._state.devices.values()
+            devices = self._world.devices.values()
             cpus = [device.device_id for device in devices if device.kind is DeviceKind.CPU]
             self._samplers, self._sampled = open_samplers(cpus[0] if cpus else None), known
         return self._samplers
 
     def _device(self, device_id: DeviceId) -> dict[str, Any]:
-        device = self._state.devices[device_id]
+        device = self._world.devices[device_id]
         sample = self._samples.get(device_id)
         return {
             "device_id": device_id,
             "kind": device.kind.value,
             "units": device.units,
-            "granted_share": round(self._state.ledger.held(device.device_id), 6),
+            "granted_share": round(grants.held(self._run.accounts(), device.device_id), 6),
             "utilisation_ratio": None if sample is None else sample.utilisation_ratio,
             "memory_used_bytes": None if sample is None else sample.memory_used_bytes,
             "memory_total_bytes": None if sample is None else sample.memory_total_bytes,
@@ -110,9 +118,9 @@ class StatusWriter:
 
     def _nodes(self) -> list[dict[str, Any]]:
         """The nodes of each type that can be asked for: those that are there, those wished for, and their price."""
-        wishes = {wish.node_type: wish for wish in self._state.wishes}
+        wishes = {wish.node_type: wish for wish in self._run.wishes}
         found = []
-        for each in node_type_views(self._state):
+        for each in node_type_views(self._world, self._run):
             wish = wishes.get(each.name)
             num_nodes = len(each.nodes) + len(each.leaving)
             found.append(
@@ -131,12 +139,10 @@ class StatusWriter:
         return found
 
     def _trial(self, trial: Trial) -> dict[str, Any]:
-        state = self._state
-        window = state.windows.get(trial.trial_id)
-        view = None if window is None else window.view(state.clock.now_s())
-        line = state.ledger.lines.get(trial.trial_id)
-        settings = state.ledger.running_settings(trial.trial_id)
-        slot = state.slot_of(trial)
+        spec, account = self._run.spec, trial.account
+        view = None if trial.window is None else trial.window.view(self._clock.now_s())
+        settings = None if account is None else account.settings
+        slot = self._world.slot_of(trial)
         num_samples = max(trial.num_samples, 0 if view is None else view.num_samples)
         throughput = None if view is None else view.throughput_per_s
         last = trial.reports[-1].metrics if trial.reports else {}
@@ -148,45 +154,49 @@ class StatusWriter:
             "attempt": trial.attempt,
             "step": max(trial.step, 0 if view is None else view.step),
             "num_samples": num_samples,
-            "target_samples": None if state.spec.is_function else state.spec.target_samples,
+            "target_samples": None if spec.is_function else spec.target_samples,
             "loss": None if view is None else view.loss,
-            "metric_value": last.get(state.spec.metric),
+            "metric_value": last.get(spec.metric),
             "throughput_per_s": throughput,
-            "amount": None if line is None or line.applied is None else line.applied.amount,
+            "amount": None if account is None or account.applied is None else account.applied.amount,
             "step_mode": None
             if view is None or view.is_replayed is None
             else ("compiled" if view.is_compiled else "graph" if view.is_replayed else "eager"),
             "enforced_by": None if slot is None or slot.hello is None else slot.hello.enforced_by,
-            "checks": [asdict(check) for _, check in sorted(state.checks.get(trial.trial_id, {}).items())],
-            **_dials(settings, trial.start or (state.spec.start_on(trial.size) if trial.size else state.spec.start)),
-            "resize_to": trial.moves_to or (None if trial.wish is None else trial.wish[0]),
-            "waits_at_rung": state.telling.is_waiting(trial.trial_id),
+            "checks": [asdict(check) for _, check in sorted(trial.checks.items())],
+            **_dials(settings, trial.start or (spec.start_on(trial.size) if trial.size else spec.start)),
+            "resize_to": _resize_to(trial),
+            "waits_at_rung": self._run.rungs.is_waiting(trial),
             "tier_layers": self._tier_layers(trial, settings),
             "decision": self._decision(trial),
             "time_left_s": None
-            if state.spec.is_function
-            else _time_left_s(trial, state.spec.target_samples - num_samples, throughput),
+            if spec.is_function
+            else _time_left_s(trial, spec.target_samples - num_samples, throughput),
             "off": dict(trial.off),
-            "log_path": str(Path(state.spec.run_dir) / "trials" / trial.trial_id / "log.txt"),
+            "log_path": str(Path(spec.run_dir) / "trials" / trial.trial_id / "log.txt"),
             "error": trial.reason if trial.state is TrialState.FAILED else None,
             "params": trial.params,
         }
 
     def _tier_layers(self, trial: Trial, settings: Settings | None) -> str | None:
         """How many linear layers really compute in the trial's tier, where it has said so: '12 of 13'."""
-        fit = self._state.fits.get(trial.trial_id)
-        tiers = () if fit is None or settings is None else fit.tiers
+        tiers = () if trial.fit is None or settings is None else trial.fit.tiers
         found = next((known for known in tiers if settings is not None and known.tier is settings.tier), None)
         return None if found is None or not found.num_layers else f"{found.num_in_tier} of {found.num_layers}"
 
     def _decision(self, trial: Trial) -> dict[str, Any] | None:
-        allocation = self._state.plan.allocation(trial.trial_id)
-        line = self._state.ledger.lines.get(trial.trial_id)
-        if allocation is None or line is None or line.target is None:
+        allocation = self._run.plan.allocation(trial.trial_id)
+        if allocation is None or trial.account is None or trial.account.target is None:
             return None
-        override = self._state.overrides.get(trial.trial_id)
-        reason = allocation.reason if override is None else f"override: {override.reason}"
-        return {"generation": line.target.generation, "reason": reason}
+        reason = allocation.reason if trial.override is None else f"override: {trial.override.reason}"
+        return {"generation": trial.account.target.generation, "reason": reason}
+
+
+def _resize_to(trial: Trial) -> int | None:
+    """A number of ranks that is on its way."""
+    if trial.state is TrialState.QUEUED:
+        return trial.num_workers
+    return trial.moves_to or (None if trial.wish is None else trial.wish[0])
 
 
 def _dials(settings: Settings | None, start: Settings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.control.events import PlanCommitted, Reported, TrialAssigned, TrialEnded
-from orchestrator.control.journal import FILE_NAME, History, read_history
+from orchestrator.control.journal import History, read_history, segments
 from orchestrator.errors import JournalError
 from orchestrator.policies import (
     Observation,
@@ -314,6 +314,6 @@ def _num_slots(history: History) -> int:
 
 
 def _period_s(run_dir: Path) -> float:
-    with (run_dir / FILE_NAME).open(encoding="utf-8") as lines:
+    with segments(run_dir)[0].open(encoding="utf-8") as lines:
         head = json.loads(next(lines, "{}"))
     return float((head.get("spec") or {}).get("period_s") or _DEFAULT_PERIOD_S)

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from orchestrator.clock import Reading, offset_to
 from orchestrator.control.orders import Events, Outcome, SlotHello, SlotOp, SlotOrder
-from orchestrator.errors import WorkerGroupError
+from orchestrator.errors import JournalError, WorkerGroupError
 from orchestrator.policies.plan import TrialId
 from orchestrator.train.link import Outbox
 
@@ -148,6 +148,8 @@ class RayLink:
                 return ray.get(getattr(self._handle(), method).remote(*arguments), timeout=timeout_s)
             except (RayError, ValueError, TimeoutError) as error:
                 self._actor = None
+                if isinstance(error, JournalError):  # it is there, and its disk is full: wait for room
+                    deadline_s = time.monotonic() + timeout_s
                 if time.monotonic() > deadline_s or self._is_closed.is_set():
                     raise WorkerGroupError(
                         f"the policy actor did not answer {method} within {timeout_s:g} s: {error}"

@@ -18,8 +18,9 @@ from ray import tune
 from ray.exceptions import RayError
 
 from orchestrator.control.controller import Answer
-from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Resumption
+from orchestrator.control.world import TrialState
+from orchestrator.errors import JournalError
 from orchestrator.policies.plan import TrialId
 from orchestrator.tune.admission import require_untouched
 
@@ -148,8 +149,10 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
                 if self._handle is None:
                     self._handle = ray.get_actor(self._name, namespace=self._namespace)
                 return ray.get(getattr(self._handle, method).remote(*arguments))
-            except (RayError, ValueError):
+            except (RayError, ValueError) as error:
                 self._handle = None
+                if isinstance(error, JournalError):  # it is there, and its disk is full: wait for room
+                    deadline_s = time.monotonic() + _AWAY_LIMIT_S
                 if time.monotonic() > deadline_s:
                     raise
                 time.sleep(_RETRY_S)

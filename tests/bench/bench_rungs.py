@@ -1,6 +1,6 @@
 """What it costs and gains that trials which reach a rung of ASHA together are judged together: simulated searches.
 
-The reports, their order and how long they wait are those of `orchestrator.control.telling`; ASHA judges as Ray Tune's
+The reports, their order and how long they wait are those of `orchestrator.control.rungs`; ASHA judges as Ray Tune's
 does. Trials have a loss curve each, drawn by seed, a quarter of them diverging or none, and take a little longer or
 less than each other for every report. They share a GPU that makes 1.45 times as much with four of them as with one, as
 an H200 does with 7 M language models, so that one that waits leaves its part to the others; or each has its own. Every
@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.control.lifecycle import Trial, TrialState
 from orchestrator.control.orders import Report as TrialReport
 from orchestrator.control.orders import StopMode
 from orchestrator.control.ranking import Ranking
+from orchestrator.control.rungs import Rungs
 from orchestrator.control.spec import StopRule
-from orchestrator.control.telling import Telling
+from orchestrator.control.world import Trial, TrialState
+from orchestrator.policies.learn.survival import rungs
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.simulator.search import stops
-from orchestrator.policies.survival import rungs
 from tests.bench.results_file import RESULTS, Figure, Report, bootstrap_interval, options
 
 RECORDED = RESULTS / "gpu_search_nvidia-h200_2026-11-29_rungs.jsonl"
@@ -84,7 +84,7 @@ class Search:
         setting = self.setting
         rule = StopRule(name="asha", reduction_factor=setting.factor, rung_patience=self.patience)
         spec: Any = SimpleNamespace(stop_rule=None, metric="loss", mode="min")
-        self.telling = Telling(rule, setting.max_reports, self.trials, Ranking(spec), self._due)
+        self.ranking, self.waits = Ranking(spec), Rungs(rule, setting.max_reports)
         self.rungs = rungs(1, setting.factor, setting.max_reports)
 
     def run(self) -> dict[str, float]:
@@ -103,7 +103,7 @@ class Search:
         num = len(self.left_s)
         return WORTH[min(num, len(WORTH) - 1)] / max(1, num) if self.setting.is_shared else 1.0
 
-    def _due(self, trial: Trial) -> float | None:
+    def _due(self, trial: Trial, _now_s: float) -> float | None:
         left_s = self.left_s.get(trial.trial_id)
         return None if left_s is None else left_s / self._rate()
 
@@ -118,15 +118,15 @@ class Search:
         for index in range(
             len(self.trials), min(self.setting.num_trials, len(self.trials) + self.setting.num_slots - running)
         ):
-            trial = Trial(trial_id=TrialId(f"t{index:03}"), index=index, params={}, state=TrialState.RUNNING)
+            trial = Trial(run_id="", trial_id=TrialId(f"t{index:03}"), index=index, params={}, state=TrialState.RUNNING)
             self.trials[trial.trial_id] = trial
-            self.telling.wants(trial.trial_id, 0)
+            trial.wanted = 0
             self._train(trial)
         return bool(self.left_s)
 
     def _train(self, trial: Trial) -> None:
         trial.slot_id = "trains"
-        self.telling.began(trial.trial_id, self.now_s)
+        trial.report_began_s = self.now_s
         self.left_s[trial.trial_id] = float(np.exp(self.draw.normal(0.0, JITTER)))
 
     def _pass(self) -> None:
@@ -144,15 +144,20 @@ class Search:
         trial.reports.append(TrialReport(index=number, step=0, num_samples=0, metrics={"loss": loss}, checkpoint=None))
         self.num_reports += 1
         trial.slot_id = "asks"
-        self.telling.reached(trial, self.now_s)
+        self.waits.reach(self.trials, trial, self.ranking.loss_of(trial.reports[-1]), self.now_s)
 
     def _ask(self) -> None:
         """Every stand-in asks until nobody is told any more."""
         is_news = True
         while is_news:
             is_news = False
+            for number in self.waits.openable(self.trials, self.now_s, self._due):
+                self.waits.open(number, self.now_s)
+            due = self.waits.due(self.trials, self.now_s)
+            if due is not None:
+                self.waits.tell(due.trial_id, due.index, self.now_s)
             for trial in self._waiting():
-                if self.telling.tell(trial, len(trial.reports) - 1, self.now_s) is not None:
+                if self.waits.is_free(trial.trial_id, len(trial.reports) - 1):
                     is_news = True
                     self._judge(trial)
 
@@ -166,9 +171,9 @@ class Search:
             recorded.append(loss)
         if number == self.setting.max_reports or is_worse:
             trial.state, trial.stop = TrialState.STOPPED, StopMode.DISCARD
-            self.telling.released(trial.trial_id)
+            trial.wanted = float("inf")
         else:
-            self.telling.wants(trial.trial_id, number)
+            trial.wanted = number
             self._train(trial)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
-from orchestrator.policies.goodput import gain
+from orchestrator.policies.learn.efficiency import gain
 
 
 class ScalingRule(StrEnum):

@@ -24,8 +24,10 @@ GPU = DeviceView(
 
 
 def attach(world: World, slot_id: str, device: DeviceView = GPU, warm_peak_bytes: int | None = None) -> int:
+    world.num_attached += 1
     hello = SlotHello(
         slot_id=slot_id,
+        pids=(world.num_attached,),
         placement=(device.device_id,),
         devices=(device,),
         enforced_by="sm_groups",
@@ -36,7 +38,7 @@ def attach(world: World, slot_id: str, device: DeviceView = GPU, warm_peak_bytes
 
 
 def running(world: World) -> list[str]:
-    return [str(trial.trial_id) for trial in world.controller.state.lifecycle.running()]
+    return [str(trial.trial_id) for trial in world.controller.run.running()]
 
 
 def with_trials(tmp_path: Path, count: int, device: DeviceView = GPU, warm_peak_bytes: int | None = None) -> World:
@@ -50,9 +52,9 @@ def with_trials(tmp_path: Path, count: int, device: DeviceView = GPU, warm_peak_
 
 
 def know_peak(world: World, peak_bytes: int) -> None:
-    trial = world.controller.state.lifecycle.trials[TrialId("t0")]
-    world.controller.admission._peaks[world.controller.state.spec.shape(trial.params)] = peak_bytes
-    world.controller._assign()
+    trial = world.trial(TrialId("t0"))
+    world.controller.admission._peaks[world.controller.run.spec.shape(trial.params)] = peak_bytes
+    world.controller.settle()
 
 
 def test_one_trial_at_a_time_until_its_memory_is_known(tmp_path: Path) -> None:
@@ -81,15 +83,16 @@ def test_one_that_waits_at_its_rung_says_nothing_of_what_trials_make_together(
     """Its last speed is that of before, and the others have its part of the card meanwhile."""
     world = with_trials(tmp_path, 2)
     know_peak(world, 4 << 30)
-    state, seen = world.controller.state, []
+    seen: list[list[float | None]] = []
     view = SimpleNamespace(is_stale=False, throughput_per_s=10.0, memory_bytes=1)
     for trial_id in ("t0", "t1"):
-        monkeypatch.setitem(state.windows, TrialId(trial_id), SimpleNamespace(view=lambda _now_s: view))
-    monkeypatch.setattr(state.telling, "is_waiting", lambda trial_id: trial_id == "t1")
+        window = SimpleNamespace(view=lambda _now_s: view)
+        monkeypatch.setattr(world.trial(TrialId(trial_id)), "window", window)
+    monkeypatch.setattr(world.controller.run.rungs, "is_waiting", lambda trial: trial.trial_id == "t1")
     monkeypatch.setattr(
         world.controller.admission._knee, "observe", lambda _now_s, _key, rates, *_rest: seen.append(rates)
     )
-    world.controller.admission.observe()
+    world.controller.admission.observe(world.clock.now_s())
     assert seen == [[10.0, None]]
 
 
@@ -104,8 +107,8 @@ def test_trials_spread_over_the_gpus_though_slots_opened_on_one_after_the_other(
     for number in range(10):
         world.controller.submit(TrialId(f"t{number}"), {"width": 8})
     know_peak(world, 4 << 30)
-    lifecycle = world.controller.state.lifecycle
-    assert [lifecycle.trials[TrialId(f"t{number}")].slot_id for number in range(3)] == ["slot-0", "slot-5", "slot-1"]
+    run = world.controller.run
+    assert [run.trials[TrialId(f"t{number}")].slot_id for number in range(3)] == ["slot-0", "slot-5", "slot-1"]
     assert len(running(world)) == 8, "four on each GPU"
 
 
@@ -123,7 +126,7 @@ def test_a_trial_of_two_ranks_takes_a_part_of_two_gpus(tmp_path: Path) -> None:
         )
         world.controller.attach(hello)
         world.controller.submit(TrialId(f"t{number}"), {"width": 8})
-    world.controller.state.lifecycle.trials[TrialId("t1")].num_workers = 2
+    world.trial(TrialId("t1")).num_workers = 2
     assert running(world) == ["t0"]
     know_peak(world, 4 << 30)
     assert running(world) == ["t0", "t1", "t2", "t3"], "four ranks on each GPU, where the search for the knee begins"
@@ -137,28 +140,26 @@ def test_cores_are_given_as_ever(tmp_path: Path) -> None:
 def test_a_trial_under_which_a_gpu_failed_runs_alone(tmp_path: Path) -> None:
     world = with_trials(tmp_path, 3)
     know_peak(world, 1 << 30)
-    state = world.controller.state
+    state = world.controller.run
     assert running(world) == ["t0", "t1", "t2"]
-    slots = {trial.trial_id: trial.slot_id for trial in state.lifecycle.running()}
+    slots = {trial.trial_id: trial.slot_id for trial in state.running()}
     for slot_id in slots.values():
         assert slot_id is not None
-        world.controller.state.lifecycle.suspect(
-            slot_id, state.lifecycle.slots[slot_id].epoch, "unspecified launch failure"
-        )
+        world.controller.suspect(slot_id, world.controller.world.slots[slot_id].epoch, "unspecified launch failure")
     for slot_id in slots.values():
         assert slot_id is not None
         attach(world, slot_id)
     assert len(running(world)) == 1, "nobody beside a suspect"
-    suspects = [trial for trial in state.lifecycle.trials.values() if trial.is_suspect]
+    suspects = [trial for trial in state.trials.values() if trial.is_suspect]
     assert [trial.trial_id for trial in suspects] == ["t0", "t1", "t2"]
     assert "the GPU failed under it" in " ".join(suspects[0].story)
 
 
 def test_an_old_epoch_suspects_nobody(tmp_path: Path) -> None:
     world = with_trials(tmp_path, 1)
-    world.controller.state.lifecycle.suspect("slot-0", -1, "old news")
-    world.controller.state.lifecycle.suspect("slot-9", 1, "no such slot")
-    assert not world.controller.state.lifecycle.trials[TrialId("t0")].is_suspect
+    world.controller.suspect("slot-0", -1, "old news")
+    world.controller.suspect("slot-9", 1, "no such slot")
+    assert not world.trial(TrialId("t0")).is_suspect
 
 
 def test_a_file_of_found_numbers_that_is_none_is_passed_over(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from orchestrator.control.journal import read
 from orchestrator.control.memory import CONTEXT_BYTES
-from orchestrator.control.status import StatusWriter
 from orchestrator.policies.plan import DeviceId, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.share.verification import Subject, Verdict
@@ -28,7 +27,7 @@ def entries(world: World) -> list[dict[str, Any]]:
 
 
 def shown(world: World, trial: int = 0) -> dict[str, dict[str, Any]]:
-    status = StatusWriter(world.controller.state).now()
+    status = world.status().now()
     return {check["what"]: check for check in status["trials"][trial]["checks"]}
 
 
@@ -38,12 +37,12 @@ def test_a_share_of_cores_that_is_kept_is_held_and_said_once(tmp_path: Path) -> 
     world.controller.submit(T0, {})
     world.decide()
     worker.obey()
-    world.controller.checks.observe()
+    world.observe()
     assert shown(world)["compute"]["verdict"] == "not observable"
     assert entries(world) == [], "what cannot be seen is no news"
     for _ in range(3):
         worker.obey(num_steps=200)  # each step uses one core, and one is granted
-        world.controller.checks.observe()
+        world.observe()
     assert shown(world)["compute"]["verdict"] == "held"
     (entry,) = entries(world)
     assert (entry["trial_id"], entry["generation"], entry["verdict"]) == ("t0", 1, "held")
@@ -60,8 +59,8 @@ def test_a_share_that_uses_more_than_its_cores_is_shown_as_not_held(tmp_path: Pa
     for _ in range(3):
         for worker in workers:
             worker.obey(num_steps=200)
-        world.controller.publish_offers()
-    world.controller.checks.observe()
+        world.controller.offer()
+    world.observe()
     check = shown(world)["compute"]
     assert (check["verdict"], check["expected"], check["observed"]) == ("not held", 0.5, pytest.approx(1.0))
     assert "1.00 cores, granted 0.50 cores" in check["reason"]
@@ -83,19 +82,19 @@ def test_memory_is_compared_by_process_and_by_the_ranks_word_where_nvml_hides_it
     world.decide()
     worker.obey()
     checks = world.controller.checks
-    checks.observe()
+    world.observe()
     assert "NVML shows none" in shown(world)["memory"]["reason"]
     checks.take_samples(seen(40 * GIB + CONTEXT_BYTES))
-    checks.observe()
+    world.observe()
     assert (shown(world)["memory"]["verdict"], shown(world)["memory"]["observed"]) == (
         "held",
         40 * GIB + CONTEXT_BYTES,
     )
     checks.take_samples(seen(50 * GIB))
-    checks.observe()
+    world.observe()
     assert shown(world)["memory"]["verdict"] == "not held"
     checks.take_samples([{"device_id": GPU.device_id, "processes": None}])
-    checks.observe()
+    world.observe()
     assert shown(world)["memory"]["verdict"] == "held", "the rank itself says 1 MiB"
     verdicts = [entry["verdict"] for entry in entries(world) if entry["what"] == "memory"]
     assert verdicts == ["held", "not held"], "each verdict once per allocation"
@@ -109,7 +108,7 @@ def test_a_neighbour_that_halves_a_trials_speed_has_its_groups(tmp_path: Path, f
         dataclasses.replace(spec.limits, max_share=0.4),
         dataclasses.replace(spec.start, share=0.4),
     )
-    world.controller.state.spec = dataclasses.replace(spec, limits=limits, start=start)
+    world.controller.run.spec = dataclasses.replace(spec, limits=limits, start=start)
     first, second = (world.attach(f"slot-{number}", devices=(GPU,)) for number in range(2))
     world.controller.submit(T0, {})
     world.decide()
@@ -118,17 +117,17 @@ def test_a_neighbour_that_halves_a_trials_speed_has_its_groups(tmp_path: Path, f
         for _ in range(6):
             first.obey(num_steps=50, step_s=step_s)
             second.obey(num_steps=1, step_s=0.001)
-            world.controller.checks.observe()
+            world.observe()
 
     train(0.02)
-    known = world.controller.state.checks[T0]
+    known = world.trial(T0).checks
     assert known[Subject.NEIGHBOURS].verdict is Verdict.NOT_OBSERVABLE
     assert "nobody computes beside it" in known[Subject.NEIGHBOURS].reason
     world.controller.submit(T1, {})
     world.controller.admit()
     world.decide()
     train(0.02 * factor)
-    check = world.controller.state.checks[T0][Subject.NEIGHBOURS]
+    check = world.trial(T0).checks[Subject.NEIGHBOURS]
     assert check.verdict is verdict, check.reason
     assert check.observed == pytest.approx(factor, rel=0.02)
 
@@ -139,12 +138,12 @@ def test_nothing_is_claimed_of_a_gpu_whose_mechanism_enforces_nothing(tmp_path: 
     world.controller.submit(T0, {})
     world.decide()
     worker.obey(num_steps=300)
-    world.controller.checks.observe()
+    world.observe()
     assert shown(world) == {}
 
 
 def test_what_processes_hold_stays_out_of_the_table_of_devices(tmp_path: Path) -> None:
     world = gpu_world(tmp_path)
-    rows = StatusWriter(world.controller.state).take_samples(seen(GIB))
+    rows = world.status().take_samples(seen(GIB))
     assert "processes" not in rows[0]
-    world.controller.telemetry.append_devices(rows)
+    world.controller.engine.telemetry.append_devices(rows)

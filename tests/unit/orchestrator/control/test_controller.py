@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.control.journal import read
-from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Events, Outcome, OverrideReport, SlotOp, Status, StopMode
+from orchestrator.control.world import TrialState
 from orchestrator.policies.plan import Plan, Settings, TrialId
 from orchestrator.policies.snapshot import StepModeView
 from orchestrator.policies.tier import Tier
@@ -26,18 +26,18 @@ def world(tmp_path: Path) -> World:
 def test_a_trial_runs_reports_and_ends(world: World) -> None:
     worker = world.attach("slot-0")
     world.controller.submit(T0, {"lr": 0.1})
-    assert world.controller.answer(T0, 0) is None
+    assert world.ask(T0, 0) is None
     world.decide()
     for index in range(3):
-        world.controller.answer(T0, index)
+        world.ask(T0, index)
         worker.obey()
         worker.report(index)
-        answer = world.controller.answer(T0, index)
+        answer = world.ask(T0, index)
         assert answer is not None
         assert answer.report is not None
         assert answer.report.index == index
     worker.finish()
-    last = world.controller.answer(T0, 3)
+    last = world.ask(T0, 3)
     assert last is not None
     assert (last.state, last.report, last.is_last) == (TrialState.DONE, None, True)
     order = worker.order()
@@ -51,7 +51,7 @@ def test_credit_is_what_the_search_asked_for(world: World) -> None:
     world.controller.submit(T0, {})
     credits = []
     for index in range(2):
-        world.controller.answer(T0, index)
+        world.ask(T0, index)
         order = worker.order()
         assert order is not None
         credits.append(order.credit)
@@ -89,15 +89,15 @@ def test_a_plan_is_on_disk_before_it_is_offered(world: World) -> None:
 def test_trials_that_wait_together_begin_in_the_order_of_the_search(world: World) -> None:
     for trial_id in (T2, T0, T1):
         world.controller.submit(trial_id, {})
-    lifecycle = world.controller.state.lifecycle
-    assert list(lifecycle.queue) == [T0, T1, T2]
+    run = world.controller.run
+    assert list(run.queue) == [T0, T1, T2]
     worker = world.attach("slot-0")
     world.decide()
     worker.obey()
     world.controller.lose_slot("slot-0", "gone")
     early = TrialId("s9")
     world.controller.submit(early, {})
-    assert list(lifecycle.queue) == [T0, early, T1, T2], "one that has begun stays in front"
+    assert list(run.queue) == [T0, early, T1, T2], "one that has begun stays in front"
 
 
 def test_a_dead_slot_gives_its_trial_back_at_the_front(world: World) -> None:
@@ -173,7 +173,7 @@ def test_a_trial_that_kills_its_slot_again_and_again_fails_by_name(world: World)
     world.controller.submit(T1, {})
     world.attach("slot-0")
     worker = world.attach("slot-0")
-    trial = world.controller.state.lifecycle.trials[T0]
+    trial = world.trial(T0)
     assert trial.state is TrialState.FAILED
     assert "died 2 times" in trial.reason
     order = worker.order()
@@ -189,9 +189,9 @@ def test_ranks_that_lost_each_other_fail_the_trial_with_the_reason_of_the_one_th
     worker.obey()
     raised = Outcome(status=Status.FAILED, step=3, num_samples=24, reason="ValueError: boom")
     world.controller.poison_slot("slot-0", worker.epoch, raised)
-    assert world.controller.state.lifecycle.trials[T0].state is TrialState.RUNNING, "its other ranks are still there"
+    assert world.trial(T0).state is TrialState.RUNNING, "its other ranks are still there"
     world.attach("slot-0")
-    trial = world.controller.state.lifecycle.trials[T0]
+    trial = world.trial(T0)
     assert (trial.state, trial.reason) == (TrialState.FAILED, "ValueError: boom")
     assert world.held() == 0.0
 
@@ -208,11 +208,11 @@ def test_a_slot_idle_for_long_is_closed_and_wanted_again_when_trials_wait(world:
     assert order is not None
     assert order.op is SlotOp.CLOSE
     world.controller.slot_closed("slot-0")
-    assert not world.controller.wants_slot()
+    assert not world.wants_slot()
     world.controller.submit(T0, {})
-    assert world.controller.wants_slot()
+    assert world.wants_slot()
     world.controller.expect_slot("slot-0")
-    assert not world.controller.wants_slot(), "one is on its way"
+    assert not world.wants_slot(), "one is on its way"
     again = world.attach("slot-0")
     order = again.order()
     assert order is not None
@@ -229,7 +229,7 @@ def test_a_stopped_trial_is_told_and_frees_its_slot(world: World) -> None:
     assert order is not None
     assert order.stop is StopMode.DISCARD
     worker.finish(Status.STOPPED)
-    assert world.controller.state.lifecycle.trials[T0].state is TrialState.STOPPED
+    assert world.trial(T0).state is TrialState.STOPPED
 
 
 def test_an_interrupted_run_lets_trials_commit_and_assigns_nothing(world: World) -> None:
@@ -246,8 +246,8 @@ def test_an_interrupted_run_lets_trials_commit_and_assigns_nothing(world: World)
     idle = worker.order()
     assert idle is not None
     assert idle.op is SlotOp.IDLE
-    assert world.controller.state.lifecycle.trials[T0].checkpoint == "/c/mid"
-    answer = world.controller.answer(T0, 0)
+    assert world.trial(T0).checkpoint == "/c/mid"
+    answer = world.ask(T0, 0)
     assert answer is not None
     assert answer.is_last
 
@@ -261,7 +261,7 @@ def test_an_override_is_recorded_before_any_new_grant_and_bans_the_tier(world: W
     bf16 = Settings(share=1.0, micro_batch=8, grad_accum=1, tier=Tier.BF16, num_workers=1)
     report = OverrideReport(generation=worker.grant.generation, number=1, settings=bf16, step=3, reason="test")
     worker.tell(Events(number=1, overrides=(report,)))
-    snapshot = world.controller.decider.snapshot()
+    snapshot = world.snapshot()
     assert snapshot is not None
     assert snapshot.trials[0].override is not None
     assert snapshot.trials[0].override.settings.tier is Tier.BF16
@@ -272,11 +272,11 @@ def test_an_override_is_recorded_before_any_new_grant_and_bans_the_tier(world: W
 def test_a_plan_that_breaks_an_invariant_is_refused_and_newcomers_are_served(world: World) -> None:
     worker = world.attach("slot-0")
     world.controller.submit(T0, {})
-    snapshot = world.controller.decider.snapshot()
+    snapshot = world.snapshot()
     assert snapshot is not None
     empty = Plan(generation=snapshot.plan.generation, allocations=(), reason="nonsense")
-    assert not world.controller.decider.accept(snapshot, empty)
-    world.controller.publish_offers()
+    assert not world.controller.accept(snapshot, empty)
+    world.controller.offer()
     order = worker.order()
     assert order is not None
     assert order.grant is not None, "fair shares stand in"
@@ -289,21 +289,21 @@ def test_a_restarted_actor_knows_everything(world: World) -> None:
     workers = [world.attach("slot-0"), world.attach("slot-1")]
     for trial in (T0, T1, T2):
         world.controller.submit(trial, {"lr": 0.5})
-        world.controller.answer(trial, 0)
+        world.ask(trial, 0)
     world.decide()
     for _ in range(3):
         for worker in workers:
             worker.obey()
     workers[0].report(0)
     world.controller.release(T1)
-    before = world.controller.state
+    before = world.controller.run
     world.restart()
-    after = world.controller.state
+    after = world.controller.run
     assert after.plan == before.plan
-    assert after.ledger.lines == before.ledger.lines
-    assert after.lifecycle.queue == before.lifecycle.queue
-    for trial_id, known in before.lifecycle.trials.items():
-        other = after.lifecycle.trials[trial_id]
+    assert after.accounts() == before.accounts()
+    assert after.queue == before.queue
+    for trial_id, known in before.trials.items():
+        other = after.trials[trial_id]
         assert (other.state, other.attempt, other.slot_id, other.reports, other.checkpoint, other.stop) == (
             known.state,
             known.attempt,
@@ -330,11 +330,11 @@ def test_a_run_started_anew_puts_running_trials_back(world: World) -> None:
     worker.report(0)
     world.start_id = "s2"
     world.restart()
-    state = world.controller.state
-    assert state.lifecycle.queue == (T0, T1)
-    assert state.lifecycle.trials[T0].checkpoint == "/c/0"
+    state = world.controller.run
+    assert state.queue == [T0, T1]
+    assert state.trials[T0].checkpoint == "/c/0"
     assert world.held() == 0.0
-    answer = world.controller.answer(T0, 0)
+    answer = world.ask(T0, 0)
     assert answer is not None, "reports already taken are answered at once"
     assert answer.report is not None
     again = world.attach("slot-0")
@@ -354,7 +354,7 @@ def test_a_restart_of_the_actor_after_a_new_start_does_not_forget_workers_again(
     world.decide()
     worker.obey()
     world.restart()
-    trial = world.controller.state.lifecycle.trials[T0]
+    trial = world.trial(T0)
     assert trial.state is TrialState.RUNNING
     assert trial.slot_id == "slot-0"
 
@@ -369,13 +369,13 @@ def test_what_a_trial_measured_of_its_step_modes_is_part_of_the_decision_and_sur
     small = dataclasses.replace(fast, micro_batch=4)
     worker.tell(Events(number=1, modes=(slow, fast)))
     worker.tell(Events(number=2, modes=(small, small)))
-    snapshot = world.controller.decider.snapshot()
+    snapshot = world.snapshot()
     assert snapshot is not None
     assert snapshot.trials[0].step_modes == (small, fast), "one per dials, the newest"
     world.attach("slot-1")
     world.controller.submit(T1, {})
     world.decide()  # journalled with what was known
     world.restart()
-    again = world.controller.decider.snapshot()
+    again = world.snapshot()
     assert again is not None
     assert again.trials[0].step_modes == (small, fast)

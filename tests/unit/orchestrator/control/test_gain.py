@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.control.gain import LEAST_S, SETTLE_S, GainMean, GainMeter, Pace
+from orchestrator.control.gain import LEAST_S, SETTLE_S, GainMean, Measurement, Pace, settled
 from orchestrator.policies.plan import TrialId
 from orchestrator.telemetry.stretch import Stretch
 
@@ -15,10 +15,10 @@ def pace(goodput: float) -> Pace:
     return Pace(throughput=2.0 * goodput, efficiency=0.5)
 
 
-def committed(goodput_before: float = 100.0, efficiency_after: float = 1.0) -> GainMeter:
-    meter = GainMeter()
-    meter.committed(T, 2, ("share",), 0.4, pace(goodput_before), efficiency_after)
-    return meter
+def committed(goodput_before: float = 100.0, efficiency_after: float = 1.0) -> Measurement:
+    return Measurement(
+        generation=2, dials=("share",), predicted=0.4, before=pace(goodput_before), efficiency_after=efficiency_after
+    )
 
 
 def stretch(samples_per_s: float, seconds: float, generation: int = 2, num_steps: int = 50) -> Stretch:
@@ -26,42 +26,38 @@ def stretch(samples_per_s: float, seconds: float, generation: int = 2, num_steps
 
 
 def test_the_gain_is_goodput_after_over_before() -> None:
-    meter = committed(efficiency_after=0.5)
-    assert meter.settle(T, None) is None, "no step yet"
-    assert meter.settle(T, stretch(300.0, SETTLE_S / 2)) is None, "too few seconds"
-    gain = meter.settle(T, stretch(300.0, SETTLE_S))
+    change = committed(efficiency_after=0.5)
+    assert settled(T, change, None) is None, "no step yet"
+    assert settled(T, change, stretch(300.0, SETTLE_S / 2)) is None, "too few seconds"
+    gain = settled(T, change, stretch(300.0, SETTLE_S))
     assert gain is not None
     assert gain.realised == pytest.approx(300.0 * 0.5 / 100.0 - 1.0)
     assert (gain.generation, gain.dials, gain.predicted) == (2, ("share",), 0.4)
     assert (gain.before, gain.after) == (pace(100.0), Pace(throughput=300.0, efficiency=0.5))
-    assert meter.settle(T, stretch(300.0, SETTLE_S)) is None, "each change is answered once"
 
 
 def test_steps_of_an_earlier_generation_do_not_count() -> None:
-    meter = committed()
-    assert meter.settle(T, stretch(50.0, 60.0, generation=1)) is None
-    gain = meter.settle(T, stretch(100.0, SETTLE_S))
+    change = committed()
+    assert settled(T, change, stretch(50.0, 60.0, generation=1)) is None
+    gain = settled(T, change, stretch(100.0, SETTLE_S))
     assert gain is not None
     assert gain.realised == pytest.approx(0.0)
 
 
 def test_a_few_long_steps_are_no_measurement() -> None:
-    assert committed().settle(T, stretch(100.0, 60.0, num_steps=2)) is None
+    assert settled(T, committed(), stretch(100.0, 60.0, num_steps=2)) is None
 
 
 def test_where_the_next_change_comes_less_is_enough() -> None:
-    meter = committed()
-    assert meter.settle(T, stretch(100.0, LEAST_S)) is None
-    assert meter.settle(T, stretch(100.0, LEAST_S / 2), is_last=True) is None
-    assert meter.settle(T, stretch(100.0, LEAST_S), is_last=True) is not None
+    change = committed()
+    assert settled(T, change, stretch(100.0, LEAST_S)) is None
+    assert settled(T, change, stretch(100.0, LEAST_S / 2), is_last=True) is None
+    assert settled(T, change, stretch(100.0, LEAST_S), is_last=True) is not None
 
 
-def test_a_newer_change_replaces_an_older_one_and_an_ended_trial_is_forgotten() -> None:
-    meter = committed()
-    meter.committed(T, 3, ("batch",), None, pace(50.0), 1.0)
-    assert meter.settle(T, stretch(100.0, 60.0, generation=2)) is None
-    meter.forget(T)
-    assert meter.settle(T, stretch(100.0, 60.0, generation=3)) is None
+def test_nothing_is_settled_where_no_change_is_measured_or_nothing_was_done_before() -> None:
+    assert settled(T, None, stretch(100.0, 60.0)) is None
+    assert settled(T, committed(goodput_before=0.0), stretch(100.0, 60.0)) is None
 
 
 def test_the_typical_gain_is_a_geometric_mean() -> None:

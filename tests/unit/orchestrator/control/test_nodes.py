@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.nodes import NodeOrder, NodeView
 from orchestrator.control.orders import SlotOp, Status, StopMode
 from orchestrator.control.spec import RunSpec
-from orchestrator.control.status import StatusWriter
+from orchestrator.control.world import TrialState
 from orchestrator.policies.plan import TrialId
 from orchestrator.view.explain import explain, render
 from orchestrator.view.frame import node_texts
@@ -37,32 +36,32 @@ def running(world: World) -> Worker:
 
 
 def units(world: World) -> dict[str, int]:
-    return {device.device_id: device.units for device in world.controller.state.devices.values()}
+    return {device.device_id: device.units for device in world.controller.world.devices.values()}
 
 
 def test_the_cores_of_a_node_count_as_soon_as_it_joins(world: World) -> None:
-    world.controller.nodes.update((OTHER,))
+    world.controller.take_nodes((OTHER,))
     assert units(world) == {"cpu:other-no": 4}
-    world.controller.nodes.update((OTHER,))
+    world.controller.take_nodes((OTHER,))
     kinds = [entry["kind"] for entry in _entries(world)]
     assert kinds.count("node") == 1, "nothing new is not written down again"
 
 
 def test_a_worker_group_has_no_more_cores_than_its_node_offers(world: World) -> None:
-    world.controller.nodes.update((NodeView(node_id=DEVICE.node_id, num_cores=1),))
+    world.controller.take_nodes((NodeView(node_id=DEVICE.node_id, num_cores=1),))
     world.attach("slot-0")
     assert units(world)[DEVICE.device_id] == 1
 
 
 def test_a_draining_node_gives_its_trial_back_with_a_commit_and_takes_no_other(world: World) -> None:
-    world.controller.nodes.update((HERE,))
+    world.controller.take_nodes((HERE,))
     worker = running(world)
-    world.controller.nodes.update((NodeView(node_id=HERE.node_id, num_cores=2, is_draining=True),))
+    world.controller.take_nodes((NodeView(node_id=HERE.node_id, num_cores=2, is_draining=True),))
     order = worker.order()
     assert order is not None
     assert order.stop is StopMode.CHECKPOINT
     worker.finish(Status.INTERRUPTED, checkpoint="/c/5")
-    trial = world.controller.state.lifecycle.trials[A]
+    trial = world.trial(A)
     assert (trial.state, trial.checkpoint, trial.num_restarts) == (TrialState.QUEUED, "/c/5", 0)
     order = worker.order()
     assert order is not None
@@ -75,23 +74,23 @@ def test_a_draining_node_gives_its_trial_back_with_a_commit_and_takes_no_other(w
 
 
 def test_a_lost_node_frees_its_shares_at_once_and_charges_no_restart(world: World) -> None:
-    world.controller.nodes.update((HERE, OTHER))
+    world.controller.take_nodes((HERE, OTHER))
     worker = running(world)
     worker.report(0)
     assert world.held() > 0
-    world.controller.nodes.update((OTHER,))
+    world.controller.take_nodes((OTHER,))
     assert world.held() == 0
     assert list(units(world)) == ["cpu:other-no"]
-    trial = world.controller.state.lifecycle.trials[A]
+    trial = world.trial(A)
     assert (trial.state, trial.checkpoint, trial.num_restarts) == (TrialState.QUEUED, "/c/0", 0)
     assert worker.order() is None, "messages of the lost group are refused"
 
 
 def test_the_slot_of_a_lost_node_serves_again_when_its_group_is_back(world: World) -> None:
-    world.controller.nodes.update((HERE,))
+    world.controller.take_nodes((HERE,))
     running(world)
-    world.controller.nodes.update(())
-    world.controller.nodes.update((HERE,))
+    world.controller.take_nodes(())
+    world.controller.take_nodes((HERE,))
     worker = world.attach("slot-0")
     order = worker.order()
     assert order is not None
@@ -99,12 +98,12 @@ def test_the_slot_of_a_lost_node_serves_again_when_its_group_is_back(world: Worl
 
 
 def test_a_restarted_actor_knows_the_nodes(world: World) -> None:
-    world.controller.nodes.update((HERE, OTHER))
-    world.controller.nodes.update((OTHER,))
+    world.controller.take_nodes((HERE, OTHER))
+    world.controller.take_nodes((OTHER,))
     before = units(world)
     world.restart()
     assert units(world) == before
-    world.controller.nodes.update((OTHER,))
+    world.controller.take_nodes((OTHER,))
     assert [entry["kind"] for entry in _entries(world)].count("node") == 3
 
 
@@ -127,11 +126,11 @@ def priced(tmp_path: Path) -> World:
 
 
 def test_a_wish_is_made_before_anything_runs_and_is_in_the_journal(priced: World) -> None:
-    assert priced.controller.nodes.order() == NodeOrder(wanted={}, released=()), "no trial, no wish"
+    assert priced.node_order() == NodeOrder(wanted={}, released=()), "no trial, no wish"
     priced.decide()
     priced.controller.submit(A, {})
     priced.decide()
-    assert priced.controller.nodes.order() == NodeOrder(wanted={"spot": 1}, released=())
+    assert priced.node_order() == NodeOrder(wanted={"spot": 1}, released=())
     (entry,) = [entry for entry in _entries(priced) if entry["kind"] == "plan"]
     (wish,) = entry["plan"]["nodes"]  # type: ignore[index]
     assert (wish["num_nodes"], wish["cost_per_hour"]) == (1, 0.5)
@@ -144,31 +143,31 @@ def test_no_more_is_wished_for_than_may_run_at_a_time(priced: World) -> None:
     for number in range(40):
         priced.controller.submit(TrialId(f"trial-{number}"), {})
     priced.decide()
-    assert priced.controller.nodes.order().wanted == {"spot": 2}, "four at a time, two ranks on a node"
+    assert priced.node_order().wanted == {"spot": 2}, "four at a time, two ranks on a node"
 
 
 def test_a_restarted_actor_still_wants_what_it_wanted(priced: World) -> None:
     priced.controller.submit(A, {})
     priced.decide()
-    priced.controller.nodes.update((node("n1"), node("n2")))
-    priced.controller.nodes.settle()
-    before = priced.controller.nodes.order()
+    priced.controller.take_nodes((node("n1"), node("n2")))
+    priced.controller.admit()
+    before = priced.node_order()
     assert before.released != ()
     priced.restart()
-    assert priced.controller.nodes.order() == before
+    assert priced.node_order() == before
 
 
 def test_the_emptiest_node_is_let_go_with_a_commit_and_taken_back_when_wanted(priced: World) -> None:
-    priced.controller.nodes.update((node(DEVICE.node_id), node("idle")))
+    priced.controller.take_nodes((node(DEVICE.node_id), node("idle")))
     worker = priced.attach("slot-0")
     priced.controller.submit(A, {})
     priced.decide()
     worker.obey()
     priced.clock.advance(1000.0)
     priced.decide()
-    assert priced.controller.nodes.order().wanted == {"spot": 1}
-    priced.controller.nodes.settle()
-    assert priced.controller.nodes.order().released == ("idle",)
+    assert priced.node_order().wanted == {"spot": 1}
+    priced.controller.admit()
+    assert priced.node_order().released == ("idle",)
     order = worker.order()
     assert order is not None
     assert order.stop is StopMode.NONE, "the trial on the other node goes on"
@@ -176,22 +175,22 @@ def test_the_emptiest_node_is_let_go_with_a_commit_and_taken_back_when_wanted(pr
         priced.controller.submit(TrialId(f"more-{number}"), {})
     priced.clock.advance(1000.0)
     priced.decide()
-    assert priced.controller.nodes.order().wanted == {"spot": 2}
-    priced.controller.nodes.settle()
-    assert priced.controller.nodes.order().released == ()
+    assert priced.node_order().wanted == {"spot": 2}
+    priced.controller.admit()
+    assert priced.node_order().released == ()
     states = [entry["state"] for entry in _entries(priced) if entry.get("node_id") == "idle"]
     assert states == ["joined", "released", "joined"]
 
 
 def test_the_trials_of_a_node_that_is_let_go_commit_and_its_slots_close(priced: World) -> None:
-    priced.controller.nodes.update((node(DEVICE.node_id),))
+    priced.controller.take_nodes((node(DEVICE.node_id),))
     worker = priced.attach("slot-0")
     priced.controller.submit(A, {})
     priced.decide()
     worker.obey()
-    (wish,) = priced.controller.state.wishes
-    priced.controller.state.wishes = (dataclasses.replace(wish, num_nodes=0),)
-    priced.controller.nodes.settle()
+    (wish,) = priced.controller.run.wishes
+    priced.controller.run.wishes = (dataclasses.replace(wish, num_nodes=0),)
+    priced.controller.admit()
     order = worker.order()
     assert order is not None
     assert order.stop is StopMode.CHECKPOINT
@@ -200,7 +199,7 @@ def test_the_trials_of_a_node_that_is_let_go_commit_and_its_slots_close(priced: 
     assert order is not None
     assert order.op is SlotOp.CLOSE
     late = priced.attach("slot-1")
-    priced.controller.nodes.settle()
+    priced.controller.admit()
     order = late.order()
     assert order is not None
     assert order.op in {SlotOp.CLOSE, SlotOp.RUN}
@@ -208,20 +207,20 @@ def test_the_trials_of_a_node_that_is_let_go_commit_and_its_slots_close(priced: 
 
 
 def test_the_status_says_what_is_there_wanted_and_paid_for(priced: World) -> None:
-    priced.controller.nodes.update((node("n1"), node("n2")))
+    priced.controller.take_nodes((node("n1"), node("n2")))
     priced.controller.submit(A, {})
     priced.decide()
-    (shown,) = StatusWriter(priced.controller.state).now()["nodes"]
+    (shown,) = priced.status().now()["nodes"]
     assert (shown["num_nodes"], shown["num_wished"], shown["cost_per_hour"]) == (2, 2, 1.0)
     priced.clock.advance(1000.0)
     priced.decide()
-    priced.controller.nodes.settle()
-    (shown,) = StatusWriter(priced.controller.state).now()["nodes"]
+    priced.controller.admit()
+    (shown,) = priced.status().now()["nodes"]
     assert (shown["num_nodes"], shown["num_leaving"], shown["num_wished"], shown["cost_per_hour"]) == (2, 1, 1, 1.0)
-    priced.controller.nodes.update(())
-    (shown,) = StatusWriter(priced.controller.state).now()["nodes"]
+    priced.controller.take_nodes(())
+    (shown,) = priced.status().now()["nodes"]
     assert (shown["num_nodes"], shown["cost_per_hour"]) == (0, 0.0)
-    (text,) = node_texts(StatusWriter(priced.controller.state).now())
+    (text,) = node_texts(priced.status().now())
     assert text.startswith("nodes spot (spot): 0 there, 1 wanted, ")
 
 
@@ -237,26 +236,26 @@ def test_explain_shows_the_wish_with_its_reason_and_price(priced: World) -> None
 
 def test_a_policy_without_wishes_lets_no_node_go(tmp_path: Path) -> None:
     world = World(tmp_path / "run", node_types=(SPOT,))
-    world.controller.nodes.update((node("n1"),))
+    world.controller.take_nodes((node("n1"),))
     world.controller.submit(A, {})
     world.decide()
-    world.controller.nodes.settle()
-    assert world.controller.nodes.order() == NodeOrder(wanted={}, released=())
+    world.controller.admit()
+    assert world.node_order() == NodeOrder(wanted={}, released=())
 
 
 def test_a_run_file_without_node_types_makes_the_snapshots_of_before(world: World) -> None:
     world.attach("slot-0")
     world.controller.submit(A, {})
     world.controller.submit(TrialId("trial-b"), {})
-    snapshot = world.controller.decider.snapshot()
+    snapshot = world.snapshot()
     assert snapshot is not None
     assert (snapshot.node_types, snapshot.waiting) == ((), ())
-    spec = world.controller.state.spec
+    spec = world.controller.run.spec
     assert RunSpec.from_jsonable(json.loads(json.dumps(spec.to_jsonable()))) == spec
     old = {k: v for k, v in spec.to_jsonable().items() if k not in {"node_types", "max_cost_per_hour", "max_running"}}
     assert RunSpec.from_jsonable(old).node_types == ()
 
 
 def test_node_types_survive_the_journal(priced: World) -> None:
-    spec = priced.controller.state.spec
+    spec = priced.controller.run.spec
     assert RunSpec.from_jsonable(json.loads(json.dumps(spec.to_jsonable()))) == spec

@@ -20,11 +20,11 @@ from orchestrator.control.journal import FILE_NAME, read
 from orchestrator.control.orders import Status
 from orchestrator.control.spec import RunSpec, StopRule
 from orchestrator.policies.codec import snapshot_from, to_jsonable
+from orchestrator.policies.learn.survival import MOST
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.simulator import Job
 from orchestrator.policies.simulator.search import AshaSearch, SearchSpec, loss_of
 from orchestrator.policies.snapshot import TrialView
-from orchestrator.policies.survival import MOST
 from orchestrator.run_spec import stop_rule
 from orchestrator.view.explain import explain, render
 from tests.unit.orchestrator.control.worlds import Worker, World
@@ -61,7 +61,7 @@ class Run:
                 worker.report(index, loss)
 
     def views(self) -> dict[str, TrialView]:
-        snapshot = self.world.controller.decider.snapshot()
+        snapshot = self.world.snapshot()
         assert snapshot is not None
         return {str(trial.trial_id): trial for trial in snapshot.trials}
 
@@ -187,7 +187,7 @@ def test_where_nobody_is_stopped_there_is_no_chance_to_name(tmp_path: Path) -> N
     world.decide()
     worker.obey()
     worker.report(0, 1.0)
-    snapshot = world.controller.decider.snapshot()
+    snapshot = world.snapshot()
     assert snapshot is not None
     assert snapshot.trials[0].survival is None
     assert "survival" not in to_jsonable(snapshot)["trials"][0]

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.control.journal import read
-from orchestrator.control.lifecycle import SlotState, TrialState
 from orchestrator.control.orders import Status, StopMode
-from orchestrator.control.resizing import REFUSED_PATIENCES
-from orchestrator.control.status import StatusWriter
+from orchestrator.control.trial_changes import REFUSED_PATIENCES
+from orchestrator.control.world import SlotState, TrialState
 from orchestrator.policies.plan import DeviceId, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.view.explain import explain, render
@@ -34,7 +33,7 @@ def world_of(run_dir: Path, max_running: int = 1, *, grow_at: int = 80, shrink_a
 def world(tmp_path: Path) -> Iterator[World]:
     world = world_of(tmp_path / "r")
     yield world
-    world.controller.close()
+    world.close()
 
 
 def entries(world: World, kind: str) -> list[dict[str, object]]:
@@ -67,13 +66,13 @@ def test_a_trial_grows_and_shrinks_without_losing_a_sample(world: World) -> None
     one = begin(world)
     train_until(world, one, 80)
     world.decide()
-    assert world.controller.slots_to_open() == (2,)
+    assert world.slots_to_open() == (2,)
     world.controller.expect_slot("slot-x0", 2)
-    assert world.controller.slots_to_open() == (), "it is on its way"
+    assert world.slots_to_open() == (), "it is on its way"
     assert "2 ranks on their way" in world.shown()
     train_until(world, one, 160)  # meanwhile the trial goes on
     two = world.attach("slot-x0", 2)
-    trial = world.controller.state.lifecycle.trials[T0]
+    trial = world.trial(T0)
     assert trial.stop is StopMode.RESIZE
     left_at = one.position
     assert one.leave()
@@ -90,9 +89,9 @@ def test_a_trial_grows_and_shrinks_without_losing_a_sample(world: World) -> None
     assert trial.slot_id == "slot-0"
     world.decide()
     one.obey()
-    world.controller.telemetry.flush()
+    world.flush()
     assert stages(world) == [("wanted", 2), ("done", 2), ("wanted", 1), ("done", 1)]
-    status = StatusWriter(world.controller.state).now()
+    status = world.status().now()
     assert status["dials"]["workers"]["changes_applied"] == 2
     assert status["trials"][0]["num_workers"] == 1
     one.finish()
@@ -111,24 +110,24 @@ def test_a_group_that_does_not_come_costs_nothing_and_is_not_asked_for_at_once(w
     one = begin(world)
     train_until(world, one, 80)
     world.decide()
-    patience_s = world.controller.state.spec.resize_patience_s
+    patience_s = world.controller.run.spec.resize_patience_s
     world.clock.advance(patience_s + 1.0)
     world.controller.admit()
     assert stages(world) == [("wanted", 2), ("given_up", 2)]
-    trial = world.controller.state.lifecycle.trials[T0]
+    trial = world.trial(T0)
     assert (trial.state, trial.stop, trial.attempt) == (TrialState.RUNNING, StopMode.NONE, 0)
     one.obey()
     world.decide()
     world.controller.admit()
-    assert world.controller.slots_to_open() == ()
+    assert world.slots_to_open() == ()
     assert entries(world, "refusal") == [], "the policy was told by the limits"
     world.restart()
     world.decide()
-    assert world.controller.slots_to_open() == (), "also by a restarted actor"
+    assert world.slots_to_open() == (), "also by a restarted actor"
     world.clock.advance(REFUSED_PATIENCES * patience_s + 1.0)
     one.obey()
     world.decide()
-    assert world.controller.slots_to_open() == (2,), "after a rest it is tried again"
+    assert world.slots_to_open() == (2,), "after a rest it is tried again"
 
 
 def test_a_trial_whose_new_group_dies_before_it_comes_goes_on_in_the_old_one(world: World) -> None:
@@ -138,11 +137,11 @@ def test_a_trial_whose_new_group_dies_before_it_comes_goes_on_in_the_old_one(wor
     world.attach("slot-x0", 2)
     world.controller.lose_slot("slot-x0", "its node died")
     assert one.leave()
-    trial = world.controller.state.lifecycle.trials[T0]
+    trial = world.trial(T0)
     assert trial.state is TrialState.QUEUED
-    assert world.controller.slots_to_open() == (2,)
+    assert world.slots_to_open() == (2,)
     world.controller.admit()
-    world.clock.advance(world.controller.state.spec.resize_patience_s + 1.0)
+    world.clock.advance(world.controller.run.spec.resize_patience_s + 1.0)
     world.controller.admit()
     world.controller.admit()
     assert (trial.state, trial.slot_id) == (TrialState.RUNNING, "slot-0")
@@ -157,25 +156,25 @@ def test_a_wish_that_is_taken_back_opens_nothing(tmp_path: Path) -> None:
     one = begin(world)
     train_until(world, one, 80)
     world.decide()
-    assert world.controller.slots_to_open() == (2,)
+    assert world.slots_to_open() == (2,)
     train_until(world, one, 120)
     world.decide()
-    assert world.controller.slots_to_open() == ()
+    assert world.slots_to_open() == ()
     world.attach("slot-x0", 2)
-    assert world.controller.state.lifecycle.trials[T0].stop is StopMode.NONE
-    world.controller.close()
+    assert world.trial(T0).stop is StopMode.NONE
+    world.close()
 
 
 def test_a_slot_beside_the_others_lets_no_further_trial_run(world: World) -> None:
     begin(world)
     world.controller.submit(T1, {})
     world.attach("slot-x0", 2)
-    states = [trial.state for trial in world.controller.state.lifecycle.trials.values()]
+    states = [trial.state for trial in world.controller.run.trials.values()]
     assert states == [TrialState.RUNNING, TrialState.QUEUED]
-    assert not world.controller.wants_slot()
+    assert not world.wants_slot()
     world.clock.advance(61.0)
     world.controller.close_idle_slots()
-    assert world.controller.state.lifecycle.slots["slot-x0"].is_closing, "it is of no use"
+    assert world.controller.world.slots["slot-x0"].is_closing, "it is of no use"
 
 
 def test_the_searchs_word_wins_over_a_move(world: World) -> None:
@@ -185,7 +184,7 @@ def test_the_searchs_word_wins_over_a_move(world: World) -> None:
     world.attach("slot-x0", 2)
     world.controller.release(T0)
     one.finish(Status.INTERRUPTED, checkpoint="/c/x")
-    assert world.controller.state.lifecycle.trials[T0].state is TrialState.STOPPED
+    assert world.trial(T0).state is TrialState.STOPPED
 
 
 def test_a_paused_search_pauses_a_trial_that_moves(world: World) -> None:
@@ -193,9 +192,9 @@ def test_a_paused_search_pauses_a_trial_that_moves(world: World) -> None:
     train_until(world, one, 80)
     world.decide()
     world.attach("slot-x0", 2)
-    world.controller.continuations.pause(T0)
+    world.controller.pause(T0)
     assert one.leave()
-    assert world.controller.state.lifecycle.trials[T0].state is TrialState.PAUSED
+    assert world.trial(T0).state is TrialState.PAUSED
 
 
 def test_what_is_known_of_a_trial_goes_with_it(world: World) -> None:
@@ -203,10 +202,11 @@ def test_what_is_known_of_a_trial_goes_with_it(world: World) -> None:
     train_until(world, one, 80)
     world.decide()
     world.attach("slot-x0", 2)
-    known = world.controller.state.fits[T0]
+    known = world.trial(T0).fit
+    assert known is not None
     assert known.cells
     assert one.leave()
-    assert world.controller.state.fits[T0] == known
+    assert world.trial(T0).fit == known
 
 
 def test_the_cost_of_a_move_is_measured_and_told_to_the_policy(world: World) -> None:
@@ -218,12 +218,12 @@ def test_the_cost_of_a_move_is_measured_and_told_to_the_policy(world: World) -> 
     world.clock.advance(3.0)
     world.decide()
     two.obey()
-    assert world.controller.state.restart_s == pytest.approx(3.0, abs=0.2)
-    snapshot = world.controller.decider.snapshot()
+    assert world.controller.run.restart_s == pytest.approx(3.0, abs=0.2)
+    snapshot = world.snapshot()
     assert snapshot is not None
     assert snapshot.trials[0].restart_s == pytest.approx(3.0, abs=0.2)
     world.restart()
-    assert world.controller.state.restart_s == pytest.approx(3.0, abs=0.2)
+    assert world.controller.run.restart_s == pytest.approx(3.0, abs=0.2)
 
 
 def test_a_trial_that_comes_back_to_the_same_device_is_granted_its_share_again(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_trial_that_comes_back_to_the_same_device_is_granted_its_share_again(t
     world.decide()
     again.obey()
     assert again.grant is not None, "the plan is the same, but nobody has been offered it"
-    world.controller.close()
+    world.close()
 
 
 GPUS = tuple(
@@ -259,24 +259,24 @@ def test_the_last_trial_grows_onto_the_card_that_another_left_and_stays_where_it
         world.decide()
         first.obey()
         second.obey()
-    assert world.controller.slots_to_open() == (), "each has its card"
+    assert world.slots_to_open() == (), "each has its card"
     second.finish()
     both: Worker | None = None
     for _ in range(400):
         world.decide()
-        if world.controller.slots_to_open() == (2,):
+        if world.slots_to_open() == (2,):
             both = world.attach("slot-x0", 2, devices=GPUS)
         for worker in (first, *([] if both is None else [both])):
             if not worker.leave():
                 worker.obey(step_s=0.02 if worker is first else 0.02 * slower)
-    trial = world.controller.state.lifecycle.trials[T0]
+    trial = world.trial(T0)
     assert both is not None, "it has tried"
     assert trial.size == ends_on
     assert len(stages(world)) <= 4, "there and back once at most"
     assert entries(world, "refusal") == []
-    world.controller.telemetry.flush()
+    world.flush()
     assert verify(world.run_dir)["violations"] == []
-    world.controller.close()
+    world.close()
 
 
 def test_every_cut_of_the_journal_leaves_a_trial_that_can_go_on(world: World, tmp_path: Path) -> None:
@@ -302,8 +302,8 @@ def test_every_cut_of_the_journal_leaves_a_trial_that_can_go_on(world: World, tm
         story = _Story(cut, trials=(T0,), slots=(("slot-0", 1), ("slot-x0", 2)))
         story.check()
         story.bring_to_an_end()
-        assert cut.controller.state.lifecycle.trials[T0].state is TrialState.DONE
-        cut.controller.close()
+        assert cut.trial(T0).state is TrialState.DONE
+        cut.close()
 
 
 MOVES = st.lists(
@@ -325,9 +325,9 @@ def test_no_history_loses_a_sample_or_a_trial_or_over_commits(
         story.make(move, number + salt)
         story.check()
     story.bring_to_an_end()
-    world.controller.telemetry.flush()
+    world.flush()
     assert verify(world.run_dir)["violations"] == []
-    world.controller.close()
+    world.close()
 
 
 class _Story:
@@ -352,7 +352,7 @@ class _Story:
         elif move == "tick":
             world.controller.admit()
         elif move == "restart":
-            world.controller.close()  # what was answered is on disk
+            world.close()  # what was answered is on disk
             world.restart()
         elif move == "wait":
             world.clock.advance(50.0)
@@ -370,7 +370,7 @@ class _Story:
             self.workers[name] = world.attach(name, self.workers[name].num_workers)
 
     def open(self) -> None:
-        for size in self.world.controller.slots_to_open():
+        for size in self.world.slots_to_open():
             slot_id = f"slot-x{self.num_opened}"
             self.num_opened += 1
             self.world.controller.expect_slot(slot_id, size)
@@ -389,22 +389,22 @@ class _Story:
             worker.finish()
 
     def check(self) -> None:
-        state = self.world.controller.state
+        state = self.world.controller.run
         assert self.world.held() <= 1.0 + 1e-9
-        running = state.lifecycle.running()
+        running = state.running()
         assert len(running) <= 2
         for trial in running:
-            slot = state.lifecycle.slots[str(trial.slot_id)]
+            slot = self.world.controller.world.slots[str(trial.slot_id)]
             assert (slot.trial_id, slot.state) == (trial.trial_id, SlotState.RUNNING)
             assert trial.size == slot.num_workers
         assert len({trial.slot_id for trial in running}) == len(running)
-        waiting = {t.trial_id for t in state.lifecycle.trials.values() if t.state is TrialState.QUEUED}
-        assert set(state.lifecycle.queue) == waiting
+        waiting = {t.trial_id for t in state.trials.values() if t.state is TrialState.QUEUED}
+        assert set(state.queue) == waiting
 
     def bring_to_an_end(self) -> None:
-        trials = self.world.controller.state.lifecycle.trials
+        trials = self.world.controller.run.trials
         for round_number in range(400):
-            trials = self.world.controller.state.lifecycle.trials
+            trials = self.world.controller.run.trials
             if all(trial.state.is_final for trial in trials.values()):
                 break
             if not self.workers or round_number % 50 == 49:

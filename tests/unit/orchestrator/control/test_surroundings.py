@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.clock import ManualClock
-from orchestrator.control.journal import FILE_NAME, Journal
-from orchestrator.control.state import RunState
-from orchestrator.control.surroundings import completed
+from orchestrator.control.decisions import completed
+from orchestrator.control.events import NodeChanged
 from orchestrator.policies import dumps, snapshot_from
 from orchestrator.policies.codec import to_jsonable
-from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.learn.fit import NOTHING_FITTED, Observation, TrialFit, update
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
 from orchestrator.policies.sample_worlds import snapshot
 from orchestrator.policies.snapshot import DeviceKind, DeviceView
 from orchestrator.policies.tier import Tier
-from tests.unit.orchestrator.control.worlds import World, spec
+from tests.unit.orchestrator.control.books import Books
+from tests.unit.orchestrator.control.worlds import World
 
 SEEN = Observation(
     cores=1.0, tier=Tier.FP32, micro_batch=8, grad_accum=1, num_workers=2, num_steps=5, step_s=0.1, sync_s=0.01
@@ -36,47 +35,49 @@ def gpu(name: str, node_id: str, device_type: str = "h200", speed: float = 1.0) 
     )
 
 
-def state_with(
-    run_dir: Path, devices: tuple[DeviceView, ...], held: dict[str, tuple[tuple[str, ...], float]]
-) -> RunState:
+def books_with(devices: tuple[DeviceView, ...], held: dict[str, tuple[tuple[str, ...], float]]) -> Books:
     """A run in which every trial has applied its share of its devices."""
-    state = RunState(spec(run_dir), ManualClock(1.0), Journal(run_dir / FILE_NAME), "i")
-    state.set_devices(devices)
+    books = Books()
+    books.set_devices(devices)
     rows = []
     for name, (placement, share) in sorted(held.items()):
         places = tuple(DeviceId(each) for each in placement)
-        state.ledger.open_line(TrialId(name), places)
+        books.open_line(TrialId(name), places)
         settings = Settings(share=share, micro_batch=8, grad_accum=1, tier=Tier.FP32, num_workers=len(places))
         rows.append(
             Allocation(trial_id=TrialId(name), settings=settings, placement=places, effect=Effect.NONE, reason="1")
         )
-    state.ledger.commit(Plan(generation=Generation(1), allocations=tuple(rows), reason="1"))
-    for name in state.ledger.offer():
-        state.ledger.acknowledge(name, 1)
-    return state
+    books.commit(Plan(generation=Generation(1), allocations=tuple(rows), reason="1"))
+    for name in books.offer():
+        books.acknowledge(name, 1)
+    return books
 
 
-def test_ranks_on_two_nodes_of_two_types_beside_another_trial(tmp_path: Path) -> None:
+def seen_by(books: Books) -> tuple[Observation, ...]:
+    return completed(books.world, books.run, books.run.trials[TrialId("mine")], (SEEN,))
+
+
+def test_ranks_on_two_nodes_of_two_types_beside_another_trial() -> None:
     devices = (gpu("a", "n0"), gpu("b", "n1", "t4", speed=0.3))
-    state = state_with(tmp_path, devices, {"mine": (("a", "b"), 0.4), "other": (("b",), 0.6)})
-    (seen,) = completed(state, TrialId("mine"), (SEEN,))
+    books = books_with(devices, {"mine": (("a", "b"), 0.4), "other": (("b",), 0.6)})
+    (seen,) = seen_by(books)
     assert (seen.num_nodes, seen.device_type) == (2, "t4"), "a step takes as long as its slowest rank"
     assert seen.crowd_share == pytest.approx(0.6)
     assert dataclasses.replace(seen, num_nodes=1, device_type="", crowd_share=0.0) == SEEN
 
 
-def test_own_ranks_on_a_device_are_no_crowd(tmp_path: Path) -> None:
-    state = state_with(tmp_path, (gpu("a", "n0"),), {"mine": (("a", "a"), 0.4)})
-    (seen,) = completed(state, TrialId("mine"), (SEEN,))
+def test_own_ranks_on_a_device_are_no_crowd() -> None:
+    books = books_with((gpu("a", "n0"),), {"mine": (("a", "a"), 0.4)})
+    (seen,) = seen_by(books)
     assert (seen.num_nodes, seen.crowd_share) == (1, 0.0)
 
 
-def test_a_device_that_has_left_is_passed_over(tmp_path: Path) -> None:
-    state = state_with(tmp_path, (gpu("a", "n0"), gpu("b", "n1")), {"mine": (("a", "b"), 1.0)})
-    state.drop_devices("n1")
-    assert [seen.num_nodes for seen in completed(state, TrialId("mine"), (SEEN,))] == [1]
-    state.drop_devices("n0")
-    assert completed(state, TrialId("mine"), (SEEN,)) == (SEEN,)
+def test_a_device_that_has_left_is_passed_over() -> None:
+    books = books_with((gpu("a", "n0"), gpu("b", "n1")), {"mine": (("a", "b"), 1.0)})
+    books.happen(NodeChanged(node_id="n1", state="left", num_cores=0))
+    assert [seen.num_nodes for seen in seen_by(books)] == [1]
+    books.happen(NodeChanged(node_id="n0", state="left", num_cores=0))
+    assert seen_by(books) == (SEEN,)
 
 
 def test_a_live_fit_knows_what_was_beside_each_trial(tmp_path: Path) -> None:
@@ -89,7 +90,9 @@ def test_a_live_fit_knows_what_was_beside_each_trial(tmp_path: Path) -> None:
         for worker in workers:
             worker.obey()
     world.decide()
-    crowds = {cell.crowd for fit in world.controller.state.fits.values() for cell in fit.cells}
+    crowds = {
+        cell.crowd for trial in world.controller.run.trials.values() for cell in (trial.fit or NOTHING_FITTED).cells
+    }
     assert 2 in crowds, "the other half of the device"
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from orchestrator.clock import ManualClock
-from orchestrator.control.controller import Controller
+from orchestrator.control.controller import Answer, Controller
+from orchestrator.control.grants import held
+from orchestrator.control.nodes import NodeOrder, order
 from orchestrator.control.orders import (
     Ack,
     Events,
@@ -21,12 +23,15 @@ from orchestrator.control.orders import (
     SlotOrder,
     Status,
 )
+from orchestrator.control.placement import wants_slot
+from orchestrator.control.resizing import slots_to_open
 from orchestrator.control.spec import RunSpec, StopRule
 from orchestrator.control.status import StatusWriter
+from orchestrator.control.world import Trial
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import DeviceId, Settings, TrialId
 from orchestrator.policies.policy import Policy
-from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType
+from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, NodeType, Snapshot
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import STEP_DTYPE, TIERS, pack
 from orchestrator.view.frame import build_frame
@@ -47,6 +52,11 @@ def resizing_spec(run_dir: Path, policy: str, max_running: int) -> RunSpec:
 
 def spec(run_dir: Path, policy: str = "fair_share", node_types: tuple[NodeType, ...] = ()) -> RunSpec:
     run_dir.mkdir(parents=True, exist_ok=True)
+    return spec_of(run_dir, policy, node_types)
+
+
+def spec_of(run_dir: Path, policy: str = "fair_share", node_types: tuple[NodeType, ...] = ()) -> RunSpec:
+    """A run in a directory that need not be there."""
     return RunSpec(
         run_id="r",
         run_dir=str(run_dir),
@@ -97,6 +107,7 @@ class Worker:
     attempt: tuple[TrialId, int] | None = None
 
     def order(self) -> SlotOrder | None:
+        self.world.perform()
         return self.world.controller.order(self.slot_id, self.epoch)
 
     def obey(self, num_steps: int = 5, step_s: float = 0.02) -> None:
@@ -193,6 +204,7 @@ class World:
     enforces: tuple[str, ...] = ("compute",)
     memory_cap_bytes: int | None = None
     commits: dict[str, tuple[int, int]] = field(default_factory=dict)
+    num_attached: int = 0
 
     def __post_init__(self) -> None:
         self.policy: Policy = build_policy(self.policy_name, self.policy_params)
@@ -215,29 +227,81 @@ class World:
 
     def attach(self, slot_id: str, num_workers: int = 1, devices: tuple[DeviceView, ...] = ()) -> Worker:
         """A worker group on the cores, or with a rank on each of these devices."""
+        self.num_attached += 1
         hello = SlotHello(
             slot_id=slot_id,
             placement=tuple(device.device_id for device in devices) or (DEVICE.device_id,) * num_workers,
             devices=devices or (DEVICE,),
             enforced_by="cpu_cores",
             enforcement="",
-            pids=(1,),
+            pids=(self.num_attached,),
             enforces=self.enforces,
             memory_cap_bytes=self.memory_cap_bytes,
         )
         return Worker(self, slot_id, self.controller.attach(hello), num_workers)
 
+    def snapshot(self) -> Snapshot | None:
+        """What a policy is shown, as the actor makes it."""
+        self.controller.learn()
+        return self.controller.snapshot()
+
     def decide(self) -> None:
-        snapshot = self.controller.decider.snapshot()
+        snapshot = self.snapshot()
         if snapshot is not None:
-            self.controller.decider.accept(snapshot, self.policy.decide(snapshot))
-        self.controller.publish_offers()
+            self.controller.accept(snapshot, self.policy.decide(snapshot))
+        self.controller.offer()
+
+    def ask(self, trial_id: TrialId, index: int) -> Answer | None:
+        """What the search is told when it asks for a report."""
+        self.controller.want(trial_id, index)
+        return self.controller.answer(trial_id, index)
+
+    def perform(self) -> None:
+        """Make durable what happened, and do what follows, as the actor does behind every message."""
+        self.controller.engine.sync()
+        self.controller.engine.perform()
+
+    def take_changes(self) -> tuple[set[str], set[TrialId]]:
+        """Slots and trials that the actor wakes now."""
+        self.controller.advance_rungs()
+        self.perform()
+        return self.controller.engine.take_changes()
+
+    def observe(self) -> None:
+        """Look whether shares are real."""
+        for event in self.controller.checks.observe(self.clock.now_s()):
+            self.controller.engine.emit(event)
+
+    def flush(self) -> None:
+        """Write the tables."""
+        self.perform()
+        self.controller.engine.telemetry.flush()
+
+    def close(self) -> None:
+        """The actor ends in order."""
+        self.perform()
+        self.controller.engine.close()
+
+    def node_order(self) -> NodeOrder:
+        return order(self.controller.world, self.controller.run)
+
+    def slots_to_open(self) -> tuple[int, ...]:
+        return slots_to_open(self.controller.world, self.controller.run)
+
+    def wants_slot(self) -> bool:
+        return wants_slot(self.controller.world, self.controller.run)
+
+    def trial(self, trial_id: TrialId) -> Trial:
+        return self.controller.run.trials[trial_id]
+
+    def status(self) -> StatusWriter:
+        return StatusWriter(self.controller.world, self.controller.run, self.clock)
 
     def shown(self) -> str:
         """The live table."""
-        status = StatusWriter(self.controller.state).now()
+        status = self.status().now()
         frame = build_frame(status, width=200, max_rows=50, now_s=self.clock.wall_s())
         return "\n".join(line.text for line in frame.lines)
 
     def held(self) -> float:
-        return self.controller.state.ledger.held(DEVICE.device_id)
+        return held(self.controller.run.accounts(), DEVICE.device_id)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator import cli
+from orchestrator.control.journal import sealed
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import TrialId
 from orchestrator.simulate.replay import replay
@@ -48,7 +49,7 @@ def journal_of(path: Path, policy: str = "goodput", num_rounds: int = 12) -> Pat
         for index, worker in enumerate(workers):
             worker.obey(num_steps=20, step_s=0.02 * (1 + index))
         world.clock.advance(3.0 if number % 3 else 11.0)
-    world.controller.close()
+    world.close()
     (path / "status.json").write_text("{}")
     return path
 
@@ -71,7 +72,11 @@ def test_a_journal_that_was_touched_no_longer_comes_out_the_same(run: Run, tmp_p
     journal = journal_of(tmp_path / "r") / "journal.jsonl"
     text = journal.read_text()
     assert '"reason":"goodput: 2 trials' in text
-    journal.write_text(text.replace('"reason":"goodput: 2 trials', '"reason":"goodput: 3 trials', 1))
+    touched = text.replace('"reason":"goodput: 2 trials', '"reason":"goodput: 3 trials', 1)
+    journal.write_text(touched)
+    assert "is damaged: ValueError its checksum does not fit" in run(str(tmp_path / "r"))[1]
+    lines = [b"{" + line.partition(b",")[2] for line in touched.encode().splitlines(keepends=True)]
+    journal.write_bytes(b"".join(sealed(line) for line in lines))  # by somebody who knows how
     code, out, _ = run(str(tmp_path / "r"))
     assert code == 1
     assert "decisions of goodput reproduced byte for byte" in out

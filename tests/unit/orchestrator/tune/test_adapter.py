@@ -10,8 +10,8 @@ import pytest
 from ray.tune.schedulers import ASHAScheduler
 
 from orchestrator.control.controller import Answer
-from orchestrator.control.lifecycle import TrialState
 from orchestrator.control.orders import Report
+from orchestrator.control.world import TrialState
 from orchestrator.policies.plan import TrialId
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.search import _WORST

@@ -109,6 +109,11 @@ def test_ranks_are_part_of_the_batch() -> None:
     assert " 16x2*2 " in frame_text(content)
 
 
+def test_what_keeps_decisions_from_being_taken_is_said() -> None:
+    shown = frame_text(status(RUN_DIR, trouble="cannot write the journal: No space left on device"), width=100)
+    assert "nothing is decided: cannot write the journal: No space left on device" in shown
+
+
 def test_an_old_status_of_a_running_run_is_called_old() -> None:
     assert "no news for 1:40" in frame_text(status(RUN_DIR), now_s=1183.0)
     assert "no news" not in frame_text(status(RUN_DIR, state="done"), now_s=1183.0)

@@ -1,0 +1,212 @@
+"""From telemetry to a plan: what is learned of trials, the snapshot that a policy decides on, and what a plan changes.
+
+The policy itself is called in between, by the actor, because it may overrun. A refused plan changes nothing: the plan
+in force stays, and trials that are new to it are served by fair shares until the policy is sane again. Pure: every
+function answers with values or events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+
+from orchestrator.control import grants
+from orchestrator.control.events import SPARE_REASON, Event, GainRealised, Offered, PlanCommitted
+from orchestrator.control.gain import Measurement, Pace, efficiency_of, settled
+from orchestrator.control.memory import memory_fields
+from orchestrator.control.node_views import node_type_views, waiting_views
+from orchestrator.control.ranking import Outlook
+from orchestrator.control.resizing import limits_now
+from orchestrator.control.signals import CheckMade, FitAdvanced, MeasurementBegan
+from orchestrator.control.world import Run, Trial, World
+from orchestrator.policies.decide.fair_share import FairShare
+from orchestrator.policies.learn.fit import Observation, update
+from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, changed_dials, diff, is_same
+from orchestrator.policies.snapshot import Snapshot, TrialView
+from orchestrator.share.verification import judge_speed
+from orchestrator.telemetry.stretch import Stretch
+
+
+def learned(world: World, run: Run, now_s: float) -> list[Event]:
+    """What the running trials have shown since this was last asked and applied."""
+    found: list[Event] = []
+    for trial in run.running():
+        assert trial.window is not None
+        assert trial.fit is not None
+        seen = trial.window.observations(now_s)
+        fit = update(trial.fit, completed(world, run, trial, seen)) if seen else trial.fit
+        found.append(FitAdvanced(trial_id=trial.trial_id, fit=fit, loss=trial.window.view(now_s).loss))
+    return found
+
+
+def completed(world: World, run: Run, trial: Trial, seen: tuple[Observation, ...]) -> tuple[Observation, ...]:
+    """Observations of a running trial with its nodes, its type of device and what others hold beside it.
+
+    The rows of one window may straddle a change beside the trial; what is in force when they are taken in counts for
+    all of them, and the fit's medians outlive one window under a wrong heading.
+    """
+    placement = () if trial.account is None else trial.account.placement
+    devices = [world.devices[each] for each in placement if each in world.devices]
+    if not devices:
+        return seen
+    accounts = run.accounts()
+    slowest = min(devices, key=lambda device: (device.speed, device.device_type))
+    crowd_share = max(grants.held(accounts, device.device_id, but=trial.trial_id) for device in devices)
+    return tuple(
+        dataclasses.replace(
+            one,
+            num_nodes=len({device.node_id for device in devices}),
+            device_type=slowest.device_type,
+            crowd_share=min(1.0, max(0.0, crowd_share)),
+        )
+        for one in seen
+    )
+
+
+def snapshot(world: World, run: Run, now_s: float) -> Snapshot | None:
+    """The world as a policy sees it; None when no trial runs, unless trials wait and nodes can be asked for."""
+    trials = run.running()
+    waiting = waiting_views(run)
+    outlooks = run.ranking.outlooks(trials, run.trials.values())
+    if not trials and not waiting:
+        return None
+    return Snapshot(
+        now_s=now_s,
+        seed=run.spec.seed,
+        plan=run.plan,
+        devices=tuple(sorted(world.devices.values(), key=lambda device: device.device_id)),
+        trials=tuple(_view(world, run, trial, now_s, outlooks[trial.trial_id]) for trial in trials),
+        node_types=node_type_views(world, run),
+        waiting=waiting,
+        max_cost_per_hour=run.spec.max_cost_per_hour,
+    )
+
+
+def committed(run: Run, seen: Snapshot, plan: Plan) -> list[Event]:
+    """A plan that breaks no invariant takes effect; nothing where another one did since, or it changes nothing.
+
+    Even the same plan is news to a trial that came back since the plan in force was committed.
+    """
+    has_newcomers = any(account.target is None for account in run.accounts().values())
+    if seen.plan is not run.plan or (is_same(run.plan, plan) and not has_newcomers):
+        return []
+    rows = [(row, run.trials[row.trial_id]) for row in diff(seen.plan, plan)]
+    gains = [event for _, trial in rows for event in realised(trial, is_last=True)]
+    begun = [event for row, trial in rows for event in _measured(trial, seen, plan, row)]
+    return [PlanCommitted.of(seen, plan), *gains, *begun]
+
+
+def stand_in(run: Run, seen: Snapshot, reason: str) -> Plan | None:
+    """Fair shares for trials that have no allocation yet while the policy is refused; None where all have one."""
+    if all(run.plan.allocation(trial.trial_id) is not None for trial in seen.trials):
+        return None
+    return replace(FairShare().decide(seen), reason=f"{SPARE_REASON} ({reason})")
+
+
+def offered(world: World, run: Run) -> list[Event]:
+    """Grants that have become possible."""
+    return [
+        Offered(
+            generation=Generation(grant.generation),
+            trial_id=trial_id,
+            settings=grant.settings,
+            units=grant.units,
+            amount=grant.amount,
+        )
+        for trial_id, grant in grants.offers(run.accounts(), world.devices)
+    ]
+
+
+def realised(trial: Trial, *, is_last: bool = False) -> list[Event]:
+    """The gain of a trial's last change, where it has settled, and what it says of the prediction.
+
+    `is_last` says that the trial is about to change again, so that less has to be enough.
+    """
+    stretch = None if trial.window is None else trial.window.stretch()
+    gain = settled(trial.trial_id, trial.measurement, stretch, is_last=is_last)
+    if gain is None:
+        return []
+    entry = GainRealised(
+        generation=Generation(gain.generation),
+        trial_id=gain.trial_id,
+        dial="+".join(gain.dials),
+        predicted=gain.predicted,
+        realised=gain.realised,
+        before=_words(gain.before),
+        after=_words(gain.after),
+    )
+    check = judge_speed(gain.predicted, gain.realised)
+    return [entry] if check is None else [entry, CheckMade(trial_id=trial.trial_id, check=check)]
+
+
+def _view(world: World, run: Run, trial: Trial, now_s: float, outlook: Outlook) -> TrialView:
+    assert trial.window is not None
+    assert trial.account is not None
+    assert trial.fit is not None
+    view = trial.window.view(now_s)
+    return TrialView(
+        trial_id=trial.trial_id,
+        shape=run.spec.shape(trial.params),
+        start=trial.start or run.spec.start_on(trial.size),
+        limits=limits_now(run, trial, now_s),
+        placement=trial.account.placement,
+        weight=1.0,
+        step=max(view.step, trial.step),
+        num_samples=max(view.num_samples, trial.num_samples),
+        target_samples=run.spec.target_samples,
+        throughput_per_s=view.throughput_per_s,
+        loss=trial.loss,
+        is_stale=view.is_stale,
+        fit=trial.fit,
+        override=trial.override,
+        **memory_fields(world, run, trial),
+        changed_at_s=trial.changed_at_s,
+        began_at_s=trial.began_at_s,
+        restart_s=run.restart_s,
+        survival=outlook.survival,
+        rung_samples=outlook.rung_samples,
+        step_modes=trial.step_modes,
+    )
+
+
+def _measured(trial: Trial, seen: Snapshot, plan: Plan, row: Allocation) -> list[Event]:
+    """From now on the gain of a change is measured, where the trial runs with what it had before."""
+    view = next(each for each in seen.trials if each.trial_id == row.trial_id)
+    before, after = seen.settings_in_force(view), _efficiency(view, row.settings)
+    if before is None:
+        # One that has just moved to a slot of another size is compared with what it was in the old one.
+        if trial.pace is None or not trial.is_resized:
+            return []
+        pace, predicted = trial.pace
+        return [_begun(trial, plan, ("workers",), predicted, pace, after)]
+    dials = changed_dials(before, row.settings)
+    now: Stretch | None = None if trial.window is None else trial.window.stretch()
+    if now is None or not dials or not _runs_with(trial, now.generation):
+        return []
+    pace = Pace(throughput=now.samples_per_s, efficiency=_efficiency(view, before))
+    return [_begun(trial, plan, dials, row.predicted_gain, pace, after)]
+
+
+def _begun(
+    trial: Trial, plan: Plan, dials: tuple[str, ...], predicted: float | None, before: Pace, after: float
+) -> MeasurementBegan:
+    found = Measurement(
+        generation=plan.generation, dials=dials, predicted=predicted, before=before, efficiency_after=after
+    )
+    return MeasurementBegan(trial_id=trial.trial_id, measurement=found)
+
+
+def _runs_with(trial: Trial, generation: int) -> bool:
+    """Whether a trial runs with what that generation gave it, and nothing newer is on its way."""
+    account = trial.account
+    if account is None or account.offers or account.applied is None:
+        return False
+    return account.applied.generation == generation
+
+
+def _words(pace: Pace) -> dict[str, float]:
+    return {"throughput": pace.throughput, "efficiency": pace.efficiency, "goodput": pace.goodput}
+
+
+def _efficiency(view: TrialView, settings: Settings) -> float:
+    return efficiency_of(view.fit, view.start.global_batch, settings.global_batch)

@@ -1,0 +1,76 @@
+"""Which trial goes to which slot: first come, first served, each in a slot of the size that it needs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator.control.events import TrialAssigned
+from orchestrator.control.orders import StopMode
+from orchestrator.control.world import Run, Slot, SlotState, Trial, World
+
+
+def assignment(world: World, run: Run, may_start: Callable[[Trial], bool]) -> TrialAssigned | None:
+    """The next attempt that begins now; None where nobody waits, no slot is free, or the next one may not start."""
+    if not run.queue or run.is_interrupted or not has_turn(run):
+        return None
+    trial = run.trials[run.queue[0]]
+    slot = _slot_for(world, run, trial)
+    if slot is None or not may_start(trial):
+        return None
+    return TrialAssigned(trial_id=trial.trial_id, attempt=trial.attempt, slot_id=slot.slot_id, epoch=slot.epoch)
+
+
+def has_turn(run: Run) -> bool:
+    """Whether one more trial may run at the same time."""
+    return not run.spec.max_running or len(run.running()) < run.spec.max_running
+
+
+def free_slots(world: World, run: Run, num_workers: int | None = None) -> list[Slot]:
+    """Idle slots that no trial is on its way to, of that size or of any, in the order in which they are taken."""
+    promised = [t.moves_to for t in run.running() if t.stop is StopMode.RESIZE and t.moves_to is not None]
+    usual = run.spec.start.num_workers
+    free = []
+    for slot in sorted(world.slots.values(), key=lambda s: (abs(s.num_workers - usual), s.slot_id)):
+        if slot.state is not SlotState.IDLE or slot.is_closing:
+            continue
+        if slot.num_workers in promised:
+            promised.remove(slot.num_workers)
+        elif num_workers is None or slot.num_workers == num_workers:
+            free.append(slot)
+    return free
+
+
+def wants_slot(world: World, run: Run) -> bool:
+    """Whether a closed slot should be opened again: trials wait and none is on its way."""
+    if run.is_interrupted or not has_turn(run):
+        return False
+    usual = run.spec.start.num_workers
+    is_opening = any(slot.state is SlotState.OPENING and slot.num_workers == usual for slot in world.open_slots())
+    # One that needs a group of a certain size is served by `resizing.slots_to_open`.
+    waits = any(run.trials[key].num_workers is None for key in run.queue)
+    return waits and not is_opening
+
+
+def idle_slots(world: World, run: Run, now_s: float) -> list[Slot]:
+    """Slots that have had nothing to do for so long that they shall close."""
+    is_crowded = len(world.open_slots()) > run.spec.max_running > 0
+    if run.queue and not is_crowded:
+        return []  # one that is idle is about to be taken; where more are open than may run, it may be of no use
+    free = (slot for slot in free_slots(world, run) if slot.hello is not None)
+    return [slot for slot in free if now_s - slot.idle_since_s > run.spec.idle_close_s]
+
+
+def _slot_for(world: World, run: Run, trial: Trial) -> Slot | None:
+    """The slot that a trial takes now, None where there is none of the size that it needs.
+
+    Of slots that are alike the one whose GPUs have the fewest trials: Ray opens slots on one GPU after the other.
+    """
+    free = free_slots(world, run, trial.num_workers)
+    alike = [slot for slot in free if slot.num_workers == free[0].num_workers]
+    return min(alike, key=lambda slot: _crowding(world, slot), default=None)
+
+
+def _crowding(world: World, slot: Slot) -> int:
+    """Ranks that compute on the GPUs of a slot now; cores have their own order."""
+    others = [other.cards for other in world.slots.values() if other.state is SlotState.RUNNING]
+    return sum(cards.count(card) for cards in others for card in set(slot.cards))
