@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.config.resolve import load_config
 from orchestrator.control.orders import Status
 from orchestrator.jobs import build_job, check_param, complete_params, job_info
 from orchestrator.jobs.classes import JOBS
@@ -20,6 +21,7 @@ from orchestrator.jobs.own import UserCodeError, add_import_paths, load
 from orchestrator.jobs.parts import NEEDED, OPTIONAL
 from orchestrator.jobs.table import JOB_INFO
 from orchestrator.jobs.training import Training
+from orchestrator.run_spec import run_spec
 from orchestrator.train.stepper import Stepper
 from tests.unit.orchestrator.train.links import ONE_RANK, Script, loop, order
 
@@ -163,6 +165,17 @@ def test_samples_per_report_of_a_class_must_be_a_number_of_samples(package: Path
     assert job_info("reporting:Digits").samples_per_report == 1000
     with pytest.raises(UserCodeError, match="samples_per_report = '1 epoch'; allowed: a whole number >= 1"):
         job_info("reporting:Bad")
+
+
+def test_a_class_says_when_it_reports_unless_the_run_file_does(package: Path) -> None:
+    (package / "epochs.py").write_text(example() + "\n    samples_per_report = 1000\n")
+    run_file = package / "run.yaml"
+    head = "name: r\njob: {name: 'epochs:Digits'}\ndials: {batch: {max_global: 64}}\n"
+    for more, expected in (("", 1000), ("trial: {samples_per_report: 500}\n", 500)):
+        run_file.write_text(head + more)
+        resolved = load_config(run_file)
+        assert run_spec(resolved).samples_per_report == expected
+        assert (run_spec(resolved).metric, run_spec(resolved).mode) == ("accuracy", "max")
 
 
 def test_an_attribute_may_be_a_parameter(package: Path) -> None:
