@@ -42,6 +42,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
     for check in (
         _storage,
         _job,
+        _metric,
         _function,
         _space,
         _grid,
@@ -101,6 +102,16 @@ def _job(config: RunConfig) -> Iterator[Finding]:
     missing = [param.name for param in info.params if param.is_required and param.name not in given]
     if missing:
         yield ("job", "params"), f"no value for {', '.join(missing)}; give it here or search it in search.space"
+
+
+def _metric(config: RunConfig) -> Iterator[Finding]:
+    """A class that evaluates by itself must say which of its metrics trials are compared by."""
+    info = _info(config)
+    if info is not None and info.kind == "training" and not info.metric and config.search.metric is None:
+        text = (
+            f"is missing, and {printable(config.job.name, 100)} has no attribute metric; allowed: the name of a value"
+        )
+        yield ("search", "metric"), f"{text} value that its evaluate returns"
 
 
 def _function(config: RunConfig) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ import torch
 
 from orchestrator.config.resolve import load_config
 from orchestrator.control.orders import Status
+from orchestrator.errors import ConfigError
 from orchestrator.jobs import build_job, check_param, complete_params, job_info
 from orchestrator.jobs.classes import JOBS
 from orchestrator.jobs.job import Job
@@ -176,6 +177,16 @@ def test_a_class_says_when_it_reports_unless_the_run_file_does(package: Path) ->
         resolved = load_config(run_file)
         assert run_spec(resolved).samples_per_report == expected
         assert (run_spec(resolved).metric, run_spec(resolved).mode) == ("accuracy", "max")
+
+
+def test_a_class_that_evaluates_must_say_its_metric_or_the_run_file_must(package: Path) -> None:
+    (package / "unsaid.py").write_text(example().replace('    metric, mode = "accuracy", "max"\n', ""))
+    run_file = package / "run.yaml"
+    run_file.write_text("name: r\njob: {name: 'unsaid:Digits'}\n")
+    with pytest.raises(ConfigError, match=r"search.metric.*is missing, and unsaid:Digits has no attribute metric"):
+        load_config(run_file)
+    run_file.write_text("name: r\njob: {name: 'unsaid:Digits'}\nsearch: {metric: accuracy, mode: max}\n")
+    assert run_spec(load_config(run_file)).metric == "accuracy"
 
 
 def test_an_attribute_may_be_a_parameter(package: Path) -> None:
