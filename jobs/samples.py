@@ -27,6 +27,8 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Subset,
+    TensorDataset,
     default_collate,
 )
 
@@ -162,7 +164,7 @@ class MapSamples:
         order: Order | None,
     ) -> None:
         self._dataset, self._collate, self._seed, self._order = dataset, collate, seed, order
-        self._size = len(dataset)
+        self._size, self._is_still = len(dataset), _draws_nothing(dataset)
         self._loader: MapLoader[Any] | None = None
         if num_processes and not _is_told_to_stay(dataset, num_processes):
             self._loader = MapLoader(_Item(dataset, self._size, seed), num_processes=num_processes)
@@ -200,6 +202,8 @@ class MapSamples:
         return [(number, self._order[number]) for number in found]
 
     def _read(self, keys: list[tuple[int, int]]) -> list[Any]:
+        if self._is_still:  # seeding takes longer than reading such a sample
+            return [self._dataset[index] for _, index in keys]
         samples = []
         with kept_generators():
             for number, index in keys:
@@ -395,6 +399,13 @@ def _mixed(seed: int, number: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
     return (value ^ (value >> 31)) >> 1
+
+
+def _draws_nothing(dataset: object) -> bool:
+    """Whether a data set is known to draw no random numbers when it is read."""
+    if type(dataset) is Subset:
+        return _draws_nothing(dataset.dataset)
+    return type(dataset) in {TensorDataset, list, tuple}
 
 
 def _is_told_to_stay(dataset: object, num_processes: int) -> bool:
