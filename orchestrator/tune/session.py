@@ -46,7 +46,7 @@ def open_session(
     """See `orchestrator.tune.trainable`."""
     require_tested_ray()
     with run_file_of(training, name=name, **options) as (file, settings):
-        resolved = load_config(file, [*settings, *overrides])
+        resolved = load_config(file, [*settings, *overrides], has_own_search=True)
         run_dir = _run_dir(resolved, is_resumed=is_resumed)
     if is_resumed:
         resolved = load_begun(run_dir)
