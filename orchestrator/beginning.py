@@ -87,7 +87,7 @@ def load_begun(run_dir: Path) -> ResolvedRun:
     if schema > SCHEMA:
         raise ConfigError(f"was written by a newer version (schema {schema}); allowed: up to schema {SCHEMA}", begun, 1)
     place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
-    resolved = load_config(begun, place)
+    resolved = load_config(begun, place, has_own_search=True)  # it was looked at when the run began
     if begun != shown and shown.exists() and read_text(shown) != read_text(begun):
         command = f"orchestrator run {shlex.quote(str(shown))} --set name=NEW"
         say(f"{shown} was edited since the run began; what counts is what it began with ({begun}). As a run: {command}")
