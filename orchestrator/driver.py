@@ -23,7 +23,7 @@ from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
 from orchestrator.config import ResolvedRun, require_fit
 from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
-from orchestrator.control.journal import Journal
+from orchestrator.control.journal import Journal, segments
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
@@ -329,7 +329,7 @@ def single_driver(run_dir: Path) -> Iterator[None]:
 
 def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     """Write the driver's last word into the journal of a run that has begun."""
-    if not (run_dir / JOURNAL_NAME).exists():
+    if not any(path.exists() for path in segments(run_dir)):
         return
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
     journal.append([RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks)])

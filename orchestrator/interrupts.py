@@ -20,7 +20,7 @@ from orchestrator.output import hang_up
 logger = logging.getLogger(__name__)
 
 EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
-ENDING_S = 12.0
+ENDING_S = 9.0
 """Seconds that a run has to end once it was asked to and no trial writes a checkpoint any more."""
 _SAME_S = 0.5
 """Signals within so long are one: `timeout` sends one to its child and one to the child's group."""

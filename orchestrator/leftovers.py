@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,10 @@ def processes_of(home: Path) -> set[int]:
 
 def remove_home(home: Path) -> int:
     """End what still runs there, and remove it; returns how many processes could not be ended."""
-    found = processes_of(home)
-    kill(found)
-    left = still_there(found, _KILL_TIMEOUT_S)
+    deadline_s = time.monotonic() + _KILL_TIMEOUT_S
+    while (left := processes_of(home)) and time.monotonic() < deadline_s:
+        kill(left)  # and look once more: one of them may have started another meanwhile
+        still_there(left, deadline_s - time.monotonic())
     with contextlib.suppress(OSError):
         for path in home.iterdir():
             if path.name != _OWNER_FILE:  # last: what cannot be removed now is known to be ours the next time

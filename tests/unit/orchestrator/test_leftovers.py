@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from orchestrator import leftovers
 from orchestrator.processes import Life, Owner
 
@@ -67,3 +69,16 @@ def test_a_new_directory_is_marked_as_this_process_and_this_user_only() -> None:
 
 def test_a_place_that_cannot_be_listed_holds_nothing(tmp_path: Path) -> None:
     assert leftovers.find([tmp_path / "missing"]) == []
+
+
+def test_a_process_that_another_starts_while_it_is_ended_is_ended_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, looks = home(tmp_path, "dead", start_ticks=1), [{1}, {2}, set()]
+    killed: list[set[int]] = []
+    monkeypatch.setattr(leftovers, "processes_of", lambda _home: looks.pop(0))
+    monkeypatch.setattr(leftovers, "kill", killed.append)
+    monkeypatch.setattr(leftovers, "still_there", lambda _pids, _timeout_s: set())
+    assert leftovers.remove_home(dead) == 0
+    assert killed == [{1}, {2}]
+    assert not dead.exists()

@@ -174,3 +174,17 @@ def test_a_violation_is_a_sentence() -> None:
     assert sentence(found) == "the run left behind 2 actors [leak]"
     found |= {"trial_id": "trial-1", "generation": 3}
     assert sentence(found) == "trial-1: the run left behind 2 actors (plan 3) [leak]"
+
+
+def test_files_of_the_journal_that_were_full_are_evidence_too(whole: Path, tmp_path: Path) -> None:
+    run_dir = copy_of(whole, tmp_path / "run")
+    full = run_dir / "journal-000000005.jsonl"
+    full.write_text("five lines\n")
+    evidence.record(run_dir)
+    assert list(evidence.differences(run_dir)) == []
+    full.write_text("five lines\nand one\n")
+    (found,) = evidence.differences(run_dir)
+    assert str(found) == f"{full.name} is not as it was when the run ended (19 bytes instead of 11)"
+    full.unlink()
+    (found,) = evidence.differences(run_dir)
+    assert found.fault is evidence.Fault.MISSING
