@@ -1,7 +1,8 @@
-"""Runs a training of this folder under the driver of functions, in a process of its own, with scripted orders and no Ray
-cluster; records what `losses.py` records, and what the driver told.
+"""Runs a training of this folder under the driver of functions, in a process of its own and without a Ray cluster.
 
-    python -m tests.foreign.driven gan OUT.json '{"params": {...}, "turns": {"20": {"micro_batch": 64, "tier": "bf16"}}}'
+Its orders are scripted. Records what `losses.py` records, and what the driver told:
+
+    python -m tests.foreign.driven gan OUT.json '{"params": {...}, "turns": {"20": {"tier": "bf16"}}}'
 
 `turns` sets dials when that many steps were made, `stop_at` ends the attempt with a checkpoint there, `attempt`,
 `resume_from` and `num_reports_done` begin a later one.
@@ -10,7 +11,9 @@ cluster; records what `losses.py` records, and what the driver told.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -37,7 +40,7 @@ class Driven:
 
     `steps` are those of `losses.py`; `records` the driver's own, column by column; `reports` have their index, step,
     number of samples, metrics and checkpoint; `off` gives the reasons of dials that are off; `limits` and `start` are
-    those last told; `overrides` are the reasons of protective moves.
+    those last told; `overrides` are the reasons of protective moves; `source` are the lines of the module that trained.
     """
 
     steps: list[StepLosses]
@@ -49,6 +52,7 @@ class Driven:
     overrides: list[str]
     status: str
     step: int
+    source: list[str]
     output: str = ""
 
     @property
@@ -158,7 +162,9 @@ def main() -> None:
             in_ray_train(lambda _config: ended.append(_drive(script, function)), {})
         else:
             ended.append(_drive(script, function))
-    arguments.output.write_text(json.dumps(_told(script, seen, ended[0])))
+    told = _told(script, seen, ended[0])
+    told["source"] = inspect.getsource(sys.modules[training.function().__module__]).splitlines()
+    arguments.output.write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

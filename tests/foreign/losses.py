@@ -53,6 +53,18 @@ class Recorded:
     reports: list[dict[str, Any]] = field(default_factory=list)
 
 
+def step_means(steps: list[StepLosses]) -> list[float]:
+    """The losses that a trial records, one per step of the first optimizer: the mean of those since its step before."""
+    means: list[float] = []
+    pending: list[float] = []
+    for step in steps:
+        pending += step.losses
+        if step.optimizer == 0:
+            means.append(sum(pending) / len(pending))
+            pending = []
+    return means
+
+
 @contextmanager
 def recorded() -> Iterator[Recorded]:
     """While open, every optimizer step of this process is appended to `steps` of what it gives.

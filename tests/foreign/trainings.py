@@ -1,6 +1,6 @@
 """The table of the trainings in this folder: entry point, metric, parameters of a short run, and what it allows.
 
-The trainings themselves know nothing of it. It imports none of them, so it can be read where their libraries are
+The trainings themselves know nothing of it, and it imports none of them, so it can be read where their libraries are
 missing. Read by the tests of this folder and of the driver that runs functions.
 """
 
@@ -15,9 +15,6 @@ from typing import Any, Literal
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-
-Batch = Literal["step", "epoch", "off"]
-"""When the batch may turn: at the next step, only at the start of an epoch, or never."""
 
 Reports = Literal["ray.train", "ray.tune", "huggingface", "lightning"]
 """Whose reports it makes: calls of Ray's `report`, or evaluations that the library makes by itself."""
@@ -44,10 +41,9 @@ class ForeignTraining:
     params: Mapping[str, Any]
     num_steps: int
     num_reports: int
-    batch: Batch
-    why_no_batch: str = ""
-    is_autocast_safe: bool = True
-    why_no_tier: str = ""
+    off: Mapping[str, str] = field(default_factory=dict)
+    """Dials that it does not allow, and why, in the words of a run with it. Nothing of the orchestrator is imported
+    here, because the plain twin must not have it in its process."""
     resume: Resume = "anew"
     reports_alone: bool = True
     """Whether it calls `report` outside a session of Ray's too, where that does nothing."""
@@ -96,7 +92,9 @@ def in_ray_train(loop: Callable[..., Any], config: dict[str, Any]) -> Any:
     return TorchTrainer(loop, train_loop_config=config, scaling_config=ScalingConfig(num_workers=0)).fit().metrics
 
 
-NO_LOADER = "no DataLoader makes its batches"
+NO_LOADER = "no DataLoader"
+SCHEDULE = "its learning rate changes with every step, so that it counts steps"
+COUNTS_STEPS = "the Trainer counts its steps beforehand"
 LINE_SEARCH = "LBFGS compares losses within a step, which bf16 rounds alike"
 
 TRAININGS: tuple[ForeignTraining, ...] = (
@@ -110,7 +108,6 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"lr": 3e-3, "batch_size": 64, "epochs": 8, "seed": 0},
         num_steps=256,
         num_reports=8,
-        batch="step",
         resume="reported",
     ),
     ForeignTraining(
@@ -122,7 +119,6 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"l1": 32, "l2": 16, "lr": 0.02, "batch_size": 32},
         num_steps=192,
         num_reports=6,
-        batch="step",
         resume="reported",
     ),
     ForeignTraining(
@@ -144,7 +140,7 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         },
         num_steps=192,
         num_reports=6,
-        batch="step",
+        off={"batch": SCHEDULE},
         reports_alone=False,
     ),
     ForeignTraining(
@@ -156,8 +152,7 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={},
         num_steps=150,
         num_reports=7,
-        batch="off",
-        why_no_batch=NO_LOADER,
+        off={"batch": NO_LOADER},
         variants={"short": {"max_iters": 40, "lr_decay_iters": 40, "eval_interval": 10}},
     ),
     ForeignTraining(
@@ -169,7 +164,6 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"lr": 0.1, "batch_size": 60, "epochs": 5, "width": 8, "seed": 0},
         num_steps=120,
         num_reports=5,
-        batch="step",
         needs=("sklearn",),
     ),
     ForeignTraining(
@@ -181,7 +175,6 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"lr_d": 2e-3, "lr_g": 1e-3, "nz": 8, "hidden": 64, "batch_size": 128, "num_epochs": 10, "seed": 0},
         num_steps=160,
         num_reports=10,
-        batch="step",
     ),
     ForeignTraining(
         name="lstm_lbfgs",
@@ -192,10 +185,7 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"optimizer": "lbfgs", "lr": 0.5, "steps": 12},
         num_steps=12,
         num_reports=6,
-        batch="off",
-        why_no_batch=NO_LOADER,
-        is_autocast_safe=False,
-        why_no_tier=LINE_SEARCH,
+        off={"batch": NO_LOADER, "precision": LINE_SEARCH},
         variants={"rmsprop": {"optimizer": "rmsprop", "lr": 3e-3, "steps": 60, "report_every": 10}},
     ),
     ForeignTraining(
@@ -208,7 +198,7 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"learning_rate": 3e-3, "max_steps": 60},
         num_steps=60,
         num_reports=5,
-        batch="step",
+        off={"batch": COUNTS_STEPS},
         resume="library",
         needs=("transformers", "accelerate"),
     ),
@@ -222,7 +212,7 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"lr": 5e-3, "batch_size": 32, "r": 8, "epochs": 4, "seed": 0},
         num_steps=96,
         num_reports=5,
-        batch="step",
+        off={"batch": COUNTS_STEPS},
         resume="library",
         needs=("transformers", "accelerate", "peft"),
     ),
@@ -236,7 +226,6 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"lr": 5e-3, "batch_size": 32, "max_epochs": 6, "seed": 7},
         num_steps=192,
         num_reports=6,
-        batch="epoch",
         resume="library",
         needs=("lightning",),
         variants={"onecycle": {"lr": 5e-3, "batch_size": 32, "max_epochs": 6, "seed": 7, "scheduler": "onecycle"}},
@@ -250,7 +239,6 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={},
         num_steps=222,
         num_reports=6,
-        batch="step",
         variants={
             "sgd": {
                 "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
@@ -274,8 +262,7 @@ TRAININGS: tuple[ForeignTraining, ...] = (
         params={"lr": 0.01, "gamma": 0.99},
         num_steps=40,
         num_reports=8,
-        batch="off",
-        why_no_batch=NO_LOADER,
+        off={"batch": NO_LOADER},
     ),
 )
 

@@ -18,6 +18,7 @@ from orchestrator.train.dials.dial import held_still
 
 OWN = "it uses autocast by itself"
 SCALER = "it scales its loss by itself (GradScaler)"
+LINE_SEARCH = "LBFGS compares losses within a step, which bf16 rounds alike"
 _CASTS = {Tier.BF16: torch.bfloat16}
 """Tiers that autocast computes. fp16 would need a scaled loss, others need layers of their own."""
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,13 +35,20 @@ WATCH_STEPS = 8
 
 @dataclass(slots=True)
 class _Seen:
-    """One DataLoader: the batch size that its owner gave it, and what it yielded since the last step."""
+    """One DataLoader: the batch size that its owner gave it, and what it yielded.
+
+    Attributes:
+        num_batches: since the last step.
+        last: number of its last batch, counted over all loaders.
+        sizes: samples in each batch that was not trained on yet.
+    """
 
     sampler: BatchSampler | None
     batch_size: int | None
     why_off: str
     num_batches: int = 0
-    num_samples: int = 0
+    last: int = 0
+    sizes: deque[int] = field(default_factory=deque)
 
 
 class Loaders:
@@ -53,6 +61,7 @@ class Loaders:
     def __init__(self) -> None:
         self._seen: weakref.WeakKeyDictionary[DataLoader[Any], _Seen] = weakref.WeakKeyDictionary()
         self._targets: weakref.WeakKeyDictionary[BatchSampler, int] = weakref.WeakKeyDictionary()
+        self._numbers = itertools.count()
         self.is_frozen = False
 
     @contextmanager
@@ -73,11 +82,17 @@ class Loaders:
             DataLoader.__iter__, BatchSampler.__iter__ = plain_iter, plain_batches  # type: ignore[method-assign]
 
     def take(self) -> list[_Seen]:
-        """The loaders that yielded batches since the last call, most batches first."""
+        """The loaders that yielded batches since the last call; first the one of the last batch.
+
+        That one trains: an evaluation whose loader is read with gradients on comes before.
+        """
         used = [replace(seen) for seen in self._seen.values() if seen.num_batches]
+        used.sort(key=lambda seen: -seen.last)
         for seen in self._seen.values():
-            seen.num_batches = seen.num_samples = 0
-        return sorted(used, key=lambda seen: -seen.num_batches)
+            seen.num_batches = 0
+        for seen in used[1:]:
+            seen.sizes.clear()
+        return used
 
     def set_size(self, sampler: BatchSampler, batch_size: int) -> None:
         """Make batches of that size from the next one on; of a frozen loader from its next beginning on."""
@@ -85,13 +100,19 @@ class Loaders:
         if not self.is_frozen:
             sampler.batch_size = batch_size
 
+    def begin(self, sampler: BatchSampler) -> bool:
+        """Give the sampler of a frozen loader its size now, before the loader is begun anew; True if it changed."""
+        before, sampler.batch_size = sampler.batch_size, self._targets[sampler]
+        return sampler.batch_size != before
+
     def _watched(self, loader: DataLoader[Any], batches: Iterator[Any]) -> Iterator[Any]:
         seen = self._seen.get(loader)
         if seen is None:
             seen = self._seen[loader] = _look_at(loader)
             if seen.sampler is not None:
                 self._targets.setdefault(seen.sampler, seen.sampler.batch_size)
-        return _Watched(batches, loader, seen)
+        seen.sizes.clear()
+        return _Watched(batches, loader, seen, self._numbers)
 
     def _batches(self, sampler: BatchSampler) -> Iterator[list[int]]:
         """What `BatchSampler.__iter__` yields, with the batch size read anew for every batch."""
@@ -106,8 +127,8 @@ class Loaders:
 class _Watched:
     """The iterator of a loader, which it keeps alive; counts what it yields while gradients are on."""
 
-    def __init__(self, batches: Iterator[Any], loader: DataLoader[Any], seen: _Seen) -> None:
-        self._batches, self._loader, self._seen = batches, loader, seen
+    def __init__(self, batches: Iterator[Any], loader: DataLoader[Any], seen: _Seen, numbers: Iterator[int]) -> None:
+        self._batches, self._loader, self._seen, self._numbers = batches, loader, seen, numbers
 
     def __iter__(self) -> _Watched:
         return self
@@ -116,7 +137,8 @@ class _Watched:
         batch = next(self._batches)
         if torch.is_grad_enabled():
             self._seen.num_batches += 1
-            self._seen.num_samples += _size_of(batch) or self._seen.batch_size or 1
+            self._seen.last = next(self._numbers)
+            self._seen.sizes.append(_size_of(batch) or self._seen.batch_size or 1)
         return batch
 
     def __len__(self) -> int:
@@ -161,6 +183,10 @@ class LoaderBatch:
         self._loaders, self._is_alone = loaders, is_alone
         self._seen: _Seen | None = None
         self._num_steps = 0
+        self._num_used = 2  # loaders that every step took batches from; above 1 is several
+        self._num_ahead = 0  # batches that the loop fetches before it needs them
+        self._newest: _Seen | None = None
+        self._held = ""
         self.own = start
         self.num_samples = 1
         self.why_off = f"not known before step {WATCH_STEPS}"
@@ -197,21 +223,53 @@ class LoaderBatch:
         sampler = None if self._seen is None else self._seen.sampler
         return self.own.micro_batch if sampler is None or self.why_off else sampler.batch_size
 
-    def stepped(self, *, counts_steps: Callable[[], bool]) -> bool:
+    def hold(self, why: str) -> None:
+        """The batch must not change in this training, for a reason that its library gives."""
+        self._held = why
+
+    def begin_epoch(self, loader: DataLoader[Any]) -> bool:
+        """Give a frozen loader the size that was asked for, before it is begun anew; True if that is another one."""
+        sampler = None if self._seen is None else self._seen.sampler
+        is_ours = loader.batch_sampler is sampler and not self.why_off
+        return is_ours and sampler is not None and self._loaders.begin(sampler)
+
+    def stepped(self, *, num_backwards: int, counts_steps: Callable[[], bool]) -> bool:
         """Take note of one step; True when that settled what the function's own batch is, or whether it may change."""
         used = self._loaders.take()
         self._num_steps += 1
-        self.num_samples = used[0].num_samples if used else 1
-        if self._num_steps == 1:
-            self._seen = used[0] if used else None
-            size, accum = (used[0].batch_size or 1, used[0].num_batches) if used else (1, 1)
-            self.own = replace(self.own, micro_batch=size, grad_accum=accum)
-            return True
-        if self._num_steps == WATCH_STEPS:
-            self.why_off = self._why(len(used), counts_steps=counts_steps())
-            return True
-        self._follow(used)
-        return False
+        self._num_used = min(self._num_used, len(used))
+        num_batches = used[0].num_batches if used else 0
+        self._newest = used[0] if used else self._newest
+        is_news = self._num_steps == 1
+        if is_news:
+            self._seen = self._newest
+            size = (used[0].batch_size or 1) if used else 1
+            # A loop that fetches ahead has seen one batch more before its first step than it has trained on.
+            self._set_accum(min(num_batches, num_backwards), size)
+            self._num_ahead = max(0, num_batches - self.own.grad_accum)
+        elif self._num_steps == 2 and num_batches not in {0, self.own.grad_accum}:
+            self._set_accum(num_batches, self.own.micro_batch)  # several batches and one backward pass
+            self._num_ahead, is_news = 0, True
+        elif self._num_steps == WATCH_STEPS or (self._num_steps > WATCH_STEPS and self._held not in {"", self.why_off}):
+            self.why_off, is_news = self._why(counts_steps=counts_steps()), True
+        else:
+            self._follow(used)
+        self.num_samples = self._take_samples()
+        return is_news
+
+    def _set_accum(self, accum: int, size: int) -> None:
+        self.own = replace(self.own, micro_batch=size, grad_accum=max(1, accum))
+
+    def _take_samples(self) -> int:
+        """Samples in the batches of the last step: all that were yielded, but for those fetched ahead; at least 1."""
+        sizes = deque[int]() if self._newest is None else self._newest.sizes
+        num_batches = max(len(sizes) - self._num_ahead, min(self.own.grad_accum, len(sizes)))
+        return sum(sizes.popleft() for _ in range(num_batches)) or 1
+
+    def label(self, settings: Settings) -> Settings:
+        """The settings that the last step was made with: a larger batch than asked for where it was fetched ahead."""
+        micro = -(-self.num_samples // settings.grad_accum)
+        return settings if micro <= settings.micro_batch else replace(settings, micro_batch=micro)
 
     def _follow(self, used: list[_Seen]) -> None:
         """A function that makes a new loader for each epoch: its batches are to have the size that was set before."""
@@ -221,12 +279,14 @@ class LoaderBatch:
         assert self._seen.sampler is not None
         self._loaders.set_size(self._seen.sampler, size)
 
-    def _why(self, num_used: int, *, counts_steps: bool) -> str:
+    def _why(self, *, counts_steps: bool) -> str:
+        if self._held:
+            return self._held
         if self._seen is None:
             return NO_LOADER
         if self._seen.why_off:
             return self._seen.why_off
-        if num_used > 1:
+        if self._num_used > 1:
             return SEVERAL
         if not self._is_alone:
             return RANKS

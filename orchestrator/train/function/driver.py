@@ -33,12 +33,13 @@ from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.dials.dial import Dial
 from orchestrator.train.dials.share import ShareDial
-from orchestrator.train.function import autocast, commits
+from orchestrator.train.function import adapters, autocast, commits
 from orchestrator.train.function.autocast import Autocast
 from orchestrator.train.function.batch import LoaderBatch, Loaders
 from orchestrator.train.function.current import TrialInfo, running_as
 from orchestrator.train.function.hooks import Steps
-from orchestrator.train.function.workplace import working_directory
+from orchestrator.train.function.offers import Offers
+from orchestrator.train.function.workplace import WORK, working_directory
 from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Link
 from orchestrator.train.step_mode.choice import StepMode
@@ -99,6 +100,7 @@ class FunctionDriver:
         self._began_s = self._began_cpu_s = 0.0
         self._wait_s = self._switch_s = 0.0
         self._checkpoint: Path | None = None
+        self.offers = Offers(trial.metric, self._take_report)
 
     def run(self) -> Outcome:
         """Call the function, and return how the attempt ended when it has returned or left.
@@ -117,13 +119,15 @@ class FunctionDriver:
             try:
                 attempt.follow(None, self)
                 self._wait(lambda: attempt.grant is not None and not attempt.is_paused)
-                stack.enter_context(working_directory(attempt.directory / "work"))
+                stack.enter_context(working_directory(attempt.directory / WORK))
                 stack.enter_context(self._steps.installed())
                 stack.enter_context(self._loaders.installed())
+                stack.enter_context(adapters.installed(self))
                 stack.enter_context(running_as(self))
                 attempt.tell_dials(self)
                 self._begin_step()
                 self._function()
+                self.offers.settle()
             except _Done:
                 return self._ended(Status.DONE)
             except _Leave:
@@ -136,9 +140,11 @@ class FunctionDriver:
                 commits_first = attempt.order.stop.commits
                 return self._ended(Status.INTERRUPTED if commits_first else Status.STOPPED)
         if not attempt.num_reports:
+            names = ", ".join(sorted(self.offers.other_names))
             raise FunctionError(
                 f"the function returned without a report of {attempt.trial.metric!r}; call"
                 " orchestrator.report({...}), ray.tune.report or ray.train.report at least once"
+                + (f", or name one that its library makes: {names}" if names else "")
             )
         return self._ended(Status.DONE)
 
@@ -171,6 +177,10 @@ class FunctionDriver:
         Raises:
             FunctionError: the metric of the search is missing, or no number.
         """
+        self.offers.stand_back()
+        self._take_report(metrics, checkpoint)
+
+    def _take_report(self, metrics: Mapping[str, Any], checkpoint: Path | None) -> None:
         attempt = self.attempt
         values = self._numbers(metrics)
         self.settle()
@@ -207,14 +217,31 @@ class FunctionDriver:
     def watch(self, parts: Mapping[str, Any]) -> None:
         """Take note of what the function trains with."""
 
+    # What a library adapter asks for besides: see `adapters.Host`.
+
+    def hold_batch(self, why: str) -> None:
+        """The batch stays as it is, for a reason that the library gives."""
+        self._batch.hold(why)
+
+    def freeze_batch(self, *, is_frozen: bool) -> None:
+        """Whether the batch may change only where a loader is begun anew."""
+        self._loaders.is_frozen = is_frozen
+
+    def begin_epoch(self, loader: Any) -> bool:
+        """Let the batch that was asked for in the last epoch begin; True if it is another one."""
+        is_news = self._batch.begin_epoch(loader)
+        if is_news:
+            self._follow_batch()
+        return is_news
+
     # Steps.
 
     def _stepped(self, _optimizer: Optimizer) -> None:
         """The first optimizer has made a step: record it, and cross the boundary behind it."""
         attempt, now_s = self.attempt, time.monotonic()
-        loss = self._steps.take_loss()
-        self._look_at_dials()
-        settings = self._settings
+        num_backwards, loss = self._steps.num_backwards, self._steps.take_loss()
+        self._look_at_dials(num_backwards)
+        settings = self._batch.label(self._settings)
         times = Times(
             began_s=self._began_s,
             step_s=now_s - self._began_s,
@@ -264,17 +291,23 @@ class FunctionDriver:
     def turned(self, asked: Settings, settings: Settings) -> str:
         """The dials are set so from the next step on; the learning rate follows the batch."""
         self._settings = settings
-        if not self._batch.why_off:
-            base = self._batch.own.global_batch
-            self._steps.factor = scaled(1.0, self._steps.rule, base, settings.global_batch)
+        self._follow_batch()
         return self._own_words(asked)
 
-    def _look_at_dials(self) -> None:
+    def _follow_batch(self) -> None:
+        """The learning rate of the batch that the next step is made of."""
+        if not self._batch.why_off:
+            own = self._batch.own
+            now = replace(own, micro_batch=self._batch.now).global_batch
+            self._steps.factor = scaled(1.0, self._steps.rule, own.global_batch, now)
+
+    def _look_at_dials(self, num_backwards: int) -> None:
         """See what the function turned out to be; say so once it is known, and what it trains with instead."""
         own, batch, before = self._precision, self._batch, self._settings
-        is_news = batch.stepped(counts_steps=lambda: self._steps.counts_steps)
-        if not own.why_off and (self._steps.casts or self._steps.scales_loss):
-            own.leave_alone(autocast.SCALER if self._steps.scales_loss else autocast.OWN)
+        is_news = batch.stepped(num_backwards=num_backwards, counts_steps=lambda: self._steps.counts_steps)
+        why = self._why_own_precision()
+        if why and not own.why_off:
+            own.leave_alone(why)
             is_news = True
         if not is_news:
             return
@@ -284,6 +317,13 @@ class FunctionDriver:
         if self._settings != before:
             move = Move(instead_of=before, reason=self._own_words(before))
             self.attempt.override(self, move, is_lasting=False)
+
+    def _why_own_precision(self) -> str:
+        if self._steps.scales_loss:
+            return autocast.SCALER
+        if self._steps.casts:
+            return autocast.OWN
+        return autocast.LINE_SEARCH if isinstance(self._steps.first, torch.optim.LBFGS) else ""
 
     def _own_words(self, asked: Settings) -> str:
         """What the function does by itself where it was asked for something else."""

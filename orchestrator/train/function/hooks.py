@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from orchestrator.train.batch.learning_rate import ScalingRule
+from orchestrator.train.function.patches import replaced
 
 _LINEAR = (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)
 """Optimizers whose update is proportional to the gradient: their rate follows the batch itself (AdaScale), others' its
@@ -84,9 +85,9 @@ class Steps:
             register_optimizer_step_post_hook(lambda optimizer, _args, _kwargs: self._after(optimizer)),
         ]
         patches = [
-            _patched(Tensor, "backward", self._with_loss),
-            _patched(torch.autocast, "__enter__", self._with_autocast),
-            _patched(torch.amp.GradScaler, "scale", self._with_scaler),
+            replaced(Tensor, "backward", self._with_loss(Tensor.backward)),
+            replaced(torch.autocast, "__enter__", self._with_autocast(torch.autocast.__enter__)),
+            replaced(torch.amp.GradScaler, "scale", self._with_scaler(torch.amp.GradScaler.scale)),
         ]
         for patch in patches:
             patch.__enter__()
@@ -133,9 +134,12 @@ class Steps:
     def _with_autocast(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(plain)
         def enter(context: torch.autocast) -> Any:
-            # Recomputed activations enter it inside of torch, with the state that they were computed in.
-            self.casts |= not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
-            return plain(context)
+            entered = plain(context)
+            # Recomputed activations enter it inside of torch, with the state that they were computed in; and models
+            # keep some of their layers in fp32 by a context that switches it off.
+            is_torch = sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
+            self.casts |= not is_torch and torch.is_autocast_enabled(context.device)
+            return entered
 
         return enter
 
@@ -146,17 +150,6 @@ class Steps:
             return plain(scaler, *args, **kwargs)
 
         return scale
-
-
-@contextmanager
-def _patched(owner: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace a method of a public class meanwhile; torch has no hook for these."""
-    plain = getattr(owner, name)
-    setattr(owner, name, wrap(plain))
-    try:
-        yield
-    finally:
-        setattr(owner, name, plain)
 
 
 def _set_rate(group: dict[str, Any], rate: float | Tensor) -> None:

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+WORK = "work"
+"""A trial's working directory, below its own."""
+
 ORIGINAL_DIRECTORY = "TUNE_ORIG_WORKING_DIR"
 """The variable in which Ray Tune's trials find it."""
 
@@ -83,6 +86,22 @@ def logged_to(path: Path) -> Iterator[None]:
         root.handlers[:] = others
         root.setLevel(before)
         handler.close()
+
+
+def own_path(path: str | os.PathLike[str], directory: Path) -> Path | None:
+    """Where an absolute path leads in a trial that would share it with others: into its working directory.
+
+    Args:
+        path: as a training gives it.
+        directory: the trial's own.
+
+    Returns:
+        None for a relative path, and for one that is in the trial's directory already.
+    """
+    asked = Path(path).expanduser()
+    if not asked.is_absolute() or asked.resolve().is_relative_to(directory.resolve()):
+        return None
+    return directory / WORK / asked.relative_to(asked.anchor)
 
 
 @contextmanager

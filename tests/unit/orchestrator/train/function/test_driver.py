@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from orchestrator.errors import FunctionError
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import TIERS
 from orchestrator.train.boundary import Boundary
-from orchestrator.train.function import batch, commits
+from orchestrator.train.function import autocast, batch, commits
 from orchestrator.train.function.driver import FunctionDriver
 from tests.unit.orchestrator.train.links import ONE_RANK, FakeShare, Script, grant, order
 
@@ -141,6 +141,109 @@ def test_a_users_accumulation_is_respected(tmp_path: Path) -> None:
     assert training.losses == twin.losses
     means = torch.tensor(twin.losses).reshape(-1, 4).mean(1)
     assert [float(loss) for loss in records["loss"]] == pytest.approx(means.tolist())
+
+
+def fetching_ahead(loader: DataLoader[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """As loops do that copy the next batch to the device while this one computes."""
+    batches = iter(loader)
+    ready = next(batches)
+    for following in batches:
+        yield ready
+        ready = following
+    yield ready
+
+
+def small_loop(*, ahead: bool = False, evaluates: bool = False, summed: int = 1) -> Callable[[], None]:
+    """Two epochs of 8 batches of 8 samples; a step for each `summed` batches, of which the losses are added up."""
+
+    def train() -> None:
+        weight = nn.Parameter(torch.ones(4, 1))
+        optimizer = torch.optim.SGD([weight], lr=0.01)
+        data = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
+        loader, others = DataLoader(data, batch_size=8), DataLoader(data, batch_size=32)
+        for _ in range(2):
+            losses = []
+            for number, (x, y) in enumerate(fetching_ahead(loader) if ahead else loader):
+                losses.append((x @ weight - y).square().mean())
+                if (number + 1) % summed == 0:
+                    optimizer.zero_grad()
+                    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    losses = []
+                if evaluates and number == 3:
+                    for z, _ in others:
+                        with torch.no_grad():
+                            z @ weight
+        orchestrator.report({"loss": 0.0})
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("function", "accum"),
+    [
+        (small_loop(), 1),
+        (small_loop(ahead=True), 1),
+        (small_loop(evaluates=True), 1),
+        (small_loop(ahead=True, evaluates=True), 1),
+        (small_loop(summed=4), 4),
+    ],
+)
+def test_a_step_counts_the_samples_it_was_made_of(tmp_path: Path, function: Callable[[], None], accum: int) -> None:
+    script, outcome = drive(function_order(tmp_path), function)
+    records = script.records
+    assert outcome.num_samples == 128
+    assert said(script).start.micro_batch == 8
+    assert said(script).start.grad_accum == accum
+    assert "batch" not in said(script).off or len(records) < batch.WATCH_STEPS
+    steady = records[2:]
+    assert set(steady["num_samples"]) == {8 * accum}
+    assert all(records["num_samples"] <= records["micro_batch"] * records["grad_accum"])
+
+
+def test_a_batch_that_was_fetched_before_it_turned_is_recorded_as_it_was(tmp_path: Path) -> None:
+    script, _ = drive(
+        function_order(tmp_path), small_loop(ahead=True), (9, lambda now: replace(now, grant=grant(2, micro_batch=4)))
+    )
+    records = script.records[9:12]
+    assert list(records["num_samples"]) == [8, 4, 4]
+    assert list(records["micro_batch"]) == [8, 4, 4]
+
+
+def test_layers_that_a_model_keeps_in_fp32_leave_the_precision_to_the_dial(tmp_path: Path) -> None:
+    def train() -> None:
+        weight = nn.Parameter(torch.ones(2, 2))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for _ in range(12):
+            with torch.autocast("cpu", enabled=False):
+                loss = (weight @ weight).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        orchestrator.report({"loss": 0.0})
+
+    script, _ = drive(function_order(tmp_path), train, (5, lambda now: replace(now, grant=grant(2, tier=Tier.BF16))))
+    assert "precision" not in said(script).off
+    assert list(script.records["tier"][6:]) == [TIERS.index(Tier.BF16)] * 6
+
+
+def test_an_optimizer_that_searches_along_a_line_keeps_its_precision(tmp_path: Path) -> None:
+    def train() -> None:
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.LBFGS([weight], lr=0.1, max_iter=2)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (weight - 2).square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        for _ in range(6):
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
+        orchestrator.report({"loss": 0.0})
+
+    script, _ = drive(function_order(tmp_path), train, (3, lambda now: replace(now, grant=grant(2, tier=Tier.BF16))))
+    assert said(script).off["precision"] == autocast.LINE_SEARCH
+    assert set(script.records["tier"]) == {TIERS.index(Tier.FP32)}
 
 
 def said(script: Script) -> DialReport:
