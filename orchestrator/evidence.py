@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
+from orchestrator.control.journal import segments
 from orchestrator.names import write_atomically
 
 FILE = ("control", "evidence.json")
@@ -118,7 +119,8 @@ def _compare(run_dir: Path, path: str, size: int, sha: str) -> Difference | None
 
 def _paths(run_dir: Path) -> Iterator[str]:
     """Tables, journal, the run file as the run began, and the manifests of checkpoints."""
-    for pattern in (JOURNAL_NAME, "control/run.yaml", "telemetry/*-*", "trials/*/checkpoints/*/manifest.json"):
+    yield from (path.name for path in segments(run_dir) if path.is_file())
+    for pattern in ("control/run.yaml", "telemetry/*-*", "trials/*/checkpoints/*/manifest.json"):
         yield from (str(path.relative_to(run_dir)) for path in run_dir.glob(pattern) if path.is_file())
     for path in (run_dir / "trials").glob("*/pinned/**/manifest.json"):
         yield str(path.relative_to(run_dir))
