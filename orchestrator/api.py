@@ -69,14 +69,29 @@ def run(
         OrchestratorError: no trial ended well.
         KeyboardInterrupt: it was interrupted; the run can be resumed.
     """
+    with run_file_of(training, name=name, storage=storage, params=params, **options) as (file, settings):
+        arguments = [part for setting in settings for part in ("--set", setting)]
+        return Run(_execute([str(file), *arguments], quiet=quiet))
+
+
+@contextmanager
+def run_file_of(
+    training: Training,
+    *,
+    name: str | None = None,
+    storage: str | Path = "runs",
+    params: Mapping[str, Any] | None = None,
+    **options: Any,  # noqa: ANN401 - values of a run file
+) -> Iterator[tuple[Path, Sequence[str]]]:
+    """The run file for what `run` takes, and settings to go before it; a file that is made is there meanwhile."""
+    if isinstance(training, Path) or (isinstance(training, str) and ":" not in training):
+        yield Path(training), _overrides(name, storage, params, options)
+        return
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
-        if isinstance(training, Path) or (isinstance(training, str) and ":" not in training):
-            file, settings = Path(training), _overrides(name, storage, params, options)
-        else:
-            content = _content(training, Path(folder), name, storage, params, options)
-            file, settings = Path(folder) / "run.yaml", []
-            file.write_text(yaml.safe_dump(content, sort_keys=False))
-        return Run(_execute([str(file), *settings], quiet=quiet))
+        content = _content(training, Path(folder), name, storage, params, options)
+        file = Path(folder) / "run.yaml"
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+        yield file, []
 
 
 class Run:
@@ -309,12 +324,12 @@ def _directories_of(path: str) -> list[str]:
 def _overrides(
     name: str | None, storage: str | Path, params: Mapping[str, Any] | None, options: Mapping[str, Any]
 ) -> Sequence[str]:
-    """`--set` for what was given beside a run file."""
+    """Settings, `a.b=value`, for what was given beside a run file."""
     values = {f"search.{key}" if key in _SEARCH else key: value for key, value in options.items()}
     values |= {f"job.params.{key}": value for key, value in (params or {}).items()}
     values |= {"name": name} if name is not None else {}
     values |= {"storage": str(storage)} if str(storage) != "runs" else {}
-    return [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def _execute(arguments: Sequence[str], *, quiet: bool) -> Path:

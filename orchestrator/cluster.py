@@ -22,6 +22,7 @@ from orchestrator.config.model import ClusterSection
 from orchestrator.errors import UnfitEnvironmentError
 from orchestrator.host import is_short, without_proxy
 from orchestrator.leftovers import make_home, processes_of, remove_home
+from orchestrator.output import LOG_NAME
 from orchestrator.processes import still_there
 from orchestrator.share.cpu_cores import WORKER_ENVIRONMENT
 
@@ -54,7 +55,7 @@ _LOOPBACK_LINKS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _TOKEN_NAMES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _TOKEN = secrets.token_hex(32)
 """Of the clusters that this process starts: Ray reads a token once per process and keeps it."""
-_RAY_PROCESSES = ("gcs_server", "raylet")
+_RAY_PROCESSES = frozenset({"gcs_server", "raylet"})
 
 _is_starting = threading.Event()
 
@@ -188,6 +189,8 @@ class RayCluster:
     def _live(self) -> None:
         try:
             _start(self._cluster, self._namespace, self.home, uses_gpus=self._uses_gpus)
+        except Exception as error:
+            self._error = _in_one_message(self._cluster.address, error, self._run_dir / LOG_NAME)
         except BaseException as error:
             self._error = error
         self._has_begun.set()
@@ -254,11 +257,7 @@ def _environment(defaults: Mapping[str, str], forced: Mapping[str, str]) -> Iter
 
 
 def _start(cluster: ClusterSection, namespace: str, home: Path | None, *, uses_gpus: bool) -> None:
-    """Start Ray in that directory, or connect to a running cluster where there is none.
-
-    Raises:
-        UnfitEnvironmentError: it does not start or cannot be reached.
-    """
+    """Start Ray in that directory, or connect to a running cluster where there is none."""
     try:
         if home is not None:
             with _on_loopback():
@@ -273,12 +272,21 @@ def _start(cluster: ClusterSection, namespace: str, home: Path | None, *, uses_g
                 logging_level=logging.ERROR,
                 runtime_env=environment,
             )
-    except Exception as error:
-        raise UnfitEnvironmentError(
-            f"Ray does not start at address {cluster.address!r}: {error}; see: orchestrator doctor"
-        ) from error
     finally:
         _is_starting.clear()
+
+
+def _in_one_message(address: str, error: Exception, log: Path) -> UnfitEnvironmentError:
+    """What keeps Ray from starting, in a line; all that Ray says goes to the run's log."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    details = ""
+    if more:
+        with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+            file.write(f"{error}\n")
+            details = f"; all of it: {log}"
+    return UnfitEnvironmentError(
+        f"Ray does not start at address {address!r}: {first}{details}; see: orchestrator doctor"
+    )
 
 
 def _start_own(cluster: ClusterSection, namespace: str, *, uses_gpus: bool) -> None:

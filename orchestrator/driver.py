@@ -6,48 +6,37 @@ Called by the command line. Holds no decision and no trial; when it ends, nothin
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-import shlex
-import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
 from orchestrator import evidence
+from orchestrator.beginning import load_begun, make_run_dir, require_history, require_policy, within_quota
 from orchestrator.clock import SystemClock
 from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
-from orchestrator.config import ResolvedRun, load_config, require_fit
-from orchestrator.config.model import JobSection
-from orchestrator.config.render import scalar
-from orchestrator.config.source import read_text
+from orchestrator.config import ResolvedRun, require_fit
 from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
-from orchestrator.control.journal import Journal, has_entries, read_run
+from orchestrator.control.journal import Journal
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
-from orchestrator.host import num_usable_cores
 from orchestrator.interrupts import ENDING_S, Interrupts, LastResort, reinstall
-from orchestrator.jobs.own import PICKLE_SUFFIX
 from orchestrator.leftovers import remove_home, sweep
-from orchestrator.names import write_atomically
 from orchestrator.output import LOG_NAME, lasting_output, say, say_last
 from orchestrator.processes import Owner
 from orchestrator.run_dirs import (
     BEGUN_FILE,
     RUN_FILE,
-    SCHEMA,
     StopKind,
     mark_ended,
-    run_file_schema,
     stop_request,
-    with_schema,
 )
 from orchestrator.view.failures import common_error
 from orchestrator.view.report import failure_line, render_broken_off
@@ -76,6 +65,7 @@ def start(resolved: ResolvedRun, *, plain: bool | None = None, is_quiet: bool = 
         UnfitEnvironmentError: Ray does not start.
     """
     require_fit(resolved)
+    require_policy(resolved)
     make_run_dir(resolved)
     return _drive(resolved, resolved.run_dir, plain=plain, is_quiet=is_quiet)
 
@@ -83,55 +73,20 @@ def start(resolved: ResolvedRun, *, plain: bool | None = None, is_quiet: bool = 
 def _drive(resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet: bool = False) -> int:
     """One start of a run, with output that lasts and signals that are taken from the first moment on."""
     driver = _Driver(resolved, run_dir)
-    with driver.interrupts.taken(), lasting_output(run_dir / LOG_NAME, is_quiet=is_quiet):
-        code = driver.execute(plain)
-    if is_quiet:
-        say(str(run_dir))
+    with driver.interrupts.taken(), lasting_output(run_dir / LOG_NAME, is_quiet=is_quiet) as screen:
+        try:
+            code = driver.execute(plain)
+            if is_quiet:
+                screen.write(f"{run_dir}\n")
+        except OrchestratorError as error:  # said here, where output lasts
+            say_last(f"error: {error}")
+            code = error.exit_code
+        except Exception:
+            logger.exception("the run ended with an unexpected error; please report it with the lines below")
+            code = EXIT_FAILED
     if driver.is_stuck:  # a thread of Ray waits for what is gone; the interpreter would wait for the thread
         driver.leave(code)
     return code
-
-
-def within_quota(resolved: ResolvedRun) -> ResolvedRun:
-    """The same run on no more cores than this process's container may use, where it says nothing of cores.
-
-    Not written to the run file: a run may be resumed in another container.
-    """
-    cluster, cores = resolved.config.cluster, num_usable_cores()
-    if cluster.address != "local" or cluster.num_cpus is not None or cores == len(os.sched_getaffinity(0)):
-        return resolved
-    cluster = cluster.model_copy(update={"num_cpus": cores})
-    return dataclasses.replace(resolved, config=resolved.config.model_copy(update={"cluster": cluster}))
-
-
-def make_run_dir(resolved: ResolvedRun) -> None:
-    """The directory of a new run, with its run file.
-
-    Raises:
-        ConfigError: it cannot be made there.
-    """
-    run_dir = resolved.run_dir
-    try:
-        run_dir.mkdir(parents=True, mode=0o700)
-        _ship_function(resolved.config.job, run_dir)
-        (run_dir / BEGUN_FILE[0]).mkdir()
-        for place in (run_dir.joinpath(*BEGUN_FILE), run_dir / RUN_FILE):
-            write_atomically(place, with_schema(resolved.to_yaml(with_origins=True)))
-    except FileExistsError:
-        raise ConfigError(f"{run_dir} exists already; allowed: another name, or `orchestrator resume`") from None
-    except OSError as error:
-        raise ConfigError(
-            f"storage: {run_dir} cannot be made ({error.strerror}); allowed: a directory that you may write to"
-        ) from None
-
-
-def _ship_function(job: JobSection, run_dir: Path) -> None:
-    """Copy a function that has no import path into the run directory, where workers and `resume` look for it first."""
-    name = job.name.partition(":")[0]
-    if name.endswith(PICKLE_SUFFIX):
-        found = next((Path(path) / name for path in job.import_paths if (Path(path) / name).is_file()), None)
-        if found is not None:
-            shutil.copyfile(found, run_dir / name)
 
 
 def resume(run_dir: Path, *, plain: bool | None = None) -> int:
@@ -148,50 +103,9 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
     require_history(run_dir)
     resolved = load_begun(run_dir)
     require_fit(resolved, is_new=False)
+    require_policy(resolved)
     (run_dir / "control" / "stop").unlink(missing_ok=True)
     return _drive(resolved, run_dir, plain=plain)
-
-
-def load_begun(run_dir: Path) -> ResolvedRun:
-    """The configuration that a run began with; says so where its run file was edited since.
-
-    Parameters of trials, plans and reports of an earlier start are in the journal and belong to that configuration.
-
-    Raises:
-        ConfigError: it cannot be read, or a newer version wrote it.
-    """
-    begun, shown = run_dir.joinpath(*BEGUN_FILE), run_dir / RUN_FILE
-    if not begun.exists():  # a run of an earlier version
-        begun = shown
-    schema = run_file_schema(read_text(begun))
-    if schema > SCHEMA:
-        raise ConfigError(f"was written by a newer version (schema {schema}); allowed: up to schema {SCHEMA}", begun, 1)
-    place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
-    resolved = load_config(begun, place)
-    if begun != shown and shown.exists() and read_text(shown) != read_text(begun):
-        command = f"orchestrator run {shlex.quote(str(shown))} --set name=NEW"
-        say(f"{shown} was edited since the run began; what counts is what it began with ({begun}). As a run: {command}")
-    return resolved
-
-
-def require_history(run_dir: Path) -> None:
-    """Refuse to begin a run from its start whose trials have run already.
-
-    Raises:
-        ConfigError: its journal is empty or gone.
-        JournalError: it is damaged, or a newer version wrote it.
-    """
-    journal = run_dir / JOURNAL_NAME
-    if has_entries(run_dir):
-        for _ in read_run(run_dir):
-            pass
-        return
-    status = read_status(run_dir / STATUS_NAME) or {}
-    if any(path.name != "warm-up" for path in run_dir.glob("trials/*")) or status.get("trials"):
-        raise ConfigError(
-            f"{journal} is empty or gone although trials ran: what they had done is not known;"
-            " allowed: a run with its journal. Restore it, or begin a new run under another name"
-        )
 
 
 def _load_torch() -> None:
@@ -235,6 +149,7 @@ class _Driver:
         self.interrupts, self.is_stuck = Interrupts(), False
         self._last_resort = LastResort(self.interrupts, self._end_hard, self.leave)
         self._view: LiveView | None = None
+        self._thaw: Callable[[], None] = lambda: None
         self._looked_s = 0.0
         self._has_ended = threading.Lock()
 
@@ -302,6 +217,7 @@ class _Driver:
             killing = threading.Thread(target=ray.kill, args=(self._plane.policy,), daemon=True)
             killing.start()
             killing.join(2.0)
+        self._thaw()  # nobody writes the search's state any more
         code = self._last_word("interrupted", dict(_NOTHING))
         say_last(f"the run in {self._run_dir} did not end in time and was ended")
         return code
@@ -356,11 +272,13 @@ class _Driver:
                 say("interrupted: trials write a checkpoint and leave; once more to stop at once")
                 self._last_resort.allow(_GRACE_S + ENDING_S)
                 search.freeze()
+                self._thaw = search.thaw
                 plane.interrupt(lambda: self._wish_to_stop() is StopKind.NOW)
                 self._last_resort.allow(ENDING_S)
                 search.interrupt()
                 search.join(_GRACE_S)
                 search.thaw()
+                self._thaw = lambda: None
                 return "interrupted"
         if search.error is not None:
             logger.error("the search failed: %s", search.error)

@@ -7,6 +7,7 @@ goes on without its terminal. Knows no Ray. Used by the driver.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 
 from orchestrator.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from orchestrator.output import hang_up
+
+logger = logging.getLogger(__name__)
 
 EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
 ENDING_S = 12.0
@@ -136,5 +139,11 @@ class LastResort:
     def _watch(self) -> None:
         while not self._is_over.wait(_LOOK_S):
             if time.monotonic() > self.deadline_s:
-                self._leave(self._act())
+                code = self._interrupts.exit_code
+                try:
+                    code = self._act()
+                except Exception:
+                    logger.exception("the run could not be ended in order")
+                finally:
+                    self._leave(code)
                 return

@@ -128,14 +128,18 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def lasting_output(log: Path, *, is_quiet: bool = False) -> Iterator[None]:
-    """Standard output and error that last while the run does; with `is_quiet`, output that nobody sees."""
+def lasting_output(log: Path, *, is_quiet: bool = False) -> Iterator[TextIO]:
+    """Standard output and error that last while the run does; with `is_quiet`, output that nobody sees.
+
+    Yields:
+        What leads to standard output, also when it is quiet.
+    """
     before = sys.stdout, sys.stderr
     screens = [Screen(stream, log) for stream in before]
     quiet = Path(os.devnull).open("w", encoding="utf-8") if is_quiet else None  # noqa: SIM115 - closed below
     sys.stdout, sys.stderr = quiet or cast(TextIO, screens[0]), cast(TextIO, screens[1])
     try:
-        yield
+        yield cast(TextIO, screens[0])
     finally:
         sys.stdout, sys.stderr = before
         if quiet is not None:

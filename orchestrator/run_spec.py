@@ -164,4 +164,5 @@ def middle_params(config: RunConfig) -> dict[str, object]:
     params: dict[str, object] = dict(config.job.params)
     for name, distribution in config.search.space.items():
         params[name] = distribution.values[0]
-    return dict(complete_params(config.job.name, params))
+    required = {param.name for param in job_info(config.job.name).params if param.is_required}
+    return dict(complete_params(config.job.name, params)) if required <= params.keys() else params

@@ -13,9 +13,19 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from orchestrator.policies.codec import dumps, plan_from, settings_from, snapshot_from, to_jsonable
-from orchestrator.policies.fair_share import FairShare
-from orchestrator.policies.fifo import Fifo
-from orchestrator.policies.fit import (
+from orchestrator.policies.decide.baselines.fifo import Fifo
+from orchestrator.policies.decide.baselines.fluid import Fluid
+from orchestrator.policies.decide.baselines.optimus import Optimus
+from orchestrator.policies.decide.baselines.pollux import Pollux
+from orchestrator.policies.decide.baselines.sia import Sia
+from orchestrator.policies.decide.baselines.tiresias import Tiresias
+from orchestrator.policies.decide.fair_share import FairShare
+from orchestrator.policies.decide.goodput import Goodput
+from orchestrator.policies.decide.goodput_joint import GoodputJoint
+from orchestrator.policies.decide.static import Static
+from orchestrator.policies.invariants import Violation, check
+from orchestrator.policies.learn.efficiency import efficiency, gain
+from orchestrator.policies.learn.fit import (
     NOTHING_FITTED,
     Observation,
     TrialFit,
@@ -27,13 +37,8 @@ from orchestrator.policies.fit import (
     protect,
     update,
 )
-from orchestrator.policies.fluid import Fluid
-from orchestrator.policies.goodput import efficiency, gain
-from orchestrator.policies.goodput_joint import GoodputJoint
-from orchestrator.policies.goodput_policy import Goodput
-from orchestrator.policies.invariants import Violation, check
-from orchestrator.policies.known import known_fit
-from orchestrator.policies.optimus import Optimus
+from orchestrator.policies.learn.known import known_fit
+from orchestrator.policies.learn.speed import KnownLine, KnownSpeed, Prediction
 from orchestrator.policies.plan import (
     EMPTY_PLAN,
     Allocation,
@@ -51,8 +56,6 @@ from orchestrator.policies.plan import (
     is_same,
 )
 from orchestrator.policies.policy import Policy
-from orchestrator.policies.pollux import Pollux
-from orchestrator.policies.sia import Sia
 from orchestrator.policies.snapshot import (
     DeviceKind,
     DeviceView,
@@ -63,10 +66,7 @@ from orchestrator.policies.snapshot import (
     Snapshot,
     TrialView,
 )
-from orchestrator.policies.speed import KnownLine, KnownSpeed, Prediction
-from orchestrator.policies.static import Static
 from orchestrator.policies.tier import NAMED_TIERS, TIER_FACTS, Tier, TierFacts, is_cheaper, tier_facts
-from orchestrator.policies.tiresias import Tiresias
 
 POLICIES: dict[str, type] = {
     "static": Static,

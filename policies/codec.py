@@ -16,7 +16,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from orchestrator.policies.fit import Observation, TrialFit
+from orchestrator.policies.learn.fit import Observation, TrialFit
 from orchestrator.policies.plan import Allocation, Plan, Settings
 from orchestrator.policies.snapshot import DeviceView, DialLimits, Override, Snapshot, TrialView
 from orchestrator.policies.tier import TIER_WORDS, Tier

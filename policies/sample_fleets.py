@@ -11,8 +11,8 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
-from orchestrator.policies.fit import Observation, TrialFit, update
-from orchestrator.policies.fleet import Fleet
+from orchestrator.policies.decide.fleet import Fleet
+from orchestrator.policies.learn.fit import Observation, TrialFit, update
 from orchestrator.policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
 from orchestrator.policies.policy import Policy
 from orchestrator.policies.sample_worlds import snapshot
@@ -29,7 +29,7 @@ _UNKNOWN_LENGTH = 1_000_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """The true speed of a shape, in the form of `policies.throughput`."""
+    """The true speed of a shape, in the form of `policies.learn.scaling`."""
 
     floor_s: float
     slope_s: float

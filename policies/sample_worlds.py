@@ -10,9 +10,9 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
-from orchestrator.policies.fit import Observation, TrialFit, update
+from orchestrator.policies.decide.shares import Claim, fill
+from orchestrator.policies.learn.fit import Observation, TrialFit, update
 from orchestrator.policies.plan import EMPTY_PLAN, Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
-from orchestrator.policies.shares import Claim, fill
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Override, Snapshot, TrialView
 from orchestrator.policies.tier import Tier
 

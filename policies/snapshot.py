@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from orchestrator.policies.fit import TrialFit
+from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.plan import SPARSE, DeviceId, Plan, Settings, TrialId
 from orchestrator.policies.tier import Tier
 

@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator import evidence
 from orchestrator.control.orders import SlotHello
 from orchestrator.policies.codec import to_jsonable
-from orchestrator.policies.fit import TrialFit
+from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.plan import (
     EMPTY_PLAN,
     Allocation,

@@ -97,8 +97,16 @@ def _job(config: RunConfig) -> Iterator[Finding]:
         yield ("job", "kind"), f"got {config.job.kind}, but {printable(job, 100)} is a {info.kind}; allowed: auto"
     for name, value in config.job.params.items():
         yield from _param(job, name, [value], ("job", "params", name))
+
+
+def missing_params(config: RunConfig) -> Iterator[Finding]:
+    """Parameters without a default that neither the run file gives nor its search.
+
+    Not asked of a run whose search is a Tuner of the user's own, which brings them.
+    """
+    info = _info(config)
     given = {*config.job.params, *config.search.space}
-    missing = [param.name for param in info.params if param.is_required and param.name not in given]
+    missing = [] if info is None else [p.name for p in info.params if p.is_required and p.name not in given]
     if missing:
         yield ("job", "params"), f"no value for {', '.join(missing)}; give it here or search it in search.space"
 

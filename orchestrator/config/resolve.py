@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.config.checks import Finding, check_all
+from orchestrator.config.checks import Finding, check_all, missing_params
 from orchestrator.config.machine import Machine, check_fit, this_machine
 from orchestrator.config.model import RunConfig
 from orchestrator.config.overrides import apply_overrides, parse_override
@@ -57,12 +57,13 @@ class ResolvedRun:
         return to_yaml(self.to_dict(), self.origins if with_origins else None)
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedRun:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, has_own_search: bool = False) -> ResolvedRun:
     """Read, overlay and check a run file. The machine is not looked at: see `require_fit`.
 
     Args:
         path: the run file.
         overrides: texts of the form 'a.b=value', later ones winning.
+        has_own_search: whether the search is a Tuner of the user's own, which brings parameters of its own.
 
     Raises:
         ConfigError: anything is wrong; its message has one line per problem.
@@ -81,6 +82,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedRun:
     if config is not None:
         config = _with_import_paths(config, path)
         problems += as_errors(check_all(config), place)
+        if not has_own_search:
+            problems += as_errors(missing_params(config), place)
     if problems or config is None:
         raise join(sorted(problems, key=lambda problem: problem.line or 0))
     return ResolvedRun(config=config, origins=_origins(config, place), place=place)

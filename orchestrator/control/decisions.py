@@ -19,8 +19,8 @@ from orchestrator.control.ranking import Outlook
 from orchestrator.control.resizing import limits_now
 from orchestrator.control.signals import CheckMade, FitAdvanced, MeasurementBegan
 from orchestrator.control.world import Run, Trial, World
-from orchestrator.policies.fair_share import FairShare
-from orchestrator.policies.fit import Observation, update
+from orchestrator.policies.decide.fair_share import FairShare
+from orchestrator.policies.learn.fit import Observation, update
 from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, changed_dials, diff, is_same
 from orchestrator.policies.snapshot import Snapshot, TrialView
 from orchestrator.share.verification import judge_speed

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from orchestrator.policies.fit import TrialFit, noise_scale
-from orchestrator.policies.goodput import efficiency
+from orchestrator.policies.learn.efficiency import efficiency
+from orchestrator.policies.learn.fit import TrialFit, noise_scale
 from orchestrator.policies.plan import TrialId
 from orchestrator.telemetry.stretch import Stretch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from orchestrator.control.world import Run, Trial, World
-from orchestrator.policies.memory import solve_line
+from orchestrator.policies.learn.memory import solve_line
 from orchestrator.policies.plan import DeviceId, Settings
 from orchestrator.policies.snapshot import DeviceKind
 

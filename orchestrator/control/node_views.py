@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from orchestrator.control.world import NodeState, Run, Trial, World
-from orchestrator.policies.fit import NOTHING_FITTED, inherit
+from orchestrator.policies.learn.fit import NOTHING_FITTED, inherit
 from orchestrator.policies.snapshot import DeviceView, NodeType, TrialView
 
 

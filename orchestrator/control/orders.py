@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from orchestrator.policies.learn.tier_fit import TierFit
 from orchestrator.policies.plan import DeviceId, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceView, DialLimits, StepModeView
-from orchestrator.policies.tier_fit import TierFit
 
 
 class SlotOp(StrEnum):

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from orchestrator.control.orders import Report
 from orchestrator.control.spec import RunSpec, StopRule
+from orchestrator.policies.learn.survival import MOST, chance, chance_after_rung, place, rungs
 from orchestrator.policies.plan import TrialId
-from orchestrator.policies.survival import MOST, chance, chance_after_rung, place, rungs
 
 if TYPE_CHECKING:
     from orchestrator.control.world import Trial

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from orchestrator.control.spec import StopRule
+from orchestrator.policies.learn.survival import rungs
 from orchestrator.policies.plan import TrialId
-from orchestrator.policies.survival import rungs
 
 if TYPE_CHECKING:
     from orchestrator.control.world import Trial

@@ -12,7 +12,7 @@ from orchestrator.control.orders import Grant, StopMode
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.world import Node, NodeState, Run, Slot, SlotState, World
 from orchestrator.errors import ShareError
-from orchestrator.policies.fit import protect
+from orchestrator.policies.learn.fit import protect
 from orchestrator.policies.plan import DeviceId, diff
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Override
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from orchestrator.control.events import Event
 from orchestrator.control.gain import Measurement, Pace
 from orchestrator.control.orders import TierReport
-from orchestrator.policies.fit import TrialFit
+from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.snapshot import StepModeView
 from orchestrator.share.verification import Check

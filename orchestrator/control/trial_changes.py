@@ -10,7 +10,7 @@ from orchestrator.control.effects import Decide, DiscardCommits, Effect, StoreSt
 from orchestrator.control.grants import Account
 from orchestrator.control.orders import DialReport, Report, StopMode
 from orchestrator.control.world import Run, Slot, SlotState, Trial, TrialState, World
-from orchestrator.policies.fit import NOTHING_FITTED, capped, inherit, note_tiers
+from orchestrator.policies.learn.fit import NOTHING_FITTED, capped, inherit, note_tiers
 from orchestrator.policies.snapshot import DeviceKind, Override, StepModeView
 from orchestrator.telemetry.window import TrialWindow
 

@@ -22,7 +22,7 @@ from orchestrator.control.orders import DialReport, Outcome, Report, Resumption,
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.rungs import Rungs
 from orchestrator.control.spec import RunSpec
-from orchestrator.policies.fit import TrialFit
+from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Override, StepModeView
 from orchestrator.share.verification import Check, Subject

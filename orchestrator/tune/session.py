@@ -13,20 +13,26 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 from ray.exceptions import RayError
 
+from orchestrator.api import run_file_of
+from orchestrator.beginning import load_begun, make_run_dir, require_history, require_policy, within_quota
 from orchestrator.cluster import RayCluster, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
-from orchestrator.driver import load_begun, log_end, make_run_dir, require_history, single_driver, within_quota
+from orchestrator.driver import log_end, single_driver
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
 from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.admission import HEAD, require_tested_ray, sliver
+
+if TYPE_CHECKING:
+    from orchestrator.api import Training
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +40,14 @@ _LOOK_S = 1.0
 
 
 @contextlib.contextmanager
-def open_session(run_file: Path, overrides: list[str], *, is_resumed: bool) -> Iterator[type]:
+def open_session(
+    training: Training, overrides: list[str], *, is_resumed: bool, name: str | None, options: dict[str, Any]
+) -> Iterator[type]:
     """See `orchestrator.tune.trainable`."""
     require_tested_ray()
-    resolved = load_config(run_file, overrides)
-    run_dir = _run_dir(resolved, is_resumed=is_resumed)
+    with run_file_of(training, name=name, **options) as (file, settings):
+        resolved = load_config(file, [*settings, *overrides], has_own_search=True)
+        run_dir = _run_dir(resolved, is_resumed=is_resumed)
     if is_resumed:
         resolved = load_begun(run_dir)
     resolved = within_quota(resolved)
@@ -75,6 +84,7 @@ def _run_dir(resolved: ResolvedRun, *, is_resumed: bool) -> Path:
     """
     run_dir = resolved.run_dir
     require_fit(resolved, is_new=not is_resumed)
+    require_policy(resolved)
     if is_resumed:
         if not (run_dir / "run.yaml").exists():
             raise ConfigError(f"{run_dir} holds no run.yaml; leave resume=True out to begin a new run")

@@ -21,9 +21,9 @@ from orchestrator.control.events import (
 )
 from orchestrator.control.journal import History, read_history
 from orchestrator.errors import ConfigError, JournalError
-from orchestrator.policies.candidates import split
 from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
-from orchestrator.policies.fitted import FittedTrial, fit_trials
+from orchestrator.policies.decide.candidates import split
+from orchestrator.policies.decide.fitted import FittedTrial, fit_trials
 from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
 from orchestrator.policies.snapshot import Snapshot, TrialView
 from orchestrator.share.verification import Verdict, judge_speed

@@ -252,7 +252,7 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     mode = trial.get("step_mode")
     steps = f"{mode} steps" if mode in {"graph", "compiled"} else ""
     waits = "waits at its rung for others" if trial.get("waits_at_rung") is True else ""
-    texts = (metric, _held(trial, shown.unit), steps, _resize(trial), waits, _decision(trial))
+    texts = (metric, _held(trial, shown.unit), steps, _resize(trial), waits, _off(trial), _decision(trial))
     details = "; ".join(text for text in texts if text)
     if width >= WIDE:
         return [_line(f"{row}  {details}", Role.RUNNING, width)]
@@ -324,6 +324,12 @@ def _batch(trial: Mapping[str, object]) -> str:
     ranks = whole(trial.get("num_workers")) or 1
     batch = f"{show_count(trial.get('micro_batch'))}x{show_count(trial.get('grad_accum'))}"
     return batch if ranks == 1 else f"{batch}*{ranks}"
+
+
+def _off(trial: Mapping[str, object]) -> str:
+    """The dials that the trial's training does not have, each with its reason."""
+    off = mapping(trial.get("off"))
+    return ", ".join(f"{clean(name)} off ({clean(reason)})" for name, reason in sorted(off.items()))
 
 
 def _tier(trial: Mapping[str, object]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from orchestrator.policies.goodput import efficiency
+from orchestrator.policies.learn.efficiency import efficiency
 from orchestrator.policies.simulator.response import Load, Response
 from orchestrator.policies.tier import Tier
 

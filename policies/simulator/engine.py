@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from orchestrator.policies.fit import TrialFit, inherit, update
+from orchestrator.policies.learn.fit import TrialFit, inherit, update
 from orchestrator.policies.plan import EMPTY_PLAN, Allocation, Effect, Plan, TrialId, effect_of, is_same
 from orchestrator.policies.simulator.application import Applications
 from orchestrator.policies.simulator.cluster import Cluster, NodeChange, NodeEvent

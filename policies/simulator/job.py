@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from orchestrator.policies.fit import NOTHING_FITTED, Observation, TrialFit
+from orchestrator.policies.learn.fit import NOTHING_FITTED, Observation, TrialFit
 from orchestrator.policies.plan import DeviceId, Settings, TrialId
 from orchestrator.policies.simulator.application import Application
 from orchestrator.policies.simulator.response import Load

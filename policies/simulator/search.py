@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from orchestrator.policies.learn.survival import bounded, chance_after_rung, rungs
 from orchestrator.policies.simulator.job import Job
 from orchestrator.policies.simulator.workload import Submission, Workload
-from orchestrator.policies.survival import bounded, chance_after_rung, rungs
 
 
 def stops(recorded: Sequence[float], loss: float, reduction_factor: int) -> bool:

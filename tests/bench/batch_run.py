@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.policies.fit import NOTHING_FITTED, Observation, TrialFit, noise_scale, update
-from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.decide.goodput import Goodput
+from orchestrator.policies.learn.fit import NOTHING_FITTED, Observation, TrialFit, noise_scale, update
 from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, Plan, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, DialLimits, Snapshot, TrialView
 from orchestrator.policies.tier import Tier

@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.policies.memory import MemoryPoint, largest_micro_batch, remember, solve_line
+from orchestrator.policies.learn.memory import MemoryPoint, largest_micro_batch, remember, solve_line
 from orchestrator.policies.tier import Tier
 from tests.bench import batch_run
 from tests.bench.gpu_job import SIZES

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.bench.results_file import Report, median_figure, options, say
 
-SIZES = ((160, 64, 0.05), (2_000, 2_000, 1.0), (10_000, 10_000, 10.0))
+SIZES = ((160, 64, 0.05), (200, 64, 0.05), (2_000, 2_000, 1.0), (10_000, 10_000, 10.0))
 """Trials, devices, seconds allowed."""
 MAX_GIB = 4.0
 MANY = 5_000
@@ -29,7 +29,7 @@ ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 def decide(num_trials: int, num_devices: int, repeats: int) -> dict[str, Any]:
     """Seconds of every decision by objective, on one seed a repeat, and the peak memory of this process in GiB."""
-    from orchestrator.policies.goodput_joint import GoodputJoint
+    from orchestrator.policies.decide.goodput_joint import GoodputJoint
     from orchestrator.policies.invariants import check
     from orchestrator.policies.sample_fleets import search_world
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.jobs.transformer import Block
+from orchestrator.policies.learn.tier_fit import best_usable
 from orchestrator.policies.tier import Tier, real_tiers
-from orchestrator.policies.tier_fit import best_usable
 from orchestrator.train.precision.tiers import coverage, facts_of, install, lowered, set_tier
 from orchestrator.train.precision.watch import StepNews
 from orchestrator.train.stepper import Stepper

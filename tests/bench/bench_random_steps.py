@@ -12,11 +12,11 @@ import time
 from typing import Any
 
 from orchestrator.policies import POLICIES, build_policy
-from orchestrator.policies.goodput_joint import GoodputJoint
+from orchestrator.policies.decide.goodput_joint import GoodputJoint
+from orchestrator.policies.decide.worth import OBJECTIVES
 from orchestrator.policies.invariants import check
 from orchestrator.policies.policy import Policy
 from orchestrator.policies.sample_fleets import walk
-from orchestrator.policies.worth import OBJECTIVES
 from tests.bench.results_file import Figure, Report, options, say
 from tests.unit.policies.promises import broken_promises
 

@@ -26,9 +26,9 @@ from orchestrator.control.ranking import Ranking
 from orchestrator.control.rungs import Rungs
 from orchestrator.control.spec import StopRule
 from orchestrator.control.world import Trial, TrialState
+from orchestrator.policies.learn.survival import rungs
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.simulator.search import stops
-from orchestrator.policies.survival import rungs
 from tests.bench.results_file import RESULTS, Figure, Report, bootstrap_interval, options
 
 RECORDED = RESULTS / "gpu_search_nvidia-h200_2026-11-29_rungs.jsonl"

@@ -1,7 +1,7 @@
 """One trial without Ray, for the precision benchmarks: stepper, watch and the rule for tiers, nothing else.
 
-The rule that a policy uses (`policies.tier_fit.best_usable`) is asked every few steps, as a policy would be; moves of
-the guard are obeyed as the training loop obeys them. Knows no statistics; used by `bench_precision`.
+The rule that a policy uses (`policies.learn.tier_fit.best_usable`) is asked every few steps, as a policy would be;
+moves of the guard are obeyed as the training loop obeys them. Knows no statistics; used by `bench_precision`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from orchestrator.control.orders import TrialOrder
 from orchestrator.jobs import build_job
+from orchestrator.policies.learn.tier_fit import best_usable
 from orchestrator.policies.plan import Settings, TrialId
 from orchestrator.policies.snapshot import DialLimits
 from orchestrator.policies.tier import Tier
-from orchestrator.policies.tier_fit import best_usable
 from orchestrator.train.groups import Ranks
 from orchestrator.train.precision.calibrate import TierCost
 from orchestrator.train.precision.guard import Move

@@ -6,10 +6,10 @@ import pytest
 
 from orchestrator.policies import POLICIES, build_policy
 from orchestrator.policies.conformance import check_policy
-from orchestrator.policies.goodput_joint import GoodputJoint
+from orchestrator.policies.decide.goodput_joint import GoodputJoint
+from orchestrator.policies.decide.worth import OBJECTIVES
 from orchestrator.policies.invariants import check
 from orchestrator.policies.sample_fleets import after, fleet_world
-from orchestrator.policies.worth import OBJECTIVES
 
 NUM_WORLDS = 100
 RESTS = ("static", "goodput", "fifo", "goodput_joint")

@@ -1,9 +1,9 @@
 """How far the joint decision is from the best possible one: an integer program over the same predictions, by `highspy`.
 
 The program knows sizes, nodes and quotas, and may place every trial inside a node or across several; what a size is
-worth it takes from `policies.goodput_table`, as the policy does. So this measures choosing and placing, not predicting.
-All trials are new, so that nothing depends on restarts, and all devices are of one type. What is asked for is at most
-1 % in the median and 5 % in the worst instance, with and without quotas.
+worth it takes from `policies.decide.goodput_table`, as the policy does. So this measures choosing and placing, not
+predicting. All trials are new, so that nothing depends on restarts, and all devices are of one type. What is asked for
+is at most 1 % in the median and 5 % in the worst instance, with and without quotas.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.policies.candidates import split
-from orchestrator.policies.goodput_joint import GoodputJoint
-from orchestrator.policies.goodput_table import GoodputTable, SearchSpace, Size, goodput_tables, reference
+from orchestrator.policies.decide.candidates import split
+from orchestrator.policies.decide.goodput_joint import GoodputJoint
+from orchestrator.policies.decide.goodput_table import GoodputTable, goodput_tables, reference
+from orchestrator.policies.decide.sizes import SearchSpace, Size
 from orchestrator.policies.plan import EMPTY_PLAN
 from orchestrator.policies.sample_fleets import search_world
 from orchestrator.policies.snapshot import Quota, Snapshot

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from orchestrator.policies import Allocation, Plan, Snapshot
-from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.decide.goodput import Goodput
 from orchestrator.policies.tier import Tier
 
 

@@ -30,6 +30,7 @@ from orchestrator.errors import (
     OrchestratorError,
     UnfitEnvironmentError,
 )
+from orchestrator.jobs import job_info
 from orchestrator.policies import POLICIES
 from orchestrator.policies.plan import TrialId
 from orchestrator.share import SHARES
@@ -242,12 +243,17 @@ def test_a_readme_is_plain_ascii(path: Path) -> None:
     assert not [line for line in text.splitlines() if line != line.rstrip()]
 
 
-def test_the_run_file_of_the_readme_is_a_good_one(tmp_path: Path) -> None:
-    (text,) = blocks(README, "yaml")
-    file = tmp_path / "search.yaml"
-    file.write_text(text)
-    resolved = load_config(file, [f"storage={tmp_path}"])
-    assert resolved.config.name == yaml.safe_load(text)["name"]
+def test_the_run_files_of_the_readme_are_good_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "my_module.py").write_text("def train(lr, width): ...\n")
+    own, ours = blocks(README, "yaml")
+    for text, is_function in ((own, True), (ours, False)):
+        file = tmp_path / "search.yaml"
+        file.write_text(text)
+        resolved = load_config(file, [f"storage={tmp_path}"])
+        assert resolved.config.name == yaml.safe_load(text)["name"]
+        assert job_info(resolved.config.job.name).is_function is is_function
 
 
 def test_the_tables_and_policies_named_are_those_there_are() -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import OutOfMemoryError
-from orchestrator.policies.memory import largest_micro_batch, largest_split
+from orchestrator.policies.learn.memory import largest_micro_batch, largest_split
 from orchestrator.policies.plan import Settings
 from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.groups import Ranks

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from orchestrator.policies.goodput import gain
+from orchestrator.policies.learn.efficiency import gain
 
 
 class ScalingRule(StrEnum):

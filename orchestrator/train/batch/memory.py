@@ -1,9 +1,9 @@
 """How much memory this rank takes: its peak under the settings in force, and whether it may take more.
 
 On a GPU the peak is the caching allocator's, on Linux the high-water mark of the process, both counted anew whenever
-dials turn. The line through the peaks (`policies.memory`) answers before a larger micro-batch or another tier whether
-it will fit, and where memory is scarce a trial allocation of what it would add (the ballast) checks that on the device
-itself. Reading costs some microseconds and is done in few steps. Knows no plan; called by the loop and by
+dials turn. The line through the peaks (`policies.learn.memory`) answers before a larger micro-batch or another tier
+whether it will fit, and where memory is scarce a trial allocation of what it would add (the ballast) checks that on the
+device itself. Reading costs some microseconds and is done in few steps. Knows no plan; called by the loop and by
 `orchestrator.train.batch.guard`.
 """
 
@@ -18,7 +18,7 @@ from typing import Protocol
 import psutil
 import torch
 
-from orchestrator.policies.memory import MemoryLine, MemoryPoint, remember, solve_line
+from orchestrator.policies.learn.memory import MemoryLine, MemoryPoint, remember, solve_line
 from orchestrator.policies.plan import Settings
 
 _SETTLED_STEPS = 2

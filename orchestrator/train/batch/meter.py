@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.jobs.data import Indices, micro_batches
-from orchestrator.policies.fit import MIN_NOISE_ESTIMATES
-from orchestrator.policies.noise import noise_ratio
+from orchestrator.policies.learn.fit import MIN_NOISE_ESTIMATES
+from orchestrator.policies.learn.noise import noise_ratio
 from orchestrator.train import fsdp
 from orchestrator.train.batch.noise import HalfNoise, NoiseEstimate, weights_of
 from orchestrator.train.batch.rank_noise import RankNoise

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from orchestrator.policies.learn.tier_fit import TierFit
 from orchestrator.policies.tier import Tier
-from orchestrator.policies.tier_fit import TierFit
 from orchestrator.train.precision import memory_state
 from orchestrator.train.precision.calibrate import TierCost
 from orchestrator.train.precision.guard import Cause, Guard, Move, StepSigns

@@ -72,12 +72,12 @@ def test_ray_tunes_domains_and_lists_are_distributions() -> None:
 def test_values_beside_a_run_file_are_settings() -> None:
     settings = api._overrides("second", "/data", {"lr": 0.5}, {"num_trials": 3, "dials": {"batch": {"enabled": False}}})
     assert list(settings) == [
-        "--set", "search.num_trials=3",
-        "--set", 'dials={"batch": {"enabled": false}}',
-        "--set", "job.params.lr=0.5",
-        "--set", 'name="second"',
-        "--set", 'storage="/data"',
-    ]  # fmt: skip
+        "search.num_trials=3",
+        'dials={"batch": {"enabled": false}}',
+        "job.params.lr=0.5",
+        'name="second"',
+        'storage="/data"',
+    ]
 
 
 def make_run(directory: Path, values: dict[str, list[float]], mode: str = "min") -> orchestrator.Run:

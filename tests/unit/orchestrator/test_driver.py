@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pytest
 
+from orchestrator import beginning
 from orchestrator import driver as run
 from orchestrator.cluster import StartGivenUpError
 from orchestrator.config import ResolvedRun, load_config
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, UnfitEnvironmentError
+from orchestrator.output import hang_up
 
 
 class Policy:
@@ -58,11 +62,11 @@ def resolved_run(storage: Path) -> ResolvedRun:
 def test_a_run_directory_that_cannot_be_made_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"storage: .* cannot be made \(Not a directory\); allowed: a directory"):
-        run.make_run_dir(resolved_run(tmp_path / "file"))
+        beginning.make_run_dir(resolved_run(tmp_path / "file"))
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
+    beginning.make_run_dir(resolved)
     with pytest.raises(ConfigError, match="exists already"):
-        run.make_run_dir(resolved)
+        beginning.make_run_dir(resolved)
 
 
 @pytest.mark.parametrize("trace", ["trials", "status"])
@@ -72,7 +76,7 @@ def test_a_run_whose_journal_is_lost_does_not_begin_from_its_start(
 ) -> None:
     """It would train finished trials again, and mix their records with those that are there."""
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
+    beginning.make_run_dir(resolved)
     if trace == "trials":
         (resolved.run_dir / "trials" / "trial-00000").mkdir(parents=True)
     else:
@@ -160,41 +164,157 @@ def test_a_run_file_that_was_edited_is_said_and_does_not_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
-    assert run.load_begun(resolved.run_dir).config == resolved.config
+    beginning.make_run_dir(resolved)
+    assert beginning.load_begun(resolved.run_dir).config == resolved.config
     assert capsys.readouterr().out == ""
     edited = resolved.run_dir / "run.yaml"
     edited.write_text(edited.read_text().replace("seed: 0", "seed: 7"))
-    assert run.load_begun(resolved.run_dir).config.seed == 0
+    assert beginning.load_begun(resolved.run_dir).config.seed == 0
     said = capsys.readouterr().out
     assert f"{edited} was edited since the run began; what counts is what it began with" in said
     assert "--set name=NEW" in said
     edited.unlink()
-    assert run.load_begun(resolved.run_dir).config.seed == 0
+    assert beginning.load_begun(resolved.run_dir).config.seed == 0
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_the_run_file_it_has(tmp_path: Path) -> None:
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
+    beginning.make_run_dir(resolved)
     (resolved.run_dir / "control" / "run.yaml").unlink()
     (resolved.run_dir / "run.yaml").write_text(resolved.to_yaml().replace("seed: 0", "seed: 7"))
-    assert run.load_begun(resolved.run_dir).config.seed == 7
+    assert beginning.load_begun(resolved.run_dir).config.seed == 7
 
 
 def test_a_run_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
     resolved = resolved_run(tmp_path / "runs")
-    run.make_run_dir(resolved)
+    beginning.make_run_dir(resolved)
     begun = resolved.run_dir / "control" / "run.yaml"
     begun.write_text(begun.read_text().replace("# schema: 1", "# schema: 99"))
     with pytest.raises(ConfigError, match=r"control/run.yaml:1: was written by a newer version \(schema 99\); allowed"):
-        run.load_begun(resolved.run_dir)
+        beginning.load_begun(resolved.run_dir)
 
 
 def test_a_quota_of_the_container_counts_as_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = resolved_run(tmp_path / "runs")
-    monkeypatch.setattr(run, "num_usable_cores", lambda: len(os.sched_getaffinity(0)))
-    assert run.within_quota(resolved) is resolved
-    monkeypatch.setattr(run, "num_usable_cores", lambda: 1)
+    monkeypatch.setattr(beginning, "num_usable_cores", lambda: len(os.sched_getaffinity(0)))
+    assert beginning.within_quota(resolved) is resolved
+    monkeypatch.setattr(beginning, "num_usable_cores", lambda: 1)
     if len(os.sched_getaffinity(0)) > 1:
-        assert run.within_quota(resolved).config.cluster.num_cpus == 1
+        assert beginning.within_quota(resolved).config.cluster.num_cpus == 1
     assert resolved.config.cluster.num_cpus is None, "the run file says nothing of it"
+
+
+def test_the_last_resort_ends_everything_and_leaves_a_run_that_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({"state": "stopping", "trials": []}))
+    (tmp_path / "journal.jsonl").write_text("")
+    removed: list[Path] = []
+
+    def remove(home: Path) -> int:
+        removed.append(home)
+        return 0
+
+    monkeypatch.setattr(run, "remove_home", remove)
+    driver._ray.home = tmp_path / "home"
+    thawed: list[bool] = []
+    driver._thaw = lambda: thawed.append(True)
+    driver.interrupts.note(signal.SIGTERM)
+    assert driver._end_hard() == 143
+    assert (removed, thawed) == ([tmp_path / "home"], [True])
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "interrupted"
+    assert "did not end in time and was ended" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words", "is_stuck"),
+    [
+        (UnfitEnvironmentError("a process of Ray ended"), 3, "error: a process of Ray ended", True),
+        (ConfigError("another process runs it"), 2, "error: another process runs it", False),
+        (KeyError("ours"), 1, "please report it", False),
+    ],
+)
+def test_an_error_is_said_where_output_lasts_and_a_stuck_ray_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, words: str, is_stuck: bool
+) -> None:
+    resolved, left = resolved_run(tmp_path / "runs"), []
+
+    def fail(driver: run._Driver, _plain: bool | None) -> int:
+        driver.is_stuck = is_stuck
+        hang_up()  # what is said goes to the log of the run
+        raise error
+
+    monkeypatch.setattr(run._Driver, "execute", fail)
+    monkeypatch.setattr(run._Driver, "leave", lambda _driver, code: left.append(code))
+    with open_streams(monkeypatch):
+        assert run._drive(resolved, tmp_path, plain=True) == code
+    assert left == ([code] if is_stuck else [])
+    assert words in (tmp_path / "run.log").read_text()
+
+
+@contextlib.contextmanager
+def open_streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Standard streams with descriptors, which those of pytest may lack."""
+    with Path(os.devnull).open("w") as out, Path(os.devnull).open("w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        handler = logging.StreamHandler(cast(TextIO, _Current()))
+        logging.getLogger("orchestrator").addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger("orchestrator").removeHandler(handler)
+
+
+class _Current:
+    """What standard error is at the time, as Python's handler of last resort has it."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def test_a_quiet_run_prints_its_directory_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(_driver: run._Driver, _plain: bool | None) -> int:
+        print("a table")  # noqa: T201 - stands for the view
+        return 0
+
+    monkeypatch.setattr(run._Driver, "execute", execute)
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        assert run._drive(resolved_run(tmp_path / "runs"), tmp_path, plain=True, is_quiet=True) == 0
+    assert (tmp_path / "out").read_text() == f"{tmp_path}\n"
+    assert (tmp_path / "err").read_text() == ""
+
+
+class Choosy:
+    """A policy of the user's own."""
+
+    def __init__(self, patience_s: float = 1.0) -> None:
+        if patience_s < 0:
+            raise ValueError("patience_s is negative")
+
+    def decide(self, snapshot: object) -> object:
+        """Nothing."""
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [("{patience_s: '5'}", "'<' not supported"), ("{patience_s: -1}", "is negative"), ("{x: 1}", "no parameter 'x'")],
+)
+def test_a_policy_of_the_users_own_is_built_before_anything_starts(tmp_path: Path, params: str, words: str) -> None:
+    """Its refusal had come out of the policy actor, behind Ray's start, as a traceback of Ray."""
+    file = tmp_path / "run.yaml"
+    text = f"name: one\nstorage: {tmp_path}/runs\njob: {{name: mlp}}\n"
+    file.write_text(f"{text}policy: {{name: '{__name__}:Choosy', params: {params}}}\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        run.start(load_config(file, []))
+    assert (caught.value.line, caught.value.key) == (4, "policy")
+    assert not (tmp_path / "runs").exists()
+    file.write_text(f"{text}policy: {{name: '{__name__}:Choosy', params: {{patience_s: 2}}}}\n")
+    beginning.require_policy(load_config(file, []))

@@ -120,3 +120,22 @@ def test_a_run_has_time_for_its_checkpoints_and_less_when_asked_twice() -> None:
     clock.advance(5.0)
     asked.note(signal.SIGINT)
     assert resort.deadline_s <= first
+
+
+def test_the_process_ends_also_where_its_last_word_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_LOOK_S", 0.001)
+    asked, codes, ended = Interrupts(), [], threading.Event()
+
+    def fail() -> int:
+        raise OSError("No space left on device")
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    resort = LastResort(asked, fail, leave)
+    resort.allow(0.0)
+    with resort:
+        asked.note(signal.SIGTERM)
+        assert ended.wait(10.0)
+    assert codes == [143]

@@ -6,7 +6,7 @@ import dataclasses
 import random
 from collections.abc import Iterable
 
-from orchestrator.policies.fit import NOTHING_FITTED, Observation, TrialFit, update
+from orchestrator.policies.learn.fit import NOTHING_FITTED, Observation, TrialFit, update
 from orchestrator.policies.plan import (
     EMPTY_PLAN,
     Allocation,

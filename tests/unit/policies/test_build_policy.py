@@ -16,7 +16,7 @@ def test_a_policy_is_built_by_name_with_its_parameters() -> None:
 
 
 def test_a_policy_of_ones_own_is_found_by_module_and_class() -> None:
-    assert build_policy("orchestrator.policies.fair_share:FairShare", {"pause_s": 1.0}) == FairShare(pause_s=1.0)
+    assert build_policy("orchestrator.policies.decide.fair_share:FairShare", {"pause_s": 1.0}) == FairShare(pause_s=1.0)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_policy_of_ones_own_is_found_by_module_and_class() -> None:
         ("goodput", {"min_gain": "much"}, r"cannot be built from"),
         ("no.such.module:Policy", {}, r"cannot import module 'no.such.module'"),
         (":Policy", {}, r"cannot import module ''"),
-        ("orchestrator.policies.fair_share:FareShare", {}, r"no class 'FareShare'; did you mean 'FairShare'"),
+        ("orchestrator.policies.decide.fair_share:FareShare", {}, r"no class 'FareShare'; did you mean 'FairShare'"),
         ("orchestrator.policies.plan:TrialId", {"x": "1"}, r"cannot be built from"),
         ("orchestrator.policies.tier:Tier", {"word": "bf16"}, r"no method decide"),
     ],
@@ -53,7 +53,10 @@ def test_the_public_names_are_sorted_and_exist() -> None:
 
 
 def test_modules_are_not_shadowed_by_functions_of_the_same_name() -> None:
-    code = "from orchestrator.policies import goodput as g, static as s; print(g.efficiency(1.0, 1, 1), s.Static())"
+    code = (
+        "from orchestrator.policies.decide import goodput as g, static as s; "
+        "from orchestrator.policies.learn import efficiency as e; print(e.efficiency(1.0, 1, 1), s.Static(), g)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("1.0 Static")
 

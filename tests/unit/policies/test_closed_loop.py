@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.decide.goodput import Goodput
 from orchestrator.policies.invariants import check
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.tier import Tier

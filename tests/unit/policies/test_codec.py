@@ -24,7 +24,7 @@ from orchestrator.policies.codec import (
     to_jsonable,
     trial_from,
 )
-from orchestrator.policies.goodput_policy import Goodput
+from orchestrator.policies.decide.goodput import Goodput
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.sample_worlds import snapshot
 from orchestrator.policies.snapshot import Override

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.policies import Plan, Policy, Snapshot, build_policy
 from orchestrator.policies.conformance import Fault, check_policy, sample
-from orchestrator.policies.fair_share import FairShare
+from orchestrator.policies.decide.fair_share import FairShare
 from orchestrator.policies.sample_worlds import snapshots
 
 FAIR = FairShare()

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
+from orchestrator.policies.decide.static import Static
 from orchestrator.policies.invariants import Violation, check
 from orchestrator.policies.plan import (
     Allocation,
@@ -22,7 +23,6 @@ from orchestrator.policies.plan import (
 )
 from orchestrator.policies.sample_worlds import snapshot
 from orchestrator.policies.snapshot import Override, Snapshot
-from orchestrator.policies.static import Static
 from orchestrator.policies.tier import Tier
 from tests.unit.policies.builders import DEVICE, in_force, limits, settings, trial, world
 

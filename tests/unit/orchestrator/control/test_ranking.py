@@ -20,11 +20,11 @@ from orchestrator.control.journal import FILE_NAME, read
 from orchestrator.control.orders import Status
 from orchestrator.control.spec import RunSpec, StopRule
 from orchestrator.policies.codec import snapshot_from, to_jsonable
+from orchestrator.policies.learn.survival import MOST
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.simulator import Job
 from orchestrator.policies.simulator.search import AshaSearch, SearchSpec, loss_of
 from orchestrator.policies.snapshot import TrialView
-from orchestrator.policies.survival import MOST
 from orchestrator.run_spec import stop_rule
 from orchestrator.view.explain import explain, render
 from tests.unit.orchestrator.control.worlds import Worker, World

@@ -11,7 +11,7 @@ from orchestrator.control.decisions import completed
 from orchestrator.control.events import NodeChanged
 from orchestrator.policies import dumps, snapshot_from
 from orchestrator.policies.codec import to_jsonable
-from orchestrator.policies.fit import NOTHING_FITTED, Observation, TrialFit, update
+from orchestrator.policies.learn.fit import NOTHING_FITTED, Observation, TrialFit, update
 from orchestrator.policies.plan import Allocation, DeviceId, Effect, Generation, Plan, Settings, TrialId
 from orchestrator.policies.sample_worlds import snapshot
 from orchestrator.policies.snapshot import DeviceKind, DeviceView

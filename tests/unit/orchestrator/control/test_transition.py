@@ -20,7 +20,7 @@ from orchestrator.control.orders import Outcome, Resumption, SlotHello, Status, 
 from orchestrator.control.transition import _RULES, apply
 from orchestrator.control.world import NodeState, SlotState, TrialState, World
 from orchestrator.policies.codec import to_jsonable
-from orchestrator.policies.fit import TrialFit
+from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.plan import Allocation, Effect, Generation, Plan, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Snapshot, StepModeView
 from orchestrator.policies.tier import Tier

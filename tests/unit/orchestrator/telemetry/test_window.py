@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.policies.fit import Observation
+from orchestrator.policies.learn.fit import Observation
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import (
     FLAG_APPLIED,

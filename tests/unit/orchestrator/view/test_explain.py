@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.errors import ConfigError, JournalError
 from orchestrator.policies.codec import to_jsonable
-from orchestrator.policies.fit import NOTHING_FITTED, Observation, update
+from orchestrator.policies.learn.fit import NOTHING_FITTED, Observation, update
 from orchestrator.policies.snapshot import StepModeView
 from orchestrator.view.explain import explain, render
 from tests.run_directory import CHEAPER, ONE_RANK, RunDirectory, healthy_run

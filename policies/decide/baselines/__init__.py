@@ -1,0 +1,1 @@
+"""Schedulers from the literature to compare with, each named after its source."""
