@@ -113,9 +113,12 @@ def repair(run: str, storage: Path, as_json: bool) -> int:
     run_dir = opened(run, storage)
     if state_of(run_dir, read_status(run_dir)) in _LIVE:
         raise ConfigError(f"{run_dir.name} is running; stop it first: orchestrator stop {run_dir}")
+    from orchestrator import evidence
     from orchestrator.control.repair import repair as repair_run
 
     found = repair_run(run_dir)
+    if found.kept_as is not None:
+        evidence.forget(run_dir)  # the journal is not what it was when the run ended
     if as_json:
         print_json(asdict(found))
         return 0

@@ -316,15 +316,13 @@ class Controller:
         """Note the gain of changes that have settled, and whether shares are real."""
         for trial in self.run.running():
             self.engine.emit(*decisions.realised(trial))
-        for event in self.checks.observe(self.engine.now_s):
-            self.engine.emit(event)
+        self.engine.emit(*self.checks.observe(self.engine.now_s))
 
     # Decisions.
 
     def learn(self) -> None:
         """Take in what was observed of the running trials since the last time."""
-        for event in decisions.learned(self.world, self.run, self.engine.now_s):
-            self.engine.emit(event)
+        self.engine.emit(*decisions.learned(self.world, self.run, self.engine.now_s))
 
     def snapshot(self) -> Snapshot | None:
         """The world as a policy sees it; None when there is nothing to decide."""
@@ -350,7 +348,7 @@ class Controller:
             self.engine.emit(ev.PlanRefused(generation=in_force, reason=reason, violations=tuple(violations)))
             self._last_refusal = story
         spare = decisions.stand_in(self.run, snapshot, reason)
-        if spare is not None:
+        if spare is not None and not check(snapshot, spare):  # more trials than smallest shares have none either
             self.accept(snapshot, spare)
 
     def offer(self) -> None:

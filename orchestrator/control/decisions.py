@@ -34,8 +34,10 @@ def learned(world: World, run: Run, now_s: float) -> list[Event]:
         assert trial.window is not None
         assert trial.fit is not None
         seen = trial.window.observations(now_s)
-        fit = update(trial.fit, completed(world, run, trial, seen)) if seen else trial.fit
-        found.append(FitAdvanced(trial_id=trial.trial_id, fit=fit, loss=trial.window.view(now_s).loss))
+        loss = trial.window.view(now_s).loss
+        if seen or loss not in {None, trial.loss}:
+            fit = update(trial.fit, completed(world, run, trial, seen)) if seen else trial.fit
+            found.append(FitAdvanced(trial_id=trial.trial_id, fit=fit, loss=loss))
     return found
 
 

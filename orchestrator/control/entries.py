@@ -144,8 +144,13 @@ def _reader_of_parts(origin: Any, parts: tuple[Any, ...]) -> Read:  # noqa: ANN4
 
 
 def _read_dataclass(cls: Any, value: Any) -> Any:  # noqa: ANN401 - any dataclass
-    hints = get_type_hints(cls)
-    return cls(**{name: _reader(hints[name])(each) for name, each in _is_a(value, Mapping).items() if name in hints})
+    readers = _readers_of(cls)
+    return cls(**{name: readers[name](each) for name, each in _is_a(value, Mapping).items() if name in readers})
+
+
+@cache
+def _readers_of(cls: Any) -> dict[str, Read]:  # noqa: ANN401 - any dataclass
+    return {name: _reader(hint) for name, hint in get_type_hints(cls).items()}
 
 
 def _read_enum(cls: Any, value: Any) -> Any:  # noqa: ANN401 - any enumeration

@@ -24,7 +24,7 @@ from orchestrator.control.events import (
     ShareChecked,
     TrialQueued,
 )
-from orchestrator.control.journal import History, has_entries, read_history
+from orchestrator.control.journal import History, read_history, segments
 from orchestrator.policies import FairShare, Plan, Policy, Snapshot, build_policy, dumps, plan_from, snapshot_from
 from orchestrator.policies.plan import Generation
 from orchestrator.run_dirs import ENDED_STATES, read_status
@@ -52,7 +52,7 @@ def verify(run_dir: Path, *, reads_checkpoints: bool = False) -> dict[str, Any]:
         ConfigError: the directory is no run.
         TelemetryError: it was written by a newer version.
     """
-    if not has_entries(run_dir) and evidence.is_recorded(run_dir):
+    if not any(path.exists() for path in segments(run_dir)) and evidence.is_recorded(run_dir):
         gone = verify_evidence.recorded(run_dir, has_ended=True, notes=[])
         return {"violations": [asdict(finding) for finding in gone], "checked": {}, "notes": [_NOTHING_TOLD]}
     history = read_history(run_dir)

@@ -23,6 +23,7 @@ from orchestrator.config import ResolvedRun, load_config
 from orchestrator.errors import PlanError, UnfitEnvironmentError
 from orchestrator.jobs.table import JOB_INFO
 from orchestrator.processes import Owner
+from tests.unit.orchestrator.control.test_repair import damage, stopped
 
 ROOT = Path(__file__).parents[3]
 Run = Callable[..., tuple[int, str, str]]
@@ -396,3 +397,17 @@ def test_sigterm_ends_any_command_with_its_own_exit_code(run: Run, fake: Callabl
     fake("orchestrator.driver", start=start)
     code, _, err = run("run", str(ROOT / "demo.yaml"))
     assert (code, err) == (143, "terminated\n")
+
+
+def test_repair_says_what_it_kept_and_how_to_go_on(run: Run, tmp_path: Path) -> None:
+    world = stopped(tmp_path / "runs" / "r")
+    (world.run_dir / "status.json").write_text('{"state": "interrupted"}')
+    damage(world.run_dir, "ack")
+    code, out, _ = run("repair", str(world.run_dir))
+    assert code == 0
+    assert "damaged: line" in out
+    assert "entries kept" in out
+    assert f"orchestrator resume {world.run_dir}" in out
+    assert json.loads(run("repair", str(world.run_dir), "--json")[1])["damage"] == []
+    (world.run_dir / "status.json").write_text('{"state": "running"}')
+    assert run("repair", str(world.run_dir))[0] == 2

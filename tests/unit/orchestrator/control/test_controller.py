@@ -285,6 +285,16 @@ def test_a_plan_that_breaks_an_invariant_is_refused_and_newcomers_are_served(wor
     assert refusals[0]["violations"]
 
 
+def test_more_trials_than_smallest_shares_are_refused_once_and_wait(world: World) -> None:
+    for number in range(9):  # the smallest share is an eighth
+        world.attach(f"slot-{number}")
+        world.controller.submit(TrialId(f"t{number}"), {})
+    world.decide()
+    world.decide()
+    kinds = [entry["kind"] for entry in read(world.run_dir / "journal.jsonl")]
+    assert (kinds.count("refusal"), kinds.count("plan")) == (1, 0)
+
+
 def test_a_restarted_actor_knows_everything(world: World) -> None:
     workers = [world.attach("slot-0"), world.attach("slot-1")]
     for trial in (T0, T1, T2):

@@ -22,7 +22,7 @@ from orchestrator.control.entries import EVENTS
 from orchestrator.control.events import Event
 from orchestrator.control.journal import FILE_NAME, Journal, line_of, read_events
 from orchestrator.control.nodes import NodeView
-from orchestrator.control.orders import Events, Outcome, OverrideReport, Resumption, Status
+from orchestrator.control.orders import DialReport, Events, Outcome, OverrideReport, Resumption, Status
 from orchestrator.control.transition import apply
 from orchestrator.control.world import World as ControlWorld
 from orchestrator.errors import JournalError
@@ -183,6 +183,9 @@ def tell(stage: Stage) -> None:
     smaller = replace(granted.settings, micro_batch=4, grad_accum=2)
     report = OverrideReport(generation=granted.generation, number=1, settings=smaller, step=3, reason="full")
     workers[0].tell(Events(number=1, overrides=(report,)))
+    spec = stage.real.run.spec
+    declared = DialReport(step=1, start=spec.start, limits=spec.limits, off={"precision": "it has its own"})
+    workers[1].tell(Events(number=2, dials=(declared,)))
     _train(stage, workers)
     control.pause(T1)
     control.submit(T1, {"lr": 0.2}, Resumption(token="second-t1", origin=T0, num_reports=1, checkpoint="/c/0"))
