@@ -38,6 +38,7 @@ from orchestrator.train.function.autocast import Autocast
 from orchestrator.train.function.batch import LoaderBatch, Loaders
 from orchestrator.train.function.current import TrialInfo, running_as
 from orchestrator.train.function.hooks import Steps
+from orchestrator.train.function.noise import StepPairs
 from orchestrator.train.function.offers import Offers
 from orchestrator.train.function.workplace import WORK, working_directory
 from orchestrator.train.groups import Ranks
@@ -87,7 +88,8 @@ class FunctionDriver:
         self._function, self._ranks = function, ranks
         trial = self.attempt.trial
         self._meter = MemoryMeter(ranks.device, trial.memory_bytes)
-        self._steps = Steps(self._stepped)
+        self._steps = Steps(self._stepped, self._about_to_step)
+        self._noise = StepPairs()
         self._loaders = Loaders()
         self._share = ShareDial(share, ranks.rank, trial.start)
         self._batch = LoaderBatch(self._loaders, trial.start, is_alone=ranks.world_size == 1)
@@ -236,6 +238,11 @@ class FunctionDriver:
 
     # Steps.
 
+    def _about_to_step(self, optimizer: Optimizer) -> None:
+        """Where the batch may turn, see from time to time what a larger one would gain."""
+        if not self._batch.why_off:
+            self._noise.before(optimizer, self._step)
+
     def _stepped(self, _optimizer: Optimizer) -> None:
         """The first optimizer has made a step: record it, and cross the boundary behind it."""
         attempt, now_s = self.attempt, time.monotonic()
@@ -258,7 +265,7 @@ class FunctionDriver:
             loss=math.nan,
             grad_norm=math.nan,
             learning_rate=self._steps.learning_rate,
-            noise=None,
+            noise=self._noise.take(self._batch.num_samples),
             data_s=0.0,
         )
         flags = FLAG_UNSETTLED if self._num_unsettled else 0

@@ -27,7 +27,7 @@ square root."""
 
 
 class Steps:
-    """Watches optimizers and losses, and calls `boundary` behind each step of the first optimizer.
+    """Watches optimizers and losses; calls `ahead` in front of each step of the first optimizer, `boundary` behind it.
 
     Attributes:
         factor: what learning rates are multiplied by during a step.
@@ -37,8 +37,10 @@ class Steps:
         casts: whether the training uses autocast by itself.
     """
 
-    def __init__(self, boundary: Callable[[Optimizer], None]) -> None:
-        self._boundary = boundary
+    def __init__(
+        self, boundary: Callable[[Optimizer], None], ahead: Callable[[Optimizer], None] = lambda _optimizer: None
+    ) -> None:
+        self._boundary, self._ahead = boundary, ahead
         self._first: Optimizer | None = None
         self._rates: dict[int, list[float | Tensor]] = {}
         self._losses: list[Tensor] = []
@@ -100,6 +102,8 @@ class Steps:
                 hook.remove()
 
     def _before(self, optimizer: Optimizer) -> None:
+        if optimizer is self._first:
+            self._ahead(optimizer)
         if self.factor == 1.0:
             return
         rates: list[float | Tensor] = []

@@ -1,7 +1,7 @@
 """The gradient noise of a user's function, from the gradients of two successive steps.
 
-The orchestrator cannot cut a function's batch in halves, so it compares the gradients of one step with those of the next,
-two of `PERIOD` steps. Weights move in between, which adds to the noise what one step changes of the gradient; see
+The orchestrator cannot cut a function's batch in halves, so it compares the gradients of one step with those of the
+next, two of `PERIOD` steps. Weights move in between, which adds to the noise what one step changes of the gradient; see
 `batch.noise.RecordedPair`. Gradients are read where the optimizer finds them: behind the function's own clipping, which
 scales both terms alike. Called by the driver in front of each step of the first optimizer.
 """

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -501,3 +502,32 @@ def test_outside_of_a_trial_the_calls_do_nothing() -> None:
     orchestrator.report({"loss": 1.0})
     orchestrator.watch(nn.Linear(1, 1))
     Training()()
+
+
+def test_the_noise_scale_is_estimated_from_two_steps_where_the_batch_may_turn(tmp_path: Path) -> None:
+    """Gradients of a known noise: of a weight w with loss mean(w x), the gradient is the mean of x."""
+    spread, mean = 3.0, 0.5
+    data = TensorDataset(mean + spread * torch.randn(8192, 4, generator=torch.Generator().manual_seed(0)))
+
+    def train() -> None:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.zeros(4))
+        optimizer = torch.optim.SGD([weight], lr=1e-6)
+        for _ in range(2):
+            for (x,) in DataLoader(data, batch_size=BATCH, shuffle=True):
+                optimizer.zero_grad()
+                (x @ weight).mean().backward()
+                optimizer.step()
+        orchestrator.report({"loss": 0.0})
+
+    script, _ = drive(function_order(tmp_path), train)
+    records = script.records
+    seen = records[~np.isnan(records["noise_trace"])]
+    assert list(seen["step"][:3]) == [21, 53, 85]
+    assert float(seen["noise_trace"].mean()) == pytest.approx(4 * spread**2, rel=0.15)
+    assert float(seen["grad_sq"].mean()) == pytest.approx(4 * mean**2, abs=1.0)
+
+
+def test_no_gradient_is_copied_where_the_batch_cannot_turn(tmp_path: Path) -> None:
+    script, _ = drive(function_order(tmp_path), Training(schedule=True))
+    assert np.isnan(script.records["noise_trace"]).all()
