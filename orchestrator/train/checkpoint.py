@@ -155,7 +155,7 @@ def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Pat
 
     Args:
         directory: the trial's own directory of commits.
-        source: files of any kind, in folders too.
+        source: a folder with files of any kind, in folders too; or one file.
         extra: JSON-able; holds `step` and what else a later attempt needs.
 
     Raises:
@@ -166,7 +166,10 @@ def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Pat
     draft = None
     try:
         draft = _make_draft(final)
-        shutil.copytree(source, draft, dirs_exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, draft, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, draft)
         files = sorted(path for path in draft.rglob("*") if path.is_file())
         manifest.sync_files(files)
         for folder in {path.parent for path in files}:

@@ -91,15 +91,15 @@ def test_with_its_dials_turning_it_reports_as_often_and_learns(training: Foreign
     skip_without_its_libraries(training)
     size = int(training.params.get("batch_size", 32))
     turns = {
-        "20": {"micro_batch": 2 * size, "grad_accum": 1},
-        "45": {"micro_batch": 2 * size, "grad_accum": 1, "tier": "bf16"},
-        "70": {"micro_batch": size // 2, "grad_accum": 1, "tier": "fp32"},
+        "15": {"micro_batch": 2 * size, "grad_accum": 1},
+        "25": {"micro_batch": 2 * size, "grad_accum": 1, "tier": "bf16"},
+        "40": {"micro_batch": size // 2, "grad_accum": 1, "tier": "fp32"},
     }
     driven = run_driven(training, tmp_path, turns=turns)
     records = driven.records
     sizes = records["num_samples"]
     assert driven.status == "done"
-    assert set(sizes[:20]) <= {size, *range(1, size)}
+    assert set(sizes[:15]) <= {size, *range(1, size)}
     assert {2 * size, size // 2} <= set(sizes)
     assert len(set(records["tier"])) == 2
     assert len(driven.reports) == training.num_reports

@@ -2,6 +2,9 @@
 
 Master weights, gradients and optimizer state stay fp32. Autocast keeps no copies of weights here: its cache would
 outlive the step that changes them, because it is emptied only where a `with torch.autocast` block ends.
+
+After a turn from bf16 back to fp32 autocast stays on and casts up: what the training carries over from before (a hidden
+state, samples of a generator whose optimizer steps later) is bf16 and would meet fp32 weights.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ class Autocast:
 
     def __init__(self, device: torch.device, start: Settings) -> None:
         self._device, self._start = device, start
-        self._is_tf32 = False
+        self._is_tf32 = self._has_cast = False
+        self._own_dtype = torch.get_autocast_dtype(device.type)
+        self._had_cache = torch.is_autocast_cache_enabled()
         self.why_off = ""
 
     def limits(self, asked: DialLimits) -> DialLimits:
@@ -54,10 +59,11 @@ class Autocast:
         if self.why_off:
             return
         cast = _CASTS.get(tier)
-        if cast is not None:
-            torch.set_autocast_dtype(self._device.type, cast)
-        torch.set_autocast_cache_enabled(cast is None)
-        torch.set_autocast_enabled(self._device.type, cast is not None)
+        if cast is not None or self._has_cast:
+            self._has_cast = True
+            torch.set_autocast_dtype(self._device.type, cast or torch.float32)
+            torch.set_autocast_cache_enabled(False)
+            torch.set_autocast_enabled(self._device.type, True)
         if tier is Tier.TF32 or (tier is Tier.FP32 and self._is_tf32):
             self._is_tf32 = tier is Tier.TF32
             torch.set_float32_matmul_precision("high" if self._is_tf32 else "highest")
@@ -65,5 +71,12 @@ class Autocast:
     def leave_alone(self, why: str) -> None:
         """The training chooses its precision by itself: back to what it began with, for good."""
         self.set(self._start.tier)
-        torch.set_autocast_enabled(self._device.type, False)
+        self.restore()
         self.why_off = why
+
+    def restore(self) -> None:
+        """Autocast as it was before."""
+        if self._has_cast:
+            torch.set_autocast_enabled(self._device.type, False)
+            torch.set_autocast_dtype(self._device.type, self._own_dtype)
+            torch.set_autocast_cache_enabled(self._had_cache)

@@ -19,7 +19,7 @@ def commit(directory: Path, source: Path, extra: Mapping[str, Any]) -> Path:
 
     Args:
         directory: the trial's `checkpoints`.
-        source: what the function handed over; left as it is.
+        source: the folder or file that the function handed over; left as it is.
         extra: JSON-able; holds `step`.
 
     Raises:

@@ -118,6 +118,7 @@ class FunctionDriver:
             attempt.num_reports = 0  # it begins anew; reports that were taken already are not made again
             logger.info("no checkpoint was reported: the function begins anew")
         with contextlib.ExitStack() as stack:
+            stack.callback(self._precision.restore)
             try:
                 attempt.follow(None, self)
                 self._wait(lambda: attempt.grant is not None and not attempt.is_paused)
@@ -402,7 +403,6 @@ class FunctionDriver:
 
     def _ended(self, status: Status) -> Outcome:
         self.settle()
-        torch.set_autocast_enabled(self._ranks.device.type, False)
         return self.attempt.outcome(status, self)
 
 

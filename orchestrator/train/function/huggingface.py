@@ -6,7 +6,6 @@ goes on from that one, unless the function names another. An absolute `output_di
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,9 @@ logger = logging.getLogger(__name__)
 COUNTS_STEPS = "the Trainer counts its steps beforehand"
 """With larger batches its data end before them, with smaller ones it sees less of the data."""
 
+PATHS = ("output_dir", "logging_dir")
+"""Fields of TrainingArguments; the second is one of older versions, made from the first."""
+
 STATE = "trainer_state.json"
 """The file by which a checkpoint of the Trainer is known."""
 
@@ -39,15 +41,10 @@ def adapted(module: ModuleType, host: Host) -> Iterator[None]:
     """
     trainer_class, keepers = module.Trainer, list[Any]()
     plain_init, plain_train = trainer_class.__init__, trainer_class.train
-    signature = inspect.signature(plain_init)
 
     @wraps(plain_init)
     def init(trainer: Any, *args: Any, **kwargs: Any) -> None:
-        settings: Any = signature.bind(trainer, *args, **kwargs).arguments.get("args")
-        moved = None if settings is None else own_path(settings.output_dir, host.info.directory)
-        if moved is not None:
-            logger.warning("output_dir %s would be that of all trials: it is %s", settings.output_dir, moved)
-            settings.output_dir = str(moved)
+        _move(kwargs.get("args", args[1] if len(args) > 1 else None), host.info.directory)
         plain_init(trainer, *args, **kwargs)
         trainer.add_callback(_callback(module, host, lambda: bool(keepers) and keepers[0] is trainer))
 
@@ -87,6 +84,16 @@ def _callback(module: ModuleType, host: Host, keeps: Any) -> Any:
             host.offers.settle()
 
     return Offering()
+
+
+def _move(arguments: Any, directory: Path) -> None:
+    """Make absolute paths in TrainingArguments those of the trial, which would otherwise share them with the others."""
+    for name in PATHS:
+        path = getattr(arguments, name, None)
+        moved = own_path(path, directory) if path else None
+        if moved is not None:
+            logger.warning("%s %s would be that of all trials: it is %s", name, path, moved)
+            setattr(arguments, name, str(moved))
 
 
 def _kept(checkpoint: Path | None) -> Path | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -28,9 +27,6 @@ logger = logging.getLogger(__name__)
 COUNTS_BATCHES = "Lightning validates after a number of batches"
 RELOADS = "Lightning makes the loader anew"
 UNKNOWN = "this version of Lightning counts its batches in another place"
-
-HANDED = "handed"
-"""Directory below the trial's in which one checkpoint file is handed over."""
 
 
 @contextmanager
@@ -67,7 +63,7 @@ def adapted(module: ModuleType, host: Host) -> Iterator[None]:
     ) -> None:
         plain_save(trainer, filepath, weights_only, *args, **kwargs)
         if not weights_only:
-            trainers.saved(trainer, Path(filepath))
+            trainers.saved(trainer, Path(filepath).absolute())
 
     with (
         replaced(trainer_class, "__init__", init),
@@ -114,16 +110,9 @@ class _Trainers:
             self._step, self._path = trainer.global_step, path
 
     def newest(self, trainer: Any) -> Path | None:
-        """A directory with the checkpoint that was written at this very step; None where there is none (any more)."""
-        if trainer is not self._first or trainer.global_step != self._step or not self._path.exists():
-            return None
-        if self._path.is_dir():
-            return self._path
-        directory = self._host.info.directory / HANDED
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-        (directory / self._path.name).hardlink_to(self._path)
-        return directory
+        """The checkpoint that was written at this very step; None where there is none (any more)."""
+        is_now = trainer is self._first and trainer.global_step == self._step and self._path.exists()
+        return self._path if is_now else None
 
 
 def _callback(base: type, host: Host, newest: Callable[[Any], Path | None]) -> Any:

@@ -19,7 +19,7 @@ class Offers:
 
     Args:
         metric: that of the search; an offer without it is no report.
-        report: takes the values and the directory of the checkpoint that belongs to them.
+        report: takes the values and the checkpoint that belongs to them, a folder or a file.
     """
 
     def __init__(self, metric: str, report: Callable[[Mapping[str, Any], Path | None], None]) -> None:

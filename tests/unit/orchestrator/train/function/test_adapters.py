@@ -188,7 +188,9 @@ def test_a_shared_output_directory_is_moved_into_the_trial(
     with huggingface.adapted(transformers, Host(trial)):
         moved = transformers.Trainer(args=SimpleNamespace(output_dir=str(shared)))
         kept = transformers.Trainer(args=SimpleNamespace(output_dir="results"))
+        positional = transformers.Trainer(None, SimpleNamespace(output_dir=None, logging_dir=str(shared / "logs")))
         transformers.Trainer()
+    assert Path(positional.args.logging_dir) == trial / "work" / (shared / "logs").relative_to("/")
     assert Path(moved.args.output_dir) == trial / "work" / shared.relative_to("/")
     assert kept.args.output_dir == "results"
     assert f"output_dir {shared} would be that of all trials" in caplog.text
@@ -238,18 +240,18 @@ def lightning_module() -> Any:
 @pytest.mark.parametrize("validates", [True, False])
 def test_logged_metrics_are_reports_when_validated_or_at_the_end_of_an_epoch(tmp_path: Path, validates: bool) -> None:
     host, module = Host(tmp_path), lightning_module()
-    handed: list[list[str]] = []
+    handed: list[str] = []
 
     def report(values: Mapping[str, Any], path: Path | None) -> None:
         host.reports.append((dict(values), path))
-        handed.append([] if path is None else [file.name for file in path.iterdir()])
+        handed.append("" if path is None else path.name)
 
     host.offers = Offers("loss" if validates else "train_loss", report)
     with lightning.adapted(module, host):
         trainer = module.Trainer(default_root_dir=tmp_path / "work", validates=validates)
         trainer.fit(None)
     assert [values["train_loss"] for values, _ in host.reports] == [1.0, 2.0]
-    assert handed == [["1.ckpt"], ["2.ckpt"]]
+    assert handed == ["1.ckpt", "2.ckpt"]
     assert host.frozen == [True, False]
     assert host.held == []
 

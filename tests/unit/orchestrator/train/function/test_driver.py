@@ -227,6 +227,38 @@ def test_layers_that_a_model_keeps_in_fp32_leave_the_precision_to_the_dial(tmp_p
     assert list(script.records["tier"][6:]) == [TIERS.index(Tier.BF16)] * 6
 
 
+def test_what_was_computed_in_bf16_may_be_carried_over_into_fp32(tmp_path: Path) -> None:
+    def train() -> None:
+        layer, second = nn.Linear(2, 2), nn.LSTM(2, 2)
+        first, last = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (layer, second))
+        state = None
+        for _ in range(16):
+            made = layer(torch.ones(3, 2))
+            made.float().sum().backward(retain_graph=True)
+            first.step()  # the boundary, with a sample and a state of before it in hand
+            output, state = second(made.detach(), state)
+            state = (state[0].detach(), state[1].detach())
+            output.float().sum().backward()
+            last.step()
+            dtypes.append(output.dtype)
+        orchestrator.report({"loss": 0.0})
+
+    dtypes: list[torch.dtype] = []
+    before = torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+    _, outcome = drive(
+        function_order(tmp_path),
+        train,
+        (5, lambda now: replace(now, grant=grant(2, tier=Tier.BF16))),
+        (10, lambda now: replace(now, grant=grant(3))),
+    )
+    assert outcome.status is Status.DONE
+    assert dtypes[:4] == [torch.float32] * 4
+    assert dtypes[5:9] == [torch.bfloat16] * 4
+    assert dtypes[11:] == [torch.float32] * 5
+    assert not torch.is_autocast_enabled("cpu")
+    assert (torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()) == before
+
+
 def test_an_optimizer_that_searches_along_a_line_keeps_its_precision(tmp_path: Path) -> None:
     def train() -> None:
         weight = nn.Parameter(torch.ones(2))
@@ -470,6 +502,15 @@ def test_it_goes_on_from_the_checkpoint_that_it_reported(tmp_path: Path) -> None
     assert seen == [0, 2]
     assert [(report.index, report.step) for report in script.reports] == [(2, 15), (3, 20)]
     assert script.records["step"][0] == 10
+
+
+def test_a_checkpoint_may_be_one_file(tmp_path: Path) -> None:
+    source = tmp_path / "epoch=1.ckpt"
+    source.write_text("state")
+    path = commits.commit(tmp_path / "checkpoints", source, {"step": 5})
+    taken = commits.take_out(path, tmp_path / "resumed")
+    assert [(file.name, file.read_text()) for file in taken.iterdir()] == [("epoch=1.ckpt", "state")]
+    assert commits.extra_of(path) == {"step": 5}
 
 
 def test_without_a_checkpoint_it_begins_anew_and_repeats_no_report(tmp_path: Path) -> None:
