@@ -14,7 +14,7 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test unit lint check fix gpu bench clean
+.PHONY: help install demo test foreign unit lint check fix gpu bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,7 +41,10 @@ demo: $(STAMP) ## watch a small search on this machine's processors, all dials t
 	$(BIN)/orchestrator run $(DEMO) --set name=demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, chaos
-	$(PYTEST) tests -m 'not gpu and not bench'
+	$(PYTEST) tests -m 'not gpu and not bench and not foreign'
+
+foreign: $(STAMP) ## whole runs of the foreign trainings that `make test` leaves out, six minutes
+	$(PYTEST) tests -m foreign
 
 unit: $(STAMP) ## unit tests only: no Ray, seconds
 	$(PYTEST) tests/unit

@@ -1,7 +1,7 @@
-"""What a training may call of the orchestrator: `report`, `trial` and `watch`.
+"""What a training may call of the orchestrator: `report`, `checkpoint` and `trial`.
 
-In a trial they reach the attempt that runs in this process. Outside of one `trial` returns None and the others do
-nothing, so that the same file runs by itself.
+In a trial they reach the attempt that runs in this process. Outside of one `report` does nothing and the others return
+None, so that the same file runs by itself.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
-
     from orchestrator.train.function.current import Running, TrialInfo
 
 _CURRENT = "orchestrator.train.function.current"
@@ -45,19 +42,6 @@ def checkpoint() -> Path | None:
     """The directory with the files of the newest reported checkpoint of this trial; None where there is none."""
     attempt = _running()
     return None if attempt is None else attempt.checkpoint
-
-
-def watch(model: nn.Module, optimizer: Optimizer | None = None, loader: object = None) -> None:
-    """Let the orchestrator see what a function trains with, for more than can be seen from outside.
-
-    Args:
-        model: the module whose parameters the optimizer changes.
-        optimizer: of the model.
-        loader: the DataLoader of the training samples.
-    """
-    attempt = _running()
-    if attempt is not None:
-        attempt.watch({"model": model, "optimizer": optimizer, "loader": loader})
 
 
 def _running() -> Running | None:

@@ -16,7 +16,17 @@ from tests.integration.runs import call, results, run_file
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.name)
+IN_EVERY_TEST_RUN = frozenset({"ray_train_loop", "hf_trainer", "lightning_trainer"})
+"""One for each way in which results reach the search. A whole run takes half a minute, most of it Ray's, and the driver
+is tried with all twelve in `tests/foreign`; the others' whole runs are `make foreign`."""
+
+
+def _with_marks(training: ForeignTraining) -> object:
+    marks = () if training.name in IN_EVERY_TEST_RUN else (pytest.mark.foreign,)
+    return pytest.param(training, id=training.name, marks=marks)
+
+
+@pytest.mark.parametrize("training", [_with_marks(training) for training in TRAININGS])
 def test_a_foreign_training_is_a_trial(training: ForeignTraining, tmp_path: Path) -> None:
     skip_without_its_libraries(training)
     params = {"seed": 5, **training.params}

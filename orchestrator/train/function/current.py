@@ -1,4 +1,4 @@
-"""The attempt that runs in this process now, for calls that a user's function makes: report, trial, watch.
+"""The attempt that runs in this process now, for calls that a user's function makes: report, checkpoint, trial.
 
 One process runs one function at a time. Outside of a trial there is none, and such calls do nothing.
 """
@@ -27,10 +27,6 @@ class Running(Protocol):
     @property
     def info(self) -> TrialInfo:
         """Who is asking."""
-        ...
-
-    def watch(self, parts: Mapping[str, Any]) -> None:
-        """Take note of the model, optimizer and loader that the function trains with."""
         ...
 
 

@@ -217,9 +217,6 @@ class FunctionDriver:
             attempt=trial.attempt,
         )
 
-    def watch(self, parts: Mapping[str, Any]) -> None:
-        """Take note of what the function trains with."""
-
     # What a library adapter asks for besides: see `adapters.Host`.
 
     def hold_batch(self, why: str) -> None:

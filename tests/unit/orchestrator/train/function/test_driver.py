@@ -541,7 +541,6 @@ def test_outside_of_a_trial_the_calls_do_nothing() -> None:
     assert orchestrator.trial() is None
     assert orchestrator.checkpoint() is None
     orchestrator.report({"loss": 1.0})
-    orchestrator.watch(nn.Linear(1, 1))
     Training()()
 
 
