@@ -30,7 +30,7 @@ _POLL_S, _START_POLL_S = 0.2, 0.02
 _START_GRACE_S = 6.0
 """How long a start that nobody wants any more may go on before its processes are ended."""
 _SHUTDOWN_S = 20.0
-_LEAVE_S = 8.0
+_LEAVE_S = 15.0
 """How long processes of an own cluster may take to end after its shutdown."""
 _RAY_TRAIN_COORDINATOR = "_AutoscalingCoordinatorActor"
 """Ray Train keeps one of these per cluster, for every run on it; it goes with the cluster."""

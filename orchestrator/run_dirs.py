@@ -89,6 +89,8 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
 
 def state_of(run_dir: Path, status: dict[str, Any] | None) -> str:
     """The run's state in one printable word; 'lost' where its driver died without a last word."""
+    if status is None and _has_only_begun(run_dir):
+        return "lost" if is_driver_gone(run_dir) else "starting"
     if status is None:
         return "unreadable"
     if _is_newer(status):
@@ -133,7 +135,7 @@ def mark_ended(run_dir: Path, state: str) -> None:
 
 
 def list_runs(storage: Path) -> list[RunSummary]:
-    """Runs below `storage`, newest first: what has a status.json, and what may not be looked into."""
+    """Runs below `storage`, newest first: what has begun, and what may not be looked into."""
     found = []
     for run_dir in _run_dirs(storage):
         status = read_status(run_dir)
@@ -161,9 +163,17 @@ def _run_dirs(storage: Path) -> list[Path]:
 
 def _may_be_run(path: Path) -> bool:
     try:
-        return (path / STATUS_FILE).is_file()
+        return (path / STATUS_FILE).is_file() or path.joinpath(*BEGUN_FILE).is_file()
     except OSError:  # another user's directory: whether it is a run cannot be seen
         return True
+
+
+def _has_only_begun(run_dir: Path) -> bool:
+    """Whether a run has a run file and no status yet: it writes its first one once Ray has started."""
+    try:
+        return run_dir.joinpath(*BEGUN_FILE).is_file() and not (run_dir / STATUS_FILE).exists()
+    except OSError:
+        return False
 
 
 def _updated_s(run_dir: Path) -> float:
