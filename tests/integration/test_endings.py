@@ -39,7 +39,7 @@ def test_sigterm_to_the_whole_group_while_slots_open_leaves_nothing_and_the_run_
     assert code == 143, output
     assert "Traceback" not in output
     assert output.strip().splitlines()[-1] == str(run.run_dir)
-    assert still_there(with_environment("ENDING_TEST", tmp_path.name), 1.0) == set()
+    assert still_there(with_environment("ENDING_TEST", tmp_path.name), 5.0) == set()
     assert run.status["state"] == "interrupted"
     assert run.of("run_ended")[-1]["leaks"] == {"actors": 0, "placement_groups": 0, "processes": 0}
     code, output = start("resume", str(run.run_dir), run_dir=run.run_dir).end()
@@ -87,4 +87,5 @@ def test_what_a_killed_driver_leaves_is_found_and_removed(tmp_path: Path) -> Non
     removed = call("clean", "--yes")
     assert f"removed {home}" in removed.stdout
     assert not Path(home).exists()
-    assert still_there(with_environment("ENDING_TEST", tmp_path.name), 5.0) == set()
+    left = still_there(with_environment("ENDING_TEST", tmp_path.name), 15.0)
+    assert [psutil.Process(pid).cmdline() for pid in left] == []
