@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 DEMO ?= demo.yaml
 PYTEST_FLAGS ?=
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
+# Opens Ray in the process of the tests: a process of its own, so that no cluster of an earlier test was in it.
+OWN_CLUSTER := tests/integration/test_tune.py
 
 # Tried in this order; PYTHON=/path/to/python goes before them.
 PYTHON ?=
@@ -41,7 +43,8 @@ demo: $(STAMP) ## watch a small search on this machine's processors, all dials t
 	$(BIN)/orchestrator run $(DEMO) --set name=demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, chaos
-	$(PYTEST) tests -m 'not gpu and not bench and not foreign'
+	$(PYTEST) tests -m 'not gpu and not bench and not foreign' --ignore=$(OWN_CLUSTER)
+	$(PYTEST) $(OWN_CLUSTER) -m 'not gpu and not bench and not foreign'
 
 foreign: $(STAMP) ## whole runs of the foreign trainings that `make test` leaves out, six minutes
 	$(PYTEST) tests -m foreign
