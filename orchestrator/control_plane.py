@@ -147,11 +147,19 @@ class ControlPlane:
         if self._requests is not None:
             self._requests.release()  # nothing more is launched; nodes in use stay while they are
         ray.get(self.policy.set_state.remote("stopping"))
+        self._emptied(lambda: ray.get(self.policy.interrupt.remote()), is_cancelled)
+
+    def put_aside(self, trial_ids: Sequence[str]) -> None:
+        """Let these trials commit and leave their slots; the search may take them up again."""
+        self._emptied(lambda: ray.get([self.policy.pause.remote(trial_id) for trial_id in trial_ids]), lambda: False)
+
+    def _emptied(self, tell: Callable[[], object], is_cancelled: Callable[[], bool]) -> None:
+        """Tell the actor, and wait until no slot holds a trial."""
         deadline_s, is_told = time.monotonic() + _GRACE_S, False
         while time.monotonic() < deadline_s and not is_cancelled():
             if not is_told:
                 with contextlib.suppress(JournalError):  # a full disk: there may be room in a moment
-                    ray.get(self.policy.interrupt.remote())
+                    tell()
                     is_told = True
             slots = ray.get(self.policy.status.remote())["slots"]
             if not any(slot["trial_id"] for slot in slots):

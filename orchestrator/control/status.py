@@ -167,6 +167,7 @@ class StatusWriter:
             **_dials(settings, trial.start or (spec.start_on(trial.size) if trial.size else spec.start)),
             "resize_to": _resize_to(trial),
             "waits_at_rung": self._run.rungs.is_waiting(trial),
+            "is_asked_for": trial.credit > len(trial.reports),
             "tier_layers": self._tier_layers(trial, settings),
             "decision": self._decision(trial),
             "time_left_s": None

@@ -178,14 +178,22 @@ def _watched(plane: ControlPlane, stopping: Stopping) -> Iterator[None]:
 
 
 def _end_search(plane: ControlPlane, stop: StopKind | None = None) -> str:
-    """How the search ended: cut off when trials still run or it was told to stop; trials then commit and leave."""
+    """How the search ended: cut off when trials still run or it was told to stop; trials then commit and leave.
+
+    A trial of which no further report was asked for is not cut off: the search has stopped it, and Tune ended its
+    stand-in without a word (it kills those that take long to end).
+    """
     if stop is StopKind.NOW:
         return "interrupted"
     if stop is StopKind.GRACEFUL:
         plane.interrupt(lambda: False)
         return "interrupted"
     trials = ray.get(plane.policy.status.remote(), timeout=30.0)["trials"]
-    if any(trial["state"] in {"running", "queued"} for trial in trials):
+    unfinished = [trial for trial in trials if trial["state"] in {"running", "queued"}]
+    if any(trial["is_asked_for"] for trial in unfinished):
         plane.interrupt(lambda: False)
         return "interrupted"
+    if unfinished:
+        plane.put_aside([trial["trial_id"] for trial in unfinished])
+        return "done"
     return "done" if any(trial["state"] in {"done", "stopped", "paused"} for trial in trials) else "failed"
