@@ -7,7 +7,6 @@ bounded, whatever is sent. Knows no Ray, no plan and no clock: the time is an ar
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -26,6 +25,7 @@ from orchestrator.telemetry.record import (
     StepArray,
     tier_of,
 )
+from orchestrator.telemetry.rows import Rows, end_s
 from orchestrator.telemetry.stretch import SETTINGS, Stretch, changes_of, newest_stretch, ordinary
 from orchestrator.telemetry.usage import UsageMeter
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
@@ -123,45 +123,6 @@ class _Rank:
     usage: UsageMeter = field(default_factory=UsageMeter)
 
 
-class _Rows:
-    """The newest accepted rows, in chunks, at most `limit` of them."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._chunks: deque[StepArray] = deque()
-        self._num_rows = 0
-
-    def add(self, rows: StepArray) -> None:
-        """Append a chunk and forget the oldest rows beyond the limit."""
-        self._chunks.append(rows[-self._limit :])
-        self._num_rows += len(self._chunks[-1])
-        while self._num_rows > self._limit:
-            excess = self._num_rows - self._limit
-            oldest = self._chunks.popleft()
-            if len(oldest) > excess:
-                self._chunks.appendleft(oldest[excess:])
-            self._num_rows -= min(excess, len(oldest))
-
-    def trim(self, ended_after_s: float) -> None:
-        """Forget chunks that ended before that time."""
-        while self._chunks and float(_end_s(self._chunks[0][-1:])[0]) < ended_after_s:
-            self._num_rows -= len(self._chunks.popleft())
-
-    def joined(self) -> StepArray:
-        """All rows, oldest first."""
-        # `np.concatenate` compares the types field by field, which takes longer than the copy.
-        rows, end = np.empty(self._num_rows, dtype=STEP_DTYPE), 0
-        for chunk in self._chunks:
-            rows[end : end + len(chunk)] = chunk
-            end += len(chunk)
-        return rows
-
-    def clear(self) -> None:
-        """Forget all rows."""
-        self._chunks.clear()
-        self._num_rows = 0
-
-
 class TrialWindow:
     """The telemetry of one attempt of one trial.
 
@@ -189,7 +150,7 @@ class TrialWindow:
         self._has_shared_clock, self._max_refused_ratio = has_shared_clock, max_refused_ratio
         self._computes_on_cpu = computes_on_cpu
         self._ranks: dict[int, _Rank] = {}
-        self._pending, self._recent = _Rows(MAX_PENDING_ROWS), _Rows(_MAX_RECENT_ROWS)
+        self._pending, self._recent = Rows(MAX_PENDING_ROWS), Rows(_MAX_RECENT_ROWS)
         self._rates: tuple[float | None, float | None, float] | None = None
         self._heard_at_s: float | None = None
         self._updated_s: float | None = None
@@ -318,11 +279,11 @@ class TrialWindow:
         self._generation = int(last["generation"])
         self._is_replayed = bool(int(last["flags"]) & FLAG_GRAPH)
         self._is_compiled = bool(int(last["flags"]) & FLAG_COMPILED)
-        self._updated_s = float(_end_s(rows[-1:])[0])
+        self._updated_s = float(end_s(rows[-1:])[0])
         self._pending.add(rows)
         self._recent.add(rows)
         self._rates = None
-        self._recent.trim(float(_end_s(rows[-1:])[0]) - self._window_s)
+        self._recent.trim(float(end_s(rows[-1:])[0]) - self._window_s)
         self._advance_loss(rows["loss"][np.isfinite(rows["loss"])].astype(np.float64))
         known = np.flatnonzero(np.isfinite(rows["noise_trace"]) & np.isfinite(rows["grad_sq"]))
         if len(known):
@@ -342,7 +303,7 @@ class TrialWindow:
         rows = self._recent.joined()
         if not len(rows):
             return None, None, 0.0
-        ends_s = _end_s(rows)
+        ends_s = end_s(rows)
         rows = rows[ends_s > ends_s[-1] - self._window_s]
         # Wall time and not the sum of steps: time that no step accounts for (evaluation, a pause) is time gone by.
         span_s = float(ends_s[-1] - rows["start_s"][0])
@@ -391,11 +352,6 @@ class TrialWindow:
         )
 
 
-def _end_s(rows: StepArray) -> Floats:
-    ends: Floats = rows["start_s"] + rows["step_s"]
-    return ends
-
-
 def _advance_seq(state: _Rank, records: StepArray, codes: validation.Codes) -> int:
     """Remember the highest credible sequence number; returns how many below it were never seen."""
     fresh = records["seq"][(codes != validation.DUPLICATE) & (codes != validation.code_of("seq"))]
@@ -409,10 +365,10 @@ def _advance_seq(state: _Rank, records: StepArray, codes: validation.Codes) -> i
 
 def _advance_rank(state: _Rank, rows: StepArray) -> None:
     last = rows[-1]
-    end_s = float(_end_s(rows).max())
+    latest_s = float(end_s(rows).max())
     if state.anchor is not None:
-        end_s = max(end_s, state.anchor.end_s)
-    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=end_s)
+        latest_s = max(latest_s, state.anchor.end_s)
+    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=latest_s)
     state.memory_bytes = int(last["memory_bytes"]) or state.memory_bytes  # 0 while it is not known
     state.usage.add(rows)
     busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64)
