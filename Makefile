@@ -16,7 +16,7 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test foreign unit lint check fix gpu bench clean
+.PHONY: help install demo test foreign policies unit lint check fix gpu bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,11 +43,14 @@ demo: $(STAMP) ## watch a small search on this machine's processors, all dials t
 	$(BIN)/orchestrator run $(DEMO) --set name=demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, chaos
-	$(PYTEST) tests -m 'not gpu and not bench and not foreign' --ignore=$(OWN_CLUSTER)
-	$(PYTEST) $(OWN_CLUSTER) -m 'not gpu and not bench and not foreign'
+	$(PYTEST) tests -m 'not gpu and not bench and not foreign and not policies' --ignore=$(OWN_CLUSTER)
+	$(PYTEST) $(OWN_CLUSTER) -m 'not gpu and not bench and not foreign and not policies'
 
 foreign: $(STAMP) ## whole runs of the foreign trainings that `make test` leaves out, six minutes
 	$(PYTEST) tests -m foreign
+
+policies: $(STAMP) ## a live run on two nodes under every policy, pausing and moving trials, six minutes
+	$(PYTEST) tests -m policies
 
 unit: $(STAMP) ## unit tests only: no Ray, seconds
 	$(PYTEST) tests/unit

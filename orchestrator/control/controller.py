@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orchestrator.clock import Clock
-from orchestrator.control import decisions, departures, nodes, placement, resizing, resumption
+from orchestrator.control import decisions, departures, moves, nodes, placement, resizing, resumption
 from orchestrator.control import events as ev
 from orchestrator.control import signals as sig
 from orchestrator.control.admission import Admission
@@ -276,8 +276,9 @@ class Controller:
     # Time passes.
 
     def settle(self) -> None:
-        """What follows from what is known: trials go on that the search wants, and start where slots are free."""
+        """What follows from what is known: trials go on that the search wants, leave slots, and start in free ones."""
         self._repeat(lambda: resumption.next_continuation(self.run))
+        self._repeat(lambda: moves.next_departure(self.run))
         self._repeat(lambda: _listed(placement.assignment(self.world, self.run, self.admission.may_start)))
 
     def admit(self) -> None:
@@ -352,7 +353,9 @@ class Controller:
             self.accept(snapshot, spare)
 
     def offer(self) -> None:
-        """Offer what can be granted now, and let trials go that another group is ready for."""
+        """Let trials go to where the plan has them, and offer what can be granted now."""
+        if self.run.spec.places:
+            self.settle()
         self.advance_resizes()
         self.engine.emit(*decisions.offered(self.world, self.run))
 
@@ -409,6 +412,7 @@ class Controller:
         # One that comes again too: an actor that died may have had it in the journal alone. Reading drops a second.
         row = {"trial_id": trial.trial_id, "attempt": trial.attempt, **asdict(report), "metrics": entry.metrics}
         self.engine.telemetry.append_results([row])
+        self._repeat(lambda: moves.next_departure(self.run))  # before the search can ask for the next report
         self.advance_rungs()
 
 

@@ -1,9 +1,13 @@
-"""Which trial goes to which slot: first come, first served, each in a slot of the size that it needs. Pure."""
+"""Which trial goes to which slot: first come, first served, each in a slot of the size that it needs. Pure.
+
+Where the policy chooses the devices of trials, `moves` says so instead.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from orchestrator.control import moves
 from orchestrator.control.events import TrialAssigned
 from orchestrator.control.orders import StopMode
 from orchestrator.control.world import Run, Slot, SlotState, Trial, World
@@ -13,6 +17,8 @@ def assignment(world: World, run: Run, may_start: Callable[[Trial], bool]) -> Tr
     """The next attempt that begins now; None where nobody waits, no slot is free, or the next one may not start."""
     if not run.queue or run.is_interrupted or not has_turn(run):
         return None
+    if run.spec.places:
+        return moves.assignment(world, run, may_start)
     trial = run.trials[run.queue[0]]
     slot = _slot_for(world, run, trial)
     if slot is None or not may_start(trial):

@@ -23,7 +23,7 @@ from orchestrator.policies.plan import TrialId
 KEPT_PINS = 4
 """Pinned states kept of each trial. Population based training copies the newest, at most one change of mind ago."""
 
-_PAUSABLE = {StopMode.NONE, StopMode.RESIZE}
+_PAUSABLE = {StopMode.NONE, StopMode.RESIZE, StopMode.MOVE}
 
 
 def submitted(run: Run, trial_id: TrialId, params: dict[str, Any], wanted: Resumption | None) -> list[Event]:

@@ -5,9 +5,10 @@ Built once by the driver; travels to the actor and is written into the journal, 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from orchestrator.control.terms import Terms
 from orchestrator.policies.plan import Settings, can_split, on_ranks
 from orchestrator.policies.snapshot import DeviceKind, DialLimits, NodeType
 from orchestrator.policies.tier import Tier
@@ -73,6 +74,8 @@ class RunSpec:
         stop_rule: how the search stops trials; None where every one runs to its end, or nobody told (another's search).
         is_function: whether the job is a user's function, which ends by itself and whose samples nobody can foresee.
         import_paths: directories where a job named by import path is looked for, first.
+        terms: whose run it is, how much it counts, and what it was promised.
+        places: whether the policy pauses trials and chooses their devices; otherwise a trial keeps its slot.
     """
 
     run_id: str
@@ -106,6 +109,8 @@ class RunSpec:
     stop_rule: StopRule | None = None
     is_function: bool = False
     import_paths: tuple[str, ...] = ()
+    places: bool = False
+    terms: Terms = field(default_factory=Terms)
 
     @property
     def target_samples(self) -> int:
@@ -141,6 +146,7 @@ class RunSpec:
             NodeType(**{**each, "kind": DeviceKind(each["kind"]), "nodes": (), "leaving": ()})
             for each in fields.get("node_types", ())
         )
+        fields["terms"] = Terms(**fields.get("terms", {}))
         if fields.get("stop_rule") is not None:
             fields["stop_rule"] = StopRule(**fields["stop_rule"])
         return cls(**fields)

@@ -186,6 +186,8 @@ class StatusWriter:
 
     def _decision(self, trial: Trial) -> dict[str, Any] | None:
         allocation = self._run.plan.allocation(trial.trial_id)
+        if allocation is not None and trial.state is TrialState.QUEUED and self._run.spec.places:
+            return {"generation": int(self._run.plan.generation), "reason": allocation.reason}
         if allocation is None or trial.account is None or trial.account.target is None:
             return None
         reason = allocation.reason if trial.override is None else f"override: {trial.override.reason}"

@@ -119,6 +119,8 @@ def queue(_world: World, run: Run, event: ev.TrialQueued) -> Effects:
         params=dict(event.params),
         token=event.token,
         queued_at_s=event.t_s,
+        submitted_at_s=event.t_s,
+        changed_at_s=event.t_s,
     )
     run.trials[trial.trial_id] = trial
     trial.story.append("queued")
@@ -126,7 +128,7 @@ def queue(_world: World, run: Run, event: ev.TrialQueued) -> Effects:
     while place and run.trials[run.queue[place - 1]].attempt == 0 and run.queue[place - 1] > trial.trial_id:
         place -= 1
     run.queue.insert(place, trial.trial_id)
-    return ()
+    return (Decide(),) if run.spec.places else ()
 
 
 def assign(world: World, run: Run, event: ev.TrialAssigned) -> Effects:
@@ -142,7 +144,7 @@ def assign(world: World, run: Run, event: ev.TrialAssigned) -> Effects:
     trial.is_resized = trial.num_workers is not None and trial.size not in {0, len(placement)}
     trial.size, trial.wish = len(placement), None
     _forget_grant(run, trial)
-    trial.account = Account(placement=placement)
+    trial.account, trial.charged_at_s = Account(placement=placement), event.t_s
     known = [world.devices[each].kind for each in placement if each in world.devices]
     trial.window = TrialWindow(
         stale_after_s=run.spec.stale_after_s,
@@ -166,6 +168,8 @@ def stop(world: World, run: Run, event: ev.TrialToldToStop) -> Effects:
     trial.stop = mode
     if mode is StopMode.RESIZE:
         trial.moves_to, trial.left_at_s = event.num_workers or trial.moves_to, event.t_s
+    elif mode is StopMode.MOVE:
+        trial.left_at_s = event.t_s
     if mode is StopMode.DISCARD and trial.state is not TrialState.RUNNING:
         _finish(world, run, trial, event, TrialState.STOPPED, "stopped while it was waiting")
     return ()
@@ -174,12 +178,16 @@ def stop(world: World, run: Run, event: ev.TrialToldToStop) -> Effects:
 def requeue(world: World, run: Run, event: ev.TrialRequeued) -> Effects:
     """Put a trial at the front of the queue for its next attempt."""
     trial = run.trials[event.trial_id]
-    trial.kept_fit = trial.fit if trial.moves_to is not None and trial.fit is not None else trial.kept_fit
+    is_moving = trial.stop is StopMode.MOVE and trial.left_at_s is not None
+    if trial.fit is not None and (is_moving or trial.moves_to is not None):
+        trial.kept_fit = trial.fit
+    if is_moving and trial.left_at_s is not None:
+        trial.move_s = event.t_s - trial.left_at_s
     if trial.moves_to is None:
         trial.left_at_s, trial.pace = None, None
     take_out(world, run, trial, event.t_s)
     trial.state, trial.attempt, trial.stop = TrialState.QUEUED, event.attempt, StopMode.NONE
-    trial.queued_at_s = event.t_s
+    trial.queued_at_s = trial.changed_at_s = event.t_s
     run.queue.insert(0, trial.trial_id)
     trial.num_workers, trial.moves_to, trial.onward = event.num_workers, None, event.onward
     trial.num_restarts, trial.num_overflows, trial.resume = event.num_restarts, event.num_overflows, event.resume
@@ -266,7 +274,7 @@ def go_on(world: World, run: Run, event: ev.TrialContinued) -> Effects:
         _rebase(run, trial, event)
     take_out(world, run, trial, event.t_s)
     trial.state, trial.stop, trial.reason, trial.attempt = TrialState.QUEUED, StopMode.NONE, "", event.attempt
-    trial.queued_at_s = event.t_s
+    trial.queued_at_s = trial.changed_at_s = event.t_s
     run.queue.append(trial.trial_id)
     return (DiscardCommits(trial.trial_id),) if event.origin is not None else ()
 
@@ -387,6 +395,7 @@ def take_out(world: World, run: Run, trial: Trial, now_s: float) -> None:
     """The trial is in no slot and no queue; its processes use nothing any more."""
     if trial.trial_id in run.queue:
         run.queue.remove(trial.trial_id)
+    trial.attained_s, trial.charged_at_s = trial.attained_until(now_s), None
     slot: Slot | None = world.slot_of(trial)
     if slot is not None:
         slot.trials = tuple(key for key in slot.trials if key != trial.key)
