@@ -72,15 +72,14 @@ def snapshot(world: World, run: Run, now_s: float) -> Snapshot | None:
         trials = sorted((*trials, *run.waiting()), key=lambda trial: trial.trial_id)
     waiting = waiting_views(run)
     outlooks = run.ranking.outlooks(trials, run.trials.values())
-    if not trials and not waiting:
+    devices = moves.devices(world) if run.spec.places else tuple(world.devices.values())
+    if (not trials and not waiting) or (run.spec.places and not devices):
         return None
     return Snapshot(
         now_s=now_s,
         seed=run.spec.seed,
         plan=run.plan,
-        devices=moves.devices(world)
-        if run.spec.places
-        else tuple(sorted(world.devices.values(), key=lambda device: device.device_id)),
+        devices=tuple(sorted(devices, key=lambda device: device.device_id)),
         trials=tuple(_view(world, run, trial, now_s, outlooks[trial.trial_id]) for trial in trials),
         quotas=_quotas(run),
         node_types=node_type_views(world, run),
