@@ -142,6 +142,11 @@ class ControlPlane:
             " raise slots.open_timeout_s"
         )
 
+    def has_asked_for_trials(self) -> bool:
+        """Whether trials go on that somebody added beside the search."""
+        trials = ray.get(self.policy.status.remote())["trials"]
+        return any(trial["is_asked_for"] and trial["state"] in {"queued", "running"} for trial in trials)
+
     def interrupt(self, is_cancelled: Callable[[], bool]) -> None:
         """Let every running trial commit and leave its slot; returns when they have, or when that is called off."""
         if self._requests is not None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import RayError
@@ -42,6 +43,9 @@ from orchestrator.view.failures import common_error
 from orchestrator.view.report import failure_line, render_broken_off
 from orchestrator.view.report import render as render_report
 from orchestrator.view.terminal import LiveView, read_status
+
+if TYPE_CHECKING:
+    from orchestrator.tune.search import Search
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +257,7 @@ class _Driver:
         search = Search(self._config, plane.spec.metric, plane.spec.mode, str(self._run_dir))
         search.start(plane.policy, ACTOR_NAME, plane.namespace)
         ray.get(plane.policy.set_state.remote("running"))
-        while not search.join(_POLL_S):
+        while not self._is_over(search, plane):
             try:
                 self._ray.require()
                 plane.require_slots()
@@ -284,6 +288,15 @@ class _Driver:
             logger.error("the search failed: %s", search.error)
             return "failed"
         return "done" if _ENDED_WELL.intersection(_last_states(plane)) else "failed"
+
+    def _is_over(self, search: Search, plane: ControlPlane) -> bool:
+        """Whether the search has ended, and so have trials that were added beside it; waits a moment where not."""
+        if not search.join(_POLL_S):
+            return False
+        if not plane.has_asked_for_trials():
+            return True
+        time.sleep(_POLL_S)
+        return False
 
     def _fails_alike(self) -> bool:
         """Whether all trials so far failed with one error, and there are more than fit side by side."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator import requests
 from orchestrator.clock import Reading, SystemClock, read_clock
 from orchestrator.control import nodes, placement, resizing
 from orchestrator.control.controller import Answer, Controller
@@ -25,7 +26,7 @@ from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, 
 from orchestrator.control.rendezvous import Rendezvous
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.status import StatusWriter
-from orchestrator.errors import JournalError, TelemetryError
+from orchestrator.errors import JournalError, RequestError, TelemetryError
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import TrialId
 
@@ -36,6 +37,7 @@ _LOOK_S = 1.0
 """Who waits looks so often: a report may be told after a time, without anything having happened."""
 _SLOW_PERIOD_S = 1.0
 _STORE_DELAY_S = 0.005
+_REQUESTS_S = 0.2
 _HELD_BACK_S = 0.5
 """Between two attempts while the journal cannot be written."""
 
@@ -63,6 +65,7 @@ class PolicyActor:
         self._status = StatusWriter(self._controller.world, self._controller.run, self._clock)
         self._ticker: asyncio.Task[None] | None = None
         self._storing: asyncio.Task[None] | None = None
+        self._serving: asyncio.Task[None] | None = None
         self._is_over = False
 
     async def ready(self) -> int:
@@ -229,8 +232,9 @@ class PolicyActor:
 
     async def end_run(self, state: str) -> None:
         """Close journal and tables; the actor is of no use afterwards."""
-        if self._ticker is not None:
-            self._ticker.cancel()
+        for task in (self._ticker, self._serving):
+            if task is not None:
+                task.cancel()
         self._is_over = True
         try:
             if state == "done":
@@ -246,6 +250,7 @@ class PolicyActor:
     def _ensure_ticks(self) -> None:
         if self._ticker is None and not self._is_over:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever())
+            self._serving = asyncio.get_running_loop().create_task(self._serve_requests())
 
     async def _commit(self) -> None:
         """Return once everything that happened is on disk and what follows is done; messages of a moment share a sync.
@@ -297,6 +302,24 @@ class PolicyActor:
         await asyncio.sleep(_STORE_DELAY_S)
         self._storing = None  # records that come from here on wait for the next write
         self._controller.engine.telemetry.flush()
+
+    async def _serve_requests(self) -> None:
+        """Do what is asked for in the run's directory; what cannot be written down now is done later."""
+        run_dir = Path(self._controller.run.spec.run_dir)
+        while True:
+            await asyncio.sleep(_REQUESTS_S)
+            try:
+                for request in requests.pending(run_dir):
+                    try:
+                        found = self._controller.steer(request)
+                    except RequestError as error:
+                        found = {"error": {"code": error.code, "message": str(error)}}
+                    await self._commit()
+                    requests.answer(run_dir, request, found)
+            except (JournalError, OSError) as error:
+                logger.warning("requests wait: %s", error)
+            except Exception:
+                logger.exception("a request failed")
 
     async def _tick_for_ever(self) -> None:
         """Decide every period and at once when trials come or go; the first of three places that catch everything."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orchestrator.clock import Clock
-from orchestrator.control import decisions, departures, moves, nodes, placement, resizing, resumption
+from orchestrator.control import decisions, departures, moves, nodes, placement, resizing, resumption, steering
 from orchestrator.control import events as ev
 from orchestrator.control import signals as sig
 from orchestrator.control.admission import Admission
@@ -37,6 +37,7 @@ from orchestrator.control.world import SlotState, Trial, TrialState
 from orchestrator.policies.invariants import check
 from orchestrator.policies.plan import Generation, Plan, TrialId, changed_dials
 from orchestrator.policies.snapshot import Snapshot
+from orchestrator.requests import Request
 from orchestrator.telemetry.record import unpack
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,18 @@ class Controller:
         """The search is over: what it put aside will not go on."""
         self._repeat(lambda: resumption.next_end_of_paused(self.run))
 
+    # People and programs.
+
+    def steer(self, request: Request) -> dict[str, Any]:
+        """Do what somebody asks of the run, once; what they are told.
+
+        Raises:
+            RequestError: it cannot be done.
+        """
+        self.engine.emit(*steering.events_of(self.run, request))
+        self.settle()
+        return steering.answer_of(self.run, request)
+
     # Worker groups.
 
     def expect_slot(self, slot_id: str, num_workers: int | None = None) -> None:
@@ -278,7 +291,7 @@ class Controller:
     def settle(self) -> None:
         """What follows from what is known: trials go on that the search wants, leave slots, and start in free ones."""
         self._repeat(lambda: resumption.next_continuation(self.run))
-        self._repeat(lambda: moves.next_departure(self.run))
+        self._repeat(lambda: moves.next_departure(self.run) or steering.next_pause(self.run))
         self._repeat(lambda: _listed(placement.assignment(self.world, self.run, self.admission.may_start)))
 
     def admit(self) -> None:
@@ -412,7 +425,8 @@ class Controller:
         # One that comes again too: an actor that died may have had it in the journal alone. Reading drops a second.
         row = {"trial_id": trial.trial_id, "attempt": trial.attempt, **asdict(report), "metrics": entry.metrics}
         self.engine.telemetry.append_results([row])
-        self._repeat(lambda: moves.next_departure(self.run))  # before the search can ask for the next report
+        # Before the search can ask for the next report: a function can leave here.
+        self._repeat(lambda: moves.next_departure(self.run) or steering.next_pause(self.run))
         self.advance_rungs()
 
 

@@ -31,7 +31,7 @@ def next_departure(run: Run) -> list[Event]:
         row = run.plan.allocation(trial.trial_id)
         if row is None or trial.account is None or trial.stop is not StopMode.NONE:
             continue
-        if sorted(row.placement) != sorted(trial.account.placement) and _stands_at_commit(run, trial):
+        if sorted(row.placement) != sorted(trial.account.placement) and stands_at_commit(run, trial):
             return told_to_stop(run, trial, StopMode.MOVE)
     return []
 
@@ -74,7 +74,7 @@ def limits_of(world: World, run: Run, trial: Trial, allowed: DialLimits) -> Dial
     )
 
 
-def _stands_at_commit(run: Run, trial: Trial) -> bool:
+def stands_at_commit(run: Run, trial: Trial) -> bool:
     """Whether a trial can leave without repeating a step: a declared training commits at any boundary.
 
     A function has checkpoints of its own. Behind a report with one it waits until the search asks for the next report.

@@ -173,6 +173,8 @@ class StatusWriter:
             if spec.is_function
             else _time_left_s(trial, spec.target_samples - num_samples, throughput),
             "off": dict(trial.off),
+            "is_asked_for": not trial.has_stand_in,
+            "is_held": trial.is_held,
             "log_path": str(Path(spec.run_dir) / "trials" / trial.trial_id / "log.txt"),
             "error": trial.reason if trial.state is TrialState.FAILED else None,
             "params": trial.params,

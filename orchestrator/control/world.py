@@ -30,6 +30,8 @@ from orchestrator.share.verification import Check, Subject
 from orchestrator.telemetry.window import TrialWindow
 
 STORY_LENGTH = 20
+REQUESTED = "request:"
+"""How the token of a trial begins that somebody asked for: the search has no stand-in of it."""
 
 TrialKey = tuple[str, TrialId]
 """A run, and a trial of it."""
@@ -174,6 +176,7 @@ class Trial:
         measurement: the change of dials whose gain is being measured.
         checks: the newest check of each kind of its share.
         own_terms: terms by name that were set for it alone.
+        is_held: whether somebody paused it; it is in no slot until they resume it.
     """
 
     run_id: str
@@ -227,11 +230,17 @@ class Trial:
     measurement: Measurement | None = None
     checks: dict[Subject, Check] = field(default_factory=dict)
     own_terms: dict[str, Any] = field(default_factory=dict)
+    is_held: bool = False
 
     @property
     def key(self) -> TrialKey:
         """Run and trial."""
         return self.run_id, self.trial_id
+
+    @property
+    def has_stand_in(self) -> bool:
+        """Whether the search knows it, and judges it."""
+        return not self.token.startswith(REQUESTED)
 
     @property
     def off(self) -> dict[str, str]:
@@ -279,6 +288,7 @@ class Run:
         gains: typical realised gain per dial.
         restart_s: seconds that the last move of a trial to another slot cost it, None before the first.
         start_ids: the starts of the run so far.
+        requests: the trial that each request was about, by the request's id; empty for the run.
         terms: whose it is, how much it counts, and what it was promised.
         epoch_s: seconds since 1970 at which the monotonic clock of this start of the run was 0.
         is_interrupted: whether its trials were told to commit and leave, and nothing is assigned any more.
@@ -299,6 +309,7 @@ class Run:
         self.gains: defaultdict[str, GainMean] = defaultdict(GainMean)
         self.restart_s: float | None = None
         self.start_ids: list[str] = []
+        self.requests: dict[str, str] = {}
         self.terms: Terms = spec.terms
         self.epoch_s = 0.0
         self.is_interrupted = False

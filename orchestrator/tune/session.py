@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ def open_session(
                     tune.with_parameters(SlotTrial, actor=ACTOR_NAME, namespace=plane.namespace, is_foreign=True),
                     {HEAD: part},
                 )
+                while stopping.kind is None and plane.has_asked_for_trials():
+                    time.sleep(_LOOK_S)
             state = _end_search(plane, stopping.kind)
         except BaseException:
             with contextlib.suppress(RayError):
