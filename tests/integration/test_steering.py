@@ -24,24 +24,25 @@ def answer(*arguments: str) -> dict[str, Any]:
 
 def test_trials_are_added_cloned_paused_and_resumed_while_a_search_goes_on(tmp_path: Path) -> None:
     search = {"space": {"lr": {"loguniform": [0.002, 0.05]}}, "num_trials": 2, "max_concurrent": 2}
-    run = start("run", str(run_file(tmp_path / "run.yaml", search=search)), run_dir=tmp_path / "runs" / "r")
+    trial = {"samples_per_report": 48000, "max_reports": 6, "micro_batch": 16}
+    path = run_file(tmp_path / "run.yaml", search=search, trial=trial)
+    run = start("run", str(path), run_dir=tmp_path / "runs" / "r")
+    held = "trial-00001"
     try:
         name = str(run.run_dir)
-        run.wait_until(lambda: run.of("trial_queued"), "a trial")
+        run.wait_until(lambda: any(each["trial_id"] == held for each in run.of("result")), "its first report")
+        Run(name).pause(held)
+        run.wait_until(lambda: run.of("trial_paused"), "the trial has left")  # the search waits for it from here on
+        paused = run.of("trial_paused")[0]
         added = [answer("add", name, "--set", "lr=0.01", "--request-id", "once")["trial_id"] for _ in range(2)]
         assert added == ["added-00000"] * 2
         assert answer("wait", name, "--until", "first-report")["is_reached"]
-        first = run.of("result")[0]["trial_id"]
-        cloned = Run(name).clone(first, lr=0.03)
-        other = next(entry["trial_id"] for entry in run.of("trial_assigned") if entry["trial_id"] != first)
-        assert answer("pause", name, "--trial", other)["trial_id"] == other
-        run.wait_until(lambda: run.of("trial_paused"), "the trial has left")
-        paused = run.of("trial_paused")[0]
+        cloned = Run(name).clone(held, lr=0.03)
         answer("set", name, "priority=2")
         refused = call("clone", name, "--trial", "nobody", "--json")
         assert refused.returncode == 2
         assert json.loads(refused.stdout)["error"]["code"] == "no_trial"
-        answer("resume", name, "--trial", other)
+        answer("resume", name, "--trial", held)
         code, output = run.end()
     finally:
         if run.process.poll() is None:
@@ -50,9 +51,12 @@ def test_trials_are_added_cloned_paused_and_resumed_while_a_search_goes_on(tmp_p
     assert verify(run.run_dir)["violations"] == []
     states = {trial["trial_id"]: trial["state"] for trial in run.status["trials"]}
     assert states == dict.fromkeys(["trial-00000", "trial-00001", "added-00000", cloned], "done")
-    went_on = next(e for e in run.of("trial_continued") if e["trial_id"] == other)
+    went_on = next(e for e in run.of("trial_continued") if e["trial_id"] == held)
     assert (went_on["step"], went_on["checkpoint"]) == (paused["step"], paused["checkpoint"])
     steps = [entry["step"] for entry in run.of("result") if entry["trial_id"] == cloned]
-    assert len(steps) == 2, "its first report is that of the trial which it was cloned from"
-    assert [entry["command"] for entry in run.of("request")] == ["add", "clone", "pause", "set", "resume"]
+    before = [
+        entry["step"] for entry in run.of("result") if entry["trial_id"] == held and entry["step"] <= paused["step"]
+    ]
+    assert len(steps) == 6 - len(before), "it has the reports of the trial which it was cloned from"
+    assert [entry["command"] for entry in run.of("request")] == ["pause", "add", "clone", "set", "resume"]
     assert all("@" in entry["by"] for entry in run.of("request"))
