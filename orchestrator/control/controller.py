@@ -353,6 +353,10 @@ class Controller:
             logger.info("plan.committed generation=%d %s", plan.generation, plan.reason)
         return True
 
+    def take_part(self, seen: Snapshot, entry: ev.PlanCommitted) -> bool:
+        """Take this run's part of a plan for several runs, which breaks no invariant; `seen` is what the run showed."""
+        return self.engine.emit(*decisions.committed(self.run, seen, entry.decode()[1], entry))
+
     def refuse(self, snapshot: Snapshot, reason: str, violations: Sequence[str] = ()) -> None:
         """Note why a decision was not taken, once per reason, and look after trials that have no allocation yet."""
         story = f"{reason}: {'; '.join(violations)}"

@@ -51,7 +51,7 @@ def completed(world: World, run: Run, trial: Trial, seen: tuple[Observation, ...
     devices = [world.devices[each] for each in placement if each in world.devices]
     if not devices:
         return seen
-    accounts = run.accounts()
+    accounts = world.accounts(run)
     slowest = min(devices, key=lambda device: (device.speed, device.device_type))
     crowd_share = max(grants.held(accounts, device.device_id, but=trial.trial_id) for device in devices)
     return tuple(
@@ -89,14 +89,15 @@ def snapshot(world: World, run: Run, now_s: float) -> Snapshot | None:
 
 
 def _quotas(run: Run) -> tuple[Quota, ...]:
-    terms = run.terms
-    return () if terms.max_devices is None else (Quota(user=terms.user, max_devices=terms.max_devices),)
+    user, most = run.spec.hidden(run.terms.user), run.terms.max_devices
+    return () if most is None else (Quota(user=user, max_devices=most),)
 
 
-def committed(run: Run, seen: Snapshot, plan: Plan) -> list[Event]:
+def committed(run: Run, seen: Snapshot, plan: Plan, entry: PlanCommitted | None = None) -> list[Event]:
     """A plan that breaks no invariant takes effect; nothing where another one did since, or it changes nothing.
 
-    Even the same plan is news to a trial that came back since the plan in force was committed.
+    Even the same plan is news to a trial that came back since the plan in force was committed. `entry` is the decision
+    for all runs, of which `seen` and `plan` are the part of this one; None where the run is alone.
     """
     has_newcomers = any(account.target is None for account in run.accounts().values())
     if seen.plan is not run.plan or (is_same(run.plan, plan) and not has_newcomers):
@@ -104,7 +105,7 @@ def committed(run: Run, seen: Snapshot, plan: Plan) -> list[Event]:
     rows = [(row, run.trials[row.trial_id]) for row in diff(seen.plan, plan)]
     gains = [event for _, trial in rows for event in realised(trial, is_last=True)]
     begun = [event for row, trial in rows for event in _measured(trial, seen, plan, row)]
-    return [PlanCommitted.of(seen, plan), *gains, *begun]
+    return [entry or PlanCommitted.of(seen, plan), *gains, *begun]
 
 
 def stand_in(run: Run, seen: Snapshot, reason: str) -> Plan | None:
@@ -124,7 +125,7 @@ def offered(world: World, run: Run) -> list[Event]:
             units=grant.units,
             amount=grant.amount,
         )
-        for trial_id, grant in grants.offers(run.accounts(), world.devices)
+        for trial_id, grant in grants.offers(world.accounts(run), world.devices, run.accounts().keys())
     ]
 
 
@@ -177,7 +178,7 @@ def _view(world: World, run: Run, trial: Trial, now_s: float, outlook: Outlook) 
         survival=outlook.survival,
         rung_samples=outlook.rung_samples,
         step_modes=trial.step_modes,
-        user=terms.user,
+        user=run.spec.hidden(terms.user),
         priority=terms.priority,
         is_protected=terms.protected,
         guaranteed=terms.guaranteed_devices,

@@ -97,7 +97,7 @@ def _is_place_of(slot: Slot, row: Allocation) -> bool:
 
 def _has_room(world: World, run: Run, row: Allocation) -> bool:
     """Whether what a trial shall have is free: it does not even load its model beside one that is about to leave."""
-    accounts = run.accounts()
+    accounts = world.accounts(run)
     return all(
         device_id in world.devices and grants.held(accounts, device_id) + row.settings.share <= 1.0 + _EPSILON
         for device_id in row.placement

@@ -224,10 +224,11 @@ def commit(world: World, run: Run, event: ev.PlanCommitted) -> Effects:
         wanted = plan.allocation(trial.trial_id)
         if trial.wish is not None and (wanted is None or wanted.resize_to != trial.wish[0]):
             trial.wish = None
-    for trial_id, target in grants.targets(run.accounts(), world.devices, plan).items():
-        account = run.trials[trial_id].account
-        assert account is not None
-        account.target = target
+    own = run.accounts()
+    # Cores and SM groups are cut for all runs at once; what others get of them they set themselves.
+    for trial_id, target in grants.targets(world.accounts(run), world.devices, event.seen_by_run()).items():
+        if trial_id in own:
+            own[trial_id].target = target
     return ()
 
 
@@ -236,7 +237,7 @@ def refuse_offer(world: World, run: Run, event: ev.Offered) -> str | None:
     trial = run.trials.get(event.trial_id)
     if trial is None or trial.account is None:
         return f"{event.trial_id} is in no slot"
-    if not grants.fits(run.accounts(), world.devices, trial.trial_id, _grant(event)):
+    if not grants.fits(world.accounts(run), world.devices, trial.trial_id, _grant(event)):
         return f"{event.trial_id} cannot have {event.settings.share:g} of its devices beside the others"
     return None
 

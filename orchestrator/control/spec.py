@@ -5,6 +5,7 @@ Built once by the driver; travels to the actor and is written into the journal, 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,6 +76,7 @@ class RunSpec:
         is_function: whether the job is a user's function, which ends by itself and whose samples nobody can foresee.
         import_paths: directories where a job named by import path is looked for, first.
         terms: whose run it is, how much it counts, and what it was promised.
+        prefix: by which its trials are told from those of other runs under the same policy; empty where it is alone.
         places: whether the policy pauses trials and chooses their devices; otherwise a trial keeps its slot.
     """
 
@@ -109,6 +111,7 @@ class RunSpec:
     stop_rule: StopRule | None = None
     is_function: bool = False
     import_paths: tuple[str, ...] = ()
+    prefix: str = ""
     places: bool = False
     terms: Terms = field(default_factory=Terms)
 
@@ -124,9 +127,13 @@ class RunSpec:
         return on_ranks(self.start, num_workers, self.limits.max_micro_batch)
 
     def shape(self, params: dict[str, Any]) -> str:
-        """Key of everything that fixes a trial's speed apart from its dials."""
+        """Key of everything that fixes a trial's speed apart from its dials; others are not told what that is."""
         parts = [f"{key}={params[key]}" for key in sorted(params) if key not in self.speed_free_params]
-        return ",".join([self.job, *parts])
+        return self.hidden(",".join([self.job, *parts]))
+
+    def hidden(self, name: str) -> str:
+        """A name as other runs may see it: the same for the same name, without saying it."""
+        return hashlib.sha256(name.encode()).hexdigest()[:16] if self.prefix and name else name
 
     def to_jsonable(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -110,7 +110,7 @@ class StatusWriter:
             "device_id": device_id,
             "kind": device.kind.value,
             "units": device.units,
-            "granted_share": round(grants.held(self._run.accounts(), device.device_id), 6),
+            "granted_share": round(grants.held(self._world.accounts(self._run), device.device_id), 6),
             "utilisation_ratio": None if sample is None else sample.utilisation_ratio,
             "memory_used_bytes": None if sample is None else sample.memory_used_bytes,
             "memory_total_bytes": None if sample is None else sample.memory_total_bytes,

@@ -341,13 +341,30 @@ class Run:
 
 
 class World:
-    """All runs, and the slots, devices and nodes that they share."""
+    """All runs of a journal, and the slots, devices and nodes that they share.
+
+    `neighbours` are the worlds of other runs under the same policy, by the prefix of their trials: they have journals
+    of their own, and hold parts of the same devices.
+    """
 
     def __init__(self, specs: tuple[RunSpec, ...] = ()) -> None:
         self.runs: dict[str, Run] = {spec.run_id: Run(spec) for spec in specs}
         self.slots: dict[str, Slot] = {}
         self.devices: Mapping[DeviceId, DeviceView] = {}
         self.nodes: dict[str, Node] = {}
+        self.neighbours: dict[str, World] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a snapshot on disk holds; the worlds of other runs have their own."""
+        return {**self.__dict__, "neighbours": {}}
+
+    def accounts(self, run: Run) -> dict[TrialId, Account]:
+        """Who holds what on the devices of a run: its own trials, and under prefixed names those of other runs."""
+        found = run.accounts()
+        for prefix, world in self.neighbours.items():
+            for other in world.runs.values():
+                found |= {TrialId(f"{prefix}{key}"): account for key, account in other.accounts().items()}
+        return found
 
     def trial_in(self, slot: Slot) -> Trial | None:
         """The trial that a slot carries."""
