@@ -26,7 +26,7 @@ from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal, segments
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
-from orchestrator.control_plane import ACTOR_NAME, ControlPlane
+from orchestrator.control_plane import ControlPlane
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
 from orchestrator.interrupts import ENDING_S, Interrupts, LastResort, reinstall
 from orchestrator.leftovers import remove_home, sweep
@@ -218,7 +218,7 @@ class _Driver:
         if self._ray.home is not None:
             remove_home(self._ray.home)
         elif self._plane.policy is not None:
-            killing = threading.Thread(target=ray.kill, args=(self._plane.policy,), daemon=True)
+            killing = threading.Thread(target=self._plane.end_actor, daemon=True)
             killing.start()
             killing.join(2.0)
         self._thaw()  # nobody writes the search's state any more
@@ -255,7 +255,7 @@ class _Driver:
         if self._wish_to_stop() is not None:
             return "interrupted"
         search = Search(self._config, plane.spec.metric, plane.spec.mode, str(self._run_dir))
-        search.start(plane.policy, ACTOR_NAME, plane.namespace)
+        search.start(plane.policy, *plane.address)
         ray.get(plane.policy.set_state.remote("running"))
         while not self._is_over(search, plane):
             try:

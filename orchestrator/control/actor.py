@@ -15,7 +15,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator import requests
 from orchestrator.clock import Reading, SystemClock, read_clock
@@ -42,14 +42,28 @@ _HELD_BACK_S = 0.5
 """Between two attempts while the journal cannot be written."""
 
 
+class Cluster(Protocol):
+    """Who decides where several runs share a policy."""
+
+    async def decide(self, *, is_urgent: bool) -> None:
+        """Decide for all of them; not again so soon where nothing is urgent."""
+        ...
+
+    async def offer(self) -> None:
+        """Something was given back: offer it to whoever waits for it, in whichever run."""
+        ...
+
+
 class PolicyActor:
     """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.driver`."""
 
-    def __init__(self, spec: RunSpec, start_id: str) -> None:
-        logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
-        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger("orchestrator").addHandler(log)
+    def __init__(self, spec: RunSpec, start_id: str, cluster: Cluster | None = None) -> None:
+        if cluster is None:  # else the log would be of other people's runs as well
+            logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+            log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
+            log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            logging.getLogger("orchestrator").addHandler(log)
+        self._cluster = cluster
         self._clock = SystemClock()
         self._controller = Controller(spec, self._clock, incarnation=uuid.uuid4().hex[:8])
         self._controller.begin(start_id)
@@ -67,6 +81,24 @@ class PolicyActor:
         self._storing: asyncio.Task[None] | None = None
         self._serving: asyncio.Task[None] | None = None
         self._is_over = False
+
+    @property
+    def controller(self) -> Controller:
+        """Messages in, events and orders out."""
+        return self._controller
+
+    async def commit(self) -> None:
+        """Return once everything that happened to the run is on disk, and done."""
+        await self._commit()
+
+    def abandon(self) -> None:
+        """The run is nobody's any more: end its ticks, and leave its journal as it is."""
+        self._is_over = True
+        for task in (self._ticker, self._serving):
+            if task is not None:
+                task.cancel()
+        with contextlib.suppress(JournalError, OSError):
+            self._controller.engine.close()
 
     async def ready(self) -> int:
         """Process id, once the actor runs; starts the ticks."""
@@ -145,6 +177,8 @@ class PolicyActor:
             logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
             return True
         await self._commit()
+        if events.acks and self._cluster is not None:
+            await self._cluster.offer()
         if events.records or events.reports:
             await self._store()  # what is answered must survive this process; the sender repeats what is not
         return is_current
@@ -364,7 +398,10 @@ class PolicyActor:
     async def _decide(self) -> None:
         """One decision: snapshot, policy in its own thread with a deadline, plan."""
         controller = self._controller
-        controller.engine.wants_decision = False
+        is_urgent, controller.engine.wants_decision = controller.engine.wants_decision, False
+        if self._cluster is not None:
+            await self._cluster.decide(is_urgent=is_urgent)
+            return
         controller.learn()
         snapshot = controller.snapshot()
         if snapshot is None:

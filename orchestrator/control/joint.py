@@ -7,32 +7,32 @@ run's journal can hold the whole decision, which `verify` takes again, and what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from orchestrator.policies.plan import Allocation, Generation, Plan, TrialId
 from orchestrator.policies.snapshot import Quota, Snapshot, TrialView
 
 
-def joined(parts: Mapping[str, Snapshot]) -> Snapshot:
+def joined(parts: Mapping[str, Snapshot], quotas: Sequence[Quota] = ()) -> Snapshot:
     """What several runs see, as one world. They have one clock, and no nodes to ask for.
 
     Args:
-        parts: what each sees, by the prefix of its trials. Of several quotas of a user the smallest counts.
+        parts: what each sees, by the prefix of its trials.
+        quotas: those of the cluster. Of several quotas of a user the smallest counts.
     """
     ordered = [(prefix, parts[prefix]) for prefix in sorted(parts)]
     devices = {device.device_id: device for _, part in ordered for device in part.devices}
-    quotas: dict[str, float] = {}
-    for _, part in ordered:
-        for quota in part.quotas:
-            quotas[quota.user] = min(quota.max_devices, quotas.get(quota.user, quota.max_devices))
+    most: dict[str, float] = {}
+    for quota in (*quotas, *(each for _, part in ordered for each in part.quotas)):
+        most[quota.user] = min(quota.max_devices, most.get(quota.user, quota.max_devices))
     return Snapshot(
         now_s=max(part.now_s for _, part in ordered),
         seed=ordered[0][1].seed,
         plan=in_force({prefix: part.plan for prefix, part in ordered}),
         devices=tuple(devices[key] for key in sorted(devices)),
         trials=_sorted_views([_named(prefix, view) for prefix, part in ordered for view in part.trials]),
-        quotas=tuple(Quota(user=user, max_devices=most) for user, most in sorted(quotas.items())),
+        quotas=tuple(Quota(user=user, max_devices=limit) for user, limit in sorted(most.items())),
     )
 
 

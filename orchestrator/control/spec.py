@@ -133,7 +133,12 @@ class RunSpec:
 
     def hidden(self, name: str) -> str:
         """A name as other runs may see it: the same for the same name, without saying it."""
-        return hashlib.sha256(name.encode()).hexdigest()[:16] if self.prefix and name else name
+        return self.hidden_name(name) if self.prefix else name
+
+    @staticmethod
+    def hidden_name(name: str) -> str:
+        """A checksum for a name; nothing for none."""
+        return hashlib.sha256(name.encode()).hexdigest()[:16] if name else name
 
     def to_jsonable(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -18,7 +18,7 @@ from orchestrator.errors import JournalError
 from orchestrator.policies.decide.fair_share import FairShare
 from orchestrator.policies.invariants import check
 from orchestrator.policies.plan import Plan
-from orchestrator.policies.snapshot import Snapshot
+from orchestrator.policies.snapshot import Quota, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,12 @@ class Together:
 
     Attributes:
         controllers: one per run, by the prefix of its trials.
+        quotas: those of the cluster, for users as snapshots call them.
     """
 
     def __init__(self) -> None:
         self.controllers: dict[str, Controller] = {}
+        self.quotas: tuple[Quota, ...] = ()
         self._last_refusal = ""
 
     def join(self, controller: Controller) -> None:
@@ -68,7 +70,7 @@ class Together:
             seen = controller.snapshot()
             if seen is not None:
                 parts[prefix] = seen
-        return Scene(parts, joined(parts)) if parts else None
+        return Scene(parts, joined(parts, self.quotas)) if parts else None
 
     def accept(self, scene: Scene, plan: Plan) -> bool:
         """Take a plan that breaks no invariant: each run journals it, and makes its part the target."""
