@@ -8,7 +8,7 @@ PYTEST_FLAGS ?=
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 # Tests without a Ray cluster run on all processors; those with one use all of them by themselves.
 SPREAD := -n logical --dist worksteal
-ALL := 'not gpu and not bench and not foreign'
+ALL := 'not gpu and not bench and not foreign and not policies'
 
 # Tried in this order; PYTHON=/path/to/python goes before them.
 PYTHON ?=
@@ -17,7 +17,7 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test foreign unit lint check fix gpu bench clean
+.PHONY: help install demo test foreign policies unit lint check fix gpu bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, ch
 
 foreign: $(STAMP) ## whole runs of the foreign trainings that `make test` leaves out, six minutes
 	$(PYTEST) tests -m foreign
+
+policies: $(STAMP) ## a live run on two nodes under every policy, pausing and moving trials, six minutes
+	$(PYTEST) tests -m policies
 
 unit: $(STAMP) ## unit tests only: no Ray, minutes
 	$(PYTEST) $(SPREAD) tests/unit

@@ -168,6 +168,45 @@ class Run:
 
         return export(self.source(trial), Path(output))
 
+    def add(self, *, request_id: str | None = None, **params: Any) -> str:  # noqa: ANN401 - values of any training
+        """Add one more trial to a run that goes on, beside its search; returns the trial's id.
+
+        Raises:
+            ConfigError: a parameter is wrong, or one is missing.
+            RequestError: the run has ended, or does not answer.
+        """
+        return str(self._ask("add", "", params, request_id)["trial_id"])
+
+    def clone(self, trial: str, *, request_id: str | None = None, **params: Any) -> str:  # noqa: ANN401
+        """Add a trial that goes on behind the newest report of another, with other parameters; returns its id."""
+        return str(self._ask("clone", trial, params, request_id)["trial_id"])
+
+    def pause(self, trial: str, *, request_id: str | None = None) -> None:
+        """Let a trial commit and leave its slot until it is resumed."""
+        self._ask("pause", trial, {}, request_id)
+
+    def resume(self, trial: str, *, request_id: str | None = None) -> None:
+        """Let a trial go on that was paused, was stopped, or failed."""
+        self._ask("resume", trial, {}, request_id)
+
+    def stop(self, trial: str, *, request_id: str | None = None) -> None:
+        """Stop a trial; its commits stay."""
+        self._ask("stop", trial, {}, request_id)
+
+    def set(self, trial: str = "", *, request_id: str | None = None, **terms: Any) -> None:  # noqa: ANN401
+        """Change what the run, or a trial, asks of the policy: `priority=2`, `weight=3.0`, `deadline=...`."""
+        self._ask("set", trial, terms, request_id)
+
+    def wait(self, until: str = "done", timeout_s: float | None = None) -> bool:
+        """Wait for done, first-report, best<1.2 or best>0.9; False where the run ended without.
+
+        Raises:
+            RequestError: it has not happened within `timeout_s`.
+        """
+        from orchestrator import steer
+
+        return bool(steer.wait(self.path, until, timeout_s)["is_reached"])
+
     def source(self, trial_id: str | None = None) -> Source:
         """What `export` reads: the best commit of a trial, by default of the best one.
 
@@ -202,6 +241,11 @@ class Run:
         params = {**dict(job.get("params", {})), **mapping(trials[name].get("params"))}
         metric = str(status.get("metric"))
         return Source(trial_id=name, job=job["name"], params=params, commit=commit, metric=metric, value=value)
+
+    def _ask(self, command: str, trial: str, values: Mapping[str, Any], request_id: str | None) -> dict[str, Any]:
+        from orchestrator import steer
+
+        return steer.ask(self.path, command, trial, values, request_id=request_id)
 
     @property
     def _status(self) -> Mapping[str, Any]:

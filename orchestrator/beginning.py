@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.config import ResolvedRun, load_config
@@ -72,10 +73,11 @@ def make_run_dir(resolved: ResolvedRun) -> None:
         ) from None
 
 
-def load_begun(run_dir: Path) -> ResolvedRun:
+def load_begun(run_dir: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     """The configuration that a run began with; says so where its run file was edited since.
 
     Parameters of trials, plans and reports of an earlier start are in the journal and belong to that configuration.
+    `overrides` are laid over it, to see whether such values would be right.
 
     Raises:
         ConfigError: it cannot be read, or a newer version wrote it.
@@ -87,8 +89,8 @@ def load_begun(run_dir: Path) -> ResolvedRun:
     if schema > SCHEMA:
         raise ConfigError(f"was written by a newer version (schema {schema}); allowed: up to schema {SCHEMA}", begun, 1)
     place = [f"storage={scalar(str(run_dir.parent))}", f"name={scalar(run_dir.name)}"]
-    resolved = load_config(begun, place, has_own_search=True)  # it was looked at when the run began
-    if begun != shown and shown.exists() and read_text(shown) != read_text(begun):
+    resolved = load_config(begun, [*place, *overrides], has_own_search=True)  # it was looked at when the run began
+    if not overrides and begun != shown and shown.exists() and read_text(shown) != read_text(begun):
         command = f"orchestrator run {shlex.quote(str(shown))} --set name=NEW"
         say(f"{shown} was edited since the run began; what counts is what it began with ({begun}). As a run: {command}")
     return resolved

@@ -8,6 +8,7 @@ imported here. Called by the `orchestrator` script and by `python -m orchestrato
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from orchestrator.output import give_up, open_standard_streams
 
 logger = logging.getLogger(__name__)
 
+ERROR_SCHEMA = 1
+"""Of the object that a command with `--json` prints where it fails."""
 COMPLETE_VARIABLE = "_ORCHESTRATOR_COMPLETE"
 
 # command -> (module, one line for the list of commands); the module is imported when the command is used.
@@ -37,10 +40,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "watch": ("orchestrator.commands.runs", "Watch a run: trials, dials, devices, decisions."),
     "stop": ("orchestrator.commands.runs", "Stop a run so that it can be resumed."),
     "resume": ("orchestrator.commands.runs", "Go on with a stopped or broken run."),
+    "wait": ("orchestrator.commands.steer", "Wait until a run is done, or has come so far."),
+    "add": ("orchestrator.commands.steer", "Add one more trial to a running search."),
+    "clone": ("orchestrator.commands.steer", "Add a trial that goes on from the state of another."),
+    "pause": ("orchestrator.commands.steer", "Let a trial commit and leave until it is resumed."),
+    "set": ("orchestrator.commands.steer", "Change the priority, weight ... of a run or a trial."),
+    "logs": ("orchestrator.commands.steer", "Print the end of a trial's log."),
     "explain": ("orchestrator.commands.after", "Explain a decision: what was weighed, chosen and gained."),
     "export": ("orchestrator.commands.after", "Write the best trial's model as files that plain PyTorch loads."),
     "verify": ("orchestrator.commands.after", "Check a run's journal and telemetry for violations."),
     "repair": ("orchestrator.commands.after", "Make a damaged journal whole, as far as it can be."),
+    "up": ("orchestrator.commands.cluster", "Let the runs of a cluster share one policy actor."),
+    "down": ("orchestrator.commands.cluster", "End the policy actor that runs share."),
+    "queue": ("orchestrator.commands.cluster", "Show who holds and waits for what on a cluster."),
     "simulate": ("orchestrator.commands.simulate", "Simulate a workload, or take a run's decisions again."),
     "doctor": ("orchestrator.commands.machine", "Check this machine: versions, devices, ports, disk."),
     "clean": ("orchestrator.commands.machine", "Find and remove what killed runs left on this host."),
@@ -155,6 +167,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return error.exit_code
     except OrchestratorError as error:
         _complain(f"error: {error}")
+        if "--json" in (sys.argv[1:] if arguments is None else arguments):
+            problem = {"code": error.code, "message": str(error)}
+            click.echo(json.dumps({"schema": ERROR_SCHEMA, "error": problem}, indent=2))
         return error.exit_code
     return code if isinstance(code, int) else 0
 

@@ -20,24 +20,27 @@ from ray.exceptions import RayError
 
 from orchestrator.config import ResolvedRun
 from orchestrator.control.orders import TrialOrder
+from orchestrator.control.snapshots import code_version
 from orchestrator.devices.agent import NodeReady
 from orchestrator.devices.ray_agents import Agents, gpu_nodes
 from orchestrator.errors import JournalError, UnfitEnvironmentError, WorkerGroupError
 from orchestrator.node_requests import NodeRequests
 from orchestrator.node_watcher import NodeWatcher, num_slots_with_room, num_workers_with_room
 from orchestrator.policies.plan import TrialId
+from orchestrator.policy_handle import OWN_NAME, SHARED_NAME, SHARED_NAMESPACE, RunHandle, shared_actor
 from orchestrator.run_spec import gpu_part, middle_params, num_gpus_at_most, run_spec
 from orchestrator.supervisor import SlotSpec, Supervisor
 from orchestrator.tune.admission import PIN_HEAD, require_tested_ray
 
 logger = logging.getLogger(__name__)
 
-ACTOR_NAME = "policy"
 _CLOSE_TIMEOUT_S = 30.0
 _HURRIED_CLOSE_TIMEOUT_S = 5.0
 _GRACE_S = 60.0
 _POLL_S = 0.2
 _BOOT_S = 600.0
+_SHARED_CPUS = 0.125
+"""What a rank reserves of Ray's logical CPUs where runs share a cluster: eight runs have room for a rank on a core."""
 
 
 class ControlPlane:
@@ -47,7 +50,8 @@ class ControlPlane:
 
     Attributes:
         spec: the controller's view of the run.
-        namespace: of the policy actor, different for every start.
+        namespace: different for every start; of the policy actor that the run has for itself.
+        address: where worker groups and stand-ins find the policy actor: its name and its namespace.
         policy: handle of the actor, once open.
     """
 
@@ -57,6 +61,7 @@ class ControlPlane:
         if is_foreign:
             self.spec = dataclasses.replace(self.spec, stop_rule=None)
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
+        self.address = (OWN_NAME, self.namespace)
         self.policy: Any = None
         self._slots: tuple[Supervisor, SlotSpec, int] | None = None
         self._watcher: NodeWatcher | None = None
@@ -73,6 +78,7 @@ class ControlPlane:
             UnfitEnvironmentError: this is a Ray that was not tested, or the cluster has no room for a single slot.
         """
         require_tested_ray()
+        self._join()
         self._agents = self._gpu_agents()
         is_waiting = self._agents is not None and self._awaits_gpus()
         if self._agents is not None and not is_waiting:
@@ -80,7 +86,8 @@ class ControlPlane:
         slot_spec = self.slot_spec()
         if not self._config.cluster.autoscale:
             require_room(slot_spec, self._nodes_to_come())
-        self.policy = start_actor(self.spec, self.namespace)
+        if self.policy is None:
+            self.policy = start_actor(self.spec, self.namespace)
         if is_waiting:
             importlib.import_module("ray.train.torch")  # two threads importing it at once break it
         else:
@@ -97,6 +104,25 @@ class ControlPlane:
         )
         self._watcher.start()
         self._give_up_s = time.monotonic() + self._open_timeout_s
+
+    def _join(self) -> None:
+        """Take part in the policy actor that the runs of this cluster share, where somebody started one.
+
+        Raises:
+            UnfitEnvironmentError: it does not take this run in.
+        """
+        actor = None if self._config.cluster.address == "local" else shared_actor()
+        if actor is None:
+            return
+        why = "this cluster's runs share a policy actor (orchestrator up)"
+        if self._config.devices.use != "cpu" and ray.cluster_resources().get("GPU", 0) > 0:
+            raise UnfitEnvironmentError(f"{why}, and such runs compute on cores only; allowed: devices.use: cpu")
+        if self._config.cluster.autoscale:
+            raise UnfitEnvironmentError(f"{why}, and such runs ask for no nodes; allowed: cluster.autoscale: false")
+        found = ray.get(actor.join.remote(self.spec, self.namespace, code_version()))
+        if "error" in found:
+            raise UnfitEnvironmentError(f"{why}, and this run cannot join: {found['error']}")
+        self.policy, self.address = RunHandle(actor, found["run"]), (f"{SHARED_NAME}#{found['run']}", SHARED_NAMESPACE)
 
     def _open_slots(self, slot_spec: SlotSpec) -> None:
         """Begin to open the slots; they take longest of all."""
@@ -141,6 +167,11 @@ class ControlPlane:
             f" {ray.available_resources()} are free; free some, lower search.max_concurrent or trial.num_workers, or"
             " raise slots.open_timeout_s"
         )
+
+    def has_asked_for_trials(self) -> bool:
+        """Whether trials go on that somebody added beside the search."""
+        trials = ray.get(self.policy.status.remote())["trials"]
+        return any(trial["is_asked_for"] and trial["state"] in {"queued", "running"} for trial in trials)
 
     def interrupt(self, is_cancelled: Callable[[], bool]) -> None:
         """Let every running trial commit and leave its slot; returns when they have, or when that is called off."""
@@ -199,10 +230,17 @@ class ControlPlane:
             self._supervisor.abandon()
         with contextlib.suppress(RayError):
             ray.get(self.policy.end_run.remote(state), timeout=10.0)
-        with contextlib.suppress(RayError):
-            ray.kill(self.policy)
+        self.end_actor()
         self.policy = None
         return have_closed
+
+    def end_actor(self) -> None:
+        """End the policy actor, or leave the one that others share."""
+        with contextlib.suppress(RayError):
+            if isinstance(self.policy, RunHandle):
+                ray.get(self.policy.actor.leave.remote(self.policy.run), timeout=10.0)
+            else:
+                ray.kill(self.policy)
 
     @property
     def _open_timeout_s(self) -> float:
@@ -222,7 +260,7 @@ class ControlPlane:
         if devices.use == "cpu" or (devices.use == "auto" and not has_gpus):
             return None
         turns_shares = self._config.dials.share.enabled and self._config.search.num_slots > 1
-        policy = (ACTOR_NAME, self.namespace)
+        policy = (OWN_NAME, self.namespace)
         return Agents(devices.gpu_share, turns_shares=turns_shares, token=self.namespace[-8:], policy=policy)
 
     def _awaits_gpus(self) -> bool:
@@ -231,6 +269,8 @@ class ControlPlane:
 
     def _cpus_per_worker(self, cpus: float, num_ranks: int) -> float:
         """Equal parts of an own cluster; a core on one that may grow, so that slots spread over the nodes to come."""
+        if isinstance(self.policy, RunHandle):
+            return _SHARED_CPUS  # the policy actor has the accounts of cores; Ray's must not keep other runs out
         if self._config.cluster.address != "local":
             return 1.0
         return max(0.01, int(100 * min(1.0, cpus / num_ranks)) / 100)
@@ -262,8 +302,8 @@ class ControlPlane:
             gpus_per_worker=0.0 if ready is None else gpu_part(num_gpus, num_ranks),
             environment={} if ready is None else ready.environment,
             loop_config={
-                "actor": ACTOR_NAME,
-                "namespace": self.namespace,
+                "actor": self.address[0],
+                "namespace": self.address[1],
                 "send_period_s": config.telemetry.send_period_s,
                 "max_units": config.cluster.num_cpus,
                 "warm_up": warm_up,
@@ -286,7 +326,7 @@ def start_actor(spec: Any, namespace: str) -> Any:
     return (
         ray.remote(PolicyActor)
         .options(
-            name=ACTOR_NAME,
+            name=OWN_NAME,
             namespace=namespace,
             lifetime="detached",
             num_cpus=0,

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import RayError
@@ -25,7 +26,7 @@ from orchestrator.control.events import RunEnded
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal, segments
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
-from orchestrator.control_plane import ACTOR_NAME, ControlPlane
+from orchestrator.control_plane import ControlPlane
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
 from orchestrator.interrupts import ENDING_S, Interrupts, LastResort, reinstall
 from orchestrator.leftovers import remove_home, sweep
@@ -42,6 +43,9 @@ from orchestrator.view.failures import common_error
 from orchestrator.view.report import failure_line, render_broken_off
 from orchestrator.view.report import render as render_report
 from orchestrator.view.terminal import LiveView, read_status
+
+if TYPE_CHECKING:
+    from orchestrator.tune.search import Search
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +218,7 @@ class _Driver:
         if self._ray.home is not None:
             remove_home(self._ray.home)
         elif self._plane.policy is not None:
-            killing = threading.Thread(target=ray.kill, args=(self._plane.policy,), daemon=True)
+            killing = threading.Thread(target=self._plane.end_actor, daemon=True)
             killing.start()
             killing.join(2.0)
         self._thaw()  # nobody writes the search's state any more
@@ -251,9 +255,9 @@ class _Driver:
         if self._wish_to_stop() is not None:
             return "interrupted"
         search = Search(self._config, plane.spec.metric, plane.spec.mode, str(self._run_dir))
-        search.start(plane.policy, ACTOR_NAME, plane.namespace)
+        search.start(plane.policy, *plane.address)
         ray.get(plane.policy.set_state.remote("running"))
-        while not search.join(_POLL_S):
+        while not self._is_over(search, plane):
             try:
                 self._ray.require()
                 plane.require_slots()
@@ -284,6 +288,15 @@ class _Driver:
             logger.error("the search failed: %s", search.error)
             return "failed"
         return "done" if _ENDED_WELL.intersection(_last_states(plane)) else "failed"
+
+    def _is_over(self, search: Search, plane: ControlPlane) -> bool:
+        """Whether the search has ended, and so have trials that were added beside it; waits a moment where not."""
+        if not search.join(_POLL_S):
+            return False
+        if not plane.has_asked_for_trials():
+            return True
+        time.sleep(_POLL_S)
+        return False
 
     def _fails_alike(self) -> bool:
         """Whether all trials so far failed with one error, and there are more than fit side by side."""

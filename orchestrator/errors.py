@@ -2,6 +2,7 @@
 
     OrchestratorError
     |- ConfigError         the run file or a command-line argument is wrong      (exit 2)
+    |- RequestError        what was asked of a running run cannot be done         (exit 2)
     |- UnfitEnvironmentError  the machine or the cluster lacks something          (exit 3)
     |- PlanError           a policy raised, overran or returned an illegal plan
     |- ApplyError          a trial could not apply an allocation
@@ -30,9 +31,15 @@ EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 0,
 
 
 class OrchestratorError(Exception):
-    """Base of all deliberate errors; `exit_code` is what the command line returns for it."""
+    """Base of all deliberate errors.
+
+    Attributes:
+        exit_code: what the command line returns for it.
+        code: one word for programs, in what `--json` prints.
+    """
 
     exit_code = 1
+    code = "failed"
 
 
 class ConfigError(OrchestratorError):
@@ -46,6 +53,7 @@ class ConfigError(OrchestratorError):
     """
 
     exit_code = 2
+    code = "input"
 
     def __init__(
         self, text: str, file: Path | str | None = None, line: int | None = None, key: str | None = None
@@ -63,6 +71,25 @@ class UnfitEnvironmentError(OrchestratorError):
     """The machine or the cluster lacks something a run needs."""
 
     exit_code = 3
+    code = "environment"
+
+
+class RequestError(OrchestratorError):
+    """What was asked of a running run cannot be done.
+
+    Attributes:
+        code: why: no_trial, no_commit, trial_ended, not_paused, run_ended, run_stopping, run_lost or timeout.
+    """
+
+    exit_code = 2
+
+    def __init__(self, text: str, code: str) -> None:
+        self.text, self.code = text, code
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[object, ...]]:
+        """Pickle by constructor arguments."""
+        return type(self), (self.text, self.code)
 
 
 class PlanError(OrchestratorError):

@@ -14,7 +14,9 @@ from orchestrator.config.model import (
     RunConfig,
     Scheduler,
 )
+from orchestrator.config.queue import seconds_of
 from orchestrator.control.spec import RunSpec, StopRule
+from orchestrator.control.terms import Terms
 from orchestrator.jobs.own import changes_speed
 from orchestrator.jobs.table import JobInfo, complete_params, job_info
 from orchestrator.policies.plan import Settings
@@ -61,7 +63,16 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         stop_rule=stop_rule(config.search.scheduler),
         is_function=info.is_function,
         import_paths=config.job.import_paths,
+        places=config.places,
+        terms=terms(config),
     )
+
+
+def terms(config: RunConfig) -> Terms:
+    """The section `queue`, with the deadline in seconds since 1970."""
+    queue = config.queue
+    values = queue.model_dump()
+    return Terms(**{**values, "deadline": None if queue.deadline is None else seconds_of(queue.deadline)})
 
 
 def speed_free_params(config: RunConfig, info: JobInfo) -> tuple[str, ...]:
@@ -143,7 +154,7 @@ def dial_limits(config: RunConfig, start: Settings) -> DialLimits:
     can_change_global = batch.enabled and batch.change_global
     return DialLimits(
         min_share=share.min if share.enabled else start.share,
-        max_share=share.max if share.enabled else start.share,
+        max_share=share.max if share.enabled and not config.places else start.share,
         min_global_batch=batch.min_global if can_change_global else start.global_batch,
         max_global_batch=batch.max_global if can_change_global else start.global_batch,
         max_micro_batch=batch.max_micro if batch.enabled else start.micro_batch,

@@ -72,9 +72,16 @@ def watch(run: str, storage: Path, once: bool) -> int:
 @click.option("--now", is_flag=True, help="Do not wait for checkpoints; work since the last one is lost.")
 @click.option("--no-wait", is_flag=True, help="Write the request and return at once.")
 @click.option("--timeout-s", type=NumberRange(min=0), default=300.0, show_default=True, help="Seconds to wait at most.")
-def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float) -> int:
-    """Stop RUN: its trials checkpoint, its processes end, and `resume` can go on with it."""
+@click.option("--trial", default=None, metavar="ID", help="Stop this trial alone; the run goes on.")
+@json_option
+def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float, trial: str | None, as_json: bool) -> int:
+    """Stop RUN: its trials checkpoint, its processes end, and `resume` can go on with it.
+
+    With --trial a single trial leaves and the run goes on; then with --json: {schema, request_id, command, trial_id}.
+    """
     run_dir = opened(run, storage)
+    if trial is not None:
+        return _steered(run_dir, "stop", trial, as_json=as_json)
     state = (read_status(run_dir) or {}).get("state")
     if state in ENDED_STATES:
         click.echo(f"{run_dir.name} has ended already ({state})")
@@ -101,12 +108,31 @@ def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float) ->
 @run_argument
 @storage_option
 @click.option("--plain", is_flag=True, help="One line every few seconds instead of the live table.")
-def resume(run: str, storage: Path, plain: bool) -> int:
-    """Go on with RUN from its last checkpoints; finished trials are not run again."""
+@click.option("--trial", default=None, metavar="ID", help="In a run that goes on: this trial alone.")
+@json_option
+def resume(run: str, storage: Path, plain: bool, trial: str | None, as_json: bool) -> int:
+    """Go on with RUN from its last checkpoints; finished trials are not run again.
+
+    With --trial, in a run that goes on: a trial goes on that was paused, was stopped, or failed; then with --json:
+    {schema, request_id, command, trial_id}.
+    """
     run_dir = opened(run, storage, may_be_new=True)
+    if trial is not None:
+        return _steered(run_dir, "resume", trial, as_json=as_json)
     from orchestrator.driver import resume as resume_run
 
     return int(resume_run(run_dir, plain=plain or None))
+
+
+def _steered(run_dir: Path, command: str, trial: str, *, as_json: bool) -> int:
+    from orchestrator import steer
+
+    answer = steer.ask(run_dir, command, trial)
+    if as_json:
+        print_json({"schema": steer.SCHEMA, **answer})
+    else:
+        click.echo(f"{trial} {'goes on' if command == 'resume' else 'is told to leave; its commits stay'}")
+    return 0
 
 
 TABLE: dict[str, click.Command] = {"list": list_, "watch": watch, "stop": stop, "resume": resume}

@@ -3,25 +3,22 @@
 `load_config` gives a `ResolvedRun` or one `ConfigError` with every problem in it; `require_fit` holds it against this
 machine. Imports neither torch nor ray.
 
-`source` reads YAML with lines, `overrides` lays `--set` over it, `model` has the fields and `values` their types,
-`checks` what must hold between them, `machine` what the machine must offer, `problems` and `words` make the messages,
-`render` writes YAML, and `resolve` puts it all together.
+`source` reads YAML with lines, `overrides` lays `--set` over it, `model` and `dials` have the fields and `values` their
+types, `checks` and `placement` what must hold between them, `machine` what the machine must offer, `problems` and
+`words` make the messages, `render` writes YAML, and `resolve` puts it all together.
 """
 
+from orchestrator.config.dials import BatchDial, DialsSection, PrecisionDial, ShareDial
 from orchestrator.config.machine import Machine, this_machine
 from orchestrator.config.model import (
     AshaScheduler,
-    BatchDial,
     ClusterSection,
-    DialsSection,
     Distribution,
     FifoScheduler,
     JobSection,
     PolicySection,
-    PrecisionDial,
     RunConfig,
     SearchSection,
-    ShareDial,
     SlotsSection,
     TelemetrySection,
     TrialSection,

@@ -15,7 +15,9 @@ import textwrap
 from collections.abc import Iterator
 
 from orchestrator.config.model import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, RunConfig
+from orchestrator.config.placement import check_placement
 from orchestrator.config.policy_params import type_problem
+from orchestrator.config.queue import check_queue
 from orchestrator.config.source import KeyPath
 from orchestrator.config.values import ParamValue
 from orchestrator.config.words import did_you_mean, printable, seen
@@ -32,9 +34,6 @@ _NODE_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _MAX_PAIRS = 4096
 POLICIES_OF_FIXED_RANKS = frozenset({"static", "fair_share", "goodput"})
 """Policies of a run that leave the number of ranks of every trial as it is."""
-SIMULATED_POLICIES = frozenset({"fifo", "fluid", "tiresias", "optimus", "pollux", "sia"})
-"""Policies that only choose among trials which may be paused or moved. No trial of a run may, so in a run each of them
-would do what `static` does; in the simulator they do what their papers say."""
 
 
 def check_all(config: RunConfig) -> Iterator[Finding]:
@@ -52,6 +51,8 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _batch,
         _shares,
         _workers,
+        check_placement,
+        check_queue,
         _tiers,
         _policy,
         _times,
@@ -332,18 +333,12 @@ def _policy(config: RunConfig) -> Iterator[Finding]:
     from orchestrator.policies import POLICIES
 
     name, path = config.policy.name, ("policy", "name")
-    live = [known for known in POLICIES if known not in SIMULATED_POLICIES]
-    if name in SIMULATED_POLICIES:
-        text = f"got {seen(name)}, which decides about trials that may be paused or moved, and those of a run may not"
-        text += f", so it would do what static does; allowed: {', '.join(live)}, or module:Class of your own"
-        yield path, f"{text}; to compare it with others: orchestrator simulate --policy {name}"
-        return
     if name in POLICIES:
         yield from _policy_params(config, POLICIES[name])
         return
     match = _MODULE_CLASS.fullmatch(name)
     if match is None:
-        allowed = f"allowed: {', '.join(live)}, or module:Class{did_you_mean(name, live)}"
+        allowed = f"allowed: {', '.join(POLICIES)}, or module:Class{did_you_mean(name, POLICIES)}"
         yield path, f"unknown policy {seen(name)}; {allowed}"
         return
     # Only the outermost package is looked for: looking deeper would run the user's code, and `check` runs none.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orchestrator.config.checks import Finding
 from orchestrator.config.model import RunConfig
+from orchestrator.config.queue import check_deadline
 from orchestrator.config.source import KeyPath
 from orchestrator.config.values import ParamValue
 from orchestrator.config.words import printable
@@ -72,6 +73,8 @@ def check_fit(config: RunConfig, machine: Machine, *, is_new: bool = True) -> It
         yield from _shares(config, machine)
         yield from _tiers(config, machine)
         yield from _libraries(config)
+    if is_new:
+        yield from check_deadline(config)
     yield from _directories(config, is_new=is_new)
 
 
@@ -96,6 +99,8 @@ def _cores(config: RunConfig, machine: Machine) -> Iterator[Finding]:
 
 def _shares(config: RunConfig, machine: Machine) -> Iterator[Finding]:
     """Every slot's ranks must get their smallest share at the same time, or a trial would wait for ever."""
+    if config.places:
+        return  # the policy lets some of them wait, and others later
     slots, workers, devices = config.search.num_slots, config.most_workers, machine.num_devices
     given = config.trial.share
     asked: list[tuple[float, str, KeyPath]] = [(given, "trial.share", ("trial", "share"))] if given is not None else []

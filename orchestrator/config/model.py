@@ -13,16 +13,19 @@ from typing import Annotated, Literal
 from pydantic import Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
+from orchestrator.config.dials import DialsSection
 from orchestrator.config.foreign import distribution_in_our_words
-from orchestrator.config.values import FloatBounds, IntBounds, Params, ParamValue, Section, TierList, TierWord, Values
+from orchestrator.config.queue import QueueSection
+from orchestrator.config.values import FloatBounds, IntBounds, Params, ParamValue, Section, Values
 from orchestrator.config.words import seen
 from orchestrator.jobs.table import job_info
 from orchestrator.names import NAME_PATTERN
-from orchestrator.policies.tier import Tier
 
 DEFAULT_REPORTS = 4
 """Reports of a declared training where the run file does not say."""
 MOST_REPORTS = 10_000
+PLACING_POLICIES = frozenset({"fifo", "fluid", "tiresias", "optimus", "pollux", "sia"})
+"""Policies that decide nothing but which trials run, and where: to the others they do what `static` does."""
 """More than a function makes: it ends by itself."""
 
 
@@ -230,67 +233,6 @@ class TrialSection(Section):
         return self.micro_batch * self.grad_accum * self.num_workers
 
 
-class ShareDial(Section):
-    """The part of a device each rank may use."""
-
-    enabled: bool = Field(default=True, description="whether the policy may turn it")
-    min: float = Field(default=0.125, gt=0, le=1, description="smallest share per rank, fraction of a device")
-    max: float = Field(default=1.0, gt=0, le=1, description="largest share per rank, fraction of a device")
-
-
-class BatchDial(Section):
-    """Micro-batch, accumulation and global batch."""
-
-    enabled: bool = Field(default=True, description="whether the policy may turn it")
-    min_global: int = Field(default=1, ge=1, le=2**30, description="smallest samples per optimizer step")
-    max_global: int = Field(default=128, ge=1, le=2**30, description="largest samples per optimizer step")
-    max_micro: int = Field(default=64, ge=1, le=2**20, description="largest samples per rank per forward")
-    change_global: bool = Field(default=True, description="whether samples per step may change; learning rate follows")
-    min_efficiency: float = Field(
-        default=0.9, ge=0, le=1, description="least worth of a sample at a batch above the start's; 0 for no limit"
-    )
-
-
-class PrecisionDial(Section):
-    """The number format of the matrix products."""
-
-    enabled: bool = Field(default=True, description="whether the policy may turn it")
-    tiers: TierList = Field(
-        default=(Tier.FP32, Tier.BF16),
-        description="allowed tiers, dearest first, trials start at it; auto for all that pay on the device",
-    )
-    emulate: Annotated[tuple[TierWord, ...], Field(strict=False)] = Field(
-        default=(), description="tiers to compute without a unit for them, slowly, to study what they do to learning"
-    )
-    probe_budget: float = Field(
-        default=0.025,
-        ge=0,
-        le=0.5,
-        description="part of a trial's time for probes that guard what it learns; 0 turns the guard off",
-    )
-    exchange: Literal["fp32", "tier"] = Field(
-        default="fp32",
-        description="in what ranks of a trial exchange gradients; tier: in bf16 while the tier computes in 16 bits",
-    )
-
-
-class WorkersDial(Section):
-    """How many ranks a trial has: it commits, and goes on in a worker group of another size."""
-
-    enabled: bool = Field(default=False, description="whether the policy may turn it")
-    min: int = Field(default=1, ge=1, le=64, description="fewest ranks of a trial")
-    max: int = Field(default=2, ge=1, le=64, description="most ranks of a trial")
-
-
-class DialsSection(Section):
-    """What a policy may turn while trials run, and how far."""
-
-    share: ShareDial = Field(default=ShareDial(), description="part of a device")
-    batch: BatchDial = Field(default=BatchDial(), description="samples per forward and per step")
-    precision: PrecisionDial = Field(default=PrecisionDial(), description="number format")
-    workers: WorkersDial = Field(default=WorkersDial(), description="ranks, by a restart of the trial")
-
-
 class PolicySection(Section):
     """Who turns the dials."""
 
@@ -397,6 +339,7 @@ class RunConfig(Section):
     trial: TrialSection = Field(default=TrialSection(), description="how one trial starts and reports")
     dials: DialsSection = Field(default=DialsSection(), description="what a policy may turn")
     policy: PolicySection = Field(default=PolicySection(), description="who turns the dials")
+    queue: QueueSection = Field(default=QueueSection(), description="whose run it is, and how much it counts")
     slots: SlotsSection = Field(default=SlotsSection(), description="long-lived worker groups")
     telemetry: TelemetrySection = Field(default=TelemetrySection(), description="step records")
     devices: DevicesSection = Field(default=DevicesSection(), description="what trials compute on")
@@ -421,9 +364,17 @@ class RunConfig(Section):
         """Share of a device each rank starts with: as given, or equal parts inside the range of the dial."""
         if self.trial.share is not None:
             return self.trial.share
-        equal = 1.0 / (self.search.num_slots * self.most_workers)
         dial = self.dials.share
+        if self.places:
+            return 1.0
+        equal = 1.0 / (self.search.num_slots * self.most_workers)
         return min(max(equal, dial.min), dial.max) if dial.enabled else equal
+
+    @property
+    def places(self) -> bool:
+        """Whether the policy pauses trials and chooses their devices."""
+        enabled = self.dials.placement.enabled
+        return self.policy.name in PLACING_POLICIES if enabled is None else enabled
 
     @property
     def most_workers(self) -> int:

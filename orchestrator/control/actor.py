@@ -15,8 +15,9 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from orchestrator import requests
 from orchestrator.clock import Reading, SystemClock, read_clock
 from orchestrator.control import nodes, placement, resizing
 from orchestrator.control.controller import Answer, Controller
@@ -25,7 +26,7 @@ from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, 
 from orchestrator.control.rendezvous import Rendezvous
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.status import StatusWriter
-from orchestrator.errors import JournalError, TelemetryError
+from orchestrator.errors import JournalError, RequestError, TelemetryError
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import TrialId
 
@@ -36,18 +37,33 @@ _LOOK_S = 1.0
 """Who waits looks so often: a report may be told after a time, without anything having happened."""
 _SLOW_PERIOD_S = 1.0
 _STORE_DELAY_S = 0.005
+_REQUESTS_S = 0.2
 _HELD_BACK_S = 0.5
 """Between two attempts while the journal cannot be written."""
+
+
+class Cluster(Protocol):
+    """Who decides where several runs share a policy."""
+
+    async def decide(self, *, is_urgent: bool) -> None:
+        """Decide for all of them; not again so soon where nothing is urgent."""
+        ...
+
+    async def offer(self) -> None:
+        """Something was given back: offer it to whoever waits for it, in whichever run."""
+        ...
 
 
 class PolicyActor:
     """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.driver`."""
 
-    def __init__(self, spec: RunSpec, start_id: str) -> None:
-        logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
-        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger("orchestrator").addHandler(log)
+    def __init__(self, spec: RunSpec, start_id: str, cluster: Cluster | None = None) -> None:
+        if cluster is None:  # else the log would be of other people's runs as well
+            logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+            log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
+            log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            logging.getLogger("orchestrator").addHandler(log)
+        self._cluster = cluster
         self._clock = SystemClock()
         self._controller = Controller(spec, self._clock, incarnation=uuid.uuid4().hex[:8])
         self._controller.begin(start_id)
@@ -63,7 +79,26 @@ class PolicyActor:
         self._status = StatusWriter(self._controller.world, self._controller.run, self._clock)
         self._ticker: asyncio.Task[None] | None = None
         self._storing: asyncio.Task[None] | None = None
+        self._serving: asyncio.Task[None] | None = None
         self._is_over = False
+
+    @property
+    def controller(self) -> Controller:
+        """Messages in, events and orders out."""
+        return self._controller
+
+    async def commit(self) -> None:
+        """Return once everything that happened to the run is on disk, and done."""
+        await self._commit()
+
+    def abandon(self) -> None:
+        """The run is nobody's any more: end its ticks, and leave its journal as it is."""
+        self._is_over = True
+        for task in (self._ticker, self._serving):
+            if task is not None:
+                task.cancel()
+        with contextlib.suppress(JournalError, OSError):
+            self._controller.engine.close()
 
     async def ready(self) -> int:
         """Process id, once the actor runs; starts the ticks."""
@@ -142,6 +177,8 @@ class PolicyActor:
             logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
             return True
         await self._commit()
+        if events.acks and self._cluster is not None:
+            await self._cluster.offer()
         if events.records or events.reports:
             await self._store()  # what is answered must survive this process; the sender repeats what is not
         return is_current
@@ -229,8 +266,9 @@ class PolicyActor:
 
     async def end_run(self, state: str) -> None:
         """Close journal and tables; the actor is of no use afterwards."""
-        if self._ticker is not None:
-            self._ticker.cancel()
+        for task in (self._ticker, self._serving):
+            if task is not None:
+                task.cancel()
         self._is_over = True
         try:
             if state == "done":
@@ -246,6 +284,7 @@ class PolicyActor:
     def _ensure_ticks(self) -> None:
         if self._ticker is None and not self._is_over:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever())
+            self._serving = asyncio.get_running_loop().create_task(self._serve_requests())
 
     async def _commit(self) -> None:
         """Return once everything that happened is on disk and what follows is done; messages of a moment share a sync.
@@ -298,6 +337,24 @@ class PolicyActor:
         self._storing = None  # records that come from here on wait for the next write
         self._controller.engine.telemetry.flush()
 
+    async def _serve_requests(self) -> None:
+        """Do what is asked for in the run's directory; what cannot be written down now is done later."""
+        run_dir = Path(self._controller.run.spec.run_dir)
+        while True:
+            await asyncio.sleep(_REQUESTS_S)
+            try:
+                for request in requests.pending(run_dir):
+                    try:
+                        found = self._controller.steer(request)
+                    except RequestError as error:
+                        found = {"error": {"code": error.code, "message": str(error)}}
+                    await self._commit()
+                    requests.answer(run_dir, request, found)
+            except (JournalError, OSError) as error:
+                logger.warning("requests wait: %s", error)
+            except Exception:
+                logger.exception("a request failed")
+
     async def _tick_for_ever(self) -> None:
         """Decide every period and at once when trials come or go; the first of three places that catch everything."""
         loop = asyncio.get_running_loop()
@@ -341,7 +398,10 @@ class PolicyActor:
     async def _decide(self) -> None:
         """One decision: snapshot, policy in its own thread with a deadline, plan."""
         controller = self._controller
-        controller.engine.wants_decision = False
+        is_urgent, controller.engine.wants_decision = controller.engine.wants_decision, False
+        if self._cluster is not None:
+            await self._cluster.decide(is_urgent=is_urgent)
+            return
         controller.learn()
         snapshot = controller.snapshot()
         if snapshot is None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orchestrator.clock import Clock
-from orchestrator.control import decisions, departures, nodes, placement, resizing, resumption
+from orchestrator.control import decisions, departures, moves, nodes, placement, resizing, resumption, steering
 from orchestrator.control import events as ev
 from orchestrator.control import signals as sig
 from orchestrator.control.admission import Admission
@@ -37,6 +37,7 @@ from orchestrator.control.world import SlotState, Trial, TrialState
 from orchestrator.policies.invariants import check
 from orchestrator.policies.plan import Generation, Plan, TrialId, changed_dials
 from orchestrator.policies.snapshot import Snapshot
+from orchestrator.requests import Request
 from orchestrator.telemetry.record import unpack
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,18 @@ class Controller:
         """The search is over: what it put aside will not go on."""
         self._repeat(lambda: resumption.next_end_of_paused(self.run))
 
+    # People and programs.
+
+    def steer(self, request: Request) -> dict[str, Any]:
+        """Do what somebody asks of the run, once; what they are told.
+
+        Raises:
+            RequestError: it cannot be done.
+        """
+        self.engine.emit(*steering.events_of(self.run, request))
+        self.settle()
+        return steering.answer_of(self.run, request)
+
     # Worker groups.
 
     def expect_slot(self, slot_id: str, num_workers: int | None = None) -> None:
@@ -276,8 +289,9 @@ class Controller:
     # Time passes.
 
     def settle(self) -> None:
-        """What follows from what is known: trials go on that the search wants, and start where slots are free."""
+        """What follows from what is known: trials go on that the search wants, leave slots, and start in free ones."""
         self._repeat(lambda: resumption.next_continuation(self.run))
+        self._repeat(lambda: moves.next_departure(self.run) or steering.next_pause(self.run))
         self._repeat(lambda: _listed(placement.assignment(self.world, self.run, self.admission.may_start)))
 
     def admit(self) -> None:
@@ -339,6 +353,10 @@ class Controller:
             logger.info("plan.committed generation=%d %s", plan.generation, plan.reason)
         return True
 
+    def take_part(self, seen: Snapshot, entry: ev.PlanCommitted) -> bool:
+        """Take this run's part of a plan for several runs, which breaks no invariant; `seen` is what the run showed."""
+        return self.engine.emit(*decisions.committed(self.run, seen, entry.decode()[1], entry))
+
     def refuse(self, snapshot: Snapshot, reason: str, violations: Sequence[str] = ()) -> None:
         """Note why a decision was not taken, once per reason, and look after trials that have no allocation yet."""
         story = f"{reason}: {'; '.join(violations)}"
@@ -352,7 +370,9 @@ class Controller:
             self.accept(snapshot, spare)
 
     def offer(self) -> None:
-        """Offer what can be granted now, and let trials go that another group is ready for."""
+        """Let trials go to where the plan has them, and offer what can be granted now."""
+        if self.run.spec.places:
+            self.settle()
         self.advance_resizes()
         self.engine.emit(*decisions.offered(self.world, self.run))
 
@@ -409,6 +429,8 @@ class Controller:
         # One that comes again too: an actor that died may have had it in the journal alone. Reading drops a second.
         row = {"trial_id": trial.trial_id, "attempt": trial.attempt, **asdict(report), "metrics": entry.metrics}
         self.engine.telemetry.append_results([row])
+        # Before the search can ask for the next report: a function can leave here.
+        self._repeat(lambda: moves.next_departure(self.run) or steering.next_pause(self.run))
         self.advance_rungs()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 
-from orchestrator.control import grants
+from orchestrator.control import grants, moves
 from orchestrator.control.events import SPARE_REASON, Event, GainRealised, Offered, PlanCommitted
 from orchestrator.control.gain import Measurement, Pace, efficiency_of, settled
 from orchestrator.control.memory import memory_fields
@@ -20,9 +20,9 @@ from orchestrator.control.resizing import limits_now
 from orchestrator.control.signals import CheckMade, FitAdvanced, MeasurementBegan
 from orchestrator.control.world import Run, Trial, World
 from orchestrator.policies.decide.fair_share import FairShare
-from orchestrator.policies.learn.fit import Observation, update
+from orchestrator.policies.learn.fit import NOTHING_FITTED, Observation, inherit, update
 from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, changed_dials, diff, is_same
-from orchestrator.policies.snapshot import Snapshot, TrialView
+from orchestrator.policies.snapshot import Quota, Snapshot, TrialView
 from orchestrator.share.verification import judge_speed
 from orchestrator.telemetry.stretch import Stretch
 
@@ -51,7 +51,7 @@ def completed(world: World, run: Run, trial: Trial, seen: tuple[Observation, ...
     devices = [world.devices[each] for each in placement if each in world.devices]
     if not devices:
         return seen
-    accounts = run.accounts()
+    accounts = world.accounts(run)
     slowest = min(devices, key=lambda device: (device.speed, device.device_type))
     crowd_share = max(grants.held(accounts, device.device_id, but=trial.trial_id) for device in devices)
     return tuple(
@@ -66,28 +66,38 @@ def completed(world: World, run: Run, trial: Trial, seen: tuple[Observation, ...
 
 
 def snapshot(world: World, run: Run, now_s: float) -> Snapshot | None:
-    """The world as a policy sees it; None when no trial runs, unless trials wait and nodes can be asked for."""
+    """The world as a policy sees it; None when no trial runs, unless trials wait for what a policy decides."""
     trials = run.running()
+    if run.spec.places:
+        trials = sorted((*trials, *run.waiting()), key=lambda trial: trial.trial_id)
     waiting = waiting_views(run)
     outlooks = run.ranking.outlooks(trials, run.trials.values())
-    if not trials and not waiting:
+    devices = moves.devices(world) if run.spec.places else tuple(world.devices.values())
+    if (not trials and not waiting) or (run.spec.places and not devices):
         return None
     return Snapshot(
         now_s=now_s,
         seed=run.spec.seed,
         plan=run.plan,
-        devices=tuple(sorted(world.devices.values(), key=lambda device: device.device_id)),
+        devices=tuple(sorted(devices, key=lambda device: device.device_id)),
         trials=tuple(_view(world, run, trial, now_s, outlooks[trial.trial_id]) for trial in trials),
+        quotas=_quotas(run),
         node_types=node_type_views(world, run),
         waiting=waiting,
         max_cost_per_hour=run.spec.max_cost_per_hour,
     )
 
 
-def committed(run: Run, seen: Snapshot, plan: Plan) -> list[Event]:
+def _quotas(run: Run) -> tuple[Quota, ...]:
+    user, most = run.spec.hidden(run.terms.user), run.terms.max_devices
+    return () if most is None else (Quota(user=user, max_devices=most),)
+
+
+def committed(run: Run, seen: Snapshot, plan: Plan, entry: PlanCommitted | None = None) -> list[Event]:
     """A plan that breaks no invariant takes effect; nothing where another one did since, or it changes nothing.
 
-    Even the same plan is news to a trial that came back since the plan in force was committed.
+    Even the same plan is news to a trial that came back since the plan in force was committed. `entry` is the decision
+    for all runs, of which `seen` and `plan` are the part of this one; None where the run is alone.
     """
     has_newcomers = any(account.target is None for account in run.accounts().values())
     if seen.plan is not run.plan or (is_same(run.plan, plan) and not has_newcomers):
@@ -95,7 +105,7 @@ def committed(run: Run, seen: Snapshot, plan: Plan) -> list[Event]:
     rows = [(row, run.trials[row.trial_id]) for row in diff(seen.plan, plan)]
     gains = [event for _, trial in rows for event in realised(trial, is_last=True)]
     begun = [event for row, trial in rows for event in _measured(trial, seen, plan, row)]
-    return [PlanCommitted.of(seen, plan), *gains, *begun]
+    return [entry or PlanCommitted.of(seen, plan), *gains, *begun]
 
 
 def stand_in(run: Run, seen: Snapshot, reason: str) -> Plan | None:
@@ -115,7 +125,7 @@ def offered(world: World, run: Run) -> list[Event]:
             units=grant.units,
             amount=grant.amount,
         )
-        for trial_id, grant in grants.offers(run.accounts(), world.devices)
+        for trial_id, grant in grants.offers(world.accounts(run), world.devices, run.accounts().keys())
     ]
 
 
@@ -142,32 +152,51 @@ def realised(trial: Trial, *, is_last: bool = False) -> list[Event]:
 
 
 def _view(world: World, run: Run, trial: Trial, now_s: float, outlook: Outlook) -> TrialView:
-    assert trial.window is not None
-    assert trial.account is not None
-    assert trial.fit is not None
-    view = trial.window.view(now_s)
-    return TrialView(
+    seen = None if trial.window is None else trial.window.view(now_s)
+    shape, terms = run.spec.shape(trial.params), run.terms_of(trial)
+    fit = trial.fit or trial.kept_fit or inherit(run.shape_fits.get(shape, NOTHING_FITTED))
+    placement = () if trial.account is None else trial.account.placement
+    view = TrialView(
         trial_id=trial.trial_id,
-        shape=run.spec.shape(trial.params),
-        start=trial.start or run.spec.start_on(trial.size),
+        shape=shape,
+        start=trial.start or run.spec.start_on(trial.size or run.spec.start.num_workers),
         limits=limits_now(run, trial, now_s),
-        placement=trial.account.placement,
-        weight=1.0,
-        step=max(view.step, trial.step),
-        num_samples=max(view.num_samples, trial.num_samples),
+        placement=placement,
+        weight=terms.weight,
+        step=trial.step if seen is None else max(seen.step, trial.step),
+        num_samples=trial.num_samples if seen is None else max(seen.num_samples, trial.num_samples),
         target_samples=run.spec.target_samples,
-        throughput_per_s=view.throughput_per_s,
+        throughput_per_s=None if seen is None else seen.throughput_per_s,
         loss=trial.loss,
-        is_stale=view.is_stale,
-        fit=trial.fit,
+        is_stale=seen is not None and seen.is_stale,
+        fit=fit,
         override=trial.override,
-        **memory_fields(world, run, trial),
+        **memory_fields(world, run, trial, fit),
         changed_at_s=trial.changed_at_s,
         began_at_s=trial.began_at_s,
         restart_s=run.restart_s,
         survival=outlook.survival,
         rung_samples=outlook.rung_samples,
         step_modes=trial.step_modes,
+        user=run.spec.hidden(terms.user),
+        priority=terms.priority,
+        is_protected=terms.protected,
+        guaranteed=terms.guaranteed_devices,
+        deadline_s=None if terms.deadline is None else terms.deadline - run.epoch_s,
+    )
+    return _placed(world, run, trial, view, now_s) if run.spec.places else view
+
+
+def _placed(world: World, run: Run, trial: Trial, view: TrialView, now_s: float) -> TrialView:
+    """A trial as a policy sees it that may pause and move it."""
+    return replace(
+        view,
+        limits=moves.limits_of(world, run, trial, view.limits),
+        placement=moves.placement_of(run, trial),
+        began_at_s=trial.submitted_at_s,
+        attained_s=trial.attained_until(now_s),
+        num_restarts=trial.attempt,
+        target_samples=None if run.spec.is_function else view.target_samples,
     )
 
 

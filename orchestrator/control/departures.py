@@ -43,7 +43,8 @@ def left(run: Run, trial: Trial, outcome: Outcome) -> Event:
         return _paused(trial, outcome)
     if trial.stop is StopMode.DISCARD:  # said while it was leaving for another reason
         return _ended(trial, TrialState.STOPPED, "stopped while it was leaving its slot", outcome)
-    reason = f"interrupted at step {outcome.step}"
+    what = "gave its devices back" if trial.stop is StopMode.MOVE else "interrupted"
+    reason = f"{what} at step {outcome.step}"
     if trial.stop is StopMode.RESIZE and trial.moves_to is not None:
         reason = f"goes on with {trial.moves_to} ranks"
         return _requeued(

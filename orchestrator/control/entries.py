@@ -14,6 +14,7 @@ from typing import Any, NewType, get_args, get_origin, get_type_hints
 
 from orchestrator.control import events as ev
 from orchestrator.control.events import IN_JOURNAL, LEFT_OUT, RAW, SCHEMA_VERSION, SPARSE, Event, Recovered, RunBegan
+from orchestrator.control.requested import RequestTaken
 from orchestrator.errors import JournalError
 from orchestrator.policies.codec import settings_from, to_jsonable
 from orchestrator.policies.plan import Settings
@@ -50,6 +51,7 @@ EVENTS: dict[str, type[Event]] = {
         ev.ShareChecked,
         ev.GainRealised,
         ev.RunEnded,
+        RequestTaken,
     )
 }
 """The class of each kind of entry."""

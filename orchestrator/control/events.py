@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from orchestrator.control.joint import own_part, seen_from
 from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello
 from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
 from orchestrator.policies.plan import DeviceId, Generation, Plan, Settings, TrialId
@@ -235,12 +236,13 @@ class TrialEnded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanCommitted(Event):
-    """A decision and all it was made from, as JSON values; `decode` turns them into a snapshot and a plan."""
+    """A decision and what it was made from, as JSON values; of several runs, whose trials then have prefixes."""
 
     kind: ClassVar[str] = "plan"
     generation: Generation
     snapshot: Mapping[str, Any] = field(metadata={IN_JOURNAL: RAW})
     plan: Mapping[str, Any] = field(metadata={IN_JOURNAL: RAW})
+    prefix: str = field(default="", metadata={IN_JOURNAL: SPARSE})
     decoded: tuple[Snapshot, Plan] | None = field(
         default=None, compare=False, repr=False, metadata={IN_JOURNAL: LEFT_OUT}
     )
@@ -252,15 +254,16 @@ class PlanCommitted(Event):
         return cls(generation=plan.generation, snapshot=encoded[0], plan=encoded[1], decoded=(snapshot, plan))
 
     def decode(self) -> tuple[Snapshot, Plan]:
-        """The decision as values.
-
-        Raises:
-            ValueError: it cannot be read; the message names the path of what is wrong.
-        """
+        """The decision as values, of several runs this run's part; `ValueError` where it cannot be read."""
         if self.decoded is None:  # once: it takes milliseconds
-            object.__setattr__(self, "decoded", (snapshot_from(self.snapshot), plan_from(self.plan)))
+            found = own_part(snapshot_from(self.snapshot), plan_from(self.plan), self.prefix)
+            object.__setattr__(self, "decoded", found)
         assert self.decoded is not None
         return self.decoded
+
+    def seen_by_run(self) -> Plan:
+        """The whole plan, in which this run's trials have their own names."""
+        return seen_from(plan_from(self.plan), self.prefix) if self.prefix else self.decode()[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

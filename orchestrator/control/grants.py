@@ -7,7 +7,7 @@ alone changes accounts, and by the controller, which asks what can be offered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.control.orders import Grant
@@ -98,13 +98,15 @@ def targets(accounts: Accounts, devices: Devices, plan: Plan) -> dict[TrialId, G
     return {row.trial_id: _grant(devices, plan, row, units[row.trial_id]) for row in rows}
 
 
-def offers(accounts: Accounts, devices: Devices) -> list[tuple[TrialId, Grant]]:
+def offers(accounts: Accounts, devices: Devices, own: Collection[TrialId] | None = None) -> list[tuple[TrialId, Grant]]:
     """Grants that can be offered now without over-committing any device, in the order in which they are.
 
-    Releases come first. A grant that has to wait is offered by a later call, after the acknowledgements.
+    Releases come first. A grant that has to wait is offered by a later call, after the acknowledgements. `own` are the
+    trials that may be offered something, None for all.
     """
     draft = {key: replace(account) for key, account in accounts.items()}
-    waiting = [(key, draft[key].target) for key in sorted(draft) if _wants_offer(draft[key])]
+    asking = draft if own is None else own
+    waiting = [(key, draft[key].target) for key in sorted(asking) if _wants_offer(draft[key])]
     wanted = [(key, target) for key, target in waiting if target is not None]
     wanted.sort(key=lambda item: item[1].settings.share - draft[item[0]].held_share())
     found = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from orchestrator.control.world import Run, Trial, World
+from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.learn.memory import solve_line
 from orchestrator.policies.plan import DeviceId, Settings
 from orchestrator.policies.snapshot import DeviceKind
@@ -38,12 +39,11 @@ def granted_bytes(world: World, placement: tuple[DeviceId, ...]) -> int:
     return max(0, min(granted, default=0))
 
 
-def memory_fields(world: World, run: Run, trial: Trial) -> MemoryFields:
-    """What a policy shall know of the trial's memory."""
-    assert trial.account is not None
-    assert trial.fit is not None
-    placement, settings = trial.account.placement, trial.account.settings or run.spec.start
-    line = solve_line(trial.fit.memory, settings.tier, len(placement))
+def memory_fields(world: World, run: Run, trial: Trial, fit: TrialFit) -> MemoryFields:
+    """What a policy shall know of the trial's memory; nothing of its devices while it is on none."""
+    placement = () if trial.account is None else trial.account.placement
+    settings = (None if trial.account is None else trial.account.settings) or run.spec.start
+    line = solve_line(fit.memory, settings.tier, len(placement)) if placement else None
     is_known = line is not None and world.devices[placement[0]].kind is DeviceKind.CUDA
     return MemoryFields(
         memory_fixed_bytes=int(line.fixed_bytes) if line is not None and is_known else 0,

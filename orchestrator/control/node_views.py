@@ -52,7 +52,7 @@ def _waiting(run: Run, trial: Trial, known: set[str]) -> TrialView:
         start=spec.start,
         limits=spec.limits,
         placement=(),
-        weight=1.0,
+        weight=run.terms_of(trial).weight,
         step=trial.step,
         num_samples=trial.num_samples,
         target_samples=spec.target_samples,

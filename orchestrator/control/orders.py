@@ -31,11 +31,12 @@ class StopMode(StrEnum):
     CHECKPOINT = "checkpoint"  # commit first: the run is interrupted and will be resumed
     PAUSE = "pause"  # commit first: the search may want it to go on later
     RESIZE = "resize"  # commit first: a worker group of another size is ready for it
+    MOVE = "move"  # commit first: the plan has no devices for it, or others
 
     @property
     def commits(self) -> bool:
         """Whether the trial writes a checkpoint before it leaves."""
-        return self in {StopMode.CHECKPOINT, StopMode.PAUSE, StopMode.RESIZE}
+        return self not in {StopMode.NONE, StopMode.DISCARD}
 
 
 class Status(StrEnum):

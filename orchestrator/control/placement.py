@@ -1,21 +1,29 @@
-"""Which trial goes to which slot: first come, first served, each in a slot of the size that it needs. Pure."""
+"""Which trial goes to which slot: first come, first served, each in a slot of the size that it needs. Pure.
+
+Where the policy chooses the devices of trials, `moves` says so instead.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from orchestrator.control import moves
 from orchestrator.control.events import TrialAssigned
 from orchestrator.control.orders import StopMode
 from orchestrator.control.world import Run, Slot, SlotState, Trial, World
+
+_EPSILON = 1e-9
 
 
 def assignment(world: World, run: Run, may_start: Callable[[Trial], bool]) -> TrialAssigned | None:
     """The next attempt that begins now; None where nobody waits, no slot is free, or the next one may not start."""
     if not run.queue or run.is_interrupted or not has_turn(run):
         return None
+    if run.spec.places:
+        return moves.assignment(world, run, may_start)
     trial = run.trials[run.queue[0]]
     slot = _slot_for(world, run, trial)
-    if slot is None or not may_start(trial):
+    if slot is None or not may_start(trial) or not _has_floor(world, run, slot):
         return None
     return TrialAssigned(trial_id=trial.trial_id, attempt=trial.attempt, slot_id=slot.slot_id, epoch=slot.epoch)
 
@@ -68,6 +76,24 @@ def _slot_for(world: World, run: Run, trial: Trial) -> Slot | None:
     free = free_slots(world, run, trial.num_workers)
     alike = [slot for slot in free if slot.num_workers == free[0].num_workers]
     return min(alike, key=lambda slot: _crowding(world, slot), default=None)
+
+
+def _has_floor(world: World, run: Run, slot: Slot) -> bool:
+    """Whether the smallest shares of all trials on the devices of a slot fit, those of other runs among them.
+
+    A run that is alone was checked for that when it began.
+    """
+    if not world.neighbours or slot.hello is None:
+        return True
+    runs = [run, *(other for each in world.neighbours.values() for other in each.runs.values())]
+    for device_id in set(slot.hello.placement):
+        floor = run.spec.limits.min_share * slot.hello.placement.count(device_id)
+        for other in runs:
+            fixed = () if other.spec.places else other.accounts().values()
+            floor += sum(other.spec.limits.min_share * account.placement.count(device_id) for account in fixed)
+        if floor > 1.0 + _EPSILON:
+            return False
+    return True
 
 
 def _crowding(world: World, slot: Slot) -> int:

@@ -76,13 +76,14 @@ class Ranking:
             return {trial.trial_id: _NOTHING for trial in trials}
         population: list[float] = []
         if self._rule.name == "pbt":
-            newest = (self.loss_of(t.reports[-1]) for t in everybody if t.reports and not t.state.is_final)
+            alive = (t for t in everybody if t.reports and t.has_stand_in and not t.state.is_final)
+            newest = (self.loss_of(t.reports[-1]) for t in alive)
             population = sorted(loss for loss in newest if loss is not None)
         return {trial.trial_id: self._outlook(trial, self._rule, population) for trial in trials}
 
     def _outlook(self, trial: Trial, rule: StopRule, population: Sequence[float]) -> Outlook:
         num_reports = len(trial.reports)
-        rung = self._next_rung(num_reports, rule)
+        rung = self._next_rung(num_reports, rule) if trial.has_stand_in else None
         if rung is None:
             return _NOTHING
         samples = None if rule.name == "hyperband" else rung * self._spec.samples_per_report

@@ -23,7 +23,7 @@ from orchestrator.policies.plan import TrialId
 KEPT_PINS = 4
 """Pinned states kept of each trial. Population based training copies the newest, at most one change of mind ago."""
 
-_PAUSABLE = {StopMode.NONE, StopMode.RESIZE}
+_PAUSABLE = {StopMode.NONE, StopMode.RESIZE, StopMode.MOVE}
 
 
 def submitted(run: Run, trial_id: TrialId, params: dict[str, Any], wanted: Resumption | None) -> list[Event]:
@@ -43,6 +43,8 @@ def submitted(run: Run, trial_id: TrialId, params: dict[str, Any], wanted: Resum
     wanted = wanted or Resumption(token=trial.token or "the only one")
     if wanted.token == trial.token and trial.state is not TrialState.PAUSED:
         return []
+    if trial.is_held:  # somebody paused it: the search's wish is kept until they resume it
+        return [ResumptionWanted(trial_id=trial_id, params=params, resumption=wanted)]
     if trial.state is not TrialState.RUNNING:
         return _continued(run, trial, params, wanted) or [TokenSeen(trial_id=trial_id, token=wanted.token)]
     if trial.stop is StopMode.NONE and not trial.is_given_up_for(wanted):
@@ -66,7 +68,7 @@ def paused(run: Run, trial_id: TrialId) -> list[Event]:
 def next_continuation(run: Run) -> list[Event]:
     """The next trial that has left its slot and that the search asked to go on in the meantime."""
     for trial in run.trials.values():
-        if trial.next is not None and trial.state is not TrialState.RUNNING:
+        if trial.next is not None and trial.state is not TrialState.RUNNING and not trial.is_held:
             found = _continued(run, trial, *trial.next)
             if found:
                 return found

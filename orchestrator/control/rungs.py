@@ -159,7 +159,7 @@ class Rungs:
         for number, rung in self.rungs.items():
             rung.again, rung.back_s = [], {}
             if is_search_new:
-                reached = [trial_id for trial_id, trial in trials.items() if len(trial.reports) >= number]
+                reached = [key for key, trial in trials.items() if len(trial.reports) >= number and trial.has_stand_in]
                 rung.again = [*rung.told, *(trial_id for trial_id in reached if trial_id not in rung.told)]
                 rung.held, rung.order, rung.asked, rung.since_s = {}, [], None, 0.0
 
@@ -229,7 +229,7 @@ def _is_coming(
     trial: Trial, number: int, rung: Rung, now_s: float, left_s: Callable[[Trial, float], float | None]
 ) -> bool:
     """Whether a trial reaches the rung in time: by its own pace, or if it is as fast as the one that waits."""
-    if trial.slot_id is None or len(trial.reports) != number - 1:
+    if trial.slot_id is None or len(trial.reports) != number - 1 or not trial.has_stand_in:
         return False
     rest_s = left_s(trial, now_s)
     if rest_s is None:

@@ -31,12 +31,14 @@ def add_run(world: World, event: ev.Event) -> None:
 def begin_run(_world: World, run: Run, event: ev.RunBegan) -> Effects:
     """The first start of a run."""
     run.start_ids.append(event.start_id)
+    run.epoch_s = event.wall_s - event.t_s
     return ()
 
 
 def recover(world: World, run: Run, event: ev.Recovered) -> Effects:
     """The actor was started again. Where the whole run was, its worker groups have ended, at no charge to trials."""
     run.start_ids.append(event.start_id)
+    run.epoch_s = event.wall_s - event.t_s
     run.why_no_slots = ""
     run.rungs.begin_again(run.trials, is_search_new=event.are_workers_gone)
     if not event.are_workers_gone:
@@ -44,6 +46,7 @@ def recover(world: World, run: Run, event: ev.Recovered) -> Effects:
     run.is_interrupted = False
     for trial in run.trials.values():
         trial.num_restarts, trial.wanted = 0, -1
+        trial.submitted_at_s, trial.charged_at_s = event.t_s, None  # the clock may have begun anew with the machine
         if trial.stop.commits:
             trial.stop = StopMode.NONE
         trial.num_workers, trial.moves_to = None, None  # slots of other sizes open only when a policy asks anew
@@ -77,7 +80,7 @@ def refuse_slot(world: World, _run: Run, event: ev.SlotChanged) -> str | None:
     return None if event.epoch > newest else f"epoch {event.epoch} is not above {newest}"
 
 
-def change_slot(world: World, _run: Run, event: ev.SlotChanged) -> Effects:
+def change_slot(world: World, run: Run, event: ev.SlotChanged) -> Effects:
     """A worker group attached, closed or was lost; the trial that its earlier processes had goes back to the queue."""
     slot = world.slots.setdefault(event.slot_id, Slot(event.slot_id))
     carried = world.trial_in(slot)
@@ -89,7 +92,9 @@ def change_slot(world: World, _run: Run, event: ev.SlotChanged) -> Effects:
         _set_devices(world, event.hello.devices)
         slot.state, slot.epoch, slot.hello = SlotState.IDLE, event.epoch, event.hello
         slot.num_workers, slot.idle_since_s = len(event.hello.placement), event.t_s
-    woken = () if carried is None else (Wake(carried.trial_id), Decide())
+    woken: Effects = () if carried is None else (Wake(carried.trial_id), Decide())
+    if run.spec.places:
+        woken = (*woken, Decide())  # there is another place to choose, or one less
     return (Publish(slot.slot_id), *woken)
 
 
@@ -219,10 +224,11 @@ def commit(world: World, run: Run, event: ev.PlanCommitted) -> Effects:
         wanted = plan.allocation(trial.trial_id)
         if trial.wish is not None and (wanted is None or wanted.resize_to != trial.wish[0]):
             trial.wish = None
-    for trial_id, target in grants.targets(run.accounts(), world.devices, plan).items():
-        account = run.trials[trial_id].account
-        assert account is not None
-        account.target = target
+    own = run.accounts()
+    # Cores and SM groups are cut for all runs at once; what others get of them they set themselves.
+    for trial_id, target in grants.targets(world.accounts(run), world.devices, event.seen_by_run()).items():
+        if trial_id in own:
+            own[trial_id].target = target
     return ()
 
 
@@ -231,7 +237,7 @@ def refuse_offer(world: World, run: Run, event: ev.Offered) -> str | None:
     trial = run.trials.get(event.trial_id)
     if trial is None or trial.account is None:
         return f"{event.trial_id} is in no slot"
-    if not grants.fits(run.accounts(), world.devices, trial.trial_id, _grant(event)):
+    if not grants.fits(world.accounts(run), world.devices, trial.trial_id, _grant(event)):
         return f"{event.trial_id} cannot have {event.settings.share:g} of its devices beside the others"
     return None
 
@@ -256,6 +262,9 @@ def acknowledge(_world: World, run: Run, event: ev.Acknowledged) -> Effects:
     """All ranks of a trial run with an offer; what it held before is free."""
     trial = run.trials[event.trial_id]
     assert trial.account is not None
+    trial.attained_s, trial.charged_at_s = trial.attained_until(event.t_s), event.t_s
+    if trial.move_s is not None:
+        run.restart_s, trial.move_s = trial.move_s + event.t_s - trial.began_at_s, None
     trial.account.acknowledge(event.generation)
     trial.is_resized = False
     for dial in event.dials:

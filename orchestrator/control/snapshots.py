@@ -31,7 +31,7 @@ def save(world: World, spec: RunSpec, seq: int) -> None:
         OSError: it cannot be written.
     """
     body = pickle.dumps((spec, world), protocol=5)
-    head = {"seq": seq, "sha256": hashlib.sha256(body).hexdigest(), "code": _code()}
+    head = {"seq": seq, "sha256": hashlib.sha256(body).hexdigest(), "code": code_version()}
     path = Path(spec.run_dir) / FILE_NAME
     draft = path.with_suffix(".tmp")
     with draft.open("wb") as file:
@@ -53,7 +53,7 @@ def load(spec: RunSpec) -> tuple[World, int] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the snapshot %s cannot be read (%s); the whole journal is applied", path, error)
         return None
-    if not is_whole or head["code"] != _code():
+    if not is_whole or head["code"] != code_version():
         why = "of another version" if is_whole else "damaged"
         logger.warning("the snapshot %s is %s; the whole journal is applied", path, why)
         return None
@@ -65,8 +65,8 @@ def load(spec: RunSpec) -> tuple[World, int] | None:
 
 
 @cache
-def _code() -> str:
-    """Checksum of the code that the values in a world depend on."""
+def code_version() -> str:
+    """Checksum of the code that the values in a world, and messages to a policy actor, depend on."""
     root, total = Path(__file__).parents[1], hashlib.sha256()
     for package in _PACKAGES:
         for path in sorted((root / package).rglob("*.py")):

@@ -5,9 +5,11 @@ Built once by the driver; travels to the actor and is written into the journal, 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import hashlib
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from orchestrator.control.terms import Terms
 from orchestrator.policies.plan import Settings, can_split, on_ranks
 from orchestrator.policies.snapshot import DeviceKind, DialLimits, NodeType
 from orchestrator.policies.tier import Tier
@@ -73,6 +75,9 @@ class RunSpec:
         stop_rule: how the search stops trials; None where every one runs to its end, or nobody told (another's search).
         is_function: whether the job is a user's function, which ends by itself and whose samples nobody can foresee.
         import_paths: directories where a job named by import path is looked for, first.
+        terms: whose run it is, how much it counts, and what it was promised.
+        prefix: by which its trials are told from those of other runs under the same policy; empty where it is alone.
+        places: whether the policy pauses trials and chooses their devices; otherwise a trial keeps its slot.
     """
 
     run_id: str
@@ -106,6 +111,9 @@ class RunSpec:
     stop_rule: StopRule | None = None
     is_function: bool = False
     import_paths: tuple[str, ...] = ()
+    prefix: str = ""
+    places: bool = False
+    terms: Terms = field(default_factory=Terms)
 
     @property
     def target_samples(self) -> int:
@@ -119,9 +127,18 @@ class RunSpec:
         return on_ranks(self.start, num_workers, self.limits.max_micro_batch)
 
     def shape(self, params: dict[str, Any]) -> str:
-        """Key of everything that fixes a trial's speed apart from its dials."""
+        """Key of everything that fixes a trial's speed apart from its dials; others are not told what that is."""
         parts = [f"{key}={params[key]}" for key in sorted(params) if key not in self.speed_free_params]
-        return ",".join([self.job, *parts])
+        return self.hidden(",".join([self.job, *parts]))
+
+    def hidden(self, name: str) -> str:
+        """A name as other runs may see it: the same for the same name, without saying it."""
+        return self.hidden_name(name) if self.prefix else name
+
+    @staticmethod
+    def hidden_name(name: str) -> str:
+        """A checksum for a name; nothing for none."""
+        return hashlib.sha256(name.encode()).hexdigest()[:16] if name else name
 
     def to_jsonable(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -141,6 +158,7 @@ class RunSpec:
             NodeType(**{**each, "kind": DeviceKind(each["kind"]), "nodes": (), "leaving": ()})
             for each in fields.get("node_types", ())
         )
+        fields["terms"] = Terms(**fields.get("terms", {}))
         if fields.get("stop_rule") is not None:
             fields["stop_rule"] = StopRule(**fields["stop_rule"])
         return cls(**fields)

@@ -110,7 +110,7 @@ class StatusWriter:
             "device_id": device_id,
             "kind": device.kind.value,
             "units": device.units,
-            "granted_share": round(grants.held(self._run.accounts(), device.device_id), 6),
+            "granted_share": round(grants.held(self._world.accounts(self._run), device.device_id), 6),
             "utilisation_ratio": None if sample is None else sample.utilisation_ratio,
             "memory_used_bytes": None if sample is None else sample.memory_used_bytes,
             "memory_total_bytes": None if sample is None else sample.memory_total_bytes,
@@ -167,13 +167,15 @@ class StatusWriter:
             **_dials(settings, trial.start or (spec.start_on(trial.size) if trial.size else spec.start)),
             "resize_to": _resize_to(trial),
             "waits_at_rung": self._run.rungs.is_waiting(trial),
-            "is_asked_for": trial.credit > len(trial.reports),
+            "is_report_wanted": trial.credit > len(trial.reports),
             "tier_layers": self._tier_layers(trial, settings),
             "decision": self._decision(trial),
             "time_left_s": None
             if spec.is_function
             else _time_left_s(trial, spec.target_samples - num_samples, throughput),
             "off": dict(trial.off),
+            "is_asked_for": not trial.has_stand_in,
+            "is_held": trial.is_held,
             "log_path": str(Path(spec.run_dir) / "trials" / trial.trial_id / "log.txt"),
             "error": trial.reason if trial.state is TrialState.FAILED else None,
             "params": trial.params,
@@ -187,6 +189,8 @@ class StatusWriter:
 
     def _decision(self, trial: Trial) -> dict[str, Any] | None:
         allocation = self._run.plan.allocation(trial.trial_id)
+        if allocation is not None and trial.state is TrialState.QUEUED and self._run.spec.places:
+            return {"generation": int(self._run.plan.generation), "reason": allocation.reason}
         if allocation is None or trial.account is None or trial.account.target is None:
             return None
         reason = allocation.reason if trial.override is None else f"override: {trial.override.reason}"

@@ -2,7 +2,8 @@
 
 The controller applies what it has written to the journal, and a restarted one applies what the journal holds: both have
 the same world after the same events. An event that cannot have happened is refused with the reason and changes nothing.
-Events of trials are here and in `trial_changes`, those of slots, nodes and plans in `shared_changes`.
+Events of trials are in `trial_changes`, telemetry in `seen_changes`, those of slots, nodes and plans in
+`shared_changes`, requests in `steering`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.control import events as ev
+from orchestrator.control import seen_changes as seen
 from orchestrator.control import shared_changes as shared
 from orchestrator.control import signals as sig
+from orchestrator.control import steering
 from orchestrator.control import trial_changes as trials
 from orchestrator.control.effects import Applied, Decide, Effect, Publish, Refused, Wake
 from orchestrator.control.events import Event
+from orchestrator.control.requested import RequestTaken
 from orchestrator.control.world import Run, World
 
 Change = Callable[[World, Run, Any], tuple[Effect, ...]]
@@ -56,6 +60,7 @@ _RULES: dict[type[Event], tuple[Refusal, Change]] = {
     ev.TrialSuspected: (trials.refuse_ended, trials.suspect),
     ev.DialsDeclared: (trials.refuse_ended, trials.declare_dials),
     ev.ResumptionWanted: (trials.refuse_unknown, trials.want_on),
+    RequestTaken: (_always, steering.take),
     sig.TokenSeen: (trials.refuse_unknown, trials.note_token),
     ev.TrialContinued: (trials.refuse_continuation, trials.go_on),
     ev.Reported: (trials.refuse_report, trials.report),
@@ -68,13 +73,13 @@ _RULES: dict[type[Event], tuple[Refusal, Change]] = {
     sig.SlotExpected: (_always, shared.expect_slot),
     sig.SlotToldToClose: (shared.refuse_closing, shared.close_when_idle),
     sig.SlotsGivenUp: (_always, shared.give_up_slots),
-    sig.RecordsCame: (trials.refuse_unplaced, trials.fold_records),
-    sig.TiersFound: (trials.refuse_unplaced, trials.note_tier_fits),
-    sig.StepModeFound: (trials.refuse_unplaced, trials.note_mode),
-    sig.FitAdvanced: (trials.refuse_unplaced, trials.advance_fit),
-    sig.PaceSeen: (trials.refuse_unplaced, trials.note_pace),
-    sig.MeasurementBegan: (trials.refuse_unplaced, trials.begin_measurement),
-    sig.CheckMade: (trials.refuse_unplaced, trials.note_check),
+    sig.RecordsCame: (trials.refuse_unplaced, seen.fold_records),
+    sig.TiersFound: (trials.refuse_unplaced, seen.note_tier_fits),
+    sig.StepModeFound: (trials.refuse_unplaced, seen.note_mode),
+    sig.FitAdvanced: (trials.refuse_unplaced, seen.advance_fit),
+    sig.PaceSeen: (trials.refuse_unplaced, seen.note_pace),
+    sig.MeasurementBegan: (trials.refuse_unplaced, seen.begin_measurement),
+    sig.CheckMade: (trials.refuse_unplaced, seen.note_check),
 }
 """For each event why it may be impossible, and what it changes. The first looks only, the second never fails."""
 

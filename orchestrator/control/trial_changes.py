@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from orchestrator.control import events as ev
 from orchestrator.control import signals as sig
-from orchestrator.control.effects import Decide, DiscardCommits, Effect, StoreSteps, Warn
+from orchestrator.control.effects import Decide, DiscardCommits, Effect
 from orchestrator.control.grants import Account
 from orchestrator.control.orders import DialReport, Report, StopMode
 from orchestrator.control.world import Run, Slot, SlotState, Trial, TrialState, World
-from orchestrator.policies.learn.fit import NOTHING_FITTED, capped, inherit, note_tiers
-from orchestrator.policies.snapshot import DeviceKind, Override, StepModeView
+from orchestrator.policies.learn.fit import NOTHING_FITTED, capped, inherit
+from orchestrator.policies.snapshot import DeviceKind, Override
 from orchestrator.telemetry.window import TrialWindow
 
 REFUSED_PATIENCES = 5
@@ -119,14 +119,17 @@ def queue(_world: World, run: Run, event: ev.TrialQueued) -> Effects:
         params=dict(event.params),
         token=event.token,
         queued_at_s=event.t_s,
+        submitted_at_s=event.t_s,
+        changed_at_s=event.t_s,
     )
+    trial.credit = 0 if trial.has_stand_in else run.spec.max_reports
     run.trials[trial.trial_id] = trial
     trial.story.append("queued")
     place = len(run.queue)
     while place and run.trials[run.queue[place - 1]].attempt == 0 and run.queue[place - 1] > trial.trial_id:
         place -= 1
     run.queue.insert(place, trial.trial_id)
-    return ()
+    return (Decide(),) if run.spec.places else ()
 
 
 def assign(world: World, run: Run, event: ev.TrialAssigned) -> Effects:
@@ -142,7 +145,7 @@ def assign(world: World, run: Run, event: ev.TrialAssigned) -> Effects:
     trial.is_resized = trial.num_workers is not None and trial.size not in {0, len(placement)}
     trial.size, trial.wish = len(placement), None
     _forget_grant(run, trial)
-    trial.account = Account(placement=placement)
+    trial.account, trial.charged_at_s = Account(placement=placement), event.t_s
     known = [world.devices[each].kind for each in placement if each in world.devices]
     trial.window = TrialWindow(
         stale_after_s=run.spec.stale_after_s,
@@ -166,6 +169,8 @@ def stop(world: World, run: Run, event: ev.TrialToldToStop) -> Effects:
     trial.stop = mode
     if mode is StopMode.RESIZE:
         trial.moves_to, trial.left_at_s = event.num_workers or trial.moves_to, event.t_s
+    elif mode is StopMode.MOVE:
+        trial.left_at_s = event.t_s
     if mode is StopMode.DISCARD and trial.state is not TrialState.RUNNING:
         _finish(world, run, trial, event, TrialState.STOPPED, "stopped while it was waiting")
     return ()
@@ -174,12 +179,16 @@ def stop(world: World, run: Run, event: ev.TrialToldToStop) -> Effects:
 def requeue(world: World, run: Run, event: ev.TrialRequeued) -> Effects:
     """Put a trial at the front of the queue for its next attempt."""
     trial = run.trials[event.trial_id]
-    trial.kept_fit = trial.fit if trial.moves_to is not None and trial.fit is not None else trial.kept_fit
+    is_moving = trial.stop is StopMode.MOVE and trial.left_at_s is not None
+    if trial.fit is not None and (is_moving or trial.moves_to is not None):
+        trial.kept_fit = trial.fit
+    if is_moving and trial.left_at_s is not None:
+        trial.move_s = event.t_s - trial.left_at_s
     if trial.moves_to is None:
         trial.left_at_s, trial.pace = None, None
     take_out(world, run, trial, event.t_s)
     trial.state, trial.attempt, trial.stop = TrialState.QUEUED, event.attempt, StopMode.NONE
-    trial.queued_at_s = event.t_s
+    trial.queued_at_s = trial.changed_at_s = event.t_s
     run.queue.insert(0, trial.trial_id)
     trial.num_workers, trial.moves_to, trial.onward = event.num_workers, None, event.onward
     trial.num_restarts, trial.num_overflows, trial.resume = event.num_restarts, event.num_overflows, event.resume
@@ -264,9 +273,11 @@ def go_on(world: World, run: Run, event: ev.TrialContinued) -> Effects:
     trial.token = event.token or trial.token
     if event.origin is not None:
         _rebase(run, trial, event)
+    if not trial.has_stand_in:
+        trial.credit, trial.num_restarts, trial.num_overflows = run.spec.max_reports, 0, 0
     take_out(world, run, trial, event.t_s)
     trial.state, trial.stop, trial.reason, trial.attempt = TrialState.QUEUED, StopMode.NONE, "", event.attempt
-    trial.queued_at_s = event.t_s
+    trial.queued_at_s = trial.changed_at_s = event.t_s
     run.queue.append(trial.trial_id)
     return (DiscardCommits(trial.trial_id),) if event.origin is not None else ()
 
@@ -278,8 +289,9 @@ def report(_world: World, run: Run, event: ev.Reported) -> Effects:
     trial.checkpoint = made.checkpoint or trial.checkpoint
     trial.step, trial.num_samples, trial.num_overflows = made.step, made.num_samples, 0
     trial.story.append(f"report {made.index} at step {made.step}")
-    run.ranking.take(trial)
-    run.rungs.reach(run.trials, trial, run.ranking.loss_of(made), event.t_s)
+    if trial.has_stand_in:
+        run.ranking.take(trial)
+        run.rungs.reach(run.trials, trial, run.ranking.loss_of(made), event.t_s)
     return ()
 
 
@@ -321,65 +333,6 @@ def open_rung(_world: World, run: Run, event: sig.RungOpened) -> Effects:
     return ()
 
 
-def fold_records(_world: World, run: Run, event: sig.RecordsCame) -> Effects:
-    """Fold step records into the rates of the attempt; those that can be true go into the table."""
-    trial = run.trials[event.trial_id]
-    assert trial.window is not None
-    found = trial.window.fold(event.rank, event.records, event.t_s, newest_generation=run.plan.generation)
-    effects: list[Effect] = []
-    if found.accepted:
-        records = event.records[found.mask]
-        effects.append(StoreSteps(trial.trial_id, trial.attempt, event.rank, records))
-    if found.refused:
-        text = f"telemetry.refused trial={trial.trial_id} rank={event.rank} {found.reasons}"
-        effects.append(Warn(text))
-    return tuple(effects)
-
-
-def note_tier_fits(_world: World, run: Run, event: sig.TiersFound) -> Effects:
-    """What a trial found out about its tiers; the newest holds."""
-    trial = run.trials[event.trial_id]
-    assert trial.fit is not None
-    trial.fit, trial.fit_changed_at_s = note_tiers(trial.fit, event.report.tiers), event.t_s
-    return ()
-
-
-def note_mode(_world: World, run: Run, event: sig.StepModeFound) -> Effects:
-    """Which step mode is the faster with some dials; the newest holds."""
-    trial = run.trials[event.trial_id]
-    modes = {_dials(mode): mode for mode in (*trial.step_modes, event.found)}
-    trial.step_modes = tuple(modes[dials] for dials in sorted(modes))
-    return ()
-
-
-def advance_fit(_world: World, run: Run, event: sig.FitAdvanced) -> Effects:
-    """What was observed of a trial since the last time is learned, also for trials of its shape to come."""
-    trial = run.trials[event.trial_id]
-    trial.loss = trial.loss if event.loss is None else event.loss
-    if event.fit is not trial.fit:
-        trial.fit = run.shape_fits[run.spec.shape(trial.params)] = event.fit
-    return ()
-
-
-def note_pace(_world: World, run: Run, event: sig.PaceSeen) -> Effects:
-    """Keep the pace of a trial for the comparison with that in its next slot."""
-    run.trials[event.trial_id].pace = event.pace, event.predicted
-    return ()
-
-
-def begin_measurement(_world: World, run: Run, event: sig.MeasurementBegan) -> Effects:
-    """Measure a change; it takes the place of an older one."""
-    trial = run.trials[event.trial_id]
-    trial.measurement, trial.pace = event.measurement, None
-    return ()
-
-
-def note_check(_world: World, run: Run, event: sig.CheckMade) -> Effects:
-    """The newest check of its kind."""
-    run.trials[event.trial_id].checks[event.check.what] = event.check
-    return ()
-
-
 # Parts of several of them.
 
 
@@ -387,6 +340,7 @@ def take_out(world: World, run: Run, trial: Trial, now_s: float) -> None:
     """The trial is in no slot and no queue; its processes use nothing any more."""
     if trial.trial_id in run.queue:
         run.queue.remove(trial.trial_id)
+    trial.attained_s, trial.charged_at_s = trial.attained_until(now_s), None
     slot: Slot | None = world.slot_of(trial)
     if slot is not None:
         slot.trials = tuple(key for key in slot.trials if key != trial.key)
@@ -435,7 +389,3 @@ def _rebase(run: Run, trial: Trial, event: ev.TrialContinued) -> None:
     trial.reports, trial.credit, trial.checkpoint = reports, len(reports), event.checkpoint
     trial.step, trial.num_samples = event.step, event.num_samples
     trial.story.append(f"takes up {event.origin} behind its report {event.num_reports}")
-
-
-def _dials(mode: StepModeView) -> tuple[str, int, int]:
-    return mode.tier.value, mode.micro_batch, mode.grad_accum

@@ -22,6 +22,7 @@ from orchestrator.control.orders import DialReport, Outcome, Report, Resumption,
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.rungs import Rungs
 from orchestrator.control.spec import RunSpec
+from orchestrator.control.terms import Terms
 from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.plan import EMPTY_PLAN, DeviceId, NodeWish, Plan, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceKind, DeviceView, Override, StepModeView
@@ -29,6 +30,8 @@ from orchestrator.share.verification import Check, Subject
 from orchestrator.telemetry.window import TrialWindow
 
 STORY_LENGTH = 20
+REQUESTED = "request:"
+"""How the token of a trial begins that somebody asked for: the search has no stand-in of it."""
 
 TrialKey = tuple[str, TrialId]
 """A run, and a trial of it."""
@@ -140,6 +143,9 @@ class Trial:
         is_suspect: whether it ran when its GPU failed; it runs alone from then on.
         stop: how it was told to leave its slot.
         began_at_s, queued_at_s: when the attempt began, and when the trial last came into the queue.
+        submitted_at_s: when the search first wanted it.
+        attained_s: device-seconds that it has had, up to `charged_at_s`; None there while it is in no slot.
+        move_s: seconds that leaving its last slot for the policy took, until it has begun again.
         step, num_samples, checkpoint: how far it had come by its last report or end, and from where it resumes.
         reports: all of them, oldest first.
         credit: it may make reports with an index below this.
@@ -151,7 +157,7 @@ class Trial:
         size: ranks that its last slot had.
         wish: another number of ranks that the plan in force wants, and since when.
         moves_to: that number once the trial was told to leave for it.
-        left_at_s: when it was told so.
+        left_at_s: when it was told so, or to leave for the policy.
         onward: dials with which it goes on there.
         is_resized: whether the attempt is the first with another number of ranks and has acknowledged nothing yet.
         refused: numbers of ranks that could not be had, each with the time until which they are not tried again.
@@ -169,6 +175,8 @@ class Trial:
         pace: its pace before it left for another slot, and the gain that was predicted.
         measurement: the change of dials whose gain is being measured.
         checks: the newest check of each kind of its share.
+        own_terms: terms by name that were set for it alone.
+        is_held: whether somebody paused it; it is in no slot until they resume it.
     """
 
     run_id: str
@@ -186,6 +194,10 @@ class Trial:
     stop: StopMode = StopMode.NONE
     began_at_s: float = 0.0
     queued_at_s: float = 0.0
+    submitted_at_s: float = 0.0
+    attained_s: float = 0.0
+    charged_at_s: float | None = None
+    move_s: float | None = None
     step: int = 0
     num_samples: int = 0
     checkpoint: str | None = None
@@ -217,11 +229,18 @@ class Trial:
     pace: tuple[Pace, float | None] | None = None
     measurement: Measurement | None = None
     checks: dict[Subject, Check] = field(default_factory=dict)
+    own_terms: dict[str, Any] = field(default_factory=dict)
+    is_held: bool = False
 
     @property
     def key(self) -> TrialKey:
         """Run and trial."""
         return self.run_id, self.trial_id
+
+    @property
+    def has_stand_in(self) -> bool:
+        """Whether the search knows it, and judges it."""
+        return not self.token.startswith(REQUESTED)
 
     @property
     def off(self) -> dict[str, str]:
@@ -237,6 +256,13 @@ class Trial:
     def is_leaving(self) -> bool:
         """Whether it will make no further report in this attempt, or is in none that could."""
         return self.stop is not StopMode.NONE or self.state.is_final or self.state is TrialState.PAUSED
+
+    def attained_until(self, now_s: float) -> float:
+        """Device-seconds that it has had: share times ranks times seconds, as acknowledged."""
+        if self.charged_at_s is None or self.account is None or self.account.applied is None:
+            return self.attained_s
+        devices = self.account.applied.settings.share * len(self.account.placement)
+        return self.attained_s + devices * max(0.0, now_s - self.charged_at_s)
 
     def is_given_up_for(self, wanted: Resumption) -> bool:
         """Whether the state to go on with is not the trial's own newest, however much newer that is."""
@@ -260,8 +286,11 @@ class Run:
         committed_at_s: when each plan was committed, by generation.
         changes_applied: acknowledged changes per dial.
         gains: typical realised gain per dial.
-        restart_s: seconds that the last move of a trial to a slot of another size cost it, None before the first.
+        restart_s: seconds that the last move of a trial to another slot cost it, None before the first.
         start_ids: the starts of the run so far.
+        requests: the trial that each request was about, by the request's id; empty for the run.
+        terms: whose it is, how much it counts, and what it was promised.
+        epoch_s: seconds since 1970 at which the monotonic clock of this start of the run was 0.
         is_interrupted: whether its trials were told to commit and leave, and nothing is assigned any more.
         why_no_slots: why no slot will ever open for it; empty while one may.
     """
@@ -280,6 +309,9 @@ class Run:
         self.gains: defaultdict[str, GainMean] = defaultdict(GainMean)
         self.restart_s: float | None = None
         self.start_ids: list[str] = []
+        self.requests: dict[str, str] = {}
+        self.terms: Terms = spec.terms
+        self.epoch_s = 0.0
         self.is_interrupted = False
         self.why_no_slots = ""
 
@@ -287,9 +319,17 @@ class Run:
         """Trials in a slot, by id."""
         return sorted((t for t in self.trials.values() if t.state is TrialState.RUNNING), key=lambda t: t.trial_id)
 
+    def waiting(self) -> list[Trial]:
+        """Trials in the queue, next first."""
+        return [self.trials[trial_id] for trial_id in self.queue]
+
     def accounts(self) -> dict[TrialId, Account]:
         """The accounts of the trials in a slot."""
         return {key: trial.account for key, trial in self.trials.items() if trial.account is not None}
+
+    def terms_of(self, trial: Trial) -> Terms:
+        """The terms of the run, with those that were set for the trial alone."""
+        return self.terms.changed(trial.own_terms)
 
     def left_s(self, trial: Trial, now_s: float) -> float | None:
         """Seconds of steps that a running trial has left until its next report, at the pace that was seen."""
@@ -301,13 +341,30 @@ class Run:
 
 
 class World:
-    """All runs, and the slots, devices and nodes that they share."""
+    """All runs of a journal, and the slots, devices and nodes that they share.
+
+    `neighbours` are the worlds of other runs under the same policy, by the prefix of their trials: they have journals
+    of their own, and hold parts of the same devices.
+    """
 
     def __init__(self, specs: tuple[RunSpec, ...] = ()) -> None:
         self.runs: dict[str, Run] = {spec.run_id: Run(spec) for spec in specs}
         self.slots: dict[str, Slot] = {}
         self.devices: Mapping[DeviceId, DeviceView] = {}
         self.nodes: dict[str, Node] = {}
+        self.neighbours: dict[str, World] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a snapshot on disk holds; the worlds of other runs have their own."""
+        return {**self.__dict__, "neighbours": {}}
+
+    def accounts(self, run: Run) -> dict[TrialId, Account]:
+        """Who holds what on the devices of a run: its own trials, and under prefixed names those of other runs."""
+        found = run.accounts()
+        for prefix, world in self.neighbours.items():
+            for other in world.runs.values():
+                found |= {TrialId(f"{prefix}{key}"): account for key, account in other.accounts().items()}
+        return found
 
     def trial_in(self, slot: Slot) -> Trial | None:
         """The trial that a slot carries."""

@@ -26,7 +26,6 @@ from orchestrator.policies import (
     TrialView,
     pool,
     predict_step_s,
-    snapshot_from,
     update,
 )
 from orchestrator.policies.plan import Settings, TrialId
@@ -96,7 +95,7 @@ def course_of(run_dir: Path) -> Course:
         JournalError: it has no decision, no ended trial or no telemetry to make a simulation of.
     """
     history = read_history(run_dir)
-    snapshots = [snapshot_from(entry.snapshot) for entry in history.of(PlanCommitted)]
+    snapshots = [entry.decode()[0] for entry in history.of(PlanCommitted)]
     ended = {entry.trial_id: entry for entry in history.of(TrialEnded) if entry.num_samples > 0}
     assigned: dict[TrialId, float] = {}
     for entry in history.of(TrialAssigned):

@@ -30,7 +30,6 @@ from orchestrator.control.events import (
 )
 from orchestrator.control.journal import History, read_history
 from orchestrator.errors import ConfigError
-from orchestrator.policies.codec import plan_from
 from orchestrator.policies.plan import TrialId
 from orchestrator.run_dirs import read_status
 from orchestrator.telemetry.store import read_table
@@ -232,7 +231,7 @@ def _plans(history: History, notes: list[str]) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for entry in history.of(PlanCommitted):
         try:
-            plan = plan_from(entry.plan)
+            _, plan = entry.decode()
         except ValueError as error:
             notes.append(f"the plan of generation {entry.generation} cannot be read: {error}")
             continue

@@ -19,6 +19,7 @@ from orchestrator.clock import Reading, offset_to
 from orchestrator.control.orders import Events, Outcome, SlotHello, SlotOp, SlotOrder
 from orchestrator.errors import JournalError, WorkerGroupError
 from orchestrator.policies.plan import TrialId
+from orchestrator.policy_handle import policy_at
 from orchestrator.train.link import Outbox
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class RayLink:
 
     def _handle(self) -> Any:
         if self._actor is None:
-            self._actor = ray.get_actor(self._name, namespace=self._namespace)
+            self._actor = policy_at(self._name, self._namespace)
         return self._actor
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float = 60.0) -> Any:

@@ -22,6 +22,7 @@ from orchestrator.control.orders import Resumption
 from orchestrator.control.world import TrialState
 from orchestrator.errors import JournalError
 from orchestrator.policies.plan import TrialId
+from orchestrator.policy_handle import policy_at
 from orchestrator.tune.admission import require_untouched
 
 _RETRY_S = 0.25
@@ -147,7 +148,7 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
         while True:
             try:
                 if self._handle is None:
-                    self._handle = ray.get_actor(self._name, namespace=self._namespace)
+                    self._handle = policy_at(self._name, self._namespace)
                 return ray.get(getattr(self._handle, method).remote(*arguments))
             except (RayError, ValueError) as error:
                 self._handle = None

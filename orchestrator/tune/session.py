@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from orchestrator.api import run_file_of
 from orchestrator.beginning import load_begun, make_run_dir, require_history, require_policy, within_quota
 from orchestrator.cluster import RayCluster, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
-from orchestrator.control_plane import ACTOR_NAME, ControlPlane
+from orchestrator.control_plane import ControlPlane
 from orchestrator.driver import log_end, single_driver
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
@@ -59,11 +60,14 @@ def open_session(
             part = sliver(resolved.config.search.num_slots, ray.available_resources().get(HEAD, 0.0))
             plane.open()
             ray.get(plane.policy.set_state.remote("running"))
+            address = plane.address
             with _watched(plane, stopping):
                 yield tune.with_resources(
-                    tune.with_parameters(SlotTrial, actor=ACTOR_NAME, namespace=plane.namespace, is_foreign=True),
+                    tune.with_parameters(SlotTrial, actor=address[0], namespace=address[1], is_foreign=True),
                     {HEAD: part},
                 )
+                while stopping.kind is None and plane.has_asked_for_trials():
+                    time.sleep(_LOOK_S)
             state = _end_search(plane, stopping.kind)
         except BaseException:
             with contextlib.suppress(RayError):
@@ -190,7 +194,7 @@ def _end_search(plane: ControlPlane, stop: StopKind | None = None) -> str:
         return "interrupted"
     trials = ray.get(plane.policy.status.remote(), timeout=30.0)["trials"]
     unfinished = [trial for trial in trials if trial["state"] in {"running", "queued"}]
-    if any(trial["is_asked_for"] for trial in unfinished):
+    if any(trial["is_report_wanted"] for trial in unfinished):
         plane.interrupt(lambda: False)
         return "interrupted"
     if unfinished:

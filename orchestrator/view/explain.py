@@ -21,7 +21,7 @@ from orchestrator.control.events import (
 )
 from orchestrator.control.journal import History, read_history
 from orchestrator.errors import ConfigError, JournalError
-from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
+from orchestrator.policies.codec import to_jsonable
 from orchestrator.policies.decide.candidates import split
 from orchestrator.policies.decide.fitted import FittedTrial, fit_trials
 from orchestrator.policies.plan import Allocation, Generation, Plan, Settings, TrialId, changed_dials, diff, numbers
@@ -237,7 +237,7 @@ def _changed(old: Plan, new: Plan, before: Mapping[TrialId, Settings | None]) ->
 
 def _decoded(entry: PlanCommitted) -> tuple[Snapshot, Plan]:
     try:
-        return snapshot_from(entry.snapshot), plan_from(entry.plan)
+        return entry.decode()
     except ValueError as error:
         raise JournalError(
             f"decision {entry.generation} cannot be read: {error}; allowed: what this version of the orchestrator wrote"

@@ -24,6 +24,7 @@ from orchestrator.control.events import (
     ShareChecked,
     TrialQueued,
 )
+from orchestrator.control.joint import part_of
 from orchestrator.control.journal import History, read_history, segments
 from orchestrator.policies import FairShare, Plan, Policy, Snapshot, build_policy, dumps, plan_from, snapshot_from
 from orchestrator.policies.plan import Generation
@@ -129,7 +130,7 @@ def _plans(history: History, findings: list[Finding]) -> dict[Generation, Plan]:
     plans: dict[Generation, Plan] = {}
     for entry in history.of(PlanCommitted):
         try:
-            plans[entry.generation] = plan_from(entry.plan)
+            plans[entry.generation] = part_of(plan_from(entry.plan), entry.prefix)
         except ValueError as error:
             text = f"plan {entry.generation} cannot be read: {error}"
             findings.append(Finding(code=Code.JOURNAL_TORN, text=text, generation=int(entry.generation)))
@@ -149,9 +150,9 @@ def _replay(history: History, plans: dict[Generation, Plan], findings: list[Find
         return 0
     num_replayed = 0
     for entry in history.of(PlanCommitted):
-        plan = plans.get(entry.generation)
-        if plan is None:
+        if entry.generation not in plans:
             continue
+        plan = plan_from(entry.plan)  # of all runs that were decided together
         problem = _mismatch(policy, entry, plan)
         num_replayed += 1
         if problem is not None:

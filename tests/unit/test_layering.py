@@ -28,6 +28,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "ray": (
         "orchestrator/control/actor.py",
+        "orchestrator/control/cluster_actor.py",
+        "orchestrator/policy_handle.py",
+        "orchestrator/shared_policy.py",
         "orchestrator/cluster.py",
         "orchestrator/control_plane.py",
         "orchestrator/node_requests.py",

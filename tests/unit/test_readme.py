@@ -17,6 +17,7 @@ import yaml
 
 from orchestrator import cli
 from orchestrator.config import load_config
+from orchestrator.config.cluster_file import load_cluster_file
 from orchestrator.control.entries import EVENTS
 from orchestrator.control.events import IN_JOURNAL, LEFT_OUT
 from orchestrator.control.world import SlotState, TrialState
@@ -247,13 +248,16 @@ def test_the_run_files_of_the_readme_are_good_ones(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "my_module.py").write_text("def train(lr, width): ...\n")
-    own, ours = blocks(README, "yaml")
+    own, ours, cluster = blocks(README, "yaml")
     for text, is_function in ((own, True), (ours, False)):
         file = tmp_path / "search.yaml"
         file.write_text(text)
         resolved = load_config(file, [f"storage={tmp_path}"])
         assert resolved.config.name == yaml.safe_load(text)["name"]
         assert job_info(resolved.config.job.name).is_function is is_function
+    file = tmp_path / "policy.yaml"
+    file.write_text(cluster)
+    assert load_cluster_file(file).quotas == {"anna": 4.0, "bert": 2.0}
 
 
 def test_the_tables_and_policies_named_are_those_there_are() -> None:

@@ -17,6 +17,7 @@ from orchestrator.control.entries import EVENTS
 from orchestrator.control.gain import Measurement, Pace
 from orchestrator.control.grants import held
 from orchestrator.control.orders import Outcome, Resumption, SlotHello, Status, StopMode, TierReport
+from orchestrator.control.requested import RequestTaken
 from orchestrator.control.transition import _RULES, apply
 from orchestrator.control.world import NodeState, SlotState, TrialState, World
 from orchestrator.policies.codec import to_jsonable
@@ -90,6 +91,14 @@ EVENTS_OF: dict[type[ev.Event], st.SearchStrategy[Any]] = {
             st.integers(0, 9),
             PLACES,
         ),
+    ),
+    RequestTaken: st.builds(
+        RequestTaken,
+        request_id=TEXT,
+        by=TEXT,
+        command=st.sampled_from(["add", "clone", "stop", "pause", "resume", "set"]),
+        trial_id=st.one_of(TRIALS, st.just(TrialId(""))),
+        values=st.sampled_from([{}, {"weight": 2.0}, {"priority": 1}]),
     ),
     ev.SlotPoisoned: st.builds(
         ev.SlotPoisoned,

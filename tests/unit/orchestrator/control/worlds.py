@@ -27,6 +27,7 @@ from orchestrator.control.placement import wants_slot
 from orchestrator.control.resizing import slots_to_open
 from orchestrator.control.spec import RunSpec, StopRule
 from orchestrator.control.status import StatusWriter
+from orchestrator.control.terms import Terms
 from orchestrator.control.world import Trial
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import DeviceId, Settings, TrialId
@@ -48,6 +49,20 @@ def resizing_spec(run_dir: Path, policy: str, max_running: int) -> RunSpec:
     limits = replace(plain.limits, min_workers=1, max_workers=2)
     dials = (*plain.dials, "workers")
     return replace(plain, limits=limits, max_running=max_running, dials=dials, max_reports=1000)
+
+
+def placing_spec(run_dir: Path, policy: str, params: dict[str, Any], *, is_function: bool = False) -> RunSpec:
+    """The same run, whose trials the policy pauses and moves."""
+    plain = spec(run_dir, policy)
+    return replace(
+        plain,
+        start=replace(plain.start, share=1.0),
+        limits=replace(plain.limits, max_share=1.0),
+        max_running=4,
+        policy_params=params,
+        is_function=is_function,
+        places=True,
+    )
 
 
 def spec(run_dir: Path, policy: str = "fair_share", node_types: tuple[NodeType, ...] = ()) -> RunSpec:
@@ -203,6 +218,9 @@ class World:
     max_running: int = 0
     enforces: tuple[str, ...] = ("compute",)
     memory_cap_bytes: int | None = None
+    places: bool = False
+    is_function: bool = False
+    terms: Terms = field(default_factory=Terms)
     commits: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_attached: int = 0
 
@@ -212,9 +230,15 @@ class World:
 
     @property
     def spec(self) -> RunSpec:
+        return replace(self._plain_spec, terms=self.terms)
+
+    @property
+    def _plain_spec(self) -> RunSpec:
         if self.stop_rule is not None:
             plain = spec(self.run_dir, self.policy_name)
             return replace(plain, max_reports=16, stop_rule=self.stop_rule, mode=self.mode)
+        if self.places:
+            return placing_spec(self.run_dir, self.policy_name, self.policy_params, is_function=self.is_function)
         if not self.max_running:
             return spec(self.run_dir, self.policy_name, self.node_types)
         resizing = resizing_spec(self.run_dir, self.policy_name, self.max_running)
