@@ -45,6 +45,7 @@ class Status(StrEnum):
     STOPPED = "stopped"
     INTERRUPTED = "interrupted"
     MEMORY = "memory"  # it ran out of memory and begins again from its last commit
+    TIER = "tier"  # its code raised in a cheaper tier: it begins again from its last commit, in the start tier for good
     FAILED = "failed"
     LOST = "lost"  # another rank was gone when this one raised: the group begins again, and the trial with it
 
@@ -89,6 +90,7 @@ class TrialOrder:
         metric: name of the value that the search looks at.
         mode: 'min' or 'max', whichever of it is better.
         import_paths: directories where a job named by import path is looked for, first.
+        precision_off: why an earlier attempt of a function gave its precision dial up; empty where none did.
     """
 
     trial_id: TrialId
@@ -109,6 +111,7 @@ class TrialOrder:
     metric: str = ""
     mode: str = "min"
     import_paths: tuple[str, ...] = ()
+    precision_off: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

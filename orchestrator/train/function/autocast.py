@@ -31,12 +31,12 @@ class Autocast:
 
     name = "precision"
 
-    def __init__(self, device: torch.device, start: Settings) -> None:
+    def __init__(self, device: torch.device, start: Settings, *, why_off: str = "") -> None:
         self._device, self._start = device, start
         self._is_tf32 = self._has_cast = False
         self._own_dtype = torch.get_autocast_dtype(device.type)
         self._had_cache = torch.is_autocast_cache_enabled()
-        self.why_off = ""
+        self.why_off = why_off
 
     def limits(self, asked: DialLimits) -> DialLimits:
         """Those of the run file's tiers that autocast has."""

@@ -28,13 +28,14 @@ def commit(directory: Path, source: Path, extra: Mapping[str, Any]) -> Path:
     return checkpoint.commit_files(directory, source, extra)
 
 
-def extra_of(path: Path) -> dict[str, Any]:
-    """What a commit was made with, after its files were found to be as they were written.
+def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The commit in `path`, or the newest before it whose files are as they were written; and what it was made with.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: there is none.
     """
-    return dict(checkpoint.verified(path).extra)
+    found, record = checkpoint.newest_whole(path)
+    return found, dict(record.extra)
 
 
 def take_out(path: Path, target: Path) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from orchestrator.control.orders import Outcome, SlotOrder, Status
-from orchestrator.errors import FunctionError
+from orchestrator.errors import FunctionError, TierError
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import is_cheaper
 from orchestrator.share.mechanism import ShareMechanism
@@ -35,6 +35,7 @@ from orchestrator.train.dials.dial import Dial
 from orchestrator.train.dials.share import ShareDial
 from orchestrator.train.function import adapters, autocast, commits
 from orchestrator.train.function.autocast import Autocast
+from orchestrator.train.function.blame import TierBlame
 from orchestrator.train.function.batch import LoaderBatch, Loaders
 from orchestrator.train.function.current import TrialInfo, running_as
 from orchestrator.train.function.hooks import Steps
@@ -93,7 +94,8 @@ class FunctionDriver:
         self._loaders = Loaders()
         self._share = ShareDial(share, ranks.rank, trial.start)
         self._batch = LoaderBatch(self._loaders, trial.start, is_alone=ranks.world_size == 1)
-        self._precision = Autocast(ranks.device, trial.start)
+        self._precision = Autocast(ranks.device, trial.start, why_off=trial.precision_off)
+        self._blame = TierBlame(trial.start.tier)
         self._settings = trial.start
         self._step = self._position = 0
         self._is_leaving = False
@@ -109,7 +111,8 @@ class FunctionDriver:
 
         Raises:
             FunctionError: it returned without a report, or reported what the search cannot use.
-            Exception: whatever the function raises.
+            TierError: it raised in a cheaper tier than it began in, which may be why.
+            Exception: whatever else the function raises.
         """
         attempt = self.attempt
         if attempt.trial.resume_from is not None:
@@ -135,8 +138,11 @@ class FunctionDriver:
                 return self._ended(Status.DONE)
             except _Leave:
                 pass
-            except Exception:
+            except Exception as error:
                 if not self._is_leaving:
+                    blamed = self._blame.of(error)
+                    if blamed:
+                        raise TierError(blamed) from error
                     raise
                 logger.info("the function raised while it was leaving", exc_info=True)
             if attempt.is_told_to_leave:
@@ -188,6 +194,7 @@ class FunctionDriver:
         values = self._numbers(metrics)
         self.settle()
         path = None if checkpoint is None else self._commit(checkpoint)
+        self._blame.reported(self._settings.tier)
         if attempt.num_reports < attempt.trial.num_reports_done:
             attempt.num_reports += 1  # of an earlier attempt, made again
         else:
@@ -296,6 +303,7 @@ class FunctionDriver:
     def turned(self, asked: Settings, settings: Settings) -> str:
         """The dials are set so from the next step on; the learning rate follows the batch."""
         self._settings = settings
+        self._blame.turned(settings.tier)
         self._follow_batch()
         return self._own_words(asked)
 
@@ -392,7 +400,7 @@ class FunctionDriver:
         return commits.commit(self.attempt.directory / "checkpoints", source, extra)
 
     def _resume(self, path: Path) -> None:
-        extra = commits.extra_of(path)
+        path, extra = commits.newest_whole(path)
         self._step, self._position = int(extra["step"]), int(extra["position"])
         self.attempt.num_reports = int(extra["num_reports"])
         self._checkpoint = commits.take_out(path, self.attempt.directory / RESUMED)

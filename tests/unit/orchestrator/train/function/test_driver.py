@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import orchestrator
 from orchestrator.control.orders import DialReport, Outcome, SlotOrder, Status, StopMode
-from orchestrator.errors import FunctionError
+from orchestrator.errors import FunctionError, TierError
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import TIERS
 from orchestrator.train.boundary import Boundary
@@ -374,6 +374,76 @@ def test_a_loss_that_is_not_finite_in_a_cheaper_tier_puts_the_trial_into_the_dea
     assert script.records["tier"][10] == TIERS.index(Tier.FP32)
 
 
+def raising(where: Callable[[Tensor], object], *, reports: bool = False, raises_at: int = 9) -> Callable[[], None]:
+    """Twenty steps of a linear model; `where` sees its output at one of them, and a report was made before if asked."""
+
+    def train() -> None:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for number in range(20):
+            output = model(torch.ones(4, 2))
+            output.float().sum().backward()
+            optimizer.step()
+            if reports and number == raises_at - 1:
+                orchestrator.report({"loss": 0.0})
+            if number >= raises_at:
+                where(output.detach())
+        orchestrator.report({"loss": 0.0})
+
+    return train
+
+
+def undefined(_output: Tensor) -> object:
+    return _output + undefined_name  # type: ignore[name-defined]  # noqa: F821 - a mistake, as people make it
+
+
+IN_BF16 = (5, lambda now: replace(now, grant=grant(2, tier=Tier.BF16)))
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_what_code_raises_because_of_a_cheaper_tier_is_not_its_mistake(tmp_path: Path, reports: bool) -> None:
+    train = raising(lambda output: output.numpy(), reports=reports)
+    with pytest.raises(TierError, match=r"^it raised in bf16: TypeError: Got unsupported ScalarType BFloat16 \(") as found:
+        drive(function_order(tmp_path), train, IN_BF16)
+    assert isinstance(found.value.__cause__, TypeError)
+    again = function_order(tmp_path)
+    assert again.trial is not None
+    again = replace(again, trial=replace(again.trial, attempt=1, precision_off=str(found.value)))
+    script, outcome = drive(again, train, IN_BF16)
+    assert outcome.status is Status.DONE
+    assert said(script).off["precision"] == str(found.value)
+    assert said(script).limits.tiers == (Tier.FP32,)
+    assert set(script.records["tier"]) == {TIERS.index(Tier.FP32)}
+
+
+def test_any_error_before_the_first_report_of_a_tier_may_come_of_it(tmp_path: Path) -> None:
+    with pytest.raises(TierError, match="NameError"):
+        drive(function_order(tmp_path), raising(undefined), IN_BF16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ((), {}),  # it never left its tier
+        ((IN_BF16,), {"reports": True}),  # a report was made in bf16 before
+        ((IN_BF16,), {"raises_at": 3}),  # before the turn
+    ],
+)
+def test_a_mistake_of_the_functions_own_is_told_at_once(tmp_path: Path, changes: Any, asked: dict[str, Any]) -> None:
+    with pytest.raises(NameError, match="undefined_name"):
+        drive(function_order(tmp_path), raising(undefined, **asked), *changes)
+
+
+def test_a_report_without_the_metric_and_memory_that_ran_out_are_not_blamed_on_a_tier(tmp_path: Path) -> None:
+    def full(_output: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        drive(function_order(tmp_path / "a"), raising(full), IN_BF16)
+    with pytest.raises(FunctionError, match="not among"):
+        drive(function_order(tmp_path / "b"), raising(lambda _: orchestrator.report({})), IN_BF16)
+
+
 def test_several_optimizers_are_one_step_and_all_learning_rates_follow(tmp_path: Path) -> None:
     first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     moves: list[tuple[float, float]] = []
@@ -493,7 +563,7 @@ def test_it_goes_on_from_the_checkpoint_that_it_reported(tmp_path: Path) -> None
     assert [report.step for report in script.reports] == [5, 10]
     path = script.reports[-1].checkpoint
     assert path is not None
-    assert commits.extra_of(Path(path))["num_reports"] == 2
+    assert commits.newest_whole(Path(path))[1]["num_reports"] == 2
     first = function_order(tmp_path / "t")
     assert first.trial is not None
     again = replace(first.trial, attempt=1, resume_from=path, num_reports_done=2)
@@ -504,13 +574,43 @@ def test_it_goes_on_from_the_checkpoint_that_it_reported(tmp_path: Path) -> None
     assert script.records["step"][0] == 10
 
 
+def test_where_its_newest_checkpoint_is_damaged_it_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    def train() -> None:
+        path = orchestrator.checkpoint()
+        begin = 0 if path is None else int((path / "epoch").read_text())
+        seen.append(begin)
+        weight = nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        for epoch in range(begin, 3):
+            for _ in range(5):
+                weight.sum().backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            (tmp_path / "mine" / "epoch").write_text(str(epoch + 1))
+            orchestrator.report({"loss": 1.0}, tmp_path / "mine")
+
+    seen: list[int] = []
+    script, _ = drive(function_order(tmp_path / "t"), train)
+    path = script.reports[-1].checkpoint
+    assert path is not None
+    (Path(path) / "epoch").write_text("9")
+    first = function_order(tmp_path / "t")
+    assert first.trial is not None
+    again = replace(first.trial, attempt=1, resume_from=path, num_reports_done=3)
+    script, outcome = drive(replace(first, trial=again), train)
+    assert outcome.status is Status.DONE
+    assert seen == [0, 2]
+    assert script.records["step"][0] == 10
+    assert script.reports == [], "the third report was taken already"
+
+
 def test_a_checkpoint_may_be_one_file(tmp_path: Path) -> None:
     source = tmp_path / "epoch=1.ckpt"
     source.write_text("state")
     path = commits.commit(tmp_path / "checkpoints", source, {"step": 5})
     taken = commits.take_out(path, tmp_path / "resumed")
     assert [(file.name, file.read_text()) for file in taken.iterdir()] == [("epoch=1.ckpt", "state")]
-    assert commits.extra_of(path) == {"step": 5}
+    assert commits.newest_whole(path) == (path, {"step": 5})
 
 
 def test_without_a_checkpoint_it_begins_anew_and_repeats_no_report(tmp_path: Path) -> None:
