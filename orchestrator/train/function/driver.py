@@ -304,6 +304,7 @@ class FunctionDriver:
         """The dials are set so from the next step on; the learning rate follows the batch."""
         self._settings = settings
         self._blame.turned(settings.tier)
+        self._noise.turned()
         self._follow_batch()
         return self._own_words(asked)
 

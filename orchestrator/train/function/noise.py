@@ -1,9 +1,10 @@
 """The gradient noise of a user's function, from the gradients of two successive steps.
 
 The orchestrator cannot cut a function's batch in halves, so it compares the gradients of one step with those of the
-next, two of `PERIOD` steps. Weights move in between, which adds to the noise what one step changes of the gradient; see
-`batch.noise.RecordedPair`. Gradients are read where the optimizer finds them: behind the function's own clipping, which
-scales both terms alike. Called by the driver in front of each step of the first optimizer.
+next: two of 4 steps until the noise scale is known, as in declared trainings, then two of 32 and later of 64. Weights
+move in between, which adds to the noise what one step changes of the gradient; see `batch.noise.RecordedPair`. Gradients
+are read where the optimizer finds them: behind the function's own clipping, which scales both terms alike. Called by the
+driver in front of each step of the first optimizer.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from orchestrator.train.batch.meter import (
+    EARLY_DRAWS,
+    EARLY_PERIOD_STEPS,
+    ENOUGH_DRAWS,
+    FIRST_STEP,
+    PERIOD_STEPS,
+    QUIET_PERIOD_STEPS,
+)
 from orchestrator.train.batch.noise import NoiseEstimate, RecordedPair
 
-FIRST, PERIOD = 20, 32
-"""The first step whose gradients are kept, and steps from one pair to the next."""
 MAX_BYTES = 1 << 30
 """Gradients larger than this are not copied: the copy is memory that the function does not know of."""
 
@@ -25,34 +32,52 @@ class StepPairs:
     def __init__(self) -> None:
         self._pair: RecordedPair | None = None
         self._params: list[Tensor] = []
-        self._held_at = -1
+        self._next, self._held_at = FIRST_STEP, -1
+        self._held_samples = 0
+        self._num_draws = 0
         self._found: Tensor | None = None
         self._is_off = False
 
+    def turned(self) -> None:
+        """The dials changed: gradients that were kept are not comparable with those to come."""
+        self._held_at = -1
+
     def before(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Look at the gradients of the step that is about to be made."""
-        place = (step - FIRST) % PERIOD
-        if self._is_off or step < FIRST or place > 1:
+        is_held = 0 <= self._held_at == step - 1
+        if self._is_off or not (is_held or step >= self._next):
             return
         if self._pair is None and not self._open(optimizer):
             return
         assert self._pair is not None
-        if place == 0:
-            self._pair.make_room()
-            self._pair.hold()
-            self._held_at = step
-        elif self._held_at == step - 1:
+        if is_held:
             self._found = torch.zeros(2, dtype=torch.float64, device=self._params[0].device)
             self._pair.compare(self._found)
             self._pair.drop()
+        else:
+            self._pair.make_room()
+            self._pair.hold()
+            self._held_at, self._next = step, step + self._period
 
     def take(self, num_samples: int) -> NoiseEstimate | None:
-        """The estimate of the step that was just made, of so many samples; None where it ended no pair."""
+        """The estimate of the step that was just made, of so many samples; None where it ended no pair.
+
+        Steps of different sizes, such as the last of an epoch, are no pair.
+        """
         found, self._found = self._found, None
-        if found is None:
+        held_samples, self._held_samples = self._held_samples, num_samples
+        if found is None or held_samples != num_samples:
             return None
+        self._num_draws += 1
         grad_sq, difference_sq = found.tolist()
         return RecordedPair.estimate((grad_sq, difference_sq), num_samples)
+
+    @property
+    def _period(self) -> int:
+        """Steps from one pair to the next."""
+        if self._num_draws < EARLY_DRAWS:
+            return EARLY_PERIOD_STEPS
+        return PERIOD_STEPS if self._num_draws < ENOUGH_DRAWS else QUIET_PERIOD_STEPS
 
     def _open(self, optimizer: torch.optim.Optimizer) -> bool:
         """Begin with the parameters of an optimizer; False, for good, where their gradients cannot be compared."""
