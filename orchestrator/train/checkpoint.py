@@ -23,7 +23,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,15 +148,18 @@ def commit(
     return final
 
 
-def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Path:
+def commit_files(
+    directory: Path, source: Path | None, extra: Mapping[str, Any], *, more: Callable[[Path], None] | None = None
+) -> Path:
     """Make the files below `source` durable as the commit `<directory>/step-<n>`; called by one rank.
 
     Retention is that of `commit`. `source` is left as it is.
 
     Args:
         directory: the trial's own directory of commits.
-        source: a folder with files of any kind, in folders too; or one file.
+        source: a folder with files of any kind, in folders too; or one file; None for none.
         extra: JSON-able; holds `step` and what else a later attempt needs.
+        more: writes further files into the folder that it is given.
 
     Raises:
         CheckpointError: it could not be written. Nothing was committed then.
@@ -166,10 +169,12 @@ def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Pat
     draft = None
     try:
         draft = _make_draft(final)
-        if source.is_dir():
+        if source is not None and source.is_dir():
             shutil.copytree(source, draft, dirs_exist_ok=True)
-        else:
+        elif source is not None:
             shutil.copy2(source, draft)
+        if more is not None:
+            more(draft)
         files = sorted(path for path in draft.rglob("*") if path.is_file())
         manifest.sync_files(files)
         for folder in {path.parent for path in files}:
@@ -187,7 +192,8 @@ def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Pat
     except (CheckpointError, OSError, shutil.Error) as error:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"cannot commit {source} to {final}: {error}") from error
+        what = "" if source is None else f"{source} to "
+        raise CheckpointError(f"cannot commit {what}{final}: {error}") from error
     return final
 
 

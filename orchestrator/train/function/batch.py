@@ -56,6 +56,7 @@ class Loaders:
 
     Attributes:
         is_frozen: whether sizes may change only where a loader is begun anew, as at the start of an epoch.
+        only: the loader that trains where the function has said which; others are not looked at.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class Loaders:
         self._targets: weakref.WeakKeyDictionary[BatchSampler, int] = weakref.WeakKeyDictionary()
         self._numbers = itertools.count()
         self.is_frozen = False
+        self.only: DataLoader[Any] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -86,7 +88,11 @@ class Loaders:
 
         That one trains: an evaluation whose loader is read with gradients on comes before.
         """
-        used = [replace(seen) for seen in self._seen.values() if seen.num_batches]
+        used = [
+            replace(seen)
+            for loader, seen in self._seen.items()
+            if seen.num_batches and (self.only is None or loader is self.only)
+        ]
         used.sort(key=lambda seen: -seen.last)
         for seen in self._seen.values():
             seen.num_batches = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from orchestrator.control.orders import Outcome, SlotOrder, Status
 from orchestrator.errors import FunctionError, TierError
+from orchestrator.jobs.own import last_line_of
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import is_cheaper
 from orchestrator.share.mechanism import ShareMechanism
@@ -33,24 +32,29 @@ from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.dials.dial import Dial
 from orchestrator.train.dials.share import ShareDial
-from orchestrator.train.function import adapters, autocast, commits
+from orchestrator.train.function import adapters, autocast, watched
 from orchestrator.train.function.autocast import Autocast
 from orchestrator.train.function.blame import TierBlame
 from orchestrator.train.function.batch import LoaderBatch, Loaders
+from orchestrator.train.function.commits import Commits
 from orchestrator.train.function.current import TrialInfo, running_as
+from orchestrator.train.function.guard import TierGuard
 from orchestrator.train.function.hooks import Steps
 from orchestrator.train.function.noise import StepPairs
 from orchestrator.train.function.offers import Offers
+from orchestrator.train.function.pending import Made, Pending
+from orchestrator.train.function.values import numbers_in
+from orchestrator.train.function.watched import Watched
 from orchestrator.train.function.workplace import WORK, working_directory
 from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Link
+from orchestrator.train.precision.calibrate import calibration_key
+from orchestrator.train.precision.guard import Move as TierMove
+from orchestrator.train.precision.watch import WatchPlan
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
-
-RESUMED = "resumed"
-"""Where a function finds the files of its newest checkpoint, below its trial's directory."""
 
 UNSETTLED_STEPS = 3
 """Steps at the beginning, and behind a report, whose times say nothing of the speed: caches and memory are filled."""
@@ -62,6 +66,10 @@ class _Leave(BaseException):
 
 class _Done(BaseException):
     """Unwinds a function that made its last report."""
+
+
+class _Spoilt(BaseException):
+    """Unwinds a function whose weights a cheaper tier has spoilt."""
 
 
 class FunctionDriver:
@@ -100,10 +108,12 @@ class FunctionDriver:
         self._step = self._position = 0
         self._is_leaving = False
         self._num_unsettled = UNSETTLED_STEPS
-        self._pending: list[tuple[StepResult, Times, int, Settings, _Loss | None]] = []
+        self._pending = Pending(num_late=0 if ranks.device.type == "cpu" else 2)
+        self._guard = TierGuard(trial.limits.tiers[0])
+        self._watched: Watched | None = None
+        self._commits = Commits(self.attempt.directory, ranks.rank)
         self._began_s = self._began_cpu_s = 0.0
         self._wait_s = self._switch_s = 0.0
-        self._checkpoint: Path | None = None
         self.offers = Offers(trial.metric, self._take_report)
 
     def run(self) -> Outcome:
@@ -121,7 +131,7 @@ class FunctionDriver:
             attempt.num_reports = 0  # it begins anew; reports that were taken already are not made again
             logger.info("no checkpoint was reported: the function begins anew")
         with contextlib.ExitStack() as stack:
-            stack.callback(self._precision.restore)
+            stack.callback(self._restore)
             try:
                 attempt.follow(None, self)
                 self._wait(lambda: attempt.grant is not None and not attempt.is_paused)
@@ -138,6 +148,8 @@ class FunctionDriver:
                 return self._ended(Status.DONE)
             except _Leave:
                 pass
+            except _Spoilt:
+                raise TierError(self._spoilt_words()) from None
             except Exception as error:
                 if not self._is_leaving:
                     blamed = self._blame.of(error)
@@ -176,7 +188,7 @@ class FunctionDriver:
 
     def settle(self) -> None:
         """Record the steps whose losses are still on the device."""
-        self._record_pending(0)
+        self._record(all_of_them=True)
 
     # What a running function asks for: see `current.Running`.
 
@@ -191,9 +203,12 @@ class FunctionDriver:
 
     def _take_report(self, metrics: Mapping[str, Any], checkpoint: Path | None) -> None:
         attempt = self.attempt
-        values = self._numbers(metrics)
+        values = numbers_in(metrics, attempt.trial.metric)
         self.settle()
-        path = None if checkpoint is None else self._commit(checkpoint)
+        if attempt.trial.metric:
+            self._guard.take_report(self._settings.tier, attempt.trial.metric, values[attempt.trial.metric])
+        path = self._commits.commit(checkpoint, self._watched, self._place(attempt.num_reports + 1))
+        self._guard.committed()
         self._blame.reported(self._settings.tier)
         if attempt.num_reports < attempt.trial.num_reports_done:
             attempt.num_reports += 1  # of an earlier attempt, made again
@@ -209,7 +224,12 @@ class FunctionDriver:
     @property
     def checkpoint(self) -> Path | None:
         """A copy of the newest checkpoint's files, None where none was reported."""
-        return self._checkpoint
+        return self._commits.checkpoint
+
+    @property
+    def num_reports(self) -> int:
+        """Reports made, those of earlier attempts included from whose state this one goes on."""
+        return self.attempt.num_reports
 
     @property
     def info(self) -> TrialInfo:
@@ -223,6 +243,34 @@ class FunctionDriver:
             world_size=self._ranks.world_size,
             attempt=trial.attempt,
         )
+
+    def watch(self, model: object, optimizer: object, loader: object) -> None:
+        """Take a model, its optimizer and its loader: keep their state, and probe precision tiers.
+
+        Raises:
+            FunctionError: they cannot be watched.
+        """
+        watched.check(model, optimizer, loader, self._watched)
+        if isinstance(optimizer, Optimizer):
+            self._steps.first = optimizer
+        if loader is not None:
+            self._loaders.only = loader
+        if self._watched is not None:
+            return
+        assert isinstance(model, torch.nn.Module)
+        given = optimizer if isinstance(optimizer, Optimizer) else None
+        self._watched = Watched(model, given, self._precision, self)
+        if self._commits.watched is not None:
+            self._watched.load(self._commits.watched)
+            logger.info(
+                "the watched model goes on from step %d, behind %d reports",
+                self._step,
+                self.attempt.num_reports,
+            )
+        if self._ranks.world_size == 1 and not self._precision.why_off:
+            self._guard.watch(self._watched, self._watch_plan(), self._ranks.device)
+            self._tell_tiers()
+        self.attempt.tell_dials(self)
 
     # What a library adapter asks for besides: see `adapters.Host`.
 
@@ -245,6 +293,8 @@ class FunctionDriver:
 
     def _about_to_step(self, optimizer: Optimizer) -> None:
         """Where the batch may turn, see from time to time what a larger one would gain."""
+        if self._watched is not None:
+            self._watched.takes(optimizer)
         if not self._batch.why_off:
             self._noise.before(optimizer, self._step)
 
@@ -275,10 +325,11 @@ class FunctionDriver:
         )
         flags = FLAG_UNSETTLED if self._num_unsettled else 0
         self._num_unsettled -= bool(self._num_unsettled)
-        self._pending.append((result, times, flags, settings, None if loss is None else _Loss(loss)))
+        self._pending.add(Made(result=result, times=times, flags=flags, settings=settings), loss)
         self._step += 1
         self._position += result.num_samples
-        self._record_pending(0 if self._ranks.device.type == "cpu" else 2)
+        self._record()
+        self._guard_precision()
         self._begin_step(is_step=True)
         self._switch_s = attempt.cross(self)
         self._wait(lambda: not attempt.is_paused)
@@ -305,6 +356,7 @@ class FunctionDriver:
         self._settings = settings
         self._blame.turned(settings.tier)
         self._noise.turned()
+        self._guard.turned()
         self._follow_batch()
         return self._own_words(asked)
 
@@ -347,90 +399,105 @@ class FunctionDriver:
         )
         return words if asked.tier is now.tier else f"{words}, and {self._precision.why_off}"
 
-    def _record_pending(self, num_left: int) -> None:
-        """Record all but the newest steps; reading a loss waits for the device to have computed it."""
-        while len(self._pending) > num_left:
-            result, times, flags, settings, loss = self._pending.pop(0)
-            value = math.nan if loss is None else loss.read()
-            result = replace(result, loss=value, is_loss_finite=loss is None or math.isfinite(value))
-            memory_bytes = self._meter.observe(settings)
-            self.attempt.record(result, times, flags=flags, memory_bytes=memory_bytes, settings=settings)
-            if not result.is_loss_finite:
-                self._protect(result)
+    def _record(self, *, all_of_them: bool = False) -> None:
+        """Record the steps that are over, and let the guard judge them."""
+        for made in self._pending.take(all_of_them=all_of_them):
+            memory_bytes = self._meter.observe(made.settings)
+            self.attempt.record(
+                made.result, made.times, flags=made.flags, memory_bytes=memory_bytes, settings=made.settings
+            )
+            if not self._precision.why_off:
+                busy_s = made.times.step_s - made.times.wait_s
+                self._guard.after_step(made.settings.tier, made.result, busy_s)
 
-    def _protect(self, result: StepResult) -> None:
-        """A loss that is not finite in a cheaper tier: compute in the dearest one from here on."""
-        dearest, now = self.attempt.trial.limits.tiers[0], self._settings
-        if self._precision.why_off or not is_cheaper(now.tier, dearest):
+    # The guard of the precision.
+
+    def _guard_precision(self) -> None:
+        """Between two steps: make the move that a step or a report asked for, and probe if it is time to.
+
+        Raises:
+            _Spoilt: the weights are not finite any more.
+        """
+        if self._precision.why_off:
             return
-        self._precision.set(dearest)
-        self._settings = replace(now, tier=dearest)
-        reason = f"the loss of step {result.step} is {result.loss} in {now.tier}: goes on in {dearest}"
-        self.attempt.override(self, Move(instead_of=now, reason=reason))
+        if self._guard.is_hopeless:
+            self._is_leaving = True
+            raise _Spoilt
+        try:
+            move = self._guard.before_step()
+        except Exception as error:  # the model is the user's: what it raises when it is computed again is no end
+            self._give_precision_up(f"its model cannot be computed again: {last_line_of(error)}")
+            return
+        if move is not None and is_cheaper(self._settings.tier, move.tier):
+            self._obey(move)
+        self._tell_tiers()
+
+    def _obey(self, move: TierMove) -> None:
+        before = self._settings
+        self._precision.set(move.tier)
+        self._settings = replace(before, tier=move.tier)
+        self._guard.obeyed(move)
+        self._guard.turned()
+        self._noise.turned()
+        self._tell_tiers()
+        reason = f"{move.reason}: goes on in {move.tier}"
+        is_lasting = not self._guard.is_probing
+        self.attempt.override(self, Move(instead_of=before, reason=reason), is_lasting=is_lasting)
+
+    def _give_precision_up(self, why: str) -> None:
+        before = self._settings
+        self._precision.leave_alone(why)
+        self._settings = replace(before, tier=self.attempt.trial.start.tier)
+        self.attempt.tell_dials(self)
+        if self._settings != before:
+            self.attempt.override(self, Move(instead_of=before, reason=why), is_lasting=False)
+
+    def _tell_tiers(self) -> None:
+        """Pass on what is newly known of the tiers."""
+        report = self._guard.news(self._step)
+        if report is not None and self.attempt.speaks:
+            self.attempt.outbox.add_tiers(report)
+
+    def _watch_plan(self) -> WatchPlan:
+        trial, device = self.attempt.trial, self._ranks.device
+        assert self._watched is not None
+        size = sum(param.numel() for param in self._watched.model.parameters())
+        fixed = [f"{name}={value}" for name, value in sorted(trial.params.items())]
+        return WatchPlan(
+            ladder=tuple(tier for tier in trial.limits.tiers if self._precision.has(tier)),
+            budget=trial.probe_budget,
+            target_samples=trial.samples_per_report * trial.max_reports,
+            key=calibration_key(trial.job, [*fixed, f"size={size}"], self._settings.micro_batch, 1, device, "watched"),
+            cache=self.attempt.directory.parents[2] / ".calibration"
+            if len(self.attempt.directory.parents) > 2
+            else None,
+        )
+
+    @property
+    def part_done(self) -> float:
+        """Part of the trial that is done, as far as the number of its reports says."""
+        return self.attempt.num_reports / self.attempt.trial.max_reports
+
+    def _spoilt_words(self) -> str:
+        return f"its losses were not finite in a cheaper tier, nor in {self._settings.tier} behind it"
 
     # Reports and checkpoints.
 
-    def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """The values that are numbers; the search's own must be one.
-
-        Raises:
-            FunctionError: it is not, or is missing.
-        """
-        metric = self.attempt.trial.metric
-        values = {str(key): float(value) for key, value in metrics.items() if _is_number(value)}
-        if metric and metric not in values:
-            if metric in metrics:
-                kind = type(metrics[metric]).__name__
-                raise FunctionError(f"search.metric {metric!r} was reported as a {kind}; allowed: a number")
-            names = ", ".join(sorted(map(str, metrics))) or "nothing"
-            raise FunctionError(
-                f"search.metric {metric!r} is not among the reported values ({names}); report it, or name one of these"
-            )
-        return values
-
-    def _commit(self, source: Path) -> Path | None:
-        """Keep a reported checkpoint; rank 0's counts."""
-        if not self.attempt.speaks:
-            return None
-        extra = {
-            "step": self._step,
-            "position": self._position,
-            "num_reports": self.attempt.num_reports + 1,
-            "kind": "function",
-        }
-        return commits.commit(self.attempt.directory / "checkpoints", source, extra)
+    def _place(self, num_reports: int) -> dict[str, int]:
+        """Where the function stands, for a later attempt."""
+        return {"step": self._step, "position": self._position, "num_reports": num_reports}
 
     def _resume(self, path: Path) -> None:
-        path, extra = commits.newest_whole(path)
+        extra = self._commits.resume(path)
         self._step, self._position = int(extra["step"]), int(extra["position"])
         self.attempt.num_reports = int(extra["num_reports"])
-        self._checkpoint = commits.take_out(path, self.attempt.directory / RESUMED)
         logger.info("the function goes on from its checkpoint of step %d", self._step)
+
+    def _restore(self) -> None:
+        self._precision.restore()
+        if self._watched is not None:
+            self._watched.close()
 
     def _ended(self, status: Status) -> Outcome:
         self.settle()
         return self.attempt.outcome(status, self)
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, numbers.Real) or (hasattr(value, "item") and getattr(value, "size", 0) == 1)
-
-
-class _Loss:
-    """The loss of a step, on its way from the device: `read` waits for that step only, not for later ones."""
-
-    def __init__(self, loss: Tensor) -> None:
-        self._value, self._copied = loss, None
-        if loss.device.type == "cuda":
-            self._value = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            self._value.copy_(loss, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-
-    def read(self) -> float:
-        """Its value."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return float(self._value)

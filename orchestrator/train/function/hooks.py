@@ -30,6 +30,7 @@ class Steps:
     """Watches optimizers and losses; calls `ahead` in front of each step of the first optimizer, `boundary` behind it.
 
     Attributes:
+        first: the optimizer whose steps are counted; None until one has made a step.
         factor: what learning rates are multiplied by during a step.
         loss: mean of the losses since the last step, on their device, None where there was none.
         num_backwards: backward passes since the last step.
@@ -41,7 +42,7 @@ class Steps:
         self, boundary: Callable[[Optimizer], None], ahead: Callable[[Optimizer], None] = lambda _optimizer: None
     ) -> None:
         self._boundary, self._ahead = boundary, ahead
-        self._first: Optimizer | None = None
+        self.first: Optimizer | None = None
         self._rates: dict[int, list[float | Tensor]] = {}
         self._losses: list[Tensor] = []
         self._last_rate = float("nan")
@@ -52,14 +53,9 @@ class Steps:
         self.scales_loss = self.casts = False
 
     @property
-    def first(self) -> Optimizer | None:
-        """The optimizer whose steps are counted; None before its first."""
-        return self._first
-
-    @property
     def rule(self) -> ScalingRule:
         """How the learning rate follows the batch under the optimizer whose steps are counted."""
-        return ScalingRule.ADASCALE if isinstance(self._first, _LINEAR) else ScalingRule.SQRT
+        return ScalingRule.ADASCALE if isinstance(self.first, _LINEAR) else ScalingRule.SQRT
 
     @property
     def counts_steps(self) -> bool:
@@ -102,7 +98,7 @@ class Steps:
                 hook.remove()
 
     def _before(self, optimizer: Optimizer) -> None:
-        if optimizer is self._first:
+        if self.first is None or optimizer is self.first:
             self._ahead(optimizer)
         if self.factor == 1.0:
             return
@@ -116,9 +112,9 @@ class Steps:
     def _after(self, optimizer: Optimizer) -> None:
         for group, rate in zip(optimizer.param_groups, self._rates.pop(id(optimizer), []), strict=False):
             _set_rate(group, rate)
-        if self._first is None:
-            self._first = optimizer
-        if optimizer is self._first:
+        if self.first is None:
+            self.first = optimizer
+        if optimizer is self.first:
             self._num_steps += 1
             rate = float(optimizer.param_groups[0]["lr"]) if optimizer.param_groups else 0.0
             self._num_rate_changes += self._num_steps > 1 and rate != self._last_rate

@@ -364,6 +364,8 @@ def test_a_loss_that_is_not_finite_in_a_cheaper_tier_puts_the_trial_into_the_dea
         for number in range(20):
             loss = weight.sum() * (float("nan") if number == 9 else 1.0)
             loss.backward()  # type: ignore[no-untyped-call]
+            assert weight.grad is not None
+            weight.grad.nan_to_num_()
             optimizer.step()
         orchestrator.report({"loss": 0.0})
 
@@ -442,6 +444,35 @@ def test_a_report_without_the_metric_and_memory_that_ran_out_are_not_blamed_on_a
         drive(function_order(tmp_path / "a"), raising(full), IN_BF16)
     with pytest.raises(FunctionError, match="not among"):
         drive(function_order(tmp_path / "b"), raising(lambda _: orchestrator.report({})), IN_BF16)
+
+
+def test_weights_that_a_cheaper_tier_spoilt_are_those_of_the_newest_checkpoint_again(tmp_path: Path) -> None:
+    def train() -> None:
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for number in range(20):
+            loss = weight.sum() * (float("nan") if number == 9 else 1.0)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            seen.append(number)
+        orchestrator.report({"loss": 0.0})
+
+    seen: list[int] = []
+    with pytest.raises(TierError, match="not finite in a cheaper tier, nor in fp32 behind it"):
+        drive(function_order(tmp_path), train, IN_BF16)
+    assert seen[-1] == 11, "it does not train on with what is lost"
+    seen.clear()
+    _, outcome = drive(function_order(tmp_path), train)  # its own tier: not finite by itself
+    assert outcome.status is Status.DONE
+    assert len(seen) == 20
+
+
+def test_a_report_that_is_not_finite_in_a_cheaper_tier_puts_the_trial_into_the_dearest(tmp_path: Path) -> None:
+    train = raising(lambda _: orchestrator.report({"loss": float("nan")}))
+    script, outcome = drive(function_order(tmp_path), train, IN_BF16)
+    assert outcome.status is Status.DONE
+    assert "loss was reported as nan in bf16: goes on in fp32" in script.overrides[-1].reason
+    assert script.records["tier"][11] == TIERS.index(Tier.FP32)
 
 
 def test_several_optimizers_are_one_step_and_all_learning_rates_follow(tmp_path: Path) -> None:
