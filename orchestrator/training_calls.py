@@ -1,7 +1,7 @@
 """What a training may call of the orchestrator: `report`, `checkpoint`, `num_reports`, `trial` and `watch`.
 
-In a trial they reach the attempt that runs in this process. Outside of one `report` and `watch` do nothing, `num_reports`
-is 0, and the others return None, so that the same file runs by itself.
+In a trial they reach the attempt that runs in this process. Outside of one `report` and `watch` do nothing,
+`num_reports` returns 0 and the others None, so that the same file runs by itself.
 """
 
 from __future__ import annotations

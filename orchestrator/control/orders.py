@@ -6,13 +6,14 @@ send back is idempotent: acknowledged by (trial, attempt, number), so a resend a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from orchestrator.policies.learn.tier_fit import TierFit
 from orchestrator.policies.plan import DeviceId, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceView, DialLimits, StepModeView
+from orchestrator.policies.tier import Tier
 
 
 class SlotOp(StrEnum):
@@ -235,6 +236,11 @@ class DialReport:
     start: Settings
     limits: DialLimits
     off: dict[str, str]
+
+    def without_precision(self, tier: Tier, reason: str) -> DialReport:
+        """The same with the precision dial off, at `tier`."""
+        limits, start = replace(self.limits, tiers=(tier,)), replace(self.start, tier=tier)
+        return replace(self, start=start, limits=limits, off={**self.off, "precision": reason})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,9 +160,7 @@ def assign(world: World, run: Run, event: ev.TrialAssigned) -> Effects:
         trial.override = Override(number=0, generation=run.plan.generation, settings=trial.resume, reason=reason)
     elif row is not None and trial.precision_off:
         first = replace(row.settings, tier=run.spec.start.tier)
-        trial.override = Override(
-            number=0, generation=run.plan.generation, settings=first, reason=trial.precision_off
-        )
+        trial.override = Override(number=0, generation=run.plan.generation, settings=first, reason=trial.precision_off)
     return ()
 
 
@@ -190,8 +188,11 @@ def requeue(world: World, run: Run, event: ev.TrialRequeued) -> Effects:
     trial.num_workers, trial.moves_to, trial.onward = event.num_workers, None, event.onward
     trial.num_restarts, trial.num_overflows, trial.resume = event.num_restarts, event.num_overflows, event.resume
     trial.checkpoint = event.checkpoint
-    if event.precision_off and not trial.precision_off:
-        _give_precision_up(run, trial, event.precision_off)
+    if event.precision_off:
+        first = run.spec.start_on(trial.size)
+        said = trial.allows or DialReport(step=0, start=first, limits=run.spec.limits, off={})
+        trial.allows = said.without_precision(first.tier, event.precision_off)
+        trial.precision_off = event.precision_off
     if trial.next is not None and not trial.is_given_up_for(trial.next[1]):
         trial.next = None  # it goes on from its own newest anyway
     _progress(trial, event.step, event.num_samples)
@@ -402,16 +403,6 @@ def take_out(world: World, run: Run, trial: Trial, now_s: float) -> None:
             slot.state, slot.idle_since_s = SlotState.IDLE, now_s
     trial.slot_id, trial.account, trial.window, trial.fit = None, None, None, None
     trial.override, trial.measurement, trial.step_modes, trial.checks = None, None, (), {}
-
-
-def _give_precision_up(run: Run, trial: Trial, reason: str) -> None:
-    """The trial computes in its start tier from now on; its next attempt is told so, and says so itself."""
-    tier, said = run.spec.start.tier, trial.allows
-    limits = replace(run.spec.limits if said is None else said.limits, tiers=(tier,))
-    start = replace(run.spec.start_on(trial.size) if said is None else said.start, tier=tier)
-    off = {**({} if said is None else said.off), "precision": reason}
-    trial.precision_off = reason
-    trial.allows = DialReport(step=0 if said is None else said.step, start=start, limits=limits, off=off)
 
 
 def tell_story(trial: Trial, text: str) -> None:

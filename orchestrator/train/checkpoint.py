@@ -148,18 +148,13 @@ def commit(
     return final
 
 
-def commit_files(
-    directory: Path, source: Path | None, extra: Mapping[str, Any], *, more: Callable[[Path], None] | None = None
-) -> Path:
-    """Make the files below `source` durable as the commit `<directory>/step-<n>`; called by one rank.
-
-    Retention is that of `commit`. `source` is left as it is.
+def commit_files(directory: Path, write: Callable[[Path], None], extra: Mapping[str, Any]) -> Path:
+    """Make files of any kind durable as the commit `<directory>/step-<n>`; called by one rank. Retention as `commit`.
 
     Args:
         directory: the trial's own directory of commits.
-        source: a folder with files of any kind, in folders too; or one file; None for none.
+        write: writes them into the folder that it is given, in folders too.
         extra: JSON-able; holds `step` and what else a later attempt needs.
-        more: writes further files into the folder that it is given.
 
     Raises:
         CheckpointError: it could not be written. Nothing was committed then.
@@ -169,12 +164,7 @@ def commit_files(
     draft = None
     try:
         draft = _make_draft(final)
-        if source is not None and source.is_dir():
-            shutil.copytree(source, draft, dirs_exist_ok=True)
-        elif source is not None:
-            shutil.copy2(source, draft)
-        if more is not None:
-            more(draft)
+        write(draft)
         files = sorted(path for path in draft.rglob("*") if path.is_file())
         manifest.sync_files(files)
         for folder in {path.parent for path in files}:
@@ -192,8 +182,7 @@ def commit_files(
     except (CheckpointError, OSError, shutil.Error) as error:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
-        what = "" if source is None else f"{source} to "
-        raise CheckpointError(f"cannot commit {what}{final}: {error}") from error
+        raise CheckpointError(f"cannot commit to {final}: {error}") from error
     return final
 
 

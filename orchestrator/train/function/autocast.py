@@ -34,7 +34,7 @@ _CASTS = {Tier.BF16: torch.bfloat16}
 
 
 class Autocast:
-    """fp32, tf32 (on a GPU) and bf16 of a function on `device`; with a watched model what its linear layers have too."""
+    """fp32, tf32 (on a GPU) and bf16 of a function on `device`; of a watched model what its linear layers have too."""
 
     name = "precision"
 

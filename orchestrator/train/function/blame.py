@@ -1,16 +1,16 @@
 """Whether what a user's function raises may come of a turn to a cheaper tier, which it never asked for.
 
-Code that is right in the tier it began in can raise in a cheaper one: NumPy knows no bf16, and two dtypes may not meet in
-one operation. Until a report was made in a tier, any error there counts as that tier's; after it, only one whose text
-names a 16-bit type, since other code may run between two later reports. Called by the driver; the attempt then begins
-again in the start tier, once.
+Code that is right in the tier it began in can raise in a cheaper one: NumPy knows no bf16, and two dtypes may not meet
+in one operation. Until a report was made in a tier, any error there counts as that tier's; after it, only one whose
+text names a 16-bit type, since other code may run between two later reports. Called by the driver; the attempt then
+begins again in the start tier, once.
 """
 
 from __future__ import annotations
 
 import re
 
-from orchestrator.errors import FunctionError
+from orchestrator.errors import FunctionError, TierError
 from orchestrator.jobs.own import UserCodeError, last_line_of
 from orchestrator.policies.tier import Tier, is_cheaper
 from orchestrator.train.batch.guard import is_out_of_memory
@@ -42,7 +42,19 @@ class TierBlame:
         self._proven.add(tier)
         self._tried = None
 
-    def of(self, error: Exception) -> str:
+    def judge(self, error: Exception) -> None:
+        """Raise what the function raised, or what its tier has to answer for.
+
+        Raises:
+            TierError: a cheaper tier may be why.
+            Exception: the error itself.
+        """
+        blamed = self._of(error)
+        if blamed:
+            raise TierError(blamed) from error
+        raise error
+
+    def _of(self, error: Exception) -> str:
         """The cheaper tier and the error in one line, if the tier may be to blame; empty where it is not."""
         tier = self._tried
         if tier is None and _NAMES_A_DTYPE.search(str(error)):

@@ -1,8 +1,8 @@
 """What a watched model was called with while it trained, kept to be computed again in another precision tier.
 
-Two calls are kept, each the first of a step, with the gradients that arrived at their outputs. The model is then run on
-the same inputs and the same gradients are sent back through it: that gives its parameters' gradients in any tier without
-calling the function's loss a second time. Nothing is kept unless it was asked for. Called by `watched`.
+Two calls are kept, each the first of a step, with the gradients that arrived at their outputs. The model is then run
+on the same inputs and the same gradients are sent back through it: that gives its parameters' gradients in any tier
+without calling the function's loss a second time. Nothing is kept unless it was asked for. Called by `watched`.
 """
 
 from __future__ import annotations

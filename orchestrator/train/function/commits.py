@@ -1,8 +1,8 @@
 """Commits of a user's function: the checkpoints that it reports, and the state of the model that it watches.
 
 A commit is `checkpoints/step-<n>` with the function's files as they are, `watched.pt` where a model is watched, and a
-manifest of their sizes and SHA-256, so that `verify` and `resume` treat it like any other. The newest `KEEP_COMMITS` and
-the best are kept.
+manifest of their sizes and SHA-256, so that `verify` and `resume` treat it like any other. The newest `KEEP_COMMITS`
+and the best are kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orchestrator.train import checkpoint, manifest
 from orchestrator.train.function.watched import FILE, Watched
 
 RESUMED = "resumed"
-"""Where a function finds the files of its newest checkpoint, below its trial's directory; other ranks add their number."""
+"""Where a function finds the files of its newest checkpoint, below its trial's directory; other ranks add a number."""
 
 CHECKPOINTS = "checkpoints"
 """The folder of the commits, below the trial's directory."""
@@ -77,7 +77,16 @@ def commit(directory: Path, source: Path | None, extra: Mapping[str, Any], watch
     Raises:
         CheckpointError: it could not be written; nothing was committed then.
     """
-    return checkpoint.commit_files(directory, source, extra, more=None if watched is None else watched.save)
+
+    def write(draft: Path) -> None:
+        if source is not None and source.is_dir():
+            shutil.copytree(source, draft, dirs_exist_ok=True)
+        elif source is not None:
+            shutil.copy2(source, draft)
+        if watched is not None:
+            watched.save(draft)
+
+    return checkpoint.commit_files(directory, write, extra)
 
 
 def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:

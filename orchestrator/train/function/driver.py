@@ -20,9 +20,8 @@ from torch.optim import Optimizer
 
 from orchestrator.control.orders import Outcome, SlotOrder, Status
 from orchestrator.errors import FunctionError, TierError
-from orchestrator.jobs.own import last_line_of
 from orchestrator.policies.plan import Settings
-from orchestrator.policies.tier import is_cheaper
+from orchestrator.policies.tier import Tier
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import FLAG_UNSETTLED
 from orchestrator.train.attempt import Attempt, Times
@@ -32,13 +31,13 @@ from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.dials.dial import Dial
 from orchestrator.train.dials.share import ShareDial
-from orchestrator.train.function import adapters, autocast, watched
+from orchestrator.train.function import adapters, watched
 from orchestrator.train.function.autocast import Autocast
-from orchestrator.train.function.blame import TierBlame
 from orchestrator.train.function.batch import LoaderBatch, Loaders
+from orchestrator.train.function.blame import TierBlame
 from orchestrator.train.function.commits import Commits
 from orchestrator.train.function.current import TrialInfo, running_as
-from orchestrator.train.function.guard import TierGuard
+from orchestrator.train.function.guard import SpoiltError, TierGuard
 from orchestrator.train.function.hooks import Steps
 from orchestrator.train.function.noise import StepPairs
 from orchestrator.train.function.offers import Offers
@@ -48,9 +47,6 @@ from orchestrator.train.function.watched import Watched
 from orchestrator.train.function.workplace import WORK, working_directory
 from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Link
-from orchestrator.train.precision.calibrate import calibration_key
-from orchestrator.train.precision.guard import Move as TierMove
-from orchestrator.train.precision.watch import WatchPlan
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_result import StepResult
 
@@ -109,7 +105,7 @@ class FunctionDriver:
         self._is_leaving = False
         self._num_unsettled = UNSETTLED_STEPS
         self._pending = Pending(num_late=0 if ranks.device.type == "cpu" else 2)
-        self._guard = TierGuard(trial.limits.tiers[0])
+        self._guard = TierGuard(self.attempt, self._precision, self)
         self._watched: Watched | None = None
         self._commits = Commits(self.attempt.directory, ranks.rank)
         self._began_s = self._began_cpu_s = 0.0
@@ -133,30 +129,17 @@ class FunctionDriver:
         with contextlib.ExitStack() as stack:
             stack.callback(self._restore)
             try:
-                attempt.follow(None, self)
-                self._wait(lambda: attempt.grant is not None and not attempt.is_paused)
-                stack.enter_context(working_directory(attempt.directory / WORK))
-                stack.enter_context(self._steps.installed())
-                stack.enter_context(self._loaders.installed())
-                stack.enter_context(adapters.installed(self))
-                stack.enter_context(running_as(self))
-                attempt.tell_dials(self)
-                self._begin_step()
-                self._function()
-                self.offers.settle()
+                self._call(stack)
             except _Done:
                 return self._ended(Status.DONE)
             except _Leave:
                 pass
-            except _Spoilt:
-                raise TierError(self._spoilt_words()) from None
+            except _Spoilt as spoilt:
+                raise TierError(str(spoilt)) from None
             except Exception as error:
                 if not self._is_leaving:
-                    blamed = self._blame.of(error)
-                    if blamed:
-                        raise TierError(blamed) from error
-                    raise
-                logger.info("the function raised while it was leaving", exc_info=True)
+                    self._blame.judge(error)
+                logger.info("the function raised while it was leaving", exc_info=error)
             if attempt.is_told_to_leave:
                 commits_first = attempt.order.stop.commits
                 return self._ended(Status.INTERRUPTED if commits_first else Status.STOPPED)
@@ -168,6 +151,21 @@ class FunctionDriver:
                 + (f", or name one that its library makes: {names}" if names else "")
             )
         return self._ended(Status.DONE)
+
+    def _call(self, stack: contextlib.ExitStack) -> None:
+        """Wait for the first grant, and call the function with everything installed that sees and changes it."""
+        attempt = self.attempt
+        attempt.follow(None, self)
+        self._wait(lambda: attempt.grant is not None and not attempt.is_paused)
+        stack.enter_context(working_directory(attempt.directory / WORK))
+        stack.enter_context(self._steps.installed())
+        stack.enter_context(self._loaders.installed())
+        stack.enter_context(adapters.installed(self))
+        stack.enter_context(running_as(self))
+        attempt.tell_dials(self)
+        self._begin_step()
+        self._function()
+        self.offers.settle()
 
     # What an attempt asks of its driver.
 
@@ -267,9 +265,7 @@ class FunctionDriver:
                 self._step,
                 self.attempt.num_reports,
             )
-        if self._ranks.world_size == 1 and not self._precision.why_off:
-            self._guard.watch(self._watched, self._watch_plan(), self._ranks.device)
-            self._tell_tiers()
+        self._guard.watch(self._watched)
         self.attempt.tell_dials(self)
 
     # What a library adapter asks for besides: see `adapters.Host`.
@@ -329,7 +325,11 @@ class FunctionDriver:
         self._step += 1
         self._position += result.num_samples
         self._record()
-        self._guard_precision()
+        try:
+            self._guard.between_steps()
+        except SpoiltError as error:
+            self._is_leaving = True
+            raise _Spoilt(str(error)) from None
         self._begin_step(is_step=True)
         self._switch_s = attempt.cross(self)
         self._wait(lambda: not attempt.is_paused)
@@ -371,7 +371,7 @@ class FunctionDriver:
         """See what the function turned out to be; say so once it is known, and what it trains with instead."""
         own, batch, before = self._precision, self._batch, self._settings
         is_news = batch.stepped(num_backwards=num_backwards, counts_steps=lambda: self._steps.counts_steps)
-        why = self._why_own_precision()
+        why = self._steps.own_precision
         if why and not own.why_off:
             own.leave_alone(why)
             is_news = True
@@ -383,13 +383,6 @@ class FunctionDriver:
         if self._settings != before:
             move = Move(instead_of=before, reason=self._own_words(before))
             self.attempt.override(self, move, is_lasting=False)
-
-    def _why_own_precision(self) -> str:
-        if self._steps.scales_loss:
-            return autocast.SCALER
-        if self._steps.casts:
-            return autocast.OWN
-        return autocast.LINE_SEARCH if isinstance(self._steps.first, torch.optim.LBFGS) else ""
 
     def _own_words(self, asked: Settings) -> str:
         """What the function does by itself where it was asked for something else."""
@@ -406,80 +399,31 @@ class FunctionDriver:
             self.attempt.record(
                 made.result, made.times, flags=made.flags, memory_bytes=memory_bytes, settings=made.settings
             )
-            if not self._precision.why_off:
-                busy_s = made.times.step_s - made.times.wait_s
-                self._guard.after_step(made.settings.tier, made.result, busy_s)
+            self._guard.after_step(made)
 
-    # The guard of the precision.
-
-    def _guard_precision(self) -> None:
-        """Between two steps: make the move that a step or a report asked for, and probe if it is time to.
-
-        Raises:
-            _Spoilt: the weights are not finite any more.
-        """
-        if self._precision.why_off:
-            return
-        if self._guard.is_hopeless:
-            self._is_leaving = True
-            raise _Spoilt
-        try:
-            move = self._guard.before_step()
-        except Exception as error:  # the model is the user's: what it raises when it is computed again is no end
-            self._give_precision_up(f"its model cannot be computed again: {last_line_of(error)}")
-            return
-        if move is not None and is_cheaper(self._settings.tier, move.tier):
-            self._obey(move)
-        self._tell_tiers()
-
-    def _obey(self, move: TierMove) -> None:
-        before = self._settings
-        self._precision.set(move.tier)
-        self._settings = replace(before, tier=move.tier)
-        self._guard.obeyed(move)
-        self._guard.turned()
-        self._noise.turned()
-        self._tell_tiers()
-        reason = f"{move.reason}: goes on in {move.tier}"
-        is_lasting = not self._guard.is_probing
-        self.attempt.override(self, Move(instead_of=before, reason=reason), is_lasting=is_lasting)
-
-    def _give_precision_up(self, why: str) -> None:
-        before = self._settings
-        self._precision.leave_alone(why)
-        self._settings = replace(before, tier=self.attempt.trial.start.tier)
-        self.attempt.tell_dials(self)
-        if self._settings != before:
-            self.attempt.override(self, Move(instead_of=before, reason=why), is_lasting=False)
-
-    def _tell_tiers(self) -> None:
-        """Pass on what is newly known of the tiers."""
-        report = self._guard.news(self._step)
-        if report is not None and self.attempt.speaks:
-            self.attempt.outbox.add_tiers(report)
-
-    def _watch_plan(self) -> WatchPlan:
-        trial, device = self.attempt.trial, self._ranks.device
-        assert self._watched is not None
-        size = sum(param.numel() for param in self._watched.model.parameters())
-        fixed = [f"{name}={value}" for name, value in sorted(trial.params.items())]
-        return WatchPlan(
-            ladder=tuple(tier for tier in trial.limits.tiers if self._precision.has(tier)),
-            budget=trial.probe_budget,
-            target_samples=trial.samples_per_report * trial.max_reports,
-            key=calibration_key(trial.job, [*fixed, f"size={size}"], self._settings.micro_batch, 1, device, "watched"),
-            cache=self.attempt.directory.parents[2] / ".calibration"
-            if len(self.attempt.directory.parents) > 2
-            else None,
-        )
+    # What the guard of the precision asks for: see `guard.Protected`.
 
     @property
     def part_done(self) -> float:
         """Part of the trial that is done, as far as the number of its reports says."""
         return self.attempt.num_reports / self.attempt.trial.max_reports
 
-    def _spoilt_words(self) -> str:
-        return f"its losses were not finite in a cheaper tier, nor in {self._settings.tier} behind it"
+    def change_tier(self, tier: Tier, reason: str, *, is_lasting: bool) -> None:
+        """Compute in `tier` from the next step on, and say why."""
+        before = self._settings
+        self._precision.set(tier)
+        self._settings = replace(before, tier=tier)
+        self._guard.turned()
+        self._noise.turned()
+        self.attempt.override(self, Move(instead_of=before, reason=reason), is_lasting=is_lasting)
+
+    def give_precision_up(self, why: str) -> None:
+        """Compute in the start tier, for good."""
+        before, start = self._settings.tier, self.attempt.trial.start.tier
+        self._precision.leave_alone(why)
+        self.attempt.tell_dials(self)
+        if before is not start:
+            self.change_tier(start, why, is_lasting=False)
 
     # Reports and checkpoints.
 

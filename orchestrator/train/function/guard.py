@@ -8,33 +8,46 @@ Called by the driver at each boundary, and with each step once its loss is known
 
 from __future__ import annotations
 
-import logging
 import math
-
-import torch
+from typing import Protocol
 
 from orchestrator.control.orders import TierReport
+from orchestrator.jobs.own import last_line_of
 from orchestrator.policies.tier import Tier, is_cheaper
-from orchestrator.train.function.watched import Watched
+from orchestrator.train.attempt import Attempt
+from orchestrator.train.function.autocast import Autocast
+from orchestrator.train.function.pending import Made
+from orchestrator.train.function.watched import Standing, Watched
+from orchestrator.train.precision.calibrate import calibration_key
 from orchestrator.train.precision.guard import Cause, Move
 from orchestrator.train.precision.watch import PrecisionWatch, StepNews, WatchPlan
-from orchestrator.train.step_result import StepResult
-
-logger = logging.getLogger(__name__)
 
 MAX_SPOILT = 3
 """Losses in a row that are not finite in the dearest tier, after a cheaper one, until the attempt is given up."""
 
 
+class SpoiltError(Exception):
+    """A cheaper tier has spoilt the weights."""
+
+
+class Protected(Standing, Protocol):
+    """Whose tier is guarded: the driver."""
+
+    def change_tier(self, tier: Tier, reason: str, *, is_lasting: bool) -> None:
+        """Compute in `tier` from the next step on, and say why."""
+        ...
+
+    def give_precision_up(self, why: str) -> None:
+        """Compute in the start tier, for good."""
+        ...
+
+
 class TierGuard:
-    """The guard of one attempt. One rank judges by probes; several only by what is not finite.
+    """The guard of one attempt. One rank judges by probes; several only by what is not finite."""
 
-    Args:
-        dearest: the tier to flee to.
-    """
-
-    def __init__(self, dearest: Tier) -> None:
-        self._dearest = dearest
+    def __init__(self, attempt: Attempt, precision: Autocast, host: Protected) -> None:
+        self._attempt, self._precision, self._host = attempt, precision, host
+        self._dearest = attempt.trial.limits.tiers[0]
         self._watch: PrecisionWatch | None = None
         self._watched: Watched | None = None
         self._has_begun = self._is_new = False
@@ -42,27 +55,41 @@ class TierGuard:
         self._num_spoilt = 0
         self._move: Move | None = None
 
-    def watch(self, watched: Watched, plan: WatchPlan, device: torch.device) -> None:
-        """Probe with that model from here on."""
-        self._watched, self._watch = watched, PrecisionWatch(plan, watched, device, None)
-        self._is_new = True
+    def watch(self, watched: Watched) -> None:
+        """Probe with that model from here on, where one rank has it."""
+        ranks = self._attempt.ranks
+        if ranks.world_size == 1 and not self._precision.why_off:
+            self._watched = watched
+            self._watch = PrecisionWatch(self._plan(watched), watched, ranks.device, None)
+            self._is_new = True
+            self._tell()
 
     @property
     def is_probing(self) -> bool:
         """Whether probes decide which tiers are safe."""
         return self._watch is not None and self._watch.is_probing
 
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether weights that a cheaper tier spoilt make every loss not finite."""
-        return self._num_spoilt >= MAX_SPOILT
-
-    def before_step(self) -> Move | None:
-        """Between two steps: what a step asked for, or a probe found.
+    def between_steps(self) -> None:
+        """Make the move that a step or a report asked for, and probe if it is time to.
 
         Raises:
-            Exception: whatever the model raises when it is computed again.
+            SpoiltError: the weights are not finite any more, and no copy of them is there.
         """
+        if self._precision.why_off:
+            return
+        if self._num_spoilt >= MAX_SPOILT:
+            tier = self._host.settings.tier
+            raise SpoiltError(f"its losses were not finite in a cheaper tier, nor in {tier} behind it")
+        try:
+            move = self._next_move()
+        except Exception as error:  # the model is the user's: what it raises when it is computed again is no end
+            self._host.give_precision_up(f"its model cannot be computed again: {last_line_of(error)}")
+            return
+        if move is not None and is_cheaper(self._host.settings.tier, move.tier):
+            self._obey(move)
+        self._tell()
+
+    def _next_move(self) -> Move | None:
         move, self._move = self._move, None
         watch, watched = self._watch, self._watched
         if move is not None or watch is None or watched is None or not watch.is_probing:
@@ -82,8 +109,11 @@ class TierGuard:
         watched.calls.drop()
         return move
 
-    def after_step(self, tier: Tier, result: StepResult, busy_s: float) -> None:
+    def after_step(self, made: Made) -> None:
         """Judge a step; the move that follows is made at the next boundary."""
+        if self._precision.why_off:
+            return
+        tier, result, busy_s = made.settings.tier, made.result, made.times.step_s - made.times.wait_s
         is_bad = not result.is_loss_finite
         self._num_spoilt = self._num_spoilt + 1 if is_bad and self._has_fled and tier is self._dearest else 0
         move = None
@@ -107,9 +137,12 @@ class TierGuard:
             reason = f"{name} was reported as {value} in {tier}"
             self._move = Move(tier=self._dearest, cause=Cause.NON_FINITE, reason=reason, is_rollback=True)
 
-    def obeyed(self, move: Move) -> None:
-        """The tier was turned as a move says: put back what the tier before has spoilt, if a copy is there."""
+    def _obey(self, move: Move) -> None:
+        """Turn the tier as a move says, and put back what the tier before has spoilt, if a copy is there."""
         self._has_fled = True
+        self._tell()
+        reason = f"{move.reason}: goes on in {move.tier}"
+        self._host.change_tier(move.tier, reason, is_lasting=not self.is_probing)
         if move.is_rollback and self._watch is not None and self._has_begun:
             self._watch.go_back()
 
@@ -125,10 +158,24 @@ class TierGuard:
         if self._watch is not None and self._has_begun:
             self._watch.committed()
 
-    def news(self, step: int) -> TierReport | None:
-        """What is newly known of the tiers."""
+    def _tell(self) -> None:
+        """Pass on what is newly known of the tiers; at first that no cheaper one is safe, so that policies wait."""
         if self._watch is None or not self.is_probing:
-            return None
+            return
         tiers = self._watch.known() if self._is_new else self._watch.news()
-        self._is_new = False  # before anything was probed no cheaper tier is safe, and policies wait for probes
-        return None if tiers is None else TierReport(step=step, tiers=tiers, spent_s=self._watch.spent_s)
+        self._is_new = False
+        if tiers is not None and self._attempt.speaks:
+            step = self._host.progress[0]
+            self._attempt.outbox.add_tiers(TierReport(step=step, tiers=tiers, spent_s=self._watch.spent_s))
+
+    def _plan(self, watched: Watched) -> WatchPlan:
+        trial, device, directory = self._attempt.trial, self._attempt.ranks.device, self._attempt.directory
+        size = sum(param.numel() for param in watched.model.parameters())
+        fixed = [*(f"{name}={value}" for name, value in trial.params.items()), f"size={size}"]
+        return WatchPlan(
+            ladder=tuple(tier for tier in trial.limits.tiers if self._precision.has(tier)),
+            budget=trial.probe_budget,
+            target_samples=trial.samples_per_report * trial.max_reports,
+            key=calibration_key(trial.job, fixed, self._host.settings.micro_batch, 1, device, "watched"),
+            cache=directory.parents[2] / ".calibration" if len(directory.parents) > 2 else None,
+        )

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from orchestrator.train.batch.learning_rate import ScalingRule
+from orchestrator.train.function.autocast import LINE_SEARCH, OWN, SCALER
 from orchestrator.train.function.patches import replaced
 
 _LINEAR = (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)
@@ -56,6 +57,15 @@ class Steps:
     def rule(self) -> ScalingRule:
         """How the learning rate follows the batch under the optimizer whose steps are counted."""
         return ScalingRule.ADASCALE if isinstance(self.first, _LINEAR) else ScalingRule.SQRT
+
+    @property
+    def own_precision(self) -> str:
+        """Why the training has to choose its precision by itself; empty where nothing says so yet."""
+        if self.scales_loss:
+            return SCALER
+        if self.casts:
+            return OWN
+        return LINE_SEARCH if isinstance(self.first, torch.optim.LBFGS) else ""
 
     @property
     def counts_steps(self) -> bool:

@@ -2,9 +2,9 @@
 
 The orchestrator cannot cut a function's batch in halves, so it compares the gradients of one step with those of the
 next: two of 4 steps until the noise scale is known, as in declared trainings, then two of 32 and later of 64. Weights
-move in between, which adds to the noise what one step changes of the gradient; see `batch.noise.RecordedPair`. Gradients
-are read where the optimizer finds them: behind the function's own clipping, which scales both terms alike. Called by the
-driver in front of each step of the first optimizer.
+move in between, which adds to the noise what one step changes of the gradient; see `batch.noise.RecordedPair`.
+Gradients are read where the optimizer finds them: behind the function's own clipping, which scales both terms alike.
+Called by the driver in front of each step of the first optimizer.
 """
 
 from __future__ import annotations

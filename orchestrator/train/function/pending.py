@@ -1,4 +1,4 @@
-"""Steps whose losses are still on the device: recorded in their order, a little later, so that nobody waits for them."""
+"""Steps whose losses are still on the device: recorded in their order, a little later, so that nobody waits."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Watched:
         torch.save(state, directory / FILE)
 
     def load(self, path: Path) -> None:
-        """Load what `save` wrote, in place: an optimizer that is not known yet gets its part in front of its first step.
+        """Load what `save` wrote, in place; an optimizer that is not known yet gets its part before its first step.
 
         Learning rates and other options stay those of the function, whose schedule they follow.
 
@@ -212,8 +212,8 @@ def check(model: object, optimizer: object, loader: object, before: Watched | No
         )
     if loader is not None and not isinstance(loader, DataLoader):
         raise FunctionError(
-            f"orchestrator.watch got a {_kind(loader)} as loader; allowed: the torch.utils.data.DataLoader that it trains"
-            " from, or None"
+            f"orchestrator.watch got a {_kind(loader)} as loader; allowed: the torch.utils.data.DataLoader that it"
+            " trains from, or None"
         )
     if before is not None and model is not before.given:
         raise FunctionError(

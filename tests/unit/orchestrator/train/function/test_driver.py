@@ -405,7 +405,9 @@ IN_BF16 = (5, lambda now: replace(now, grant=grant(2, tier=Tier.BF16)))
 @pytest.mark.parametrize("reports", [False, True])
 def test_what_code_raises_because_of_a_cheaper_tier_is_not_its_mistake(tmp_path: Path, reports: bool) -> None:
     train = raising(lambda output: output.numpy(), reports=reports)
-    with pytest.raises(TierError, match=r"^it raised in bf16: TypeError: Got unsupported ScalarType BFloat16 \(") as found:
+    with pytest.raises(
+        TierError, match=r"^it raised in bf16: TypeError: Got unsupported ScalarType BFloat16 \("
+    ) as found:
         drive(function_order(tmp_path), train, IN_BF16)
     assert isinstance(found.value.__cause__, TypeError)
     again = function_order(tmp_path)
