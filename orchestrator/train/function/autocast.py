@@ -156,5 +156,5 @@ def _cast_of(tier: Tier) -> torch.dtype | None:
     """What autocast lowers to in that tier: all products, or what is no linear layer."""
     if _is_of_layers(tier):
         companion = tier_facts(tier).companion_dtype
-        return None if companion is None else getattr(torch, companion)  # type: ignore[no-any-return]
+        return None if companion is None else getattr(torch, companion)
     return _CASTS.get(tier)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from orchestrator.control.orders import Outcome, SlotOrder, Status
 from orchestrator.errors import FunctionError, TierError
@@ -251,7 +252,7 @@ class FunctionDriver:
         watched.check(model, optimizer, loader, self._watched)
         if isinstance(optimizer, Optimizer):
             self._steps.first = optimizer
-        if loader is not None:
+        if isinstance(loader, DataLoader):
             self._loaders.only = loader
         if self._watched is not None:
             return

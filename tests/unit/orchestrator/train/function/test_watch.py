@@ -40,7 +40,7 @@ class Training:
         self.weights: list[Tensor] = []
         self.grads_behind: list[float] = []
         self._watches, self._epochs, self._hands_over, self._spoils_at = watches, epochs, hands_over, spoils_at
-        self.model: nn.Module | None = None
+        self.model: nn.Sequential | None = None
 
     def __call__(self) -> None:
         torch.manual_seed(0)
@@ -65,7 +65,7 @@ class Training:
                 self.losses.append(loss.item())
                 optimizer.step()
                 self.grads_behind.append(sum(float(p.grad.sum()) for p in model.parameters() if p.grad is not None))
-                self.weights.append(model[0].weight.detach().clone())
+                self.weights.append(next(model.parameters()).detach().clone())
             orchestrator.report({"loss": self.losses[-1]})
 
 
