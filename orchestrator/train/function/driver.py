@@ -445,4 +445,5 @@ class FunctionDriver:
 
     def _ended(self, status: Status) -> Outcome:
         self.settle()
+        self._guard.close()
         return self.attempt.outcome(status, self)

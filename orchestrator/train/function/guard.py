@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import torch
+import torch.distributed as dist
+
 from orchestrator.control.orders import TierReport
 from orchestrator.jobs.own import last_line_of
 from orchestrator.policies.tier import Tier, is_cheaper
@@ -54,6 +57,8 @@ class TierGuard:
         self._has_fled = False
         self._num_spoilt = 0
         self._move: Move | None = None
+        self._is_bad = False
+        self._posted: tuple[dist.Work, torch.Tensor] | None = None
 
     def watch(self, watched: Watched) -> None:
         """Probe with that model from here on, where one rank has it."""
@@ -77,6 +82,8 @@ class TierGuard:
         """
         if self._precision.why_off:
             return
+        if self._attempt.ranks.world_size > 1:
+            self._judge(self._host.settings.tier, is_bad=self._agreed(), what="the loss of a step is not finite")
         if self._num_spoilt >= MAX_SPOILT:
             tier = self._host.settings.tier
             raise SpoiltError(f"its losses were not finite in a cheaper tier, nor in {tier} behind it")
@@ -113,29 +120,55 @@ class TierGuard:
         """Judge a step; the move that follows is made at the next boundary."""
         if self._precision.why_off:
             return
-        tier, result, busy_s = made.settings.tier, made.result, made.times.step_s - made.times.wait_s
-        is_bad = not result.is_loss_finite
-        self._num_spoilt = self._num_spoilt + 1 if is_bad and self._has_fled and tier is self._dearest else 0
-        move = None
+        result, is_bad = made.result, not made.result.is_loss_finite
+        if self._attempt.ranks.world_size > 1:
+            self._is_bad |= is_bad
+            return
         if self._watch is not None:
             news = StepNews(
                 is_skipped=is_bad,
                 is_loss_finite=not is_bad,
                 loss=result.loss,
                 loss_scale=1.0,
-                busy_s=busy_s,
+                busy_s=made.times.step_s - made.times.wait_s,
             )
-            move = self._watch.after_step(news)
-        if is_bad and is_cheaper(tier, self._dearest):
-            reason = f"the loss of step {result.step} is {result.loss} in {tier}"
-            move = Move(tier=self._dearest, cause=Cause.NON_FINITE, reason=reason, is_rollback=True)
-        self._move = move or self._move
+            self._move = self._watch.after_step(news) or self._move
+        self._judge(made.settings.tier, is_bad=is_bad, what=f"the loss of step {result.step} is {result.loss}")
 
     def take_report(self, tier: Tier, name: str, value: float) -> None:
         """Judge the metric of a report as well: a training may look at its losses by itself."""
-        if not math.isfinite(value) and is_cheaper(tier, self._dearest):
-            reason = f"{name} was reported as {value} in {tier}"
+        if math.isfinite(value) or self._precision.why_off:
+            return
+        if self._attempt.ranks.world_size > 1:
+            self._is_bad = True
+        elif is_cheaper(tier, self._dearest):
+            self._judge(tier, is_bad=True, what=f"{name} was reported as {value}")
+
+    def close(self) -> None:
+        """Finish what is posted; called by every rank before the group is used for something else."""
+        if self._posted is not None:
+            self._posted[0].wait()
+            self._posted = None
+
+    def _judge(self, tier: Tier, *, is_bad: bool, what: str) -> None:
+        """Flee from a cheaper tier in which something was not finite; count what is so behind that as well."""
+        self._num_spoilt = self._num_spoilt + 1 if is_bad and self._has_fled and tier is self._dearest else 0
+        if is_bad and is_cheaper(tier, self._dearest):
+            reason = f"{what} in {tier}"
             self._move = Move(tier=self._dearest, cause=Cause.NON_FINITE, reason=reason, is_rollback=True)
+
+    def _agreed(self) -> bool:
+        """Whether something was not finite on any rank at the boundary before this one; nobody waits for the answer."""
+        before = False
+        if self._posted is not None:
+            work, told = self._posted
+            work.wait()
+            before = bool(told.item())
+        told, self._is_bad = torch.tensor([int(self._is_bad)]), False
+        posted = dist.all_reduce(told, dist.ReduceOp.MAX, group=self._attempt.ranks.group, async_op=True)
+        assert posted is not None
+        self._posted = posted, told
+        return before
 
     def _obey(self, move: Move) -> None:
         """Turn the tier as a move says, and put back what the tier before has spoilt, if a copy is there."""
