@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import orchestrator
+from tests.foreign.trainings import BY_NAME, ROOT
 from tests.integration.runs import call, results, run_file, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -172,3 +173,42 @@ def test_a_watched_model_goes_on_with_its_state_when_the_run_was_killed(tmp_path
     assert exported.returncode == 0, exported.stdout + exported.stderr
     assert (tmp_path / "best" / "model.safetensors").exists()
     assert json.loads(call("verify", str(run.run_dir), "--json").stdout)["violations"] == []
+
+
+def test_a_ray_train_loop_on_two_ranks_turns_its_dials_on_both_before_the_same_step(tmp_path: Path) -> None:
+    training = BY_NAME["ray_train_loop"]
+    params = {**training.params, "epochs": 30}
+    seed = params.pop("seed")
+    path = run_file(
+        tmp_path / "run.yaml",
+        job={"name": training.import_path, "params": params, "import_paths": [str(ROOT)]},
+        search={
+            "metric": training.metric,
+            "mode": training.mode,
+            "space": {"seed": {"choice": [seed]}},
+            "num_trials": 1,
+            "max_concurrent": 1,
+            "scheduler": {"name": "fifo"},
+        },
+        trial={"num_workers": 2},
+        dials={"share": {"min": 0.1}, "batch": {"enabled": True}, "precision": {"tiers": ["fp32", "bf16"]}},
+        policy={"name": "tests.tier_policy:Cheapest", "params": {"share": 0.3}},
+    )
+    ran = call("run", str(path), "--plain")
+    run_dir = tmp_path / "runs" / "r"
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    trial = trial_of(run_dir)
+    assert (trial["state"], trial["num_workers"], trial["tier"]) == ("done", 2, "bf16")
+    assert trial["off"] == {"batch": "several ranks"}
+    found = results(run_dir)
+    assert len(found) == 30
+    accuracies = [metrics["accuracy"] for _, (_, _, metrics) in sorted(found.items())]
+    assert accuracies[-1] > accuracies[0]
+    steps = orchestrator.load_run(run_dir).to_pandas("steps").sort_values("step")
+    first, second = (steps[steps["rank"] == rank] for rank in (0, 1))
+    assert len(first) == len(second) == 30 * 2048 // (2 * 64)
+    assert set(first["num_samples"]) == {2 * 64}
+    for name in ("generation", "tier", "share", "num_samples"):
+        assert list(first[name]) == list(second[name]), f"ranks differ in {name}"
+    assert len(set(first["tier"])) == len(set(first["share"])) == 2
+    assert json.loads(call("verify", str(run_dir), "--json").stdout)["violations"] == []

@@ -98,7 +98,7 @@ class FunctionDriver:
         self._noise = StepPairs()
         self._loaders = Loaders()
         self._share = ShareDial(share, ranks.rank, trial.start)
-        self._batch = LoaderBatch(self._loaders, trial.start, is_alone=ranks.world_size == 1)
+        self._batch = LoaderBatch(self._loaders, trial.start, num_ranks=ranks.world_size)
         self._precision = Autocast(ranks.device, trial.start, why_off=trial.precision_off)
         self._blame = TierBlame(trial.start.tier)
         self._settings = trial.start
