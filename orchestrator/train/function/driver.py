@@ -40,7 +40,7 @@ from orchestrator.train.function.commits import Commits
 from orchestrator.train.function.current import TrialInfo, running_as
 from orchestrator.train.function.guard import SpoiltError, TierGuard
 from orchestrator.train.function.hooks import Steps
-from orchestrator.train.function.noise import StepPairs
+from orchestrator.train.function.noise import FunctionNoise
 from orchestrator.train.function.offers import Offers
 from orchestrator.train.function.pending import Made, Pending
 from orchestrator.train.function.values import numbers_in
@@ -94,8 +94,8 @@ class FunctionDriver:
         self._function, self._ranks = function, ranks
         trial = self.attempt.trial
         self._meter = MemoryMeter(ranks.device, trial.memory_bytes)
-        self._steps = Steps(self._stepped, self._about_to_step)
-        self._noise = StepPairs()
+        self._steps = Steps(self._stepped, self._about_to_step, self._computed)
+        self._noise = FunctionNoise()
         self._loaders = Loaders()
         self._share = ShareDial(share, ranks.rank, trial.start)
         self._batch = LoaderBatch(self._loaders, trial.start, num_ranks=ranks.world_size)
@@ -292,8 +292,14 @@ class FunctionDriver:
         """Where the batch may turn, see from time to time what a larger one would gain."""
         if self._watched is not None:
             self._watched.takes(optimizer)
-        if not self._batch.why_off:
+        if not self._batch.why_off and self._batch.own.grad_accum == 1:
             self._noise.before(optimizer, self._step)
+
+    def _computed(self, num_backwards: int) -> None:
+        """A backward pass is over: of several in a step, halves say what a larger batch would gain."""
+        first, parts = self._steps.first, self._batch.own.grad_accum
+        if first is not None and parts > 1 and not self._batch.why_off and not self._steps.scales_loss:
+            self._noise.behind(first, self._step, num_backwards, (parts, self._batch.now))
 
     def _stepped(self, _optimizer: Optimizer) -> None:
         """The first optimizer has made a step: record it, and cross the boundary behind it."""

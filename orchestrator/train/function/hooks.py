@@ -28,7 +28,10 @@ square root."""
 
 
 class Steps:
-    """Watches optimizers and losses; calls `ahead` in front of each step of the first optimizer, `boundary` behind it.
+    """Watches optimizers and losses.
+
+    Calls `computed` behind each backward pass, `ahead` in front of each step of the first optimizer, and `boundary`
+    behind it.
 
     Attributes:
         first: the optimizer whose steps are counted; None until one has made a step.
@@ -40,9 +43,12 @@ class Steps:
     """
 
     def __init__(
-        self, boundary: Callable[[Optimizer], None], ahead: Callable[[Optimizer], None] = lambda _optimizer: None
+        self,
+        boundary: Callable[[Optimizer], None],
+        ahead: Callable[[Optimizer], None] = lambda _optimizer: None,
+        computed: Callable[[int], None] = lambda _num_backwards: None,
     ) -> None:
-        self._boundary, self._ahead = boundary, ahead
+        self._boundary, self._ahead, self._computed = boundary, ahead, computed
         self.first: Optimizer | None = None
         self._rates: dict[int, list[float | Tensor]] = {}
         self._losses: list[Tensor] = []
@@ -137,7 +143,8 @@ class Steps:
             if tensor.numel() == 1:
                 self._losses.append(tensor.detach().reshape(()))
             self.num_backwards += 1
-            return plain(tensor, *args, **kwargs)
+            plain(tensor, *args, **kwargs)
+            self._computed(self.num_backwards)
 
         return backward
 

@@ -36,7 +36,7 @@ def training(losses: list[float], *, num_ranks: int, spoils: bool) -> None:
     features = torch.randn(256, 8)
     labels = (features.sum(1) > 0).long()
     data, rank = TensorDataset(features, labels), dist.get_rank() if num_ranks > 1 else 0
-    sampler = DistributedSampler(data, num_ranks, rank, shuffle=False)
+    sampler: DistributedSampler[tuple[torch.Tensor, ...]] = DistributedSampler(data, num_ranks, rank, shuffle=False)
     loader = DataLoader(data, batch_size=8 // num_ranks, sampler=sampler)
     wrapped = DistributedDataParallel(model) if num_ranks > 1 else model
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
@@ -50,7 +50,7 @@ def training(losses: list[float], *, num_ranks: int, spoils: bool) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if spoils and len(losses) == SPOILT_AT and output.dtype is torch.bfloat16 and rank == 1:
-                (loss.detach() * float("nan") * next(model.parameters()).sum()).backward()
+                (loss.detach() * float("nan") * next(model.parameters()).sum()).backward()  # type: ignore[no-untyped-call]
         orchestrator.report({"loss": losses[-1]})
 
 
