@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,7 @@ from orchestrator.errors import FunctionError, TierError
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import Tier
 from orchestrator.share.mechanism import ShareMechanism
-from orchestrator.telemetry.record import FLAG_UNSETTLED
-from orchestrator.train.attempt import Attempt, Times
+from orchestrator.train.attempt import Attempt
 from orchestrator.train.batch.guard import Move
 from orchestrator.train.batch.learning_rate import scaled
 from orchestrator.train.batch.memory import MemoryMeter
@@ -42,7 +40,7 @@ from orchestrator.train.function.guard import SpoiltError, TierGuard
 from orchestrator.train.function.hooks import Steps
 from orchestrator.train.function.noise import FunctionNoise
 from orchestrator.train.function.offers import Offers
-from orchestrator.train.function.pending import Made, Pending
+from orchestrator.train.function.pending import Made, Pending, StepClock
 from orchestrator.train.function.values import numbers_in
 from orchestrator.train.function.watched import Watched
 from orchestrator.train.function.workplace import WORK, working_directory
@@ -52,9 +50,6 @@ from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
-
-UNSETTLED_STEPS = 3
-"""Steps at the beginning, and behind a report, whose times say nothing of the speed: caches and memory are filled."""
 
 
 class _Leave(BaseException):
@@ -104,13 +99,11 @@ class FunctionDriver:
         self._settings = trial.start
         self._step = self._position = 0
         self._is_leaving = False
-        self._num_unsettled = UNSETTLED_STEPS
         self._pending = Pending(num_late=0 if ranks.device.type == "cpu" else 2)
         self._guard = TierGuard(self.attempt, self._precision, self)
         self._watched: Watched | None = None
         self._commits = Commits(self.attempt.directory, ranks.rank)
-        self._began_s = self._began_cpu_s = 0.0
-        self._wait_s = self._switch_s = 0.0
+        self._clock = StepClock()
         self.offers = Offers(trial.metric, self._take_report)
 
     def run(self) -> Outcome:
@@ -164,7 +157,7 @@ class FunctionDriver:
         stack.enter_context(adapters.installed(self))
         stack.enter_context(running_as(self))
         attempt.tell_dials(self)
-        self._begin_step()
+        self._clock.begin()
         self._function()
         self.offers.settle()
 
@@ -217,8 +210,7 @@ class FunctionDriver:
                 self._is_leaving = True
                 raise _Done
             self._wait(lambda: attempt.order.credit > attempt.num_reports)
-        self._num_unsettled = max(self._num_unsettled, 1)
-        self._begin_step()
+        self._clock.begin_anew()
 
     @property
     def checkpoint(self) -> Path | None:
@@ -303,17 +295,10 @@ class FunctionDriver:
 
     def _stepped(self, _optimizer: Optimizer) -> None:
         """The first optimizer has made a step: record it, and cross the boundary behind it."""
-        attempt, now_s = self.attempt, time.monotonic()
+        attempt, (times, flags) = self.attempt, self._clock.end()
         num_backwards, loss = self._steps.num_backwards, self._steps.take_loss()
         self._look_at_dials(num_backwards)
         settings = self._batch.label(self._settings)
-        times = Times(
-            began_s=self._began_s,
-            step_s=now_s - self._began_s,
-            cpu_s=time.process_time() - self._began_cpu_s,
-            wait_s=self._wait_s,
-            switch_s=self._switch_s,
-        )
         result = StepResult(
             step=self._step,
             position=self._position,
@@ -326,8 +311,6 @@ class FunctionDriver:
             noise=self._noise.take(self._batch.num_samples),
             data_s=0.0,
         )
-        flags = FLAG_UNSETTLED if self._num_unsettled else 0
-        self._num_unsettled -= bool(self._num_unsettled)
         self._pending.add(Made(result=result, times=times, flags=flags, settings=settings), loss)
         self._step += 1
         self._position += result.num_samples
@@ -337,16 +320,10 @@ class FunctionDriver:
         except SpoiltError as error:
             self._is_leaving = True
             raise _Spoilt(str(error)) from None
-        self._begin_step(is_step=True)
-        self._switch_s = attempt.cross(self)
+        self._clock.begin()
+        self._clock.switch_s = attempt.cross(self)
         self._wait(lambda: not attempt.is_paused)
-        self._wait_s = attempt.share.hold_back()
-
-    def _begin_step(self, *, is_step: bool = False) -> None:
-        """Time the next step from here on."""
-        self._began_s, self._began_cpu_s = time.monotonic(), time.process_time()
-        if not is_step:
-            self._wait_s = self._switch_s = 0.0
+        self._clock.wait_s = attempt.share.hold_back()
 
     def _wait(self, is_met: Callable[[], bool]) -> None:
         """Wait at a boundary.

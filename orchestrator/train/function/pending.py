@@ -1,8 +1,12 @@
-"""Steps whose losses are still on the device: recorded in their order, a little later, so that nobody waits."""
+"""Steps of a function: how long each took, and those whose losses are still on the device.
+
+These are recorded in their order, a little later, so that nobody waits for a loss.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.policies.plan import Settings
+from orchestrator.telemetry.record import FLAG_UNSETTLED
 from orchestrator.train.attempt import Times
 from orchestrator.train.step_result import StepResult
 
@@ -23,6 +28,47 @@ class Made:
     times: Times
     flags: int
     settings: Settings
+
+
+UNSETTLED_STEPS = 3
+"""Steps at the beginning whose times say nothing of the speed: caches and memory are filled; one behind a report."""
+
+
+class StepClock:
+    """Times one step after the other.
+
+    Attributes:
+        wait_s: seconds that the step waits for its share.
+        switch_s: seconds in which dials were turned in front of it.
+    """
+
+    def __init__(self) -> None:
+        self.wait_s = self.switch_s = 0.0
+        self._began_s = self._began_cpu_s = 0.0
+        self._num_unsettled = UNSETTLED_STEPS
+
+    def begin(self) -> None:
+        """The next step begins."""
+        self._began_s, self._began_cpu_s = time.monotonic(), time.process_time()
+
+    def begin_anew(self) -> None:
+        """The next step begins behind something else than a step."""
+        self._num_unsettled = max(self._num_unsettled, 1)
+        self.wait_s = self.switch_s = 0.0
+        self.begin()
+
+    def end(self) -> tuple[Times, int]:
+        """The step is over: its times, and its flags."""
+        times = Times(
+            began_s=self._began_s,
+            step_s=time.monotonic() - self._began_s,
+            cpu_s=time.process_time() - self._began_cpu_s,
+            wait_s=self.wait_s,
+            switch_s=self.switch_s,
+        )
+        flags = FLAG_UNSETTLED if self._num_unsettled else 0
+        self._num_unsettled -= bool(self._num_unsettled)
+        return times, flags
 
 
 class Pending:
