@@ -52,9 +52,8 @@ class Autocast:
 
         A model whose layers are compiled keeps them: another class would compile it anew at each turn.
         """
-        is_compiled = any(map(_is_compiled, model.modules()))
         has_layers = any(type(module) is nn.Linear for module in model.modules())
-        self._model = model if has_layers and not is_compiled else None
+        self._model = model if has_layers and not is_compiled(model) else None
 
     def limits(self, asked: DialLimits) -> DialLimits:
         """Those of the run file's tiers that autocast has, or the watched model's linear layers."""
@@ -139,12 +138,14 @@ class Autocast:
             uninstall(self._model)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """By attributes of torch that are private, for want of a public question; without them nothing counts as compiled.
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of a model was compiled.
 
+    By attributes of torch that are private, for want of a public question; without them nothing counts as compiled.
     Source: torch 2.11 to 2.15, `torch.compile(module)` and `module.compile()`.
     """
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    names = ("_orig_mod", "_compiled_call_impl")
+    return any(getattr(module, name, None) is not None for module in model.modules() for name in names)
 
 
 def _is_of_layers(tier: Tier) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 NUM_CALLS = 2
 """Calls that a probe compares; their difference is the noise of the batch."""
@@ -43,8 +44,8 @@ class Calls:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._calls: list[Call] = []
-        self._is_armed = self._has_one = self._is_replaying = False
-        self._hook = model.register_forward_hook(self._seen, with_kwargs=True)
+        self._has_one = self._is_replaying = False
+        self._hook: RemovableHandle | None = None
 
     @property
     def complete(self) -> list[Call]:
@@ -54,24 +55,26 @@ class Calls:
 
     def arm(self) -> None:
         """Keep the first call of each of the next steps, unless that is so already."""
-        if not self._is_armed:
-            self._calls, self._is_armed, self._has_one = [], True, False
+        if self._hook is None:
+            self._calls, self._has_one = [], False
+            self._hook = self._model.register_forward_hook(_Hook(self), with_kwargs=True)
 
     def end_step(self) -> None:
         """A step is over: a call in the next one is another one."""
         self._has_one = False
         self._calls = [call for call in self._calls if call.grads]  # one without a backward pass was no training
         if len(self._calls) == NUM_CALLS:
-            self._is_armed = False
+            self._unhook()
 
     def drop(self) -> None:
-        """Forget the calls and give their memory back."""
-        self._calls, self._is_armed = [], False
+        """Forget the calls, give their memory back, and leave the model alone."""
+        self._calls = []
+        self._unhook()
 
-    def close(self) -> None:
-        """Leave the model alone."""
-        self.drop()
-        self._hook.remove()
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def replay(self, call: Call) -> float:
         """Run the model on a call again and send its gradients back; they are added to the parameters'.
@@ -91,13 +94,13 @@ class Calls:
         products = [_product(out, grad) for out, grad in pairs]
         return float(torch.stack(products).sum()) - call.product
 
-    def _seen(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Keep a call; what it returns takes the place of the output: the same values, whose gradients are seen.
 
         Of an output from which the model has computed another one, such as a loss, only the gradient that comes from
         outside counts; so each is a copy, which the model itself does not use.
         """
-        is_wanted = self._is_armed and not self._has_one and len(self._calls) < NUM_CALLS
+        is_wanted = not self._has_one and len(self._calls) < NUM_CALLS
         if not is_wanted or self._is_replaying or not torch.is_grad_enabled():
             return None
         call = Call(args=mapped(args, _copy), kwargs=mapped(kwargs, _copy))
@@ -114,6 +117,20 @@ class Calls:
             return own
 
         return mapped(output, copied)
+
+
+class _Hook:
+    """The forward hook of `calls`; in a copy of the model, or a pickle of it, it does nothing."""
+
+    def __init__(self, calls: Calls | None = None) -> None:
+        self._calls = calls
+
+    def __call__(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return None if self._calls is None else self._calls.seen(args, kwargs, output)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        """Copying uses it as well."""
+        return _Hook, ()
 
 
 def _arrived(call: Call, number: int, output: Tensor, grad: Tensor) -> None:

@@ -18,7 +18,7 @@ from orchestrator.control.orders import TierReport
 from orchestrator.jobs.own import last_line_of
 from orchestrator.policies.tier import Tier, is_cheaper
 from orchestrator.train.attempt import Attempt
-from orchestrator.train.function.autocast import Autocast
+from orchestrator.train.function.autocast import Autocast, is_compiled
 from orchestrator.train.function.pending import Made
 from orchestrator.train.function.watched import Standing, Watched
 from orchestrator.train.precision.calibrate import calibration_key
@@ -61,9 +61,9 @@ class TierGuard:
         self._posted: tuple[dist.Work, torch.Tensor] | None = None
 
     def watch(self, watched: Watched) -> None:
-        """Probe with that model from here on, where one rank has it."""
+        """Probe with that model from here on, where one rank has it; a compiled one would be compiled for each tier."""
         ranks = self._attempt.ranks
-        if ranks.world_size == 1 and not self._precision.why_off:
+        if ranks.world_size == 1 and not self._precision.why_off and not is_compiled(watched.model):
             self._watched = watched
             self._watch = PrecisionWatch(self._plan(watched), watched, ranks.device, None)
             self._is_new = True

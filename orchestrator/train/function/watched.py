@@ -116,7 +116,7 @@ class Watched:
 
     def close(self) -> None:
         """Leave the model alone."""
-        self.calls.close()
+        self.calls.drop()
 
     # What `precision.watch.PrecisionWatch` asks.
 

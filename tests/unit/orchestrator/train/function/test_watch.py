@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -156,7 +158,26 @@ def test_a_call_is_computed_again_with_the_gradients_that_the_functions_loss_gav
         for param, grad in zip(model.parameters(), grads, strict=True):
             torch.testing.assert_close(param.grad, grad)
         model.zero_grad()
-    calls.close()
+    calls.drop()
+    assert not model._forward_hooks
+
+
+def test_a_copy_of_a_model_and_a_pickle_of_it_keep_no_calls() -> None:
+    model = nn.Linear(2, 2)
+    calls = Calls(model)
+    calls.arm()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        other(torch.ones(1, 2)).sum().backward()
+        calls.end_step()
+        assert torch.equal(other.weight, model.weight)
+    assert calls.complete == []
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        calls.end_step()
+    assert len(calls.complete) == 2
 
 
 def test_a_tier_that_harms_is_left_by_what_probes_find(tmp_path: Path) -> None:
