@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import orchestrator
+from orchestrator.control.journal import read
 from tests.foreign.trainings import BY_NAME, ROOT
 from tests.integration.runs import call, results, run_file, start
 
@@ -125,7 +126,13 @@ def test_the_batch_of_a_function_turns_by_what_was_measured_of_it(tmp_path: Path
     steps = orchestrator.load_run(run_dir).to_pandas("steps")
     assert {16, int(metrics["size"])} <= set(steps["num_samples"])
     assert steps["noise_trace"].notna().sum() >= 10
-    assert "batch 16 ->" in call("explain", str(run_dir), "--json").stdout
+    rows = [
+        row
+        for entry in read(run_dir / "journal.jsonl")
+        if entry["kind"] == "plan"
+        for row in entry["plan"]["allocations"]
+    ]
+    assert any(row["reason"].startswith("batch 16 -> ") for row in rows)
     assert json.loads(call("verify", str(run_dir), "--json").stdout)["violations"] == []
 
 

@@ -54,7 +54,7 @@ class TierGuard:
         self._watch: PrecisionWatch | None = None
         self._watched: Watched | None = None
         self._has_begun = self._is_new = False
-        self._has_fled = False
+        self._was_cheaper = False
         self._num_spoilt = 0
         self._move: Move | None = None
         self._is_bad = False
@@ -82,7 +82,7 @@ class TierGuard:
         """
         if self._precision.why_off:
             return
-        if self._attempt.ranks.world_size > 1:
+        if self._attempt.ranks.world_size > 1 and self._was_cheaper:
             self._judge(self._host.settings.tier, is_bad=self._agreed(), what="the loss of a step is not finite")
         if self._num_spoilt >= MAX_SPOILT:
             tier = self._host.settings.tier
@@ -122,7 +122,7 @@ class TierGuard:
             return
         result, is_bad = made.result, not made.result.is_loss_finite
         if self._attempt.ranks.world_size > 1:
-            self._is_bad |= is_bad
+            self._is_bad |= is_bad and self._was_cheaper
             return
         if self._watch is not None:
             news = StepNews(
@@ -152,7 +152,7 @@ class TierGuard:
 
     def _judge(self, tier: Tier, *, is_bad: bool, what: str) -> None:
         """Flee from a cheaper tier in which something was not finite; count what is so behind that as well."""
-        self._num_spoilt = self._num_spoilt + 1 if is_bad and self._has_fled and tier is self._dearest else 0
+        self._num_spoilt = self._num_spoilt + 1 if is_bad and self._was_cheaper and tier is self._dearest else 0
         if is_bad and is_cheaper(tier, self._dearest):
             reason = f"{what} in {tier}"
             self._move = Move(tier=self._dearest, cause=Cause.NON_FINITE, reason=reason, is_rollback=True)
@@ -172,7 +172,6 @@ class TierGuard:
 
     def _obey(self, move: Move) -> None:
         """Turn the tier as a move says, and put back what the tier before has spoilt, if a copy is there."""
-        self._has_fled = True
         self._tell()
         reason = f"{move.reason}: goes on in {move.tier}"
         self._host.change_tier(move.tier, reason, is_lasting=not self.is_probing)
@@ -181,6 +180,7 @@ class TierGuard:
 
     def turned(self) -> None:
         """The dials changed."""
+        self._was_cheaper |= is_cheaper(self._host.settings.tier, self._dearest)
         if self._watch is not None:
             self._watch.turned()
         if self._watched is not None:
