@@ -167,6 +167,12 @@ def tail_of(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
 
 
+def last_line_of(error: BaseException) -> str:
+    """What an error says, in one line with the place where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+
+
 def digest_of(path: Path) -> str:
     """SHA-256 of a shipped function."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
