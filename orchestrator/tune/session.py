@@ -20,7 +20,14 @@ from ray import tune
 from ray.exceptions import RayError
 
 from orchestrator.api import run_file_of
-from orchestrator.beginning import load_begun, make_run_dir, require_history, require_policy, within_quota
+from orchestrator.beginning import (
+    load_begun,
+    make_run_dir,
+    require_history,
+    require_policy,
+    with_counted_epochs,
+    within_quota,
+)
 from orchestrator.cluster import RayCluster, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
@@ -47,6 +54,7 @@ def open_session(
     require_tested_ray()
     with run_file_of(training, name=name, **options) as (file, settings):
         resolved = load_config(file, [*settings, *overrides], has_own_search=True)
+        resolved = resolved if is_resumed else with_counted_epochs(resolved)
         run_dir = _run_dir(resolved, is_resumed=is_resumed)
     if is_resumed:
         resolved = load_begun(run_dir)
