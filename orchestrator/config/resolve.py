@@ -23,6 +23,7 @@ from orchestrator.config.search_checks import Finding, missing_params
 from orchestrator.config.source import KeyPath, parse, read_text
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
+from orchestrator.host import why_not_here
 from orchestrator.jobs.own import PICKLE_SUFFIX, add_import_paths
 from orchestrator.jobs.table import job_info
 from orchestrator.names import run_directory
@@ -123,7 +124,12 @@ def _with_declared(config: RunConfig) -> RunConfig:
 
 def fit_problems(resolved: ResolvedRun, machine: Machine | None = None, *, is_new: bool = True) -> list[ConfigError]:
     """What keeps a valid configuration from running on this machine; empty if nothing does."""
-    return as_errors(check_fit(resolved.config, machine or this_machine(), is_new=is_new), resolved.place)
+    why = why_not_here()
+    elsewhere = [] if why is None else [ConfigError(why)]
+    return [
+        *elsewhere,
+        *as_errors(check_fit(resolved.config, machine or this_machine(), is_new=is_new), resolved.place),
+    ]
 
 
 def require_fit(resolved: ResolvedRun, machine: Machine | None = None, *, is_new: bool = True) -> None:

@@ -33,6 +33,7 @@ from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
 from orchestrator.driver import log_end, single_driver
 from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.host import require_linux
 from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
 from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.tune.adapter import SlotTrial
@@ -51,6 +52,7 @@ def open_session(
     training: Training, overrides: list[str], *, is_resumed: bool, name: str | None, options: dict[str, Any]
 ) -> Iterator[type]:
     """See `orchestrator.tune.trainable`."""
+    require_linux()
     require_tested_ray()
     with run_file_of(training, name=name, **options) as (file, settings):
         resolved = load_config(file, [*settings, *overrides], has_own_search=True)
