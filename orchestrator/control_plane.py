@@ -285,7 +285,7 @@ class ControlPlane:
             trial_id=TrialId("warm-up"),
             attempt=0,
             seed=config.seed,
-            job=config.job.name,
+            job=config.job.key,
             params=dict(middle_params(config)),
             start=self.spec.start,
             limits=self.spec.limits,

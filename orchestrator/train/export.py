@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.jobs import build_job
+from orchestrator.jobs import JobKey, build_job
 from orchestrator.jobs.training import Training
 from orchestrator.train import checkpoint, manifest
 from orchestrator.train.function.watched import FILE as WATCHED
@@ -36,7 +36,7 @@ class Source:
 
     Attributes:
         trial_id: the trial.
-        job: a name of the table, or an import path.
+        job: what is trained, as one text (`JobKey`).
         params: its parameters.
         commit: directory of the commit.
         metric: name of the value that trials are compared by.
@@ -63,9 +63,12 @@ def export(source: Source, target: Path) -> str:
     record = checkpoint.verified(source.commit)
     target.mkdir(parents=True, exist_ok=True)
     line = _write_function(source, target) if _is_function(record) else _write_model(source, target)
+    key = JobKey.of(source.job)
     facts = {
         "trial_id": source.trial_id,
-        "job": source.job,
+        "job": key.path,
+        **({"data": key.data} if key.data else {}),
+        **({"args": dict(key.args)} if key.args else {}),
         "params": dict(source.params),
         "metric": source.metric,
         "value": source.value,
@@ -107,7 +110,7 @@ def built(source: Source) -> nn.Module:
     training = Training.of(build_job(source.job, source.params))
     training.prepare()
     model = training.build_model()
-    members, _ = training.build_optimizers(model)
+    members, _ = training.build_optimizers(model, 1)  # its schedule is not used
     checkpoint.load(source.commit, model=model, optimizer=as_one(members), rank=0, world_size=1, group=None)
     return model.eval()
 

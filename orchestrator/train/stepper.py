@@ -44,6 +44,9 @@ from orchestrator.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 
+_WARM_UP_STEPS = 1000
+"""Steps that a schedule is built for where no trial is trained."""
+
 
 class Stepper:
     """Trains one trial, one step at a time. Every rank of the worker group has one.
@@ -62,7 +65,7 @@ class Stepper:
         with ranks.device:
             self.model = self.job.build_model().to(ranks.device)
         install(self.model, keeps_weights=ranks.world_size == 1)
-        fsdp.shard(self.model, self.job.blocks(self.model), ranks.mesh)
+        fsdp.shard(self.model, self.job.blocks(self.model), ranks.mesh, methods=self.job.forward_methods)
         self.cursor = first_cursor(self.job, order.seed)
         self.optimizers = self._optimizers()
         self.optimizer = self.optimizers.one
@@ -89,10 +92,14 @@ class Stepper:
         Raises:
             UserCodeError: they cannot train on these ranks.
         """
-        members, schedulers = self.job.build_optimizers(self.model)
+        order = self._order
+        total, batch = order.samples_per_report * order.max_reports, order.start.global_batch
+        is_whole = total > batch  # a warm-up is no whole trial, and takes a few steps
+        num_steps = math.ceil(total / batch) if is_whole else _WARM_UP_STEPS
+        members, schedulers = self.job.build_optimizers(self.model, num_steps)
         is_epoch = self.job.scheduler_interval == "epoch"
-        unit = self.cursor.num_samples if is_epoch else self._order.start.global_batch
-        built = Optimizers(members, schedulers, unit)
+        unit = self.cursor.num_samples if is_epoch else batch
+        built = Optimizers(members, schedulers, unit, math.ceil(total / unit) if is_whole else None)
         if built.needs_closure and (self._ranks.world_size > 1 or len(members) > 1):
             raise UserCodeError(
                 f"{self.job.title}.build_optimizer returned an optimizer whose step needs a closure, on"
@@ -187,6 +194,7 @@ class Stepper:
 
     def step(self) -> StepResult:
         """One optimizer step, eagerly, of `settings.global_batch` samples; on a non-finite gradient nothing changes."""
+        self.job.note_progress(self.step_index, self.cursor.epoch)
         if self.job.has_own_step:
             return self._own_step()
         settings, world_size = self.settings, self._ranks.world_size
@@ -360,13 +368,14 @@ class Stepper:
     def evaluate(self) -> dict[str, float]:
         """Validation metrics, in the tier the trial runs with."""
         self.model.eval()
+        self.job.note_progress(self.step_index, self.cursor.epoch)
         try:
             with lowered(self.settings.tier, self._ranks.device):
                 found = self.job.evaluate(self.model, self._ranks.device)
         finally:
             self.model.train()
         metric = self._order.metric or self.job.metric
-        self.optimizers.take_metric(found.get(metric or "val_loss"))
+        self.optimizers.take_metric(found.get(self.job.monitor or metric or "val_loss"))
         return self.job.checked(found, metric)
 
     def commit(self, directory: Path, extra: dict[str, Any]) -> Path:

@@ -21,7 +21,7 @@ FORBIDDEN_NAMES = ("util", "utils", "helper", "helpers", "common", "misc")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policies": ("orchestrator.policies", "numpy"),
-    "jobs": ("orchestrator.jobs", "numpy", "torch"),
+    "jobs": ("orchestrator.jobs", "numpy", "torch", "transformers"),
 }
 """Modules that a folder may import besides the standard library; `orchestrator` has its own rules."""
 
@@ -49,6 +49,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/doctor.py",
     ),
     "cuda": ("orchestrator/share/sm_driver.py",),
+    "transformers": ("jobs/huggingface_model.py",),  # loaded for a model of that library only
     "pynvml": ("orchestrator/telemetry/sampler.py",),
     "torch": (
         "jobs/*.py",
