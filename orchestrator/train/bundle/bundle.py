@@ -29,7 +29,9 @@ from orchestrator.train.step_result import StepResult
 
 MAX_STEPS = 512
 """Steps in a row at most."""
-_MAX_BYTES = 64 << 20
+_FIRST_STEPS = 8
+"""The same before it is known how long one takes, and how much its samples are."""
+_MAX_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Samples of the steps in a row, on the device."""
 _TOLERANCE = {Tier.FP32: 1e-3, Tier.TF32: 2e-2, Tier.BF16: 1e-1}
 """How far the gradient of a member may be from that of the trial alone, relative to its norm, when it enters: far above
@@ -125,6 +127,7 @@ class Bundle:
         self._weight = 1.0
         self._replays: dict[str, Callable[[], None]] = {}
         self._step_s: float | None = None
+        self._step_bytes, self._max_bytes = 0, _MAX_BYTES[device.type]
         try:
             self._compare(first_new)
         except StackingError:
@@ -169,6 +172,9 @@ class Bundle:
             raise StackingError(text.splitlines()[0]) from error
         began_s = time.monotonic()
         self._launch(num_steps, plans)
+        if self._device.type == "cuda" and num_steps < max_steps:
+            for member in self.members:
+                member.read_ahead(num_steps)
         told = self._told[:num_steps].cpu()
         products = self._pairs.found[:num_steps].cpu() if any(plan.pairs for plan in plans) else None
         self._step_s = (time.monotonic() - began_s) / num_steps
@@ -251,8 +257,7 @@ class Bundle:
 
     def _num_steps(self, max_steps: int, target_s: float) -> int:
         wanted = 1 if self._step_s is None else max(1, round(target_s / max(self._step_s, 1e-7)))
-        bytes_per_step = sum(part[0].nbytes for part in self._batches) * self._num_parts
-        most = _MAX_BYTES // bytes_per_step if bytes_per_step else 8
+        most = self._max_bytes // self._step_bytes if self._step_bytes else _FIRST_STEPS
         return max(1, min(wanted, max_steps, most, MAX_STEPS))
 
     def _stack(self, batches: Sequence[Batch]) -> Batch:
@@ -266,13 +271,16 @@ class Bundle:
         for member, plan in zip(self.members, plans, strict=True):
             batches, seconds = member.batches(plan)
             data_s += seconds
-            read.append(tuple(torch.stack(parts) for parts in zip(*batches, strict=True)))  # (steps * parts, B, ...)
-        rows = [*read, *[read[0]] * (self._num_rows - len(read))]
-        batches_on_host = tuple(torch.stack(parts, dim=1) for parts in zip(*rows, strict=True))
+            read.append(batches)
         numbers = torch.stack([plan.numbers for plan in plans], dim=-1)
         spare = self._num_rows - len(plans)
         numbers = torch.cat([numbers, numbers[..., :1].expand(*numbers.shape[:-1], spare)], dim=-1)
-        self._hold(batches_on_host, numbers)
+        self._make_room(read[0], numbers)
+        assert self._numbers is not None
+        self._numbers[: len(numbers)].copy_(numbers)
+        for row in range(self._num_rows):
+            for held, part in zip(self._batches, read[row] if row < len(read) else read[0], strict=True):
+                held[: len(part), row].copy_(part)
         self._pairs.bring([plan.pairs for plan in plans], self._num_rows)
         self._halted[: len(plans)] = False
         self._halted[len(plans) :] = True
@@ -280,27 +288,22 @@ class Bundle:
         self._part.zero_()
         return data_s
 
-    def _hold(self, batches: Batch, numbers: Tensor) -> None:
-        """Copy into tensors that stay where they are; larger ones are made where these do not fit."""
+    def _make_room(self, batches: Batch, numbers: Tensor) -> None:
+        """Tensors that stay where they are, for as many steps as fit; larger ones where these do not."""
         is_room = self._numbers is not None and all(
-            held.shape[1:] == part.shape[1:] and held.dtype == part.dtype and len(held) >= len(part)
+            held.shape[2:] == part.shape[1:] and held.dtype == part.dtype and len(held) >= len(part)
             for held, part in zip(self._batches, batches, strict=True)
         )
-        if not is_room:
-            per_step = max(1, sum(part[0].nbytes for part in batches) * self._num_parts)
-            room = max(len(numbers), min(MAX_STEPS, _MAX_BYTES // per_step))
-            make = {"device": self._device}
-            self._batches = tuple(
-                torch.zeros(room * self._num_parts, *part.shape[1:], dtype=part.dtype, **make)  # type: ignore[arg-type]
-                for part in batches
-            )
-            self._numbers = torch.zeros(MAX_STEPS, *numbers.shape[1:], device=self._device)
-            self._replays.clear()
-        assert self._numbers is not None
-        is_cuda = self._device.type == "cuda"
-        for held, part in zip(self._batches, batches, strict=True):
-            held[: len(part)].copy_(part.pin_memory() if is_cuda else part, non_blocking=is_cuda)
-        self._numbers[: len(numbers)].copy_(numbers)
+        if is_room:
+            return
+        self._step_bytes = self._num_rows * self._num_parts * sum(part[0].nbytes for part in batches)
+        room = max(len(numbers), min(MAX_STEPS, self._max_bytes // max(1, self._step_bytes))) * self._num_parts
+        self._batches = tuple(
+            torch.zeros(room, self._num_rows, *part.shape[1:], dtype=part.dtype, device=self._device)
+            for part in batches
+        )
+        self._numbers = torch.zeros(MAX_STEPS, *numbers.shape[1:], device=self._device)
+        self._replays.clear()
 
     def _record(self) -> None:
         """Record what a step is made of, once; rows are halted meanwhile, so that nothing changes."""

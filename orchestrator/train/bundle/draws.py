@@ -55,6 +55,11 @@ class Draws:
         """A forward pass begins, over that micro-batch of the step: places in the model are counted anew."""
         self._site, self._part = 0, part
 
+    @property
+    def are_used(self) -> bool:
+        """Whether anything was drawn since the pass began."""
+        return self._site > 0
+
     def keep(self, shape: torch.Size, rates: Tensor) -> Tensor:
         """A mask (K, *shape) of what stays, with each row's own rate."""
         self._site += 1
@@ -144,13 +149,18 @@ class _Attended(torch.autograd.Function):
             mask = mask.expand(*parts[0].shape[1:-1], parts[1].shape[-2]).expand(num_rows, *(-1,) * (parts[0].ndim - 1))
         if options.rate > 0.0:
             return _attended(parts, mask, options, _rates(options.rate, parts[0])), 0
-        folded = [each.flatten(0, 1) for each in parts]
+        stacked_query, stacked_key, stacked_value = (each.flatten(0, 1) for each in parts)
         if mask is not None:
             mask = mask.expand(*parts[0].shape[:-1], parts[1].shape[-2]).flatten(0, 1)
         found = F.scaled_dot_product_attention(
-            *folded, attn_mask=mask, is_causal=options.is_causal, scale=options.scale
+            stacked_query,
+            stacked_key,
+            stacked_value,
+            attn_mask=mask,
+            is_causal=options.is_causal,
+            scale=options.scale,
         )
-        return found.unflatten(0, (num_rows, -1)), 0
+        return found.reshape(num_rows, -1, *found.shape[1:]), 0
 
 
 class _Options:
@@ -219,7 +229,7 @@ def set_rates(base: nn.Module, models: list[nn.Module], num_rows: int) -> None:
     device = next(models[0].parameters()).device
     for name, layer in base.named_modules():
         if type(layer) is nn.Dropout:
-            rates = [float(modules[name].p) for modules in own]  # type: ignore[arg-type]
+            rates = [float(modules[name].p) for modules in own]
             rate = Rate(rates[0])
             rate.rows = torch.tensor(rates + [0.0] * (num_rows - len(rates)), device=device)
             layer.p = rate if any(rates) else 0.0

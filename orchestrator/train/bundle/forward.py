@@ -1,20 +1,22 @@
 """The losses and gradients of all members of a bundle, from one pass over stacked parameters.
 
 The training's own `loss` runs unchanged under `torch.func.vmap`, on a copy of a member's model whose parameters are
-swapped for stacked ones: every product becomes a batched product. Uncompiled, gradients are taken outside of vmap,
-where attention is one fused call over all members; compiled, inside of it, which is what torch.compile can trace.
+swapped for stacked ones: every product becomes a batched product. Gradients are taken outside of vmap, where attention
+is one fused call over all members. For torch.compile, which cannot see through all of that, the pass is first traced
+into the operations that it comes to.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from orchestrator.jobs.job import LossTerms
 from orchestrator.jobs.training import Training
@@ -56,8 +58,7 @@ class Forward:
         self._tier, self.is_compiled = tier, is_compiled
         self._whole = _Whole(_functional(model, tier), training)
         self._losses = vmap(self._one, in_dims=(0, None, 0), randomness="error")
-        inner = vmap(grad_and_value(self._one), in_dims=(0, None, 0), randomness="error")
-        self._compiled = torch.compile(inner, dynamic=False) if is_compiled else None
+        self._compiled: dict[int, Callable[..., tuple[Tensor, list[Tensor]]]] = {}
 
     @property
     def num_elements(self) -> int:
@@ -93,21 +94,30 @@ class Forward:
         Raises:
             RuntimeError: the model does what cannot be stacked, or does not use a parameter.
         """
-        leaves = {f"model.{name}": value.detach() for name, value in values.items()}
-        others = self._others()
-        with lowered(self._tier, self._device):
-            if self._compiled is not None and not is_dry:
-                grads, losses = self._compiled(leaves, others, batch)
-                return losses, list(grads.values())
-            leaves = {name: value.requires_grad_() for name, value in leaves.items()}
-            with Folded(draws, is_dry=is_dry):
-                losses = self._losses(leaves, others, batch)
-            return losses.detach(), list(torch.autograd.grad(losses.sum(), list(leaves.values())))
+        if not self.is_compiled or is_dry:
+            return self._passed(values, batch, draws, is_dry=is_dry)
+        num_rows = len(batch[0])
+        if num_rows not in self._compiled:
+            traced = make_fx(lambda values, batch: self._passed(values, batch, draws))(dict(values), batch)
+            if draws.are_used:
+                raise RuntimeError("dropout draws anew at every step, which a trace would not")
+            self._compiled[num_rows] = torch.compile(traced, dynamic=False)
+        losses, grads = self._compiled[num_rows](dict(values), batch)
+        return losses, list(grads)
 
     def alone(self, training: Training, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of one member by its own training and model, without dropout; for comparison."""
         with lowered(self._tier, self._device), _Dry():
             return training.loss(model, batch).loss_sum
+
+    def _passed(
+        self, values: dict[str, Tensor], batch: Batch, draws: Draws, *, is_dry: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        leaves = {f"model.{name}": value.detach().requires_grad_() for name, value in values.items()}
+        with lowered(self._tier, self._device):
+            with Folded(draws, is_dry=is_dry):
+                losses = self._losses(leaves, self._others(), batch)
+            return losses.detach(), list(torch.autograd.grad(losses.sum(), list(leaves.values())))
 
     def _one(self, leaves: dict[str, Tensor], others: dict[str, Tensor], batch: Batch) -> Tensor:
         loss: Tensor = functional_call(self._whole, (leaves, others), (batch,))

@@ -78,6 +78,7 @@ class Member:
         self.stepper, self.generator = stepper, generator
         self._device = next(stepper.model.parameters()).device
         self._ranks = Ranks(rank=0, world_size=1, device=self._device)
+        self._read_ahead: tuple[tuple[int, int], tuple[Tensor, ...]] = ((0, 0), ())
 
     @property
     def batch_size(self) -> int:
@@ -116,21 +117,30 @@ class Member:
         stepper.step_index += num_steps
         return ahead
 
-    def batches(self, ahead: Ahead) -> tuple[list[tuple[Tensor, ...]], float]:
-        """The micro-batches of these steps on the host, in order, and the seconds that took."""
+    def batches(self, ahead: Ahead) -> tuple[tuple[Tensor, ...], float]:
+        """The micro-batches of these steps in order, (steps * parts, B, ...) each, and the seconds that took."""
         began_s = time.monotonic()
-        settings, training = self.stepper.settings, self.stepper.job
-        size, samples = settings.micro_batch, ahead.samples
-        host = torch.device("cpu")
+        place, read = self._read_ahead
+        self._read_ahead = ((0, 0), ())
+        if place != (ahead.cursor.position, len(ahead.samples)):
+            read = self._read(ahead.samples)
+        return read, time.monotonic() - began_s
+
+    def read_ahead(self, num_steps: int) -> None:
+        """Begin to read what as many further steps will ask for, while the device is busy with these."""
+        samples, _ = self.stepper.cursor.take(num_steps * self.batch_size)
+        self._read_ahead = ((self.stepper.cursor.position, len(samples)), self._read(samples))
+
+    def _read(self, samples: Indices) -> tuple[Tensor, ...]:
+        training, size = self.stepper.job, self.stepper.settings.micro_batch
         if hasattr(training.own, "batch"):  # samples in memory: a batch is one gather, and so are many
-            whole = training.batch(samples, host)
+            whole = training.batch(samples, self._device)
             if _is_of(whole, len(samples)):
-                return list(zip(*(part.split(size) for part in whole), strict=True)), time.monotonic() - began_s
-        parts = [training.batch(samples[i : i + size].tolist(), host) for i in range(0, len(samples), size)]
-        for part in parts:
-            if not _is_of(part, None):
-                raise TypeError("its batches are no tuples of tensors")
-        return [tuple(part) for part in parts], time.monotonic() - began_s
+                return tuple(part.reshape(-1, size, *part.shape[1:]) for part in whole)
+        parts = [training.batch(samples[i : i + size].tolist(), self._device) for i in range(0, len(samples), size)]
+        if not all(_is_of(part, None) for part in parts):
+            raise TypeError("its batches are no tuples of tensors")
+        return tuple(torch.stack(same) for same in zip(*parts, strict=True))
 
     def settle(self, ahead: Ahead, found: Outcomes, mode: StepMode, data_s: float) -> list[StepResult]:
         """What came of the steps; the trial stands behind those that were done."""

@@ -12,6 +12,7 @@ import torch
 from orchestrator.policies.tier import Tier
 from orchestrator.train import manifest
 from orchestrator.train.batch.noise import RecordedPair
+from orchestrator.train.bundle.bundle import StackingError
 from orchestrator.train.bundle.member import Member
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.stepper import Stepper
@@ -28,7 +29,7 @@ OWN: tuple[dict[str, Any], ...] = (
 def twins(num_steps: int, *, dials: dict[str, Any] | None = None, **shared: object) -> None:
     """Step the three as a bundle and alone, and compare losses of every step and weights at the end."""
     trained = [alone_losses(Tokens(**{**own, **shared}), num_steps, i, dials or {}) for i, own in enumerate(OWN)]
-    members = [member(Tokens(**{**own, **shared}), seed=i, **(dials or {})) for i, own in enumerate(OWN)]  # type: ignore[arg-type]
+    members = [member(Tokens(**{**own, **shared}), seed=i, **(dials or {})) for i, own in enumerate(OWN)]
     whole = bundle(members)
     losses: list[list[float]] = [[] for _ in members]
     for _ in range(num_steps):
@@ -233,3 +234,19 @@ def test_noise_is_that_of_two_steps_in_a_row_of_the_trial_alone() -> None:
     assert drawn[33] is not None
     assert drawn[33].noise_trace == pytest.approx(wanted.noise_trace, rel=1e-3)
     assert drawn[33].grad_sq == pytest.approx(wanted.grad_sq, rel=1e-3, abs=1e-3 * wanted.noise_trace)
+
+
+def test_a_compiled_pass_gives_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for torch.compile; compiling itself takes a minute here and is tried on a GPU."""
+    monkeypatch.setattr(torch, "compile", lambda traced, **_: traced)
+    wanted, _ = alone_losses(Tokens(**OWN[0]), 12, 0, {})
+    members = [member(Tokens(**own), seed=i) for i, own in enumerate(OWN)]
+    whole = bundle(members, is_compiled=True)
+    assert [whole.advance()[0][0].loss for _ in range(12)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_dropout_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda traced, **_: traced)
+    members = [member(Tokens(dropout=0.1)), member(Tokens(dropout=0.1), seed=1)]
+    with pytest.raises(StackingError, match="not compiled"):
+        bundle(members, is_compiled=True)

@@ -119,9 +119,11 @@ def member(job: object, *, seed: int = 3, **dials: object) -> Member:
     return Member(made, generator)
 
 
-def bundle(members: list[Member], *, num_rows: int | None = None, recorder: Recorder | None = None) -> Bundle:
+def bundle(
+    members: list[Member], *, num_rows: int | None = None, recorder: Recorder | None = None, is_compiled: bool = False
+) -> Bundle:
     first = members[0].stepper
-    forward = Forward(first.job, first.model, first.settings.tier)
+    forward = Forward(first.job, first.model, first.settings.tier, is_compiled=is_compiled)
     return Bundle(members, forward, num_rows=num_rows, recorder=recorder)
 
 
