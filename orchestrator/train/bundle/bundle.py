@@ -9,7 +9,7 @@ Called by whoever steps several trials in one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,9 @@ _MAX_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 _TOLERANCE = {Tier.FP32: 1e-3, Tier.TF32: 2e-2, Tier.BF16: 1e-1}
 """How far the gradient of a member may be from that of the trial alone, relative to its norm, when it enters: far above
 what the order of sums makes, far below what another loss makes."""
+
+
+_NOTHING = Outcomes(losses=[0.0], norms=[0.0], num_done=0, products=[])
 
 
 class Recorder(Protocol):
@@ -148,8 +151,14 @@ class Bundle:
                 member.stepper.noise.reset()
             self._replays.clear()
 
-    def advance(self, max_steps: int = 1, target_s: float = 0.0) -> list[list[StepResult]]:
-        """Step all members, as often as it takes to fill `target_s`, at least once and at most `max_steps` times.
+    def advance(
+        self, max_steps: int = 1, target_s: float = 0.0, active: Collection[int] | None = None
+    ) -> list[list[StepResult]]:
+        """Step members, as often as it takes to fill `target_s`, at least once and at most `max_steps` times.
+
+        Args:
+            max_steps, target_s: how many steps in a row.
+            active: rows of those that are stepped; the others stay as they are. None for all.
 
         Returns:
             For each member what its steps did: all that were done in one result, and one that was left out behind it.
@@ -158,14 +167,14 @@ class Bundle:
             StackingError: a step cannot be recorded, or its samples cannot be stacked; nothing was done.
         """
         num_steps = self._num_steps(max_steps, target_s)
-        plans = [member.plan(num_steps, self._update.numbers_of) for member in self.members]
+        rows = range(len(self.members)) if active is None else sorted(active)
+        plans = {row: self.members[row].plan(num_steps, self._update.numbers_of) for row in rows}
         try:
             data_s = self._bring(plans)
             self._record()
         except Exception as error:
-            for member, plan in zip(self.members, plans, strict=True):
-                nothing = Outcomes(losses=[0.0], norms=[0.0], num_done=0, products=[])
-                member.settle(plan, nothing, StepMode.EAGER, 0.0)
+            for row, plan in plans.items():
+                self.members[row].settle(plan, _NOTHING, StepMode.EAGER, 0.0)
             if isinstance(error, StackingError):
                 raise
             text = f"their steps cannot be done as one ({type(error).__name__}: {error})"
@@ -173,14 +182,14 @@ class Bundle:
         began_s = time.monotonic()
         self._launch(num_steps, plans)
         if self._device.type == "cuda" and num_steps < max_steps:
-            for member in self.members:
-                member.read_ahead(num_steps)
+            for row in rows:
+                self.members[row].read_ahead(num_steps)
         told = self._told[:num_steps].cpu()
-        products = self._pairs.found[:num_steps].cpu() if any(plan.pairs for plan in plans) else None
+        products = self._pairs.found[:num_steps].cpu() if any(plan.pairs for plan in plans.values()) else None
         self._step_s = (time.monotonic() - began_s) / num_steps
         mode = StepMode.GRAPH if self._replays else StepMode.EAGER
-        results = []
-        for row, (member, plan) in enumerate(zip(self.members, plans, strict=True)):
+        results: list[list[StepResult]] = [[] for _ in self.members]
+        for row, plan in plans.items():
             losses, norms, halted = told[:, :, row].unbind(1)
             outcomes = Outcomes(
                 losses=losses.tolist(),
@@ -188,7 +197,7 @@ class Bundle:
                 num_done=num_steps - int(halted.sum()),
                 products=[] if products is None else products[:, row].tolist(),
             )
-            results.append(member.settle(plan, outcomes, mode, data_s / len(plans)))
+            results[row] = self.members[row].settle(plan, outcomes, mode, data_s / len(plans))
         return results
 
     def _check_alike(self) -> None:
@@ -265,25 +274,23 @@ class Bundle:
         rows = [*batches, *[batches[0]] * (self._num_rows - len(batches))]
         return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
 
-    def _bring(self, plans: Sequence[Ahead]) -> float:
-        """Samples and numbers of the steps to the device; seconds of reading them."""
-        data_s, read = 0.0, []
-        for member, plan in zip(self.members, plans, strict=True):
-            batches, seconds = member.batches(plan)
+    def _bring(self, plans: Mapping[int, Ahead]) -> float:
+        """Samples and numbers of the steps to the device; seconds of reading them. Other rows get those of the first."""
+        data_s, read = 0.0, {}
+        for row, plan in plans.items():
+            read[row], seconds = self.members[row].batches(plan)
             data_s += seconds
-            read.append(batches)
-        numbers = torch.stack([plan.numbers for plan in plans], dim=-1)
-        spare = self._num_rows - len(plans)
-        numbers = torch.cat([numbers, numbers[..., :1].expand(*numbers.shape[:-1], spare)], dim=-1)
-        self._make_room(read[0], numbers)
+        first = next(iter(plans))
+        sources = [row if row in plans else first for row in range(self._num_rows)]
+        numbers = torch.stack([plans[row].numbers for row in sources], dim=-1)
+        self._make_room(read[first], numbers)
         assert self._numbers is not None
         self._numbers[: len(numbers)].copy_(numbers)
-        for row in range(self._num_rows):
-            for held, part in zip(self._batches, read[row] if row < len(read) else read[0], strict=True):
+        for row, source in enumerate(sources):
+            for held, part in zip(self._batches, read[source], strict=True):
                 held[: len(part), row].copy_(part)
-        self._pairs.bring([plan.pairs for plan in plans], self._num_rows)
-        self._halted[: len(plans)] = False
-        self._halted[len(plans) :] = True
+        self._pairs.bring({row: plan.pairs for row, plan in plans.items()}, self._num_rows)
+        self._halted.copy_(torch.tensor([row not in plans for row in range(self._num_rows)]))
         self._place.zero_()
         self._part.zero_()
         return data_s
@@ -321,10 +328,10 @@ class Bundle:
         self._halted.copy_(held)
         self._replays = found
 
-    def _launch(self, num_steps: int, plans: Sequence[Ahead]) -> None:
+    def _launch(self, num_steps: int, plans: Mapping[int, Ahead]) -> None:
         """Execute the steps; the host waits for none of them."""
         paired: dict[int, set[PairPart]] = {}
-        for plan in plans:
+        for plan in plans.values():
             for step, part in plan.pairs.items():
                 paired.setdefault(step, set()).add(part)
         works = self._replays or self._works()

@@ -46,9 +46,9 @@ class Pairs:
         self.found = torch.zeros(num_steps, num_rows, 2, device=device)
         self.weight = 1.0
 
-    def bring(self, pairs: Sequence[Mapping[int, PairPart]], num_rows: int) -> None:
+    def bring(self, pairs: Mapping[int, Mapping[int, PairPart]], num_rows: int) -> None:
         """Which member does what in which of the steps to come."""
-        steps = {(step, row) for row, own in enumerate(pairs) for step, part in own.items() if part is PairPart.HOLD}
+        steps = {(step, row) for row, own in pairs.items() for step, part in own.items() if part is PairPart.HOLD}
         if steps or bool(pairs and self._held is not None):
             holds = torch.zeros(len(self._holds), num_rows, dtype=torch.bool)
             for step, row in steps:

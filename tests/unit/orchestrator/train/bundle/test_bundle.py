@@ -250,3 +250,18 @@ def test_dropout_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     members = [member(Tokens(dropout=0.1)), member(Tokens(dropout=0.1), seed=1)]
     with pytest.raises(StackingError, match="not compiled"):
         bundle(members, is_compiled=True)
+
+
+def test_members_that_wait_stay_as_they_are_while_the_others_go_on() -> None:
+    expected = [alone_losses(Tokens(**own), 12, i, {})[0] for i, own in enumerate(OWN)]
+    members = [member(Tokens(**own), seed=i) for i, own in enumerate(OWN)]
+    whole = bundle(members)
+    losses: list[list[float]] = [[], [], []]
+    for number in range(18):
+        active = [row for row in range(3) if number % 3 != row]
+        before = weights(members[number % 3].stepper)
+        for found, results in zip(losses, whole.advance(active=active), strict=True):
+            found += [result.loss for result in results]
+        assert torch.equal(weights(members[number % 3].stepper), before)
+    for found, wanted in zip(losses, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
