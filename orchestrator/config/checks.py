@@ -52,6 +52,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _batch,
         _shares,
         _workers,
+        _lanes,
         _tiers,
         _policy,
         _times,
@@ -315,6 +316,18 @@ def _workers(config: RunConfig) -> Iterator[Finding]:
     if config.policy.name in POLICIES_OF_FIXED_RANKS:
         text = f"got true, but policy {config.policy.name} leaves the number of ranks of a trial alone; allowed: "
         yield (*path, "enabled"), f"{text}policy.name: goodput_joint, or module:Class of your own, or enabled: false"
+
+
+def _lanes(config: RunConfig) -> Iterator[Finding]:
+    lanes, path = config.slots.lanes, ("slots", "lanes")
+    if lanes == 1:
+        return
+    text = f"got {lanes}; trials side by side in one process"
+    info = _info(config)
+    if info is not None and info.is_function:
+        yield path, f"{text} are declared trainings, and {printable(config.job.name, 100)} is a function; allowed: 1"
+    if config.trial.num_workers > 1 or config.dials.workers.enabled:
+        yield path, f"{text} have one rank each; allowed: 1, or trial.num_workers: 1 and dials.workers.enabled: false"
 
 
 def _tiers(config: RunConfig) -> Iterator[Finding]:

@@ -212,7 +212,7 @@ class TrialLoop:
                 self._launched.clear()  # what was begun behind it did nothing
             self._protect(result, times.step_s - times.wait_s)
         words = stepper.mode_words if results else ""
-        if self._num_together:
+        if self._num_together and results:
             words = f"{results[-1].mode.value}, in a bundle of {self._num_together}"
         if words and words != self._mode_said:
             self._mode_said = words

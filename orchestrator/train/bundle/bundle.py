@@ -157,7 +157,8 @@ class Bundle:
         """Step members, as often as it takes to fill `target_s`, at least once and at most `max_steps` times.
 
         Args:
-            max_steps, target_s: how many steps in a row.
+            max_steps: most steps in a row.
+            target_s: seconds that they shall fill.
             active: rows of those that are stepped; the others stay as they are. None for all.
 
         Returns:
@@ -275,7 +276,7 @@ class Bundle:
         return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
 
     def _bring(self, plans: Mapping[int, Ahead]) -> float:
-        """Samples and numbers of the steps to the device; seconds of reading them. Other rows get those of the first."""
+        """Samples and numbers of the steps to the device, for other rows those of the first; seconds of reading them."""
         data_s, read = 0.0, {}
         for row, plan in plans.items():
             read[row], seconds = self.members[row].batches(plan)
