@@ -24,6 +24,7 @@ from orchestrator.telemetry.record import (
     MODE_FLAGS,
     STEP_DTYPE,
     StepArray,
+    num_steps_of,
     tier_of,
 )
 from orchestrator.telemetry.stretch import SETTINGS, Stretch, changes_of, newest_stretch, ordinary
@@ -305,7 +306,8 @@ class TrialWindow:
             self._num_samples = int(rows["cursor"][back[-1]])
         counted = rows[back[-1] :] if len(back) else rows
         self._num_samples += int(counted["num_samples"].sum(dtype=np.int64))
-        self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else 1)
+        num_steps = num_steps_of(rows)
+        self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else int(num_steps[-1]))
         self._cursor = int(last["cursor"]) + int(last["num_samples"])
         self._generation = int(last["generation"])
         self._is_replayed = bool(int(last["flags"]) & FLAG_GRAPH)
@@ -314,19 +316,21 @@ class TrialWindow:
         self._pending.add(rows)
         self._recent.add(rows)
         self._recent.trim(float(_end_s(rows[-1:])[0]) - self._window_s)
-        self._advance_loss(rows["loss"][np.isfinite(rows["loss"])].astype(np.float64))
+        is_known = np.isfinite(rows["loss"])
+        self._advance_loss(rows["loss"][is_known].astype(np.float64), num_steps[is_known])
         known = np.flatnonzero(np.isfinite(rows["noise_trace"]) & np.isfinite(rows["grad_sq"]))
         if len(known):
             self._noise = float(rows["noise_trace"][known[-1]]), float(rows["grad_sq"][known[-1]])
 
-    def _advance_loss(self, losses: Floats) -> None:
+    def _advance_loss(self, losses: Floats, num_steps: validation.Ints) -> None:
         if not len(losses):
             return
         # One exponential average over the whole batch at once: weights decay by `keep` with every later step.
         keep = 1.0 - 1.0 / _LOSS_STEPS
         start = float(losses[0]) if self._loss is None else self._loss
-        weights = (1.0 - keep) * keep ** np.arange(len(losses) - 1, -1, -1)
-        self._loss = start * keep ** len(losses) + float(weights @ losses)
+        later = num_steps[::-1].cumsum()[::-1] - num_steps
+        weights = (1.0 - keep**num_steps) * keep**later
+        self._loss = start * keep ** float(num_steps.sum()) + float(weights @ losses)
 
     def _rates(self) -> tuple[float | None, float | None, float]:
         """Samples/s and median and longest step seconds over the window before the last row."""
@@ -338,7 +342,8 @@ class TrialWindow:
         # Wall time and not the sum of steps: time that no step accounts for (evaluation, a pause) is time gone by.
         span_s = float(ends_s[-1] - rows["start_s"][0])
         throughput_per_s = float(rows["num_samples"].sum(dtype=np.int64)) / span_s if span_s > 0 else None
-        return throughput_per_s, float(np.median(rows["step_s"])), float(rows["step_s"].max())
+        step_s = _step_s(rows)
+        return throughput_per_s, float(np.median(step_s)), float(step_s.max())
 
     def _straggler_ratio(self) -> float:
         medians = [float(np.median(state.busy_s)) for state in self._ranks.values() if len(state.busy_s)]
@@ -387,6 +392,12 @@ def _end_s(rows: StepArray) -> Floats:
     return ends
 
 
+def _step_s(rows: StepArray) -> Floats:
+    """Seconds of a step, the mean where a record tells of several."""
+    seconds: Floats = rows["step_s"].astype(np.float64) / num_steps_of(rows)
+    return seconds
+
+
 def _advance_seq(state: _Rank, records: StepArray, codes: validation.Codes) -> int:
     """Remember the highest credible sequence number; returns how many below it were never seen."""
     fresh = records["seq"][(codes != validation.DUPLICATE) & (codes != validation.code_of("seq"))]
@@ -403,10 +414,11 @@ def _advance_rank(state: _Rank, rows: StepArray) -> None:
     end_s = float(_end_s(rows).max())
     if state.anchor is not None:
         end_s = max(end_s, state.anchor.end_s)
-    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=end_s)
+    num_steps = num_steps_of(rows)
+    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=end_s, num_steps=int(num_steps[-1]))
     state.memory_bytes = int(last["memory_bytes"]) or state.memory_bytes  # 0 while it is not known
     state.usage.add(rows)
-    busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64)
+    busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64) / num_steps
     state.busy_s = np.concatenate((state.busy_s, busy_s))[-_MAX_TAIL_ROWS:]
 
 
@@ -436,8 +448,8 @@ def _summarise(rows: StepArray, sync_s: float | None) -> Observation:
         micro_batch=int(first["micro_batch"]),
         grad_accum=int(first["grad_accum"]),
         num_workers=int(first["num_workers"]),
-        num_steps=len(rows),
-        step_s=float(np.median(rows["step_s"])),
+        num_steps=int(num_steps_of(rows).sum()),
+        step_s=float(np.median(_step_s(rows))),
         noise_trace=float(estimated["noise_trace"].mean(dtype=np.float64)) if len(estimated) else None,
         grad_sq=float(estimated["grad_sq"].mean(dtype=np.float64)) if len(estimated) else None,
         num_noise=len(estimated),

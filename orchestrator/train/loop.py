@@ -25,6 +25,7 @@ from orchestrator.telemetry.record import (
     FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
+    FLAG_SEVERAL,
     FLAG_SKIPPED,
     FLAG_UNSETTLED,
 )
@@ -210,7 +211,7 @@ class TrialLoop:
             self._record(result, times)
             if result.is_skipped:
                 self._launched.clear()  # what was begun behind it did nothing
-            self._protect(result, times.step_s - times.wait_s)
+            self._protect(result, (times.step_s - times.wait_s) / result.num_steps)
         words = stepper.mode_words if results else ""
         if self._num_together and results:
             words = f"{results[-1].mode.value}, in a bundle of {self._num_together}"
@@ -340,6 +341,7 @@ class TrialLoop:
         flags |= FLAG_COMPILED if result.mode is StepMode.COMPILED else 0
         flags |= 0 if self._num_together or self._stepper.is_settled_on(result.mode) else FLAG_UNSETTLED
         flags |= FLAG_ROLLED_BACK if self._is_rolled_back else 0
+        flags |= FLAG_SEVERAL if result.num_steps > 1 else 0
         self._is_rolled_back = False
         memory_bytes = self._meter.observe(settings) // max(1, self._num_together)
         self.attempt.record(result, times, flags=flags, memory_bytes=memory_bytes, settings=settings)

@@ -22,8 +22,8 @@ from orchestrator.train.precision.tiers import set_tier
 
 logger = logging.getLogger(__name__)
 
-STEPS_S = 0.0
-"""Seconds that the steps between two boundaries fill: a boundary behind each step."""
+STEPS_S = 0.05
+"""Seconds that the steps between two boundaries fill: short ones are told of together, and orders wait no longer."""
 
 Name = Hashable
 """Names one trial among those of the process."""

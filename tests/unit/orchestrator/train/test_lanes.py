@@ -14,6 +14,7 @@ import torch
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, StopMode
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.tier import Tier
+from orchestrator.telemetry.record import num_steps_of
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.bundle.company import Company
 from orchestrator.train.isolation import ProcessState
@@ -49,12 +50,12 @@ def first_order(directory: Path, index: int, **changes: object) -> SlotOrder:
     return replace(made, trial=replace(made.trial, trial_id=TrialId(f"t{index}"), params=params))
 
 
-def serve(scripts: list[LaneScript], share: FakeShare | None = None) -> None:
+def serve(scripts: list[LaneScript], share: FakeShare | None = None, target_s: float = 0.0) -> None:
     shared = Shared(share or FakeShare())
     lanes = [
         Lane(number, script, Boundary(script, 0, 1, None), shared.lane(number)) for number, script in enumerate(scripts)
     ]
-    LaneServer(lanes, ONE_RANK, shared, ProcessState.capture(), Company(), threading.Event()).serve()
+    LaneServer(lanes, ONE_RANK, shared, ProcessState.capture(), Company(target_s=target_s), threading.Event()).serve()
 
 
 def alone(directory: Path, index: int, *changes: tuple[int, Callable[[SlotOrder], SlotOrder]]) -> Script:
@@ -157,6 +158,22 @@ def test_a_paused_trial_goes_on_where_it_was(tmp_path: Path) -> None:
     serve(scripts)
     for index, script in enumerate(scripts):
         assert metrics(script) == pytest.approx(metrics(alone(tmp_path / "alone", index)), rel=1e-5)
+
+
+def test_many_short_steps_are_told_of_in_one_record(tmp_path: Path) -> None:
+    scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in range(3)]
+    serve(scripts, target_s=0.05)
+    for index, script in enumerate(scripts):
+        wanted = alone(tmp_path / "alone", index)
+        records = script.records
+        assert metrics(script) == pytest.approx(metrics(wanted), rel=1e-5)
+        assert len(records) < len(wanted.records)
+        num_steps = num_steps_of(records)
+        assert num_steps.sum() == len(wanted.records)
+        assert (records["step"] == num_steps.cumsum() - num_steps).all()
+        assert (records["cursor"] + records["num_samples"])[-1] == 320
+        ends_s = records["start_s"] + records["step_s"]
+        assert (records["start_s"][1:] >= ends_s[:-1] - 1e-4).all()
 
 
 def test_the_process_has_the_share_of_its_lanes_together() -> None:
