@@ -52,7 +52,6 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _batch,
         _shares,
         _workers,
-        _lanes,
         _tiers,
         _policy,
         _times,
@@ -297,7 +296,13 @@ def _shares(config: RunConfig) -> Iterator[Finding]:
 
 
 def _workers(config: RunConfig) -> Iterator[Finding]:
-    """A range of ranks that the start is in, over which its global batch can be kept, and a policy that uses it."""
+    """A range of ranks that the start is in, over which its global batch can be kept, and a policy that uses it; and
+    lanes only where every trial has one rank.
+    """
+    lanes, info = config.slots.lanes, _info(config)
+    if lanes > 1 and (config.most_workers > 1 or (info is not None and info.is_function)):
+        text = f"got {lanes}; trials side by side in one process are declared trainings on one rank each"
+        yield ("slots", "lanes"), f"{text}; allowed: 1, or a class, trial.num_workers: 1 and no dial workers"
     dial, trial, path = config.dials.workers, config.trial, ("dials", "workers")
     if not dial.enabled:
         return
@@ -316,18 +321,6 @@ def _workers(config: RunConfig) -> Iterator[Finding]:
     if config.policy.name in POLICIES_OF_FIXED_RANKS:
         text = f"got true, but policy {config.policy.name} leaves the number of ranks of a trial alone; allowed: "
         yield (*path, "enabled"), f"{text}policy.name: goodput_joint, or module:Class of your own, or enabled: false"
-
-
-def _lanes(config: RunConfig) -> Iterator[Finding]:
-    lanes, path = config.slots.lanes, ("slots", "lanes")
-    if lanes == 1:
-        return
-    text = f"got {lanes}; trials side by side in one process"
-    info = _info(config)
-    if info is not None and info.is_function:
-        yield path, f"{text} are declared trainings, and {printable(config.job.name, 100)} is a function; allowed: 1"
-    if config.trial.num_workers > 1 or config.dials.workers.enabled:
-        yield path, f"{text} have one rank each; allowed: 1, or trial.num_workers: 1 and dials.workers.enabled: false"
 
 
 def _tiers(config: RunConfig) -> Iterator[Finding]:

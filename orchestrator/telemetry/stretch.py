@@ -20,6 +20,7 @@ from orchestrator.telemetry.record import (
     MODE_FLAGS,
     StepArray,
     num_steps_of,
+    step_seconds_of,
 )
 
 SETTINGS = ("generation", "cores", "tier", "micro_batch", "grad_accum", "num_workers")
@@ -71,8 +72,7 @@ def newest_stretch(rows: StepArray) -> Stretch | None:
         return None
     at = changes_of(rows)
     mine = ordinary(rows[at[-1] + 1 :] if len(at) else rows)
-    num_steps = num_steps_of(mine)
-    step_s = mine["step_s"].astype(np.float64) / num_steps
+    num_steps, step_s = num_steps_of(mine), step_seconds_of(mine)
     kept = step_s <= _LONG * np.median(step_s) if len(step_s) else np.zeros(0, dtype=np.bool_)
     seconds = float((step_s * num_steps)[kept].sum())
     if seconds <= 0:

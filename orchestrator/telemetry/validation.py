@@ -14,13 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.telemetry.record import (
-    FLAG_APPLIED,
-    FLAG_COMPILED,
-    FLAG_GRAPH,
+    FLAG_BUNDLE,
     FLAG_ROLLED_BACK,
     FLAG_SEVERAL,
     FLAG_SKIPPED,
-    FLAG_UNSETTLED,
     StepArray,
     num_steps_of,
     tier_of,
@@ -166,8 +163,7 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
     unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
     _mark(codes, "tier", np.isin(rows["tier"], unknown))
-    known = FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH | FLAG_ROLLED_BACK | FLAG_UNSETTLED | FLAG_COMPILED | FLAG_SEVERAL
-    _mark(codes, "flags", flags > known)
+    _mark(codes, "flags", flags >= 2 * FLAG_BUNDLE)  # the last one
 
 
 def _judge_times(codes: Codes, rows: StepArray, bounds: Bounds) -> None:

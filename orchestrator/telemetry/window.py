@@ -17,14 +17,15 @@ from orchestrator.policies.learn.fit import Observation
 from orchestrator.share.verification import Usage
 from orchestrator.telemetry import validation
 from orchestrator.telemetry.record import (
-    FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
     FLAG_SKIPPED,
     MODE_FLAGS,
     STEP_DTYPE,
     StepArray,
+    mode_of,
     num_steps_of,
+    step_seconds_of,
     tier_of,
 )
 from orchestrator.telemetry.stretch import SETTINGS, Stretch, changes_of, newest_stretch, ordinary
@@ -84,8 +85,7 @@ class WindowView:
         noise_trace: last estimate of tr(Sigma).
         grad_sq: last estimate of |G|^2, of the same row.
         straggler_ratio: slowest rank's median busy time over that of all ranks; 1 for one rank.
-        is_replayed: whether the last step was replayed from a CUDA graph; None before the first.
-        is_compiled: whether it was of compiled kernels.
+        step_mode: how the last step was executed; None before the first.
         is_stale: whether rank 0 has been silent for too long.
         is_suspect: whether so many rows were refused that the rest should not be relied on either.
         num_refused: rows refused so far.
@@ -104,8 +104,7 @@ class WindowView:
     noise_trace: float | None
     grad_sq: float | None
     straggler_ratio: float
-    is_replayed: bool | None
-    is_compiled: bool
+    step_mode: str | None
     is_stale: bool
     is_suspect: bool
     num_refused: int
@@ -189,9 +188,7 @@ class TrialWindow:
         self._heard_at_s: float | None = None
         self._updated_s: float | None = None
         self._step = self._num_samples = self._cursor = self._generation = 0
-        self._is_replayed: bool | None = None
-        self._is_compiled = False
-        self._has_rows = False
+        self._flags, self._has_rows = 0, False
         self._loss: float | None = None
         self._noise: tuple[float, float] | None = None
         self._num_refused = self._num_missing = 0
@@ -269,8 +266,7 @@ class TrialWindow:
             noise_trace=noise_trace,
             grad_sq=grad_sq,
             straggler_ratio=self._straggler_ratio(),
-            is_replayed=self._is_replayed,
-            is_compiled=self._is_compiled,
+            step_mode=mode_of(self._flags) if self._has_rows else None,
             is_stale=now_s - self._heard_at_s > silence_s,
             is_suspect=self._judged >= _MIN_JUDGED and self._judged_bad > self._max_refused_ratio * self._judged,
             num_refused=self._num_refused,
@@ -310,8 +306,7 @@ class TrialWindow:
         self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else int(num_steps[-1]))
         self._cursor = int(last["cursor"]) + int(last["num_samples"])
         self._generation = int(last["generation"])
-        self._is_replayed = bool(int(last["flags"]) & FLAG_GRAPH)
-        self._is_compiled = bool(int(last["flags"]) & FLAG_COMPILED)
+        self._flags = int(last["flags"])
         self._updated_s = float(_end_s(rows[-1:])[0])
         self._pending.add(rows)
         self._recent.add(rows)
@@ -342,7 +337,7 @@ class TrialWindow:
         # Wall time and not the sum of steps: time that no step accounts for (evaluation, a pause) is time gone by.
         span_s = float(ends_s[-1] - rows["start_s"][0])
         throughput_per_s = float(rows["num_samples"].sum(dtype=np.int64)) / span_s if span_s > 0 else None
-        step_s = _step_s(rows)
+        step_s = step_seconds_of(rows)
         return throughput_per_s, float(np.median(step_s)), float(step_s.max())
 
     def _straggler_ratio(self) -> float:
@@ -390,12 +385,6 @@ class TrialWindow:
 def _end_s(rows: StepArray) -> Floats:
     ends: Floats = rows["start_s"] + rows["step_s"]
     return ends
-
-
-def _step_s(rows: StepArray) -> Floats:
-    """Seconds of a step, the mean where a record tells of several."""
-    seconds: Floats = rows["step_s"].astype(np.float64) / num_steps_of(rows)
-    return seconds
 
 
 def _advance_seq(state: _Rank, records: StepArray, codes: validation.Codes) -> int:
@@ -449,7 +438,7 @@ def _summarise(rows: StepArray, sync_s: float | None) -> Observation:
         grad_accum=int(first["grad_accum"]),
         num_workers=int(first["num_workers"]),
         num_steps=int(num_steps_of(rows).sum()),
-        step_s=float(np.median(_step_s(rows))),
+        step_s=float(np.median(step_seconds_of(rows))),
         noise_trace=float(estimated["noise_trace"].mean(dtype=np.float64)) if len(estimated) else None,
         grad_sq=float(estimated["grad_sq"].mean(dtype=np.float64)) if len(estimated) else None,
         num_noise=len(estimated),

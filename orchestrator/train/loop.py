@@ -22,6 +22,7 @@ from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import is_cheaper
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import (
+    FLAG_BUNDLE,
     FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
@@ -342,6 +343,7 @@ class TrialLoop:
         flags |= 0 if self._num_together or self._stepper.is_settled_on(result.mode) else FLAG_UNSETTLED
         flags |= FLAG_ROLLED_BACK if self._is_rolled_back else 0
         flags |= FLAG_SEVERAL if result.num_steps > 1 else 0
+        flags |= FLAG_BUNDLE if self._num_together > 1 else 0
         self._is_rolled_back = False
         memory_bytes = self._meter.observe(settings) // max(1, self._num_together)
         self.attempt.record(result, times, flags=flags, memory_bytes=memory_bytes, settings=settings)

@@ -276,7 +276,7 @@ class Bundle:
         return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
 
     def _bring(self, plans: Mapping[int, Ahead]) -> float:
-        """Samples and numbers of the steps to the device, for other rows those of the first; seconds of reading them."""
+        """Samples and numbers of the steps to the device, for other rows those of the first; seconds of reading."""
         data_s, read = 0.0, {}
         for row, plan in plans.items():
             read[row], seconds = self.members[row].batches(plan)

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 STEPS_S = 0.05
 """Seconds that the steps between two boundaries fill: short ones are told of together, and orders wait no longer."""
 
-Name = Hashable
-"""Names one trial among those of the process."""
+Name = int
+"""Names one trial among those of the process: its lane."""
 
 
 @dataclass(slots=True)

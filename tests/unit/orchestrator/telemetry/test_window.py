@@ -134,7 +134,7 @@ LIES = {
     "samples negative": ("num_samples", -32, "samples"),
     "tier unknown": ("tier", 7, "tier"),
     "tier negative": ("tier", -1, "tier"),
-    "flag unknown": ("flags", 128, "flags"),
+    "flag unknown": ("flags", 256, "flags"),
     "share above one": ("share", 1.5, "share"),
     "share not a number": ("share", np.nan, "share"),
     "cores infinite": ("cores", np.inf, "share"),

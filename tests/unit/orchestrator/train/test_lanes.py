@@ -1,4 +1,4 @@
-"""Several trials in one process: each trains as it does alone, and what happens to one leaves the others as they are."""
+"""Several trials in one process: each trains as it does alone, and what happens to one leaves the others alone."""
 
 from __future__ import annotations
 
