@@ -126,6 +126,7 @@ class Lane:
         finished: the attempt that ended last: an older order may still name it.
         trial, loop, course, need, member: of the trial that it has.
         generators: random state of its trial while another lane has the process.
+        reason: why its trial steps alone, as last told.
     """
 
     number: int
@@ -141,6 +142,7 @@ class Lane:
     need: Wait | Step | None = None
     member: Member | None = None
     generators: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -286,6 +288,10 @@ class LaneServer:
         assert lane.loop is not None
         outcome = None
         with lane.entered():
+            reason = self._company.why_alone(lane.number)
+            if reason != lane.reason:
+                lane.reason = reason
+                logger.info("steps alone: %s", reason)
             try:
                 return lane.loop.advance()
             except Exception as error:
@@ -313,7 +319,7 @@ class LaneServer:
                 lane.training.close()
         lane.share.release()
         lane.trial = lane.training = lane.loop = lane.course = lane.need = lane.member = None
-        lane.generators = {}
+        lane.generators, lane.reason = {}, ""
         lane.finished = (trial.trial_id, trial.attempt)
         if self._is_dirty and all(other.trial is None for other in self._lanes):
             self._is_dirty = False

@@ -215,7 +215,7 @@ class TrialLoop:
             self._protect(result, (times.step_s - times.wait_s) / result.num_steps)
         words = stepper.mode_words if results else ""
         if self._num_together and results:
-            words = f"{results[-1].mode.value}, in a bundle of {self._num_together}"
+            words = f"{results[-1].mode.value}, in a bundle"
         if words and words != self._mode_said:
             self._mode_said = words
             logger.info("step mode at step %d: %s", stepper.step_index, self._mode_said)

@@ -6,7 +6,6 @@ bundle stays as long as its members do: one that waits keeps its row. Called by 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,8 +18,6 @@ from orchestrator.train.bundle.kind import kind_of, why_alone
 from orchestrator.train.bundle.member import Member
 from orchestrator.train.course import Stepped
 from orchestrator.train.precision.tiers import set_tier
-
-logger = logging.getLogger(__name__)
 
 STEPS_S = 0.05
 """Seconds that the steps between two boundaries fill: short ones are told of together, and orders wait no longer."""
@@ -53,6 +50,12 @@ class Company:
     _kinds: dict[Name, tuple[Settings, Hashable]] = field(default_factory=dict)
     _proven: dict[Hashable, set[Name]] = field(default_factory=dict)
     _refused: dict[Hashable, str] = field(default_factory=dict)
+    _reasons: dict[Name, str] = field(default_factory=dict)
+
+    def why_alone(self, name: Name) -> str:
+        """Why a trial is not stepped with others, empty where it is, or would be if there were any of its kind."""
+        _, kind = self._kinds.get(name, (None, None))
+        return self._reasons.get(name, "") or self._refused.get(kind, "")
 
     def step(self, asking: Mapping[Name, tuple[Member, int]]) -> dict[Name, Stepped]:
         """Step those that can be stepped with others; who is not in the answer is to step alone.
@@ -87,6 +90,7 @@ class Company:
         """The trial goes: it is one of its own again, as far as it has come."""
         self._part(name)
         self._kinds.pop(name, None)
+        self._reasons.pop(name, None)
         for proven in self._proven.values():
             proven.discard(name)
 
@@ -104,10 +108,8 @@ class Company:
             return kind
         if settings is None or not _is_alike(settings, member.stepper.settings):
             self._part(name)
-            reason = why_alone(member.stepper)
-            kind = None if reason else kind_of(member.stepper)
-            if reason:
-                logger.info("steps alone: %s", reason)
+            self._reasons[name] = why_alone(member.stepper)
+            kind = None if self._reasons[name] else kind_of(member.stepper)
         self._kinds[name] = (member.stepper.settings, kind)
         return kind
 
@@ -129,7 +131,7 @@ class Company:
                     self._refuse(kind, str(error))
                     return None
                 lone = names.pop(error.row)
-                logger.info("%s steps alone: %s", lone, error)
+                self._reasons[lone] = str(error)
                 self._kinds[lone] = (members[lone].stepper.settings, None)
                 continue
             proven.update(names)
@@ -147,7 +149,6 @@ class Company:
 
     def _refuse(self, kind: Hashable, reason: str) -> None:
         """Trials of that kind step alone in this process from here on."""
-        logger.warning("no bundle: %s", reason)
         self._refused[kind] = reason
         group = self._groups.pop(kind, None)
         if group is not None:

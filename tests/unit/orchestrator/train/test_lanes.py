@@ -86,7 +86,7 @@ def test_trials_side_by_side_end_as_they_do_alone(tmp_path: Path) -> None:
         assert [(ack.generation, ack.step) for ack in script.acks] == [(1, 0)]
     log = (tmp_path / "lanes" / "1" / "log.txt").read_text()
     assert "step mode at step" in log
-    assert "in a bundle of 3" in log
+    assert "in a bundle" in log
     assert "trial t1 attempt 0 ends: done" in log
     assert "t2" not in log
 
@@ -158,6 +158,20 @@ def test_a_paused_trial_goes_on_where_it_was(tmp_path: Path) -> None:
     serve(scripts)
     for index, script in enumerate(scripts):
         assert metrics(script) == pytest.approx(metrics(alone(tmp_path / "alone", index)), rel=1e-5)
+
+
+def test_one_that_cannot_be_stacked_steps_alone_and_says_why(tmp_path: Path) -> None:
+    scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in range(3)]
+    first = first_order(tmp_path / "lanes", 2)
+    assert first.trial is not None
+    scripts[2] = LaneScript(replace(first, trial=replace(first.trial, params={**first.trial.params, "seed": 5})))
+    tf32 = first_order(tmp_path / "lanes", 0, grant=grant(1, tier=Tier.TF32))
+    scripts[0] = LaneScript(tf32)
+    serve(scripts)
+    logs = [(tmp_path / "lanes" / str(index) / "log.txt").read_text() for index in range(3)]
+    assert "steps alone: tier tf32 is computed by functions of its own on cpu" in logs[0]
+    assert all("in a bundle" in log and "steps alone" not in log for log in logs[1:])  # another data seed may differ
+    assert metrics(scripts[1]) == pytest.approx(metrics(alone(tmp_path / "alone", 1)), rel=1e-5)
 
 
 def test_many_short_steps_are_told_of_in_one_record(tmp_path: Path) -> None:
