@@ -127,10 +127,10 @@ class ControlPlane:
     def _open_slots(self, slot_spec: SlotSpec) -> None:
         """Begin to open the slots; they take longest of all."""
         supervisor = Supervisor(slot_spec, self.policy)
-        num_slots = self._config.search.num_slots
-        num_allowed = min(num_slots, num_slots_with_room(slot_spec, alive_resources()))
-        supervisor.open(num_slots, num_allowed)
-        self._slots = (supervisor, slot_spec, num_slots)
+        num_processes = self._config.num_processes
+        num_allowed = min(num_processes, num_slots_with_room(slot_spec, alive_resources()))
+        supervisor.open(num_processes, num_allowed)
+        self._slots = (supervisor, slot_spec, num_processes)
 
     @property
     def _supervisor(self) -> Supervisor | None:
@@ -308,7 +308,7 @@ class ControlPlane:
                 "max_units": config.cluster.num_cpus,
                 "warm_up": warm_up,
                 "log_level": self.spec.log_level,
-                "num_slots": config.search.num_slots,
+                "num_slots": config.num_processes,
                 "gpu_share": "" if ready is None else ready.share.value,
                 "gpu_words": "" if ready is None else ready.words,
                 "memory_fraction": config.devices.memory_fraction,
@@ -316,6 +316,8 @@ class ControlPlane:
                 "trials_per_slot": max(1.0, config.search.num_trials / config.search.num_slots),
             },
             storage_path=str(self._run_dir / "slots"),
+            num_lanes=config.slots.lanes,
+            num_slots=config.search.num_slots,
         )
 
 

@@ -174,7 +174,13 @@ def _shares(config: RunConfig) -> Iterator[Finding]:
 
 
 def _workers(config: RunConfig) -> Iterator[Finding]:
-    """A range of ranks that the start is in, over which its global batch can be kept, and a policy that uses it."""
+    """A range of ranks that the start is in, over which its global batch can be kept, and a policy that uses it; and
+    lanes only where every trial has one rank.
+    """
+    lanes, info = config.slots.lanes, known_info(config)
+    if lanes > 1 and (config.most_workers > 1 or (info is not None and info.is_function)):
+        text = f"got {lanes}; trials side by side in one process are declared trainings on one rank each"
+        yield ("slots", "lanes"), f"{text}; allowed: 1, or a class, trial.num_workers: 1 and no dial workers"
     dial, trial, path = config.dials.workers, config.trial, ("dials", "workers")
     if not dial.enabled:
         return

@@ -141,7 +141,7 @@ class SearchSection(Section):
         default=None, description="whether less or more of the metric is better; null: as the job says"
     )
     num_trials: int = Field(default=1, ge=1, le=100_000, description="trials in all")
-    max_concurrent: int = Field(default=1, ge=1, le=1_000, description="trials at a time; also the number of slots")
+    max_concurrent: int = Field(default=1, ge=1, le=1_000, description="trials at a time, each in a slot or a lane")
     algorithm: Literal["random", "grid", "optuna"] = Field(
         default="random", description="who proposes trials: random (grids inside are honoured), grid, or optuna"
     )
@@ -241,6 +241,9 @@ class SlotsSection(Section):
         default=2, ge=0, le=100, description="times one trial may lose its slot before it fails"
     )
     open_timeout_s: float = Field(default=120.0, ge=1, le=86_400, description="seconds the first slot may take to open")
+    lanes: int = Field(
+        default=1, ge=1, le=32, description="trials that one process serves side by side; equal ones are stepped as one"
+    )
 
 
 class TelemetrySection(Section):
@@ -367,7 +370,12 @@ class RunConfig(Section):
         return self.dials.workers.max if self.dials.workers.enabled else self.trial.num_workers
 
     @property
+    def num_processes(self) -> int:
+        """Worker groups that serve trials: as many as slots, unless some have several lanes."""
+        return -(-self.search.num_slots // self.slots.lanes)
+
+    @property
     def num_ranks(self) -> int:
         """Ranks that may be open at the same time: a trial that changes its number has two groups for a while."""
-        ranks = self.search.num_slots * self.most_workers
+        ranks = self.num_processes * self.most_workers
         return ranks + self.most_workers if self.dials.workers.enabled else ranks

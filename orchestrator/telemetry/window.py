@@ -16,13 +16,15 @@ from orchestrator.policies.learn.fit import Observation
 from orchestrator.share.verification import Usage
 from orchestrator.telemetry import validation
 from orchestrator.telemetry.record import (
-    FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
     FLAG_SKIPPED,
     MODE_FLAGS,
     STEP_DTYPE,
     StepArray,
+    mode_of,
+    num_steps_of,
+    step_seconds_of,
     tier_of,
 )
 from orchestrator.telemetry.rows import Rows, end_s
@@ -83,8 +85,7 @@ class WindowView:
         noise_trace: last estimate of tr(Sigma).
         grad_sq: last estimate of |G|^2, of the same row.
         straggler_ratio: slowest rank's median busy time over that of all ranks; 1 for one rank.
-        is_replayed: whether the last step was replayed from a CUDA graph; None before the first.
-        is_compiled: whether it was of compiled kernels.
+        step_mode: how the last step was executed; None before the first.
         is_stale: whether rank 0 has been silent for too long.
         is_suspect: whether so many rows were refused that the rest should not be relied on either.
         num_refused: rows refused so far.
@@ -103,8 +104,7 @@ class WindowView:
     noise_trace: float | None
     grad_sq: float | None
     straggler_ratio: float
-    is_replayed: bool | None
-    is_compiled: bool
+    step_mode: str | None
     is_stale: bool
     is_suspect: bool
     num_refused: int
@@ -155,9 +155,7 @@ class TrialWindow:
         self._heard_at_s: float | None = None
         self._updated_s: float | None = None
         self._step = self._num_samples = self._cursor = self._generation = 0
-        self._is_replayed: bool | None = None
-        self._is_compiled = False
-        self._has_rows = False
+        self._flags, self._has_rows = 0, False
         self._loss: float | None = None
         self._noise: tuple[float, float] | None = None
         self._num_refused = self._num_missing = 0
@@ -237,8 +235,7 @@ class TrialWindow:
             noise_trace=noise_trace,
             grad_sq=grad_sq,
             straggler_ratio=self._straggler_ratio(),
-            is_replayed=self._is_replayed,
-            is_compiled=self._is_compiled,
+            step_mode=mode_of(self._flags) if self._has_rows else None,
             is_stale=now_s - self._heard_at_s > silence_s,
             is_suspect=self._judged >= _MIN_JUDGED and self._judged_bad > self._max_refused_ratio * self._judged,
             num_refused=self._num_refused,
@@ -274,29 +271,31 @@ class TrialWindow:
             self._num_samples = int(rows["cursor"][back[-1]])
         counted = rows[back[-1] :] if len(back) else rows
         self._num_samples += int(counted["num_samples"].sum(dtype=np.int64))
-        self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else 1)
+        num_steps = num_steps_of(rows)
+        self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else int(num_steps[-1]))
         self._cursor = int(last["cursor"]) + int(last["num_samples"])
         self._generation = int(last["generation"])
-        self._is_replayed = bool(int(last["flags"]) & FLAG_GRAPH)
-        self._is_compiled = bool(int(last["flags"]) & FLAG_COMPILED)
+        self._flags = int(last["flags"])
         self._updated_s = float(end_s(rows[-1:])[0])
         self._pending.add(rows)
         self._recent.add(rows)
         self._rates = None
         self._recent.trim(float(end_s(rows[-1:])[0]) - self._window_s)
-        self._advance_loss(rows["loss"][np.isfinite(rows["loss"])].astype(np.float64))
+        is_known = np.isfinite(rows["loss"])
+        self._advance_loss(rows["loss"][is_known].astype(np.float64), num_steps[is_known])
         known = np.flatnonzero(np.isfinite(rows["noise_trace"]) & np.isfinite(rows["grad_sq"]))
         if len(known):
             self._noise = float(rows["noise_trace"][known[-1]]), float(rows["grad_sq"][known[-1]])
 
-    def _advance_loss(self, losses: Floats) -> None:
+    def _advance_loss(self, losses: Floats, num_steps: validation.Ints) -> None:
         if not len(losses):
             return
         # One exponential average over the whole batch at once: weights decay by `keep` with every later step.
         keep = 1.0 - 1.0 / _LOSS_STEPS
         start = float(losses[0]) if self._loss is None else self._loss
-        weights = (1.0 - keep) * keep ** np.arange(len(losses) - 1, -1, -1)
-        self._loss = start * keep ** len(losses) + float(weights @ losses)
+        later = num_steps[::-1].cumsum()[::-1] - num_steps
+        weights = (1.0 - keep**num_steps) * keep**later
+        self._loss = start * keep ** float(num_steps.sum()) + float(weights @ losses)
 
     def _measured_rates(self) -> tuple[float | None, float | None, float]:
         """Samples/s and median and longest step seconds over the window before the last row."""
@@ -308,7 +307,8 @@ class TrialWindow:
         # Wall time and not the sum of steps: time that no step accounts for (evaluation, a pause) is time gone by.
         span_s = float(ends_s[-1] - rows["start_s"][0])
         throughput_per_s = float(rows["num_samples"].sum(dtype=np.int64)) / span_s if span_s > 0 else None
-        return throughput_per_s, float(np.median(rows["step_s"])), float(rows["step_s"].max())
+        step_s = step_seconds_of(rows)
+        return throughput_per_s, float(np.median(step_s)), float(step_s.max())
 
     def _straggler_ratio(self) -> float:
         medians = [float(np.median(state.busy_s)) for state in self._ranks.values() if len(state.busy_s)]
@@ -368,10 +368,11 @@ def _advance_rank(state: _Rank, rows: StepArray) -> None:
     latest_s = float(end_s(rows).max())
     if state.anchor is not None:
         latest_s = max(latest_s, state.anchor.end_s)
-    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=latest_s)
+    num_steps = num_steps_of(rows)
+    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=latest_s, num_steps=int(num_steps[-1]))
     state.memory_bytes = int(last["memory_bytes"]) or state.memory_bytes  # 0 while it is not known
     state.usage.add(rows)
-    busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64)
+    busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64) / num_steps
     state.busy_s = np.concatenate((state.busy_s, busy_s))[-_MAX_TAIL_ROWS:]
 
 
@@ -401,8 +402,8 @@ def _summarise(rows: StepArray, sync_s: float | None) -> Observation:
         micro_batch=int(first["micro_batch"]),
         grad_accum=int(first["grad_accum"]),
         num_workers=int(first["num_workers"]),
-        num_steps=len(rows),
-        step_s=float(np.median(rows["step_s"])),
+        num_steps=int(num_steps_of(rows).sum()),
+        step_s=float(np.median(step_seconds_of(rows))),
         noise_trace=float(estimated["noise_trace"].mean(dtype=np.float64)) if len(estimated) else None,
         grad_sq=float(estimated["grad_sq"].mean(dtype=np.float64)) if len(estimated) else None,
         num_noise=len(estimated),

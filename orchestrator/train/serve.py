@@ -21,6 +21,7 @@ from orchestrator.jobs.job import Job
 from orchestrator.jobs.own import call_function, is_own, last_line_of, tail_of
 from orchestrator.policies.plan import TrialId
 from orchestrator.share import ShareMechanism
+from orchestrator.train.attempt import Driver
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.device_fault import is_device_fault
@@ -118,15 +119,11 @@ class Server:
                 seed_generators(trial.seed)
                 outcome = self._train(order, trial, drivers)
             except Exception as error:
-                cause = error.__cause__ if isinstance(error, TierError) else None
-                logger.error("trial %s failed\n%s", trial.trial_id, tail_of(cause or error))
-                step, num_samples = drivers[0].progress if drivers else (0, 0)
-                reason = last_line_of(error) if cause is None else str(error)
+                outcome = failed_outcome(error, trial, drivers[0] if drivers else None)
                 if is_device_fault(error):
-                    self.link.fault(reason)
+                    self.link.fault(outcome.reason)
                     # This process can compute no more; the trial goes on from its last commit in a new one.
-                    raise WorkerGroupError(f"the GPU failed under {trial.trial_id}: {reason}") from error
-                outcome = replace(_status_after(error), step=step, num_samples=num_samples, reason=reason)
+                    raise WorkerGroupError(f"the GPU failed under {trial.trial_id}: {outcome.reason}") from error
                 if outcome.status is Status.FAILED and self._is_alone():
                     outcome = replace(outcome, status=Status.LOST)
                 if outcome.status in _BEGINS_AGAIN and self.groups.ranks.world_size > 1:
@@ -178,6 +175,16 @@ class Server:
         ranks = self.groups.regroup()
         self.boundary.regroup(ranks.group)
         self.clean = self.clean.regrouped()
+
+
+def failed_outcome(error: Exception, trial: TrialOrder | None, driver: Driver | None) -> Outcome:
+    """How an attempt ended that raised `error`, which is written to the log with its own traceback."""
+    assert trial is not None
+    cause = error.__cause__ if isinstance(error, TierError) else None
+    logger.error("trial %s failed\n%s", trial.trial_id, tail_of(cause or error))
+    step, num_samples = (0, 0) if driver is None else driver.progress
+    reason = last_line_of(error) if cause is None else str(error)
+    return replace(_status_after(error), step=step, num_samples=num_samples, reason=reason)
 
 
 def _status_after(error: Exception) -> Outcome:

@@ -255,7 +255,7 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     row = _row(cells, columns)
     metric = _metric(trial, shown.metric) if width >= WITH_METRIC else ""
     mode = trial.get("step_mode")
-    steps = f"{mode} steps" if mode in {"graph", "compiled"} else ""
+    steps = f"{mode} steps" if mode in {"graph", "compiled", "bundle"} else ""
     waits = "waits at its rung for others" if trial.get("waits_at_rung") is True else ""
     texts = (metric, _held(trial, shown.unit), steps, _resize(trial), waits, _off(trial), _decision(trial))
     details = "; ".join(text for text in texts if text)
