@@ -237,8 +237,8 @@ def scheduler_of(config: RunConfig) -> TrialScheduler:
                 perturbation_interval=scheduler.interval_reports,
                 quantile_fraction=scheduler.quantile,
                 resample_probability=scheduler.resample,
-                hyperparam_mutations={name: mutation(config.search.space[name]) for name in names},
-                custom_explore_fn=partial(within, bounds_of(config.search.space)),
+                hyperparam_mutations={name: mutation(config.search.one_space[name]) for name in names},
+                custom_explore_fn=partial(within, bounds_of(config.search.one_space)),
                 log_config=False,
             )
         case _:
