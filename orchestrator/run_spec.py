@@ -153,12 +153,15 @@ def dial_limits(config: RunConfig, start: Settings) -> DialLimits:
     """The ranges of the dials; a dial that may not be turned has its start as only value."""
     share, batch, precision = config.dials.share, config.dials.batch, config.dials.precision
     can_change_global = batch.enabled and batch.change_global
+    max_micro = batch.max_micro
+    if "max_micro" not in batch.model_fields_set and job_info(config.job.name).is_function:
+        max_micro = max(max_micro, batch.max_global)  # a function does not accumulate more than it does by itself
     return DialLimits(
         min_share=share.min if share.enabled else start.share,
         max_share=share.max if share.enabled and not config.places else start.share,
         min_global_batch=batch.min_global if can_change_global else start.global_batch,
         max_global_batch=batch.max_global if can_change_global else start.global_batch,
-        max_micro_batch=batch.max_micro if batch.enabled else start.micro_batch,
+        max_micro_batch=max_micro if batch.enabled else start.micro_batch,
         tiers=allowed_tiers(config) if precision.enabled else (start.tier,),
         min_workers=config.dials.workers.min if config.dials.workers.enabled else None,
         max_workers=config.dials.workers.max if config.dials.workers.enabled else None,

@@ -24,7 +24,9 @@ class BatchDial(Section):
     enabled: bool = Field(default=True, description="whether the policy may turn it")
     min_global: int = Field(default=1, ge=1, le=2**30, description="smallest samples per optimizer step")
     max_global: int = Field(default=128, ge=1, le=2**30, description="largest samples per optimizer step")
-    max_micro: int = Field(default=64, ge=1, le=2**20, description="largest samples per rank per forward")
+    max_micro: int = Field(
+        default=64, ge=1, le=2**20, description="largest samples per rank per forward; of a function max_global"
+    )
     change_global: bool = Field(default=True, description="whether samples per step may change; learning rate follows")
     min_efficiency: float = Field(
         default=0.9, ge=0, le=1, description="least worth of a sample at a batch above the start's; 0 for no limit"

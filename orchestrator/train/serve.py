@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
-from orchestrator.errors import OutOfMemoryError, TierError, WorkerGroupError
+from orchestrator.errors import ApplyError, OutOfMemoryError, TierError, WorkerGroupError
 from orchestrator.jobs import build_job, job_info
 from orchestrator.jobs.job import Job
 from orchestrator.jobs.own import call_function, is_own, last_line_of, tail_of
@@ -180,7 +180,7 @@ class Server:
 def failed_outcome(error: Exception, trial: TrialOrder | None, driver: Driver | None) -> Outcome:
     """How an attempt ended that raised `error`, which is written to the log with its own traceback."""
     assert trial is not None
-    cause = error.__cause__ if isinstance(error, TierError) else None
+    cause = error.__cause__ if isinstance(error, ApplyError) else None
     logger.error("trial %s failed\n%s", trial.trial_id, tail_of(cause or error))
     step, num_samples = (0, 0) if driver is None else driver.progress
     reason = last_line_of(error) if cause is None else str(error)

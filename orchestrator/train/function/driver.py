@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from orchestrator.control.orders import Outcome, SlotOrder, Status
-from orchestrator.errors import FunctionError, TierError
+from orchestrator.errors import FunctionError, OutOfMemoryError, TierError
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import Tier
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.train.attempt import Attempt
-from orchestrator.train.batch.guard import Move
+from orchestrator.train.batch.guard import Move, is_out_of_memory
 from orchestrator.train.batch.learning_rate import scaled
 from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
@@ -112,6 +112,7 @@ class FunctionDriver:
         Raises:
             FunctionError: it returned without a report, or reported what the search cannot use.
             TierError: it raised in a cheaper tier than it began in, which may be why.
+            OutOfMemoryError: memory ran out with a larger batch than its own.
             Exception: whatever else the function raises.
         """
         attempt = self.attempt
@@ -132,6 +133,7 @@ class FunctionDriver:
                 raise TierError(str(spoilt)) from None
             except Exception as error:
                 if not self._is_leaving:
+                    self._refuse_batch(error)
                     self._blame.judge(error)
                 logger.info("the function raised while it was leaving", exc_info=error)
             if attempt.is_told_to_leave:
@@ -160,6 +162,18 @@ class FunctionDriver:
         self._clock.begin()
         self._function()
         self.offers.settle()
+
+    def _refuse_batch(self, error: Exception) -> None:
+        """Memory that ran out with a larger batch than the function's own is no fault of the function.
+
+        Raises:
+            OutOfMemoryError: it shall begin again with its own batch.
+        """
+        own, now = self._batch.own, self._batch.now
+        if is_out_of_memory(error) and now > own.micro_batch:
+            text = f"with a batch of {now}, where its own is {own.micro_batch}: {error}"
+            settings = replace(self._settings, micro_batch=own.micro_batch, grad_accum=own.grad_accum)
+            raise OutOfMemoryError(text, settings=settings) from error
 
     # What an attempt asks of its driver.
 

@@ -140,7 +140,7 @@ class TierGuard:
         if math.isfinite(value) or self._precision.why_off:
             return
         if self._attempt.ranks.world_size > 1:
-            self._is_bad = True
+            self._is_bad |= self._was_cheaper
         elif is_cheaper(tier, self._dearest):
             self._judge(tier, is_bad=True, what=f"{name} was reported as {value}")
 

@@ -172,6 +172,24 @@ def test_a_global_batch_that_never_changes_has_no_range(write: Write) -> None:
     assert load_config(path, ["dials.batch.change_global=false"]).config.trial.global_batch == 8
 
 
+@pytest.mark.parametrize(
+    ("job", "overrides", "most"),
+    [
+        ("mlp", [], 64),
+        ("math:erf", [], 128),
+        ("math:erf", ["dials.batch.max_global=512"], 512),
+        ("math:erf", ["dials.batch.max_global=512", "dials.batch.max_micro=96"], 96),
+    ],
+)
+def test_a_function_may_have_batches_of_max_global_unless_it_says_otherwise(
+    write: Write, job: str, overrides: list[str], most: int
+) -> None:
+    search = ["search.metric=loss", "search.mode=min"]
+    path = write(MINIMAL)
+    found = run_spec(load_config(path, [f"job.name={job}", *search, *overrides]))
+    assert found.limits.max_micro_batch == most
+
+
 def test_a_sample_of_a_larger_batch_keeps_its_worth_unless_the_run_file_says_otherwise(write: Write) -> None:
     path = write(MINIMAL)
     assert run_spec(load_config(path)).limits.min_efficiency == 0.9

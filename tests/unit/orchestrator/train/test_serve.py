@@ -14,18 +14,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import orchestrator
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
 from orchestrator.errors import WorkerGroupError
 from orchestrator.jobs.job import Job, LossTerms
 from orchestrator.jobs.mlp import MlpJob
 from orchestrator.policies.plan import TrialId
+from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.loop import TrialLoop
 from orchestrator.train.serve import Server
-from tests.unit.orchestrator.train.links import FakeShare, Script, order
+from tests.unit.orchestrator.train.links import FakeShare, Script, grant, order
 
 
 class DrawingJob(MlpJob):
@@ -104,6 +106,43 @@ def serve(tmp_path: Path, jobs: list[Job], groups: Groups | None = None) -> Slot
 
 def job(kind: type[MlpJob] = DrawingJob) -> MlpJob:
     return kind(width=16, num_samples=512)
+
+
+def with_numpy() -> None:
+    """A user's function that NumPy keeps from computing in bf16."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        output = model(torch.ones(4, 2))
+        output.float().sum().backward()
+        optimizer.step()
+        output.detach().numpy()
+    orchestrator.report({"loss": 0.0})
+
+
+def test_a_function_that_raises_in_a_cheaper_tier_shall_begin_again_in_its_own(tmp_path: Path) -> None:
+    first = order(tmp_path / "t", credit=1000, grant=grant(tier=Tier.BF16))
+    assert first.trial is not None
+    trial = replace(first.trial, job=f"{__name__}:with_numpy", params={}, metric="loss", max_reports=1000)
+    again = replace(trial, attempt=1, precision_off="it raised in bf16")
+    script = SlotScript([
+        replace(first, trial=trial),
+        replace(first, trial=again),
+        SlotOrder(incarnation="i", seq=9, op=SlotOp.CLOSE),
+    ])  # fmt: skip
+    Server(
+        groups=Groups(0, 1, torch.device("cpu")),
+        boundary=Boundary(script, 0, 1, None),
+        link=script,
+        share=FakeShare(),
+        clean=ProcessState.capture(),
+    ).serve()
+    raised, done = script.outcomes
+    assert raised.status is Status.TIER
+    assert raised.reason.startswith("it raised in bf16: TypeError: Got unsupported ScalarType BFloat16 (test_serve.py:")
+    assert done.status is Status.DONE
+    log = (tmp_path / "t" / "log.txt").read_text()
+    assert "    output.detach().numpy()" in log, "the traceback of their code"
 
 
 def test_a_trial_after_a_dirty_one_is_bit_equal_to_one_in_a_clean_process(

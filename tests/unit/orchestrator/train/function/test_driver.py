@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import orchestrator
 from orchestrator.control.orders import DialReport, Outcome, SlotOrder, Status, StopMode
-from orchestrator.errors import FunctionError, TierError
+from orchestrator.errors import FunctionError, OutOfMemoryError, TierError
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import TIERS
 from orchestrator.train.boundary import Boundary
@@ -436,6 +436,26 @@ def test_any_error_before_the_first_report_of_a_tier_may_come_of_it(tmp_path: Pa
 def test_a_mistake_of_the_functions_own_is_told_at_once(tmp_path: Path, changes: Any, asked: dict[str, Any]) -> None:
     with pytest.raises(NameError, match="undefined_name"):
         drive(function_order(tmp_path), raising(undefined, **asked), *changes)
+
+
+def test_memory_that_ran_out_with_a_larger_batch_sends_it_back_to_its_own(tmp_path: Path) -> None:
+    def train() -> None:
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for (x,) in DataLoader(TensorDataset(torch.randn(512, 4)), batch_size=8):
+            if len(x) > 16:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            model(x).sum().backward()
+            optimizer.step()
+        orchestrator.report({"loss": 0.0})
+
+    def at(generation: int, size: int) -> Callable[[SlotOrder], SlotOrder]:
+        return lambda now: replace(now, grant=grant(generation, micro_batch=size))
+
+    with pytest.raises(OutOfMemoryError, match="with a batch of 32, where its own is 8: CUDA out of memory") as found:
+        drive(function_order(tmp_path), train, (12, at(2, 16)), (20, at(3, 32)))
+    assert found.value.settings is not None
+    assert found.value.settings.micro_batch == 8
 
 
 def test_a_report_without_the_metric_and_memory_that_ran_out_are_not_blamed_on_a_tier(tmp_path: Path) -> None:
