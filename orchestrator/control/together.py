@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from orchestrator.control import events as ev
 from orchestrator.control.controller import Controller
 from orchestrator.control.events import SPARE_REASON
-from orchestrator.control.joint import joined
+from orchestrator.control.joint import joined, parts_of
 from orchestrator.errors import JournalError
 from orchestrator.policies.decide.fair_share import FairShare
 from orchestrator.policies.invariants import check
@@ -85,7 +85,7 @@ class Together:
             controller = self.controllers.get(prefix)
             if controller is None:
                 continue
-            entry = replace(shared, prefix=prefix, decoded=None)
+            entry = replace(shared, prefix=prefix, decoded=parts_of(scene.snapshot, plan, prefix))
             try:
                 controller.take_part(seen, entry)
             except JournalError as error:  # its disk is full: the others go on

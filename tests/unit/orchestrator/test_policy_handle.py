@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator import policy_handle
 from orchestrator.policy_handle import RunHandle, policy_at
 
 
@@ -31,7 +30,7 @@ def test_a_call_goes_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, namespace))
         return actor
 
-    monkeypatch.setattr(policy_handle.ray, "get_actor", get_actor)
+    monkeypatch.setattr("orchestrator.policy_handle.ray.get_actor", get_actor)
     handle = policy_at("policy#r1", "somewhere")
     assert handle.submit.remote("t0", {"lr": 0.1}) == 1
     assert actor.seen == [("r1", "submit", "t0", {"lr": 0.1})]
