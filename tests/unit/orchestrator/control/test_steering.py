@@ -185,7 +185,7 @@ def test_a_stopped_trial_ends_and_can_be_taken_up_again(world: World) -> None:
     worker.finish(Status.STOPPED)
     assert world.trial(T0).state is TrialState.STOPPED
     with pytest.raises(RequestError) as caught:
-        world.controller.steer(request("stop", T0, request_id="q2"))
+        world.controller.steer(request("pause", T0, request_id="q2"))
     assert caught.value.code == "trial_ended"
     world.controller.steer(request("resume", T0, request_id="q3"))
     world.decide()
