@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 DEMO ?= demo.yaml
 PYTEST_FLAGS ?=
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
-# Opens Ray in the process of the tests: a process of its own, so that no cluster of an earlier test was in it.
-OWN_CLUSTER := tests/integration/test_tune.py
+# Tests without a Ray cluster run on all processors; those with one use all of them by themselves.
+SPREAD := -n logical --dist worksteal
+ALL := 'not gpu and not bench and not foreign and not policies'
 
 # Tried in this order; PYTHON=/path/to/python goes before them.
 PYTHON ?=
@@ -43,8 +44,9 @@ demo: $(STAMP) ## watch a small search on this machine's processors, all dials t
 	$(BIN)/orchestrator run $(DEMO) --set name=demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, chaos
-	$(PYTEST) tests -m 'not gpu and not bench and not foreign and not policies' --ignore=$(OWN_CLUSTER)
-	$(PYTEST) $(OWN_CLUSTER) -m 'not gpu and not bench and not foreign and not policies'
+	@# Both, also where the first fails: one run tells everything.
+	$(PYTEST) $(SPREAD) tests --ignore=tests/integration -m $(ALL); first=$$?; \
+	  $(PYTEST) tests/integration -m $(ALL) && exit $$first
 
 foreign: $(STAMP) ## whole runs of the foreign trainings that `make test` leaves out, six minutes
 	$(PYTEST) tests -m foreign
@@ -52,8 +54,8 @@ foreign: $(STAMP) ## whole runs of the foreign trainings that `make test` leaves
 policies: $(STAMP) ## a live run on two nodes under every policy, pausing and moving trials, six minutes
 	$(PYTEST) tests -m policies
 
-unit: $(STAMP) ## unit tests only: no Ray, seconds
-	$(PYTEST) tests/unit
+unit: $(STAMP) ## unit tests only: no Ray, minutes
+	$(PYTEST) $(SPREAD) tests/unit
 
 lint: $(STAMP) ## format, lint and types, about a minute
 	$(BIN)/ruff format --check .
@@ -61,7 +63,7 @@ lint: $(STAMP) ## format, lint and types, about a minute
 	$(BIN)/mypy
 
 check: lint ## the same and unit tests, before every commit
-	$(PYTEST) tests/unit
+	$(PYTEST) $(SPREAD) tests/unit
 
 fix: $(STAMP) ## format the code and repair what the linter can
 	$(BIN)/ruff format .

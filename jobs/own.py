@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from orchestrator.jobs.job_key import JobKey
 from orchestrator.jobs.param import JobInfo, Param, ParamKind, did_you_mean
 from orchestrator.jobs.parts import is_training, missing_parts
 
@@ -70,13 +71,17 @@ def add_import_paths(paths: Sequence[str]) -> None:
     sys.path[:0] = [path for path in paths if path not in sys.path]
 
 
-@cache
 def load(job: str) -> Callable[..., Any]:
     """The function or class of an import path.
 
     Raises:
         UserCodeError: it is not there, cannot be called, or its module raises when it is imported.
     """
+    return _loaded(JobKey.of(job).path)
+
+
+@cache
+def _loaded(job: str) -> Callable[..., Any]:
     module_name, _, name = job.partition(":")
     if not module_name or not name:
         raise UserCodeError(f"{job!r} is no import path; allowed: package.module:name, or a name of the table")
@@ -88,10 +93,16 @@ def load(job: str) -> Callable[..., Any]:
     return found
 
 
-def kind_of(found: Callable[..., Any]) -> Kind:
-    """What kind of training it is: a class with the parts of one, a model of a library, or else a function."""
+def kind_of(found: Callable[..., Any], key: JobKey) -> Kind:
+    """What kind of training it is: a class with the parts of one, a model of a library, or else a function.
+
+    A function that is given data does not train by itself: it returns a model of Hugging Face, or of the kind that the
+    run file names.
+    """
     if not isinstance(found, type):
-        return "function"
+        if key.kind in {"lightning", "huggingface"}:
+            return key.kind
+        return "huggingface" if key.data else "function"
     bases = {f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in found.__mro__}
     if bases & {"lightning.LightningModule", "pytorch_lightning.LightningModule"}:
         return "lightning"
@@ -105,28 +116,37 @@ def info_of(job: str) -> JobInfo:
     """What the outside must know of a training named by import path; its parameters are those of its signature.
 
     Raises:
-        UserCodeError: it cannot be loaded, or is a class that lacks parts of a training.
+        UserCodeError: it cannot be loaded, is a class that lacks parts of a training, or is given what it cannot take.
     """
+    key = JobKey.of(job)
     found = load(job)
-    kind = kind_of(found)
+    kind = kind_of(found, key)
+    if kind in {"lightning", "huggingface"}:
+        from orchestrator.jobs.ready_made import info_of_model
+
+        return info_of_model(key, kind)
+    for part, given in (("data", key.data), ("args", key.args)):
+        if given:
+            raise UserCodeError(
+                f"{key.path!r} is a {kind} and takes no job.{part}; allowed: job.params, or the class of a Lightning or"
+                " Hugging Face model as job.name"
+            )
     missing = list(missing_parts(found)) if kind == "training" and isinstance(found, type) else []
     if missing:
-        raise UserCodeError(f"{job!r} has no {'; no '.join(missing)}; a training needs each of these")
-    signature = _signature(found, job)
+        raise UserCodeError(f"{key.path!r} has no {'; no '.join(missing)}; a training needs each of these")
+    signature = signature_of(found, key.path)
     takes_config = kind == "function" and list(signature.parameters) == ["config"]
-    params = () if takes_config else tuple(_params(found, signature))
-    takes_any = takes_config or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
     rule: Literal["sqrt", "linear"] = "linear" if getattr(found, "learning_rate_rule", "") == "linear" else "sqrt"
     return JobInfo(
         learning_rate_rule=rule,
         metric=_metric(found) if kind == "training" else "",
         mode="max" if getattr(found, "mode", "min") == "max" else "min",
         summary=(inspect.getdoc(found) or "").partition("\n")[0],
-        params=params,
+        params=() if takes_config else tuple(params_of(found, key.path)),
         kind=kind,
-        takes_any=takes_any,
+        takes_any=takes_config or takes_any(signature),
         takes_config=takes_config,
-        samples_per_report=_samples_per_report(found, job) if kind == "training" else None,
+        samples_per_report=_samples_per_report(found, key.path) if kind == "training" else None,
     )
 
 
@@ -165,6 +185,12 @@ def tail_of(error: BaseException) -> str:
     if frames is None:  # an error of ours
         frames = error.__traceback__
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+
+
+def last_line_of(error: BaseException) -> str:
+    """What an error says, in one line with the place where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
 
 
 def digest_of(path: Path) -> str:
@@ -215,15 +241,26 @@ def _unpickled(file_name: str, job: str) -> object:
         raise UserCodeError(text, tail_of(error)) from None
 
 
-def _signature(found: Callable[..., Any], job: str) -> inspect.Signature:
+def takes_any(signature: inspect.Signature) -> bool:
+    """Whether a callable takes parameters beyond those that it names."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+
+
+def signature_of(found: Callable[..., Any], job: str) -> inspect.Signature:
+    """The parameters of a callable.
+
+    Raises:
+        UserCodeError: they cannot be read.
+    """
     try:
         return inspect.signature(found)
     except (TypeError, ValueError) as error:
         raise UserCodeError(f"the parameters of {job!r} cannot be read ({error}); write it in Python") from None
 
 
-def _params(found: Callable[..., Any], signature: inspect.Signature) -> Iterator[Param]:
-    """A parameter of the job for each parameter that can be given by name."""
+def params_of(found: Callable[..., Any], job: str) -> Iterator[Param]:
+    """A parameter of the job for each parameter of a callable that can be given by name."""
+    signature = signature_of(found, job)
     target = vars(found).get("__init__", found) if isinstance(found, type) else found
     try:
         hints = get_type_hints(target)

@@ -6,8 +6,8 @@ Knows nothing of any one job: `jobs.table` has the rows.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -114,6 +114,10 @@ class JobInfo:
         takes_any: whether it takes parameters beyond `params`.
         takes_config: whether it takes all parameters as one dict named `config`.
         samples_per_report: samples between two reports where the run file says nothing; None where that has a default.
+        start: fields of the section `trial` where the run file says nothing: `micro_batch`, `grad_accum`.
+        num_epochs: epochs of a whole trial where the run file says nothing; None where that has a default.
+        reports_epochs: whether the default unit of reports is an epoch.
+        given: fields of the section `trial` that `job.args` says, by the name of the argument.
     """
 
     learning_rate_rule: Literal["sqrt", "linear"]
@@ -128,6 +132,10 @@ class JobInfo:
     takes_any: bool = False
     takes_config: bool = False
     samples_per_report: int | None = None
+    start: Mapping[str, int] = field(default_factory=dict)
+    num_epochs: int | None = None
+    reports_epochs: bool = False
+    given: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_function(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from orchestrator.jobs.job_key import JobKey
 from orchestrator.jobs.own import info_of, is_own
 from orchestrator.jobs.param import (
     JobInfo,
@@ -197,7 +198,7 @@ def check_param(job: str, name: str, value: object) -> ParamValue:
         ValueError: unknown job or parameter, wrong type, or out of range.
     """
     info = job_info(job)
-    param = info.param(name)
+    param, job = info.param(name), JobKey.of(job).path
     if param is None and info.takes_any:
         return value
     if param is None:
@@ -218,16 +219,17 @@ def complete_params(job: str, params: Mapping[str, object]) -> dict[str, ParamVa
         ValueError: unknown job or parameter, wrong type, out of range, or values that do not go together.
     """
     info = job_info(job)
+    title = JobKey.of(job).path
     complete = {param.name: param.default for param in info.params if not param.is_required}
     complete.update({name: check_param(job, name, value) for name, value in params.items()})
     missing = [param.name for param in info.params if param.name not in complete]
     if missing:
-        raise ValueError(f"job {job}: no value for {', '.join(missing)}; give it in job.params or search.space")
+        raise ValueError(f"job {title}: no value for {', '.join(missing)}; give it in job.params or search.space")
     for multiple, divisor in info.divisible:
         number, by = complete[multiple], complete[divisor]
         if isinstance(number, int) and isinstance(by, int) and number % by:
             nearest = f"{number - number % by} and {number - number % by + by}" if number > by else f"{by}"
             raise ValueError(
-                f"job {job}: {multiple}={number} is not a multiple of {divisor}={by}; nearest that is: {nearest}"
+                f"job {title}: {multiple}={number} is not a multiple of {divisor}={by}; nearest that is: {nearest}"
             )
     return complete

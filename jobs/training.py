@@ -28,6 +28,7 @@ from orchestrator.jobs.samples import Samples, eval_batches, moved, samples_of, 
 logger = logging.getLogger(__name__)
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_JOBS = __name__.rpartition(".")[0]
 _LOSS = "the mean loss as a scalar tensor, a pair (sum, number of elements), or LossTerms"
 
 
@@ -42,7 +43,6 @@ class Training:
         clip_value: each element of a gradient is clipped to this size; None: not.
         warmup_steps: steps at the start batch over which learning rates rise from zero, a twentieth of the trial at
             most; 0 for none.
-        scheduler_interval: whether schedulers count optimizer steps at the start batch, or epochs.
     """
 
     def __init__(self, own: Any) -> None:  # noqa: ANN401 - the user's
@@ -52,7 +52,7 @@ class Training:
             UserCodeError: a part is missing, or an attribute is not of its kind.
         """
         self.own = own
-        self.title = type(own).__name__
+        self.title = _title_of(own)
         missing = list(missing_parts(type(own)))
         if missing:
             raise UserCodeError(f"{self.title} has no {'; no '.join(missing)}; a training needs each of these")
@@ -61,7 +61,6 @@ class Training:
         self.clip_norm = self._number("clip_norm")
         self.clip_value = self._number("clip_value")
         self.warmup_steps = int(self._number("warmup_steps") or 0)
-        self.scheduler_interval: Literal["step", "epoch"] = self._word("scheduler_interval", ("step", "epoch"))
         self.has_own_step = callable(getattr(own, "train_step", None))
         self._takes_device = callable(getattr(own, "evaluate", None)) and _num_positional(own.evaluate) > 1
         self._samples: Samples | None = None
@@ -128,13 +127,39 @@ class Training:
         """The parts worth sharding one by one when there is more than one rank, in forward order; none by default."""
         return list(self.own.blocks(model)) if hasattr(self.own, "blocks") else []
 
-    def build_optimizers(self, model: nn.Module) -> tuple[list[torch.optim.Optimizer], list[LRScheduler]]:
+    @property
+    def scheduler_interval(self) -> Literal["step", "epoch"]:
+        """Whether schedulers count optimizer steps at the start batch, or epochs."""
+        word: Literal["step", "epoch"] = self._word("scheduler_interval", ("step", "epoch"))
+        return word
+
+    @property
+    def monitor(self) -> str:
+        """Name of the metric that `ReduceLROnPlateau` is told; empty: the one of the search."""
+        return str(getattr(self.own, "monitor", "") or "")
+
+    @property
+    def forward_methods(self) -> Sequence[str]:
+        """Methods of the model, beside `forward`, that the training calls for a forward pass."""
+        return tuple(getattr(self.own, "forward_methods", ()))
+
+    def note_progress(self, step: int, epoch: int) -> None:
+        """Tell a training that asks for it how many steps and whole epochs are done."""
+        if hasattr(self.own, "note_progress"):
+            self.own.note_progress(step, epoch)
+
+    def build_optimizers(
+        self, model: nn.Module, num_steps: int
+    ) -> tuple[list[torch.optim.Optimizer], list[LRScheduler]]:
         """The optimizers and the schedulers, in the order in which they were returned.
+
+        `num_steps` is the number of steps of the whole trial at its start batch, for schedules that need it.
 
         Raises:
             UserCodeError: what was returned are none, or not of this model.
         """
-        returned = self.own.build_optimizer(model)
+        takes_steps = _num_positional(self.own.build_optimizer) > 1
+        returned = self.own.build_optimizer(model, num_steps) if takes_steps else self.own.build_optimizer(model)
         allowed = "an optimizer, or a tuple or list of optimizers and learning-rate schedulers"
         members = list(_flat(returned))
         optimizers = [each for each in members if isinstance(each, torch.optim.Optimizer)]
@@ -175,8 +200,9 @@ class Training:
     @property
     def why_not_replayed(self) -> str:
         """Why steps cannot be recorded and replayed, empty where they can; asked when a step was done."""
-        if self.has_own_step:
-            return "train_step is not recorded"
+        own_reason = getattr(self.own, "why_not_replayed", "")
+        if self.has_own_step or own_reason:
+            return str(own_reason) or "train_step is not recorded"
         if hasattr(self.own, "after_step"):
             return "after_step is called between steps"
         if not self._is_mean and not hasattr(self.own, "num_elements"):
@@ -294,6 +320,12 @@ class Training:
 def _flat(value: object) -> list[object]:
     """The members of nested tuples and lists."""
     return [member for each in value for member in _flat(each)] if isinstance(value, tuple | list) else [value]
+
+
+def _title_of(own: object) -> str:
+    """The name of a training in messages: its class, or what a ready-made one was made of."""
+    title = getattr(own, "title", "")
+    return title if isinstance(title, str) and title and type(own).__module__.startswith(_JOBS) else type(own).__name__
 
 
 def _num_positional(function: Any) -> int:  # noqa: ANN401 - the user's

@@ -6,25 +6,28 @@ alike, and leaves nothing in the process that asked for it. Imported when `run` 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError
+from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.jobs.job_key import JobKey
 from orchestrator.jobs.own import PICKLE_SUFFIX, digest_of
 from orchestrator.run_dirs import find_run, read_status
-from orchestrator.space import as_distribution
+from orchestrator.run_process import execute, status_of
+from orchestrator.space import as_space
+from orchestrator.view.notebook import LiveTable, notebook, status_html
 from orchestrator.view.text import dicts, mapping
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 Training = Callable[..., object] | str | Path | Mapping[str, Any]
 _SEARCH = ("space", "metric", "mode", "num_trials", "max_concurrent", "algorithm", "scheduler")
-_ERRORS = {2: ConfigError, 3: UnfitEnvironmentError}
+_JOB = ("kind", "data", "args")
 
 
 def run(
@@ -57,7 +60,8 @@ def run(
         params: parameters that are the same for every trial.
         quiet: print nothing.
         options: `space`, `metric`, `mode`, `num_trials`, `max_concurrent`, `algorithm` and `scheduler` of the search,
-            and whole sections of the run file (`trial`, `dials`, `policy`, `devices` ...) as dicts. In `space` a list
+            `kind`, `data` and `args` of the job, where `data` may be a class or function, and whole sections of the
+            run file (`trial`, `dials`, `policy`, `devices` ...) as dicts. In `space` a list
             is a choice, and Ray Tune's `tune.uniform` and the like work as the run file's `{uniform: [0, 1]}` does.
 
     Returns:
@@ -71,7 +75,9 @@ def run(
     """
     with run_file_of(training, name=name, storage=storage, params=params, **options) as (file, settings):
         arguments = [part for setting in settings for part in ("--set", setting)]
-        return Run(_execute([str(file), *arguments], quiet=quiet))
+        screen = None if quiet else notebook()
+        with contextlib.nullcontext() if screen is None else LiveTable(screen, status_of(file, settings)):
+            return Run(execute([str(file), *arguments], quiet=quiet, has_table=screen is not None))
 
 
 @contextmanager
@@ -107,6 +113,10 @@ class Run:
     def __repr__(self) -> str:
         trials = dicts(self._status.get("trials"))
         return f"Run({str(self.path)!r}: {self.state}, {len(trials)} trials)"
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        return status_html(self._status) if self._status else f"<p>{escape(repr(self))}</p>"
 
     @property
     def state(self) -> str:
@@ -240,7 +250,10 @@ class Run:
         name, commit, value = min(found, key=lambda each: (each[2] is None, sign * (each[2] or 0.0)))
         params = {**dict(job.get("params", {})), **mapping(trials[name].get("params"))}
         metric = str(status.get("metric"))
-        return Source(trial_id=name, job=job["name"], params=params, commit=commit, metric=metric, value=value)
+        key = JobKey(
+            path=job["name"], kind=job.get("kind", "auto"), data=job.get("data"), args=job.get("args") or {}
+        ).text
+        return Source(trial_id=name, job=key, params=params, commit=commit, metric=metric, value=value)
 
     def _ask(self, command: str, trial: str, values: Mapping[str, Any], request_id: str | None) -> dict[str, Any]:
         from orchestrator import steer
@@ -307,10 +320,15 @@ def _content(
 ) -> dict[str, Any]:
     """The content of a run file."""
     content: dict[str, Any] = dict(training) if isinstance(training, Mapping) else {"job": _job_of(training, folder)}
-    content.update({key: value for key, value in options.items() if key not in _SEARCH})
+    content.update({key: value for key, value in options.items() if key not in (*_SEARCH, *_JOB)})
+    content["job"] = _with_data(content["job"], {key: options[key] for key in _JOB if key in options}, folder)
     search = {**content.get("search", {}), **{key: options[key] for key in _SEARCH if key in options}}
-    if isinstance(search.get("space"), Mapping):
-        search["space"] = {key: as_distribution(key, value) for key, value in search["space"].items()}
+    if callable(search.get("space")):
+        function = _job_of(search["space"], folder)
+        paths = dict.fromkeys([*content["job"].get("import_paths", ()), *function["import_paths"]])
+        search["space"], content["job"] = function["name"], {**content["job"], "import_paths": list(paths)}
+    elif "space" in search:
+        search["space"] = as_space(search["space"])
     if isinstance(search.get("scheduler"), str):
         search["scheduler"] = {"name": search["scheduler"]}
     if isinstance(content.get("policy"), str):
@@ -345,6 +363,15 @@ def _job_of(training: Callable[..., object] | str | Path, folder: Path) -> dict[
     return {"name": f"{shipped.name}:{name}", "import_paths": [str(folder), *paths]}
 
 
+def _with_data(job: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The section `job` with what else was given for it; data that is a class or function is named, or shipped."""
+    if not callable(given.get("data")):
+        return {**job, **given}
+    data = _job_of(given["data"], folder)
+    paths = dict.fromkeys([*job.get("import_paths", ()), *data["import_paths"]])
+    return {**job, **given, "data": data["name"], "import_paths": list(paths)}
+
+
 def _import_path(training: Callable[..., object]) -> str | None:
     """The path that leads to the very same object in another process; None for what lives in this one only."""
     module, name = getattr(training, "__module__", None), getattr(training, "__qualname__", "<")
@@ -369,49 +396,9 @@ def _overrides(
     name: str | None, storage: str | Path, params: Mapping[str, Any] | None, options: Mapping[str, Any]
 ) -> Sequence[str]:
     """Settings, `a.b=value`, for what was given beside a run file."""
-    values = {f"search.{key}" if key in _SEARCH else key: value for key, value in options.items()}
+    sections = {**dict.fromkeys(_SEARCH, "search."), **dict.fromkeys(_JOB, "job.")}
+    values = {f"{sections.get(key, '')}{key}": value for key, value in options.items()}
     values |= {f"job.params.{key}": value for key, value in (params or {}).items()}
     values |= {"name": name} if name is not None else {}
     values |= {"storage": str(storage)} if str(storage) != "runs" else {}
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-def _execute(arguments: Sequence[str], *, quiet: bool) -> Path:
-    """Run `orchestrator run` and pass on what it says; the run directory, which is its last line.
-
-    Raises:
-        OrchestratorError: it did not end well; the message is what it said.
-    """
-    mode = ["--quiet"] if quiet else ["--plain"]
-    command = [sys.executable, "-m", "orchestrator", "run", *arguments, *mode]
-    with _started(command) as process:
-        assert process.stdout is not None
-        last, said = "", []
-        for line in process.stdout:
-            last = line.strip() or last
-            said.append(line)
-            if not quiet:
-                sys.stdout.write(line)
-                sys.stdout.flush()
-        errors = process.stderr.read() if process.stderr is not None else ""
-        code = process.wait()
-    if code in {0, 4}:
-        return Path(next(line.strip() for line in reversed(said) if Path(line.strip()).is_dir()))
-    if code in {130, 143}:
-        raise KeyboardInterrupt
-    text = errors.strip().removeprefix("error: ") or last or f"the run ended with exit code {code}"
-    raise _ERRORS.get(code, OrchestratorError)(text)
-
-
-@contextmanager
-def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that is told once to stop if this one is interrupted, and waited for."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
-        try:
-            yield process
-        except BaseException:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.wait()
-            raise

@@ -18,13 +18,15 @@ from orchestrator.config.render import scalar
 from orchestrator.config.source import read_text
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import has_entries, read_run
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.host import num_usable_cores
 from orchestrator.jobs.own import PICKLE_SUFFIX
 from orchestrator.names import write_atomically
 from orchestrator.output import say
 from orchestrator.policies import build_policy
 from orchestrator.run_dirs import BEGUN_FILE, RUN_FILE, SCHEMA, read_status, run_file_schema, with_schema
+from orchestrator.run_spec import middle_params
+from orchestrator.train.epoch_size import num_samples
 
 
 def require_policy(resolved: ResolvedRun) -> None:
@@ -50,6 +52,34 @@ def within_quota(resolved: ResolvedRun) -> ResolvedRun:
         return resolved
     cluster = cluster.model_copy(update={"num_cpus": cores})
     return dataclasses.replace(resolved, config=resolved.config.model_copy(update={"cluster": cluster}))
+
+
+def with_counted_epochs(resolved: ResolvedRun) -> ResolvedRun:
+    """The same run with the samples between two reports as a number, where the run file gives them in epochs.
+
+    They are counted with the first value of each searched parameter: the data is one and the same for all trials.
+
+    Raises:
+        ConfigError: the data cannot be loaded, or has no length.
+    """
+    config, trial = resolved.config, resolved.config.trial
+    if trial.epochs_per_report is None:
+        return resolved
+    try:
+        found = num_samples(config.job.key, middle_params(config), config.job.import_paths)
+    except OrchestratorError as error:
+        text = f"the samples of an epoch cannot be counted: {error}"
+        raise resolved.place.error(("trial", "epochs_per_report"), text) from None
+    changed = {"samples_per_report": found * trial.epochs_per_report, "epochs_per_report": None}
+    largest = max(trial.global_batch, config.dials.batch.max_global if config.dials.batch.enabled else 1)
+    if changed["samples_per_report"] < largest:
+        text = (
+            f"{trial.epochs_per_report} epochs are {changed['samples_per_report']} samples; allowed: at least a step,"
+        )
+        raise resolved.place.error(("trial", "epochs_per_report"), f"{text} of {largest} with dials.batch.max_global")
+    say(f"{found} samples per epoch; a report every {changed['samples_per_report']}")
+    changed_config = config.model_copy(update={"trial": trial.model_copy(update=changed)})
+    return dataclasses.replace(resolved, config=changed_config)
 
 
 def make_run_dir(resolved: ResolvedRun) -> None:
@@ -117,9 +147,8 @@ def require_history(run_dir: Path) -> None:
 
 
 def _ship_function(job: JobSection, run_dir: Path) -> None:
-    """Copy a function that has no import path into the run directory, where workers and `resume` look for it first."""
-    name = job.name.partition(":")[0]
-    if name.endswith(PICKLE_SUFFIX):
+    """Copy what has no import path into the run directory, where workers and `resume` look for it first."""
+    for name in (each.partition(":")[0] for each in (job.name, job.data or "")):
         found = next((Path(path) / name for path in job.import_paths if (Path(path) / name).is_file()), None)
-        if found is not None:
+        if name.endswith(PICKLE_SUFFIX) and found is not None:
             shutil.copyfile(found, run_dir / name)

@@ -22,6 +22,7 @@ from orchestrator.errors import (
     OrchestratorError,
     UnfitEnvironmentError,
 )
+from orchestrator.host import require_linux
 from orchestrator.interrupts import terminable
 from orchestrator.output import give_up, open_standard_streams
 
@@ -61,6 +62,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+_NEED_LINUX = ("run", "resume", "stop", "doctor", "clean")
+
+
 class CommandTable(click.Group):
     """A click group that imports a command's module only when that command is asked for."""
 
@@ -85,6 +89,8 @@ class CommandTable(click.Group):
 
             allowed = f"allowed: {', '.join(COMMANDS)}{did_you_mean(args[0], COMMANDS)}"
             raise click.UsageError(f"no command '{printable(args[0], 60)}'; {allowed}", ctx)
+        if args[0] in _NEED_LINUX and not {"--help", "-h"} & set(args):
+            require_linux()
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

@@ -135,10 +135,10 @@ class ControlPlane:
     def _open_slots(self, slot_spec: SlotSpec) -> None:
         """Begin to open the slots; they take longest of all."""
         supervisor = Supervisor(slot_spec, self.policy)
-        num_slots = self._config.search.num_slots
-        num_allowed = min(num_slots, num_slots_with_room(slot_spec, alive_resources()))
-        supervisor.open(num_slots, num_allowed)
-        self._slots = (supervisor, slot_spec, num_slots)
+        num_processes = self._config.num_processes
+        num_allowed = min(num_processes, num_slots_with_room(slot_spec, alive_resources()))
+        supervisor.open(num_processes, num_allowed)
+        self._slots = (supervisor, slot_spec, num_processes)
 
     @property
     def _supervisor(self) -> Supervisor | None:
@@ -186,11 +186,19 @@ class ControlPlane:
         if self._requests is not None:
             self._requests.release()  # nothing more is launched; nodes in use stay while they are
         ray.get(self.policy.set_state.remote("stopping"))
+        self._emptied(lambda: ray.get(self.policy.interrupt.remote()), is_cancelled)
+
+    def put_aside(self, trial_ids: Sequence[str]) -> None:
+        """Let these trials commit and leave their slots; the search may take them up again."""
+        self._emptied(lambda: ray.get([self.policy.pause.remote(trial_id) for trial_id in trial_ids]), lambda: False)
+
+    def _emptied(self, tell: Callable[[], object], is_cancelled: Callable[[], bool]) -> None:
+        """Tell the actor, and wait until no slot holds a trial."""
         deadline_s, is_told = time.monotonic() + _GRACE_S, False
         while time.monotonic() < deadline_s and not is_cancelled():
             if not is_told:
                 with contextlib.suppress(JournalError):  # a full disk: there may be room in a moment
-                    ray.get(self.policy.interrupt.remote())
+                    tell()
                     is_told = True
             slots = ray.get(self.policy.status.remote())["slots"]
             if not any(slot["trial_id"] for slot in slots):
@@ -285,7 +293,7 @@ class ControlPlane:
             trial_id=TrialId("warm-up"),
             attempt=0,
             seed=config.seed,
-            job=config.job.name,
+            job=config.job.key,
             params=dict(middle_params(config)),
             start=self.spec.start,
             limits=self.spec.limits,
@@ -308,7 +316,7 @@ class ControlPlane:
                 "max_units": config.cluster.num_cpus,
                 "warm_up": warm_up,
                 "log_level": self.spec.log_level,
-                "num_slots": config.search.num_slots,
+                "num_slots": config.num_processes,
                 "gpu_share": "" if ready is None else ready.share.value,
                 "gpu_words": "" if ready is None else ready.words,
                 "memory_fraction": config.devices.memory_fraction,
@@ -316,6 +324,8 @@ class ControlPlane:
                 "trials_per_slot": max(1.0, config.search.num_trials / config.search.num_slots),
             },
             storage_path=str(self._run_dir / "slots"),
+            num_lanes=config.slots.lanes,
+            num_slots=config.search.num_slots,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,14 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator import evidence
-from orchestrator.beginning import load_begun, make_run_dir, require_history, require_policy, within_quota
+from orchestrator.beginning import (
+    load_begun,
+    make_run_dir,
+    require_history,
+    require_policy,
+    with_counted_epochs,
+    within_quota,
+)
 from orchestrator.clock import SystemClock
 from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
 from orchestrator.config import ResolvedRun, require_fit
@@ -70,6 +78,7 @@ def start(resolved: ResolvedRun, *, plain: bool | None = None, is_quiet: bool = 
     """
     require_fit(resolved)
     require_policy(resolved)
+    resolved = with_counted_epochs(resolved)
     make_run_dir(resolved)
     return _drive(resolved, resolved.run_dir, plain=plain, is_quiet=is_quiet)
 
@@ -203,7 +212,12 @@ class _Driver:
             log_end(self._run_dir, state, leaks)
             mark_ended(self._run_dir, state)
             status = read_status(self._run_dir / STATUS_NAME)
-            say(render_broken_off(self._run_dir) if status is None else render_report(status, self._run_dir))
+            width = shutil.get_terminal_size().columns
+            say(
+                render_broken_off(self._run_dir)
+                if status is None
+                else render_report(status, self._run_dir, width=width)
+            )
             line = failure_line(status or {}) if state == "done" else None
             if line is not None:
                 say_last(line)

@@ -6,7 +6,8 @@
     |- UnfitEnvironmentError  the machine or the cluster lacks something          (exit 3)
     |- PlanError           a policy raised, overran or returned an illegal plan
     |- ApplyError          a trial could not apply an allocation
-    |  `- OutOfMemoryError   a step needs more memory than there is
+    |  |- OutOfMemoryError   a step needs more memory than there is
+    |  `- TierError          a user's function raised in a cheaper tier than the one it began in
     |- FunctionError       a user's training function reported nothing, or nothing that the search can use
     |- TelemetryError      a record that cannot be true, or a damaged table
     |- ShareError          a share cannot be enforced as asked
@@ -119,6 +120,10 @@ class OutOfMemoryError(ApplyError):
     def __reduce__(self) -> tuple[Callable[..., OutOfMemoryError], tuple[object, ...]]:
         """Pickle by constructor arguments."""
         return partial(type(self), is_final=self.is_final), (self.text, self.settings)
+
+
+class TierError(ApplyError):
+    """A user's function raised in a cheaper tier than the one it began in; its cause is what the function raised."""
 
 
 class TelemetryError(OrchestratorError):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from orchestrator.errors import UnfitEnvironmentError
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 MAX_TEMPORARY_BYTES = 32
@@ -22,9 +25,34 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+def why_not_here() -> str | None:
+    """Why no run can take place on this operating system, and what to do; None on Linux."""
+    if sys.platform == "linux":
+        return None
+    name = {"darwin": "macOS", "win32": "Windows", "cygwin": "Windows"}.get(sys.platform, sys.platform)
+    way = "WSL 2 (wsl --install)" if name == "Windows" else "a Linux machine"
+    return (
+        f"this is {name}, and a run needs Linux, whose scheduler and /proc its shares and its clean-up are made with;"
+        f" allowed: {way}, a container (docker run -it -v .:/work -w /work python:3.12), or `ray job submit` to a Linux"
+        " cluster. Here work: init, check, schema, and all that only reads run directories, such as watch and export"
+    )
+
+
+def require_linux() -> None:
+    """Refuse what needs Linux elsewhere, before anything is imported that only Linux has.
+
+    Raises:
+        UnfitEnvironmentError: this is another operating system.
+    """
+    why = why_not_here()
+    if why is not None:
+        raise UnfitEnvironmentError(why)
+
+
 def num_usable_cores(root: Path = _CGROUP_ROOT, own: Path = Path("/proc/self/cgroup")) -> int:
     """Cores that this process may use: those it is bound to, no more than its container's quota, at least one."""
-    cores, quota = len(os.sched_getaffinity(0)), cpu_quota(root, own)
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores, quota = len(affinity(0)) if affinity else (os.cpu_count() or 1), cpu_quota(root, own)
     return cores if quota is None else max(1, min(cores, math.floor(quota + 1e-9)))
 
 

@@ -22,12 +22,13 @@ from orchestrator.jobs.table import JobInfo, complete_params, job_info
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.snapshot import DeviceKind, DialLimits, NodeType
 from orchestrator.policies.tier import Tier, auto_tiers
+from orchestrator.space import first_drawn
 
 
 def run_spec(resolved: ResolvedRun) -> RunSpec:
     """The controller's view of a run."""
     config = resolved.config
-    info = job_info(config.job.name)
+    info = job_info(config.job.key)
     start = start_settings(config)
     dials = config.dials
     enabled = {"share": dials.share.enabled, "batch": dials.batch.enabled, "precision": dials.precision.enabled}
@@ -36,7 +37,7 @@ def run_spec(resolved: ResolvedRun) -> RunSpec:
         run_id=config.name,
         run_dir=str(resolved.run_dir),
         seed=config.seed,
-        job=config.job.name,
+        job=config.job.key,
         params=dict(config.job.params),
         speed_free_params=speed_free_params(config, info),
         start=start,
@@ -78,7 +79,7 @@ def terms(config: RunConfig) -> Terms:
 def speed_free_params(config: RunConfig, info: JobInfo) -> tuple[str, ...]:
     """Names of the parameters that leave the time of a step as it is."""
     known = {param.name: param.changes_speed for param in info.params}
-    names = [*known, *(name for name in (*config.job.params, *config.search.space) if name not in known)]
+    names = [*known, *(name for name in (*config.job.params, *config.search.searched) if name not in known)]
     return tuple(name for name in names if not known.get(name, changes_speed(name)))
 
 
@@ -171,9 +172,14 @@ def allowed_tiers(config: RunConfig) -> tuple[Tier, ...]:
 
 
 def middle_params(config: RunConfig) -> dict[str, object]:
-    """Parameters of a trial that stands for the search: the fixed ones and, of each searched one, its first value."""
+    """Parameters of a trial that stands for the search: the fixed ones and, of each searched one, its first value.
+
+    Of several spaces that is the first; where a function draws it is what that draws first.
+    """
     params: dict[str, object] = dict(config.job.params)
-    for name, distribution in config.search.space.items():
-        params[name] = distribution.values[0]
-    required = {param.name for param in job_info(config.job.name).params if param.is_required}
-    return dict(complete_params(config.job.name, params)) if required <= params.keys() else params
+    if isinstance(config.search.space, str):
+        params |= first_drawn(config.search.space)
+    for name, distribution in next(iter(config.search.spaces), {}).items():
+        params[name] = distribution.samples[0]
+    required = {param.name for param in job_info(config.job.key).params if param.is_required}
+    return dict(complete_params(config.job.key, params)) if required <= params.keys() else params

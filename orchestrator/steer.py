@@ -151,11 +151,11 @@ def _require_params(run_dir: Path, params: Mapping[str, Any], *, is_whole: bool)
     config = load_begun(run_dir).config
     for name, value in params.items():
         try:
-            check_param(config.job.name, name, value)
+            check_param(config.job.key, name, value)
         except ValueError as error:
             raise ConfigError(printable(str(error), 400), "--set") from None
-    required = {param.name for param in job_info(config.job.name).params if param.is_required}
-    missing = sorted((required | config.search.space.keys()) - params.keys() - config.job.params.keys())
+    required = {param.name for param in job_info(config.job.key).params if param.is_required}
+    missing = sorted((required | config.search.one_space.keys()) - params.keys() - config.job.params.keys())
     if is_whole and missing:
         raise ConfigError(f"no value for {', '.join(missing)}; allowed: --set {missing[0]}=VALUE for each", "--set")
 

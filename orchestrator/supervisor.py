@@ -40,6 +40,8 @@ class SlotSpec:
         environment: what ranks must have before they touch CUDA.
         loop_config: what `slot_loop` gets, without its slot id.
         storage_path: where Ray Train may write its own files.
+        num_lanes: trials that one worker group serves side by side.
+        num_slots: trials that run at a time in all.
     """
 
     num_workers: int
@@ -48,6 +50,15 @@ class SlotSpec:
     environment: dict[str, str]
     loop_config: dict[str, Any]
     storage_path: str
+    num_lanes: int = 1
+    num_slots: int = 0
+
+    def lanes_of(self, slot_id: str) -> tuple[str, ...]:
+        """What the control plane calls the slots of a worker group: itself, or one for each lane."""
+        if self.num_lanes == 1:
+            return (slot_id,)
+        first = int(slot_id.rpartition("-")[2]) * self.num_lanes
+        return tuple(f"{slot_id}.{number}" for number in range(min(self.num_lanes, self.num_slots - first)))
 
     def of(self, num_workers: int) -> SlotSpec:
         """The same with another number of ranks."""
@@ -133,7 +144,7 @@ class Supervisor:
         deadline_s = time.monotonic() + timeout_s
         threads = {slot_id: thread for slot_id, thread in self._threads.copy().items() if thread.is_alive()}
         for slot_id in threads:
-            self._tell(self._policy.close_slot, slot_id)
+            self._tell_of(self._policy.close_slot, slot_id)
         for thread in threads.values():
             thread.join(max(0.0, deadline_s - time.monotonic()))
         return not any(thread.is_alive() for thread in threads.values())
@@ -152,18 +163,18 @@ class Supervisor:
         while self._take_room():
             began_s = time.monotonic()
             try:
-                self._tell(self._policy.expect_slot, slot_id)
+                self._tell_of(self._policy.expect_slot, slot_id)
                 error = self._run_once(slot_id, self._spec.num_workers)
             finally:
                 self._give_room()
             if error is None:
-                self._tell(self._policy.slot_closed, slot_id)
+                self._tell_of(self._policy.slot_closed, slot_id)
                 self._wait_until_wanted()
                 continue
             if self._is_closing.is_set():
                 return
             logger.warning("%s ended: %s", slot_id, error)
-            self._tell(self._policy.lose_slot, slot_id, error)
+            self._tell_of(self._policy.lose_slot, slot_id, error)
             is_fast = time.monotonic() - began_s < 2 * _LONGEST_BACK_OFF_S
             num_fast_failures = num_fast_failures + 1 if is_fast else 0
             if num_fast_failures >= _MAX_FAST_FAILURES:
@@ -215,7 +226,7 @@ class Supervisor:
 
         trainer = TorchTrainer(
             slot_loop,
-            train_loop_config={**spec.loop_config, "slot_id": slot_id},
+            train_loop_config={**spec.loop_config, "slot_id": slot_id, "lanes": spec.lanes_of(slot_id)},
             torch_config=_backend_config(spec),
             scaling_config=ScalingConfig(
                 num_workers=spec.num_workers,
@@ -237,6 +248,11 @@ class Supervisor:
         except Exception as error:
             return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no text'}"
         return None
+
+    def _tell_of(self, method: Any, slot_id: str, *arguments: str | int) -> None:
+        """Tell the policy actor something of all lanes of a worker group."""
+        for lane_id in self._spec.lanes_of(slot_id):
+            self._tell(method, lane_id, *arguments)
 
     def _tell(self, method: Any, *arguments: str | int) -> Any:
         """Call the policy actor, again while it cannot write; Ray itself retries while it restarts."""

@@ -1,7 +1,7 @@
-"""What every test gets: an own corner for Ray, a check that no process is left behind, and a local Ray on request.
+"""What every test gets: an own corner for Ray, and a check that neither a process nor a signal handler is left behind.
 
 The environment is set when pytest loads this file, before anything can import Ray, so that processes started by tests
-inherit it. Ray itself is imported only by the `ray_local` fixture.
+inherit it. Ray itself is not imported here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -55,6 +56,8 @@ def _isolate_ray() -> None:
 
 
 _isolate_ray()
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process of these for each processor: more threads stand in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_unconfigure() -> None:
@@ -142,29 +145,19 @@ def _no_orphan_left(request: pytest.FixtureRequest) -> Iterator[None]:
     _fail_on(_left_after(before, ORPHAN_GRACE_S, is_orphan_check=True), str(request.path.name), ORPHAN_GRACE_S)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """Give each module the signal handlers of a fresh process: Ray puts one of its own in the place of SIGTERM's."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def _no_child_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a child process running."""
     before = _children()
     yield
     _fail_on(_left_after(before, CHILD_GRACE_S, is_orphan_check=False), str(request.node.name), CHILD_GRACE_S)
-
-
-@pytest.fixture(scope="module")
-def ray_local(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A fresh local Ray of four CPUs for the tests of one module, shut down after them; yields its address."""
-    import ray
-
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        namespace=f"test-{request.path.stem}",
-        log_to_driver=False,
-        object_store_memory=100 * 1024**2,
-        _temp_dir=str(SESSION_DIR),
-    )
-    try:
-        yield str(context.address_info["gcs_address"])
-    finally:
-        ray.shutdown()

@@ -24,12 +24,28 @@ _file = click.argument("file", type=click.Path(path_type=Path))
 _set = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=_SET_HELP)
 
 
-@click.command(epilog="\b\nExamples:\n  orchestrator init\n  orchestrator init search.yaml --job mlp")
+@click.command(
+    epilog="\b\nExamples:\n  orchestrator init\n  orchestrator init search.yaml --job mlp\n"
+    "  orchestrator init --job my_package.my_module:train"
+)
 @click.argument("file", type=click.Path(path_type=Path), default=Path("run.yaml"))
-@click.option("--job", default="language", show_default=True, help="Job to write the file for.")
-def init(file: Path, job: str) -> int:
-    """Write a commented run file to FILE (default run.yaml); an existing file is never overwritten."""
-    text = template(job, _run_name(file))
+@click.option("--job", default="language", show_default=True, help="Job, or package.module:name of your own.")
+@click.option("--data", default=None, metavar="PATH", help="Import path of a Lightning or Hugging Face model's data.")
+def init(file: Path, job: str, data: str | None) -> int:
+    """Write a commented run file to FILE (default run.yaml); an existing file is never overwritten.
+
+    Of a training of your own the parameters are those of its signature; where there is no such module yet, a small
+    training is written there: a class for a name with a capital letter, else a function.
+    """
+    if file.exists():
+        raise ConfigError("exists already and is not overwritten; name another file", str(file))
+    if ":" in job:
+        from orchestrator.commands.own_training import write_training
+
+        written = write_training(job)
+        if written is not None:
+            click.echo(f"wrote {written}")
+    text = template(job, _run_name(file), data)
     try:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
@@ -57,22 +73,27 @@ _JOB_LINES = {
 }
 
 
-def template(job: str, name: str) -> str:
-    """The commented run file for a job.
+def template(job: str, name: str, data: str | None = None) -> str:
+    """The commented run file for a job, or for a training named by import path, with its data.
 
     Raises:
         ConfigError: there is no such job.
     """
+    text = resources.files("orchestrator.templates").joinpath("run.yaml").read_text(encoding="utf-8")
+    text = text.replace("@NAME@", name).replace("@JOB@", f'"{job}"' if ":" in job else job)
+    if ":" in job:
+        from orchestrator.commands.own_training import own_template
+
+        return own_template(text, job, data)
     from orchestrator.config.words import did_you_mean, seen
     from orchestrator.jobs.table import JOB_INFO
 
     if job not in JOB_INFO:
         names = list(JOB_INFO)
-        text = f"unknown job {seen(job)}; allowed: {', '.join(names)}{did_you_mean(job, names)}"
+        text = f"unknown job {seen(job)}; allowed: {', '.join(names)}{did_you_mean(job, names)}, or package.module:name"
         raise ConfigError(text, "--job")
     params, rate, width = _JOB_LINES.get(job, ("{}", "", ""))
-    text = resources.files("orchestrator.templates").joinpath("run.yaml").read_text(encoding="utf-8")
-    text = text.replace("@NAME@", name).replace("@JOB@", job).replace("@PARAMS@", params)
+    text = text.replace("@PARAMS@", params)
     if rate:
         return text.replace("@LR@", rate).replace("@WIDTH@", width)
     # A job without suggestions of its own starts with nothing searched; the comments still say how.

@@ -14,24 +14,21 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-from orchestrator.config.model import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, RunConfig
+from orchestrator.config.model import RunConfig
 from orchestrator.config.placement import check_placement
 from orchestrator.config.policy_params import type_problem
 from orchestrator.config.queue import check_queue
-from orchestrator.config.source import KeyPath
-from orchestrator.config.values import ParamValue
+from orchestrator.config.search_checks import Finding, check_search, check_values, known_info
 from orchestrator.config.words import did_you_mean, printable, seen
-from orchestrator.jobs.own import UserCodeError, changes_speed
-from orchestrator.jobs.table import JOB_INFO, JobInfo, check_param, job_info
+from orchestrator.jobs.own import UserCodeError
+from orchestrator.jobs.table import JOB_INFO, JobInfo, job_info
 from orchestrator.policies.tier import by_cost, is_cheaper
 
-Finding = tuple[KeyPath, str]
 _MODULE_CLASS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*):([A-Za-z_][A-Za-z0-9_]*)", re.ASCII)
 _HOST_PORT = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]{0,253})|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})", re.ASCII)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _VARIABLE = re.compile(r"\$\w|\$\{|\$\(|%\w+%|%\(\w+\)")
 _NODE_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
-_MAX_PAIRS = 4096
 POLICIES_OF_FIXED_RANKS = frozenset({"static", "fair_share", "goodput"})
 """Policies of a run that leave the number of ranks of every trial as it is."""
 
@@ -43,11 +40,7 @@ def check_all(config: RunConfig) -> Iterator[Finding]:
         _job,
         _metric,
         _function,
-        _space,
-        _grid,
-        _algorithm,
-        _scheduler,
-        _pbt,
+        check_search,
         _batch,
         _shares,
         _workers,
@@ -74,18 +67,10 @@ def _storage(config: RunConfig) -> Iterator[Finding]:
         yield ("storage",), f'{text}--set storage="..."'
 
 
-def _info(config: RunConfig) -> JobInfo | None:
-    """What is known of the job, None where `_job` finds that there is none."""
-    try:
-        return job_info(config.job.name)
-    except ValueError:
-        return None
-
-
 def _job(config: RunConfig) -> Iterator[Finding]:
     job = config.job.name
     try:
-        info = job_info(job)
+        info = job_info(config.job.key)
     except UserCodeError as error:
         details = textwrap.indent(error.details, "    ")
         yield ("job", "name"), f"{printable(error.text)}\n{details}" if details else printable(error.text)
@@ -98,34 +83,44 @@ def _job(config: RunConfig) -> Iterator[Finding]:
     if config.job.kind not in {"auto", info.kind}:
         yield ("job", "kind"), f"got {config.job.kind}, but {printable(job, 100)} is a {info.kind}; allowed: auto"
     for name, value in config.job.params.items():
-        yield from _param(job, name, [value], ("job", "params", name))
+        yield from check_values(config.job.key, name, [value], ("job", "params", name))
+    yield from _declared(config, info)
 
 
-def missing_params(config: RunConfig) -> Iterator[Finding]:
-    """Parameters without a default that neither the run file gives nor its search.
-
-    Not asked of a run whose search is a Tuner of the user's own, which brings them.
-    """
-    info = _info(config)
-    given = {*config.job.params, *config.search.space}
-    missing = [] if info is None else [p.name for p in info.params if p.is_required and p.name not in given]
-    if missing:
-        yield ("job", "params"), f"no value for {', '.join(missing)}; give it here or search it in search.space"
+def _declared(config: RunConfig, info: JobInfo) -> Iterator[Finding]:
+    """What `job.args` and the section `trial` both say must be the same."""
+    trial = config.trial
+    for name, part in info.given.items():
+        if getattr(trial, part) != info.start[part]:
+            text = f"got {getattr(trial, part)}, and job.args.{name} is {info.start[part]}; keep one of them"
+            yield ("trial", part), text
+    if trial.epochs_per_report is None:
+        return
+    if info.is_function:
+        yield (
+            ("trial", "epochs_per_report"),
+            f"got {trial.epochs_per_report}; a function reports by itself; leave it out",
+        )
+    elif trial.samples_per_report is not None:
+        text = f"got {trial.epochs_per_report}, and samples_per_report is {trial.samples_per_report}; keep one of them"
+        yield ("trial", "epochs_per_report"), text
 
 
 def _metric(config: RunConfig) -> Iterator[Finding]:
     """A class that evaluates by itself must say which of its metrics trials are compared by."""
-    info = _info(config)
-    if info is not None and info.kind == "training" and not info.metric and config.search.metric is None:
-        text = (
-            f"is missing, and {printable(config.job.name, 100)} has no attribute metric; allowed: the name of a value"
-        )
-        yield ("search", "metric"), f"{text} value that its evaluate returns"
+    info, name = known_info(config), printable(config.job.name, 100)
+    if info is None or info.is_function or info.metric or config.search.metric is not None:
+        return
+    if info.kind == "lightning":
+        yield ("search", "metric"), f"is missing; allowed: the name of a value that validation_step of {name} logs"
+    else:
+        text = f"is missing, and {name} has no attribute metric; allowed: the name of a value that its evaluate returns"
+        yield ("search", "metric"), text
 
 
 def _function(config: RunConfig) -> Iterator[Finding]:
     """What a function, of which nothing is known from outside, needs in the run file."""
-    info = _info(config)
+    info = known_info(config)
     if info is None or not info.is_function:
         return
     for name, what in (("metric", "the name of the value that it reports"), ("mode", "min or max")):
@@ -136,125 +131,6 @@ def _function(config: RunConfig) -> Iterator[Finding]:
         yield ("dials", "workers", "enabled"), text
     if config.search.scheduler.name == "hyperband" and config.trial.max_reports is None:
         yield ("trial", "max_reports"), "is null; hyperband needs the number of reports that a whole trial makes"
-
-
-def _param(job: str, name: str, values: list[ParamValue], path: KeyPath) -> Iterator[Finding]:
-    info = job_info(job)
-    names = [param.name for param in info.params]
-    if name not in names and info.takes_any:
-        return
-    if name not in names:
-        shown = f"'{printable(name, 60)}'"
-        yield path, f"unknown parameter {shown} of job {job}; allowed: {', '.join(names)}{did_you_mean(name, names)}"
-        return
-    for value in values:
-        try:
-            check_param(job, name, value)
-        except ValueError as error:
-            yield path, f"got {seen(value)}; {printable(str(error))}"
-            return
-
-
-def _space(config: RunConfig) -> Iterator[Finding]:
-    job, info = config.job.name, _info(config)
-    if info is None:
-        return
-    for name, distribution in config.search.space.items():
-        path: KeyPath = ("search", "space", name)
-        if name in config.job.params:
-            yield path, "is searched here and fixed in job.params; keep one of them"
-        yield from _param(job, name, _samples(distribution), path)
-    for multiple, divisor in info.divisible:
-        yield from _divisible(config, multiple, divisor)
-
-
-def _samples(distribution: Distribution) -> list[ParamValue]:
-    """Values that stand for a distribution: all listed ones, or the two ends of a range."""
-    if distribution.randint is not None:
-        low, high = distribution.randint
-        return [low, high - 1]
-    return list(distribution.values)
-
-
-def _divisible(config: RunConfig, multiple: str, divisor: str) -> Iterator[Finding]:
-    pairs = itertools.product(_integers(config, multiple), _integers(config, divisor))
-    for number, by in itertools.islice(pairs, _MAX_PAIRS):
-        if by > 0 and number % by:
-            text = (
-                f"a trial could get {multiple}={number} with {divisor}={by}; {multiple} must be a multiple of {divisor}"
-            )
-            name = multiple if multiple in (*config.search.space, *config.job.params) else divisor
-            yield (("search", "space", name) if name in config.search.space else ("job", "params", name)), text
-            return
-
-
-def _integers(config: RunConfig, name: str) -> list[int]:
-    """All integers a parameter can take; of a long range, its beginning."""
-    if name in config.search.space:
-        distribution = config.search.space[name]
-        if distribution.randint is not None:
-            low, high = distribution.randint
-            return list(range(low, min(high, low + _MAX_PAIRS)))
-        values: tuple[ParamValue, ...] = distribution.values
-    else:
-        param = job_info(config.job.name).param(name)
-        values = (config.job.params.get(name, param.default if param else None),)
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
-
-
-def _grid(config: RunConfig) -> Iterator[Finding]:
-    points, trials = config.search.grid_points, config.search.num_trials
-    if trials % points:
-        nearest = max(points, trials - trials % points)
-        text = f"got {trials}; the grid has {points} points and each is tried equally often; allowed: {nearest} or "
-        yield ("search", "num_trials"), text + "another multiple"
-
-
-def _scheduler(config: RunConfig) -> Iterator[Finding]:
-    scheduler = config.search.scheduler
-    if _info(config) is None or not isinstance(scheduler, AshaScheduler | MedianScheduler):
-        return
-    if scheduler.grace_reports > config.max_reports:
-        text = f"got {scheduler.grace_reports}; allowed: at most trial.max_reports = {config.max_reports}"
-        yield ("search", "scheduler", "grace_reports"), text
-
-
-def _algorithm(config: RunConfig) -> Iterator[Finding]:
-    search, path = config.search, ("search", "algorithm")
-    grids = [name for name, distribution in search.space.items() if distribution.grid is not None]
-    if search.algorithm == "grid" and len(grids) < len(search.space):
-        other = next(name for name in search.space if name not in grids)
-        yield path, f"got 'grid', but {other} is no grid; give it as {{grid: [...]}}, or choose random"
-    elif search.algorithm == "optuna":
-        if grids:
-            yield path, f"got 'optuna', which proposes values by itself, but {grids[0]} is a grid; give it as a choice"
-        if importlib.util.find_spec("optuna") is None:
-            yield path, "got 'optuna', which is not installed: pip install 'ray-orchestrator[optuna]'"
-        if search.scheduler.name == "pbt":
-            yield path, "got 'optuna' with scheduler pbt, which perturbs parameters by itself; allowed: random or grid"
-
-
-def _pbt(config: RunConfig) -> Iterator[Finding]:
-    scheduler, path = config.search.scheduler, ("search", "scheduler", "mutate")
-    if not isinstance(scheduler, PbtScheduler) or _info(config) is None:
-        return
-    mutable = mutable_params(config)
-    for name in scheduler.mutate or ():
-        if name not in mutable:
-            yield path, f"got '{printable(name, 60)}'; allowed: {', '.join(mutable) or 'none of those searched'}"
-    if not mutable:
-        text = "pbt has nothing to perturb: no searched parameter leaves the model as it is"
-        yield ("search", "scheduler", "name"), f"{text}; search one such as lr, or choose asha"
-    if config.search.num_trials < 2:
-        yield ("search", "num_trials"), f"got {config.search.num_trials}; allowed: at least 2 with scheduler pbt"
-
-
-def mutable_params(config: RunConfig) -> list[str]:
-    """Searched parameters that a trial can change and still load the state of another."""
-    info = job_info(config.job.name)
-    changing = {param.name for param in info.params if param.changes_speed}
-    known = {param.name for param in info.params}
-    return [name for name in config.search.space if name not in changing and (name in known or not changes_speed(name))]
 
 
 def _batch(config: RunConfig) -> Iterator[Finding]:
@@ -279,8 +155,9 @@ def _batch(config: RunConfig) -> Iterator[Finding]:
             yield ("trial", "micro_batch"), text
             return
         largest = dial.max_global
-    info = _info(config)
-    if info is not None and not info.is_function and config.samples_per_report < largest:
+    info = known_info(config)
+    has_epochs = config.trial.epochs_per_report is not None
+    if info is not None and not info.is_function and not has_epochs and config.samples_per_report < largest:
         what = how if largest == batch else "dials.batch.max_global"
         text = f"got {config.samples_per_report}; allowed: at least one step between reports, {what} = {largest}"
         yield ("trial", "samples_per_report"), text
@@ -297,7 +174,13 @@ def _shares(config: RunConfig) -> Iterator[Finding]:
 
 
 def _workers(config: RunConfig) -> Iterator[Finding]:
-    """A range of ranks that the start is in, over which its global batch can be kept, and a policy that uses it."""
+    """A range of ranks that the start is in, over which its global batch can be kept, and a policy that uses it; and
+    lanes only where every trial has one rank.
+    """
+    lanes, info = config.slots.lanes, known_info(config)
+    if lanes > 1 and (config.most_workers > 1 or (info is not None and info.is_function)):
+        text = f"got {lanes}; trials side by side in one process are declared trainings on one rank each"
+        yield ("slots", "lanes"), f"{text}; allowed: 1, or a class, trial.num_workers: 1 and no dial workers"
     dial, trial, path = config.dials.workers, config.trial, ("dials", "workers")
     if not dial.enabled:
         return

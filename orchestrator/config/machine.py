@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config.checks import Finding
 from orchestrator.config.model import RunConfig
 from orchestrator.config.queue import check_deadline
+from orchestrator.config.search_checks import Finding
 from orchestrator.config.source import KeyPath
 from orchestrator.config.values import ParamValue
 from orchestrator.config.words import printable
@@ -147,7 +147,7 @@ def _libraries(config: RunConfig) -> Iterator[Finding]:
 
     What the files of a folder need besides is known only once they are looked at: the trial says it then.
     """
-    info = job_info(config.job.name)
+    info = job_info(config.job.key)
     path, folders = _values(config, "data_dir")
     if info.folder_library and any(folder is not None for folder in folders):
         fault = fault_of(info.folder_library)
@@ -166,9 +166,9 @@ def _libraries(config: RunConfig) -> Iterator[Finding]:
 
 def _values(config: RunConfig, name: str) -> tuple[KeyPath, tuple[ParamValue, ...]]:
     """Where a parameter of the job is set, and what it can be."""
-    if name in config.search.space:
-        return ("search", "space", name), config.search.space[name].values
-    param = job_info(config.job.name).param(name)
+    if name in config.search.searched:
+        return ("search", "space", name), config.search.searched[name]
+    param = job_info(config.job.key).param(name)
     return ("job", "params", name), (config.job.params.get(name, param.default if param else None),)
 
 

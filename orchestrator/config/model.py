@@ -7,26 +7,27 @@ YAML.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, model_serializer, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from orchestrator.config.dials import DialsSection
-from orchestrator.config.foreign import distribution_in_our_words
 from orchestrator.config.queue import QueueSection
-from orchestrator.config.values import FloatBounds, IntBounds, Params, ParamValue, Section, Values
-from orchestrator.config.words import seen
+from orchestrator.config.space import Distribution, Space
+from orchestrator.config.values import Params, ParamValue, Section
+from orchestrator.jobs.job_key import JobKey
 from orchestrator.jobs.table import job_info
 from orchestrator.names import NAME_PATTERN
 
 DEFAULT_REPORTS = 4
 """Reports of a declared training where the run file does not say."""
+DEFAULT_SAMPLES = 4096
+"""Samples between two reports where neither the run file nor the training says."""
 MOST_REPORTS = 10_000
+"""More than a function makes: it ends by itself."""
 PLACING_POLICIES = frozenset({"fifo", "fluid", "tiresias", "optimus", "pollux", "sia"})
 """Policies that decide nothing but which trials run, and where: to the others they do what `static` does."""
-"""More than a function makes: it ends by itself."""
 
 
 class JobSection(Section):
@@ -45,72 +46,26 @@ class JobSection(Section):
         strict=False,
         description="directories where the import path is looked for; empty: the working directory and the run file's",
     )
+    data: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=300,
+        description="import path of the data of a Lightning or Hugging Face model: a class, or a function returning it",
+    )
+    args: Params = Field(
+        default_factory=dict, description="what the library's own trainer would be given, of such a model"
+    )
     params: Params = Field(default_factory=dict, description="fixed parameters of the job, by name")
+
+    @property
+    def key(self) -> str:
+        """What is trained, as one text."""
+        return JobKey(path=self.name, kind=self.kind, data=self.data, args=self.args).text
 
     @property
     def is_own(self) -> bool:
         """Whether it is named by import path."""
         return ":" in self.name
-
-
-class Distribution(Section):
-    """Where a searched parameter is drawn from: exactly one of the five."""
-
-    uniform: FloatBounds | None = Field(default=None, description="[low, high], every value equally likely")
-    loguniform: FloatBounds | None = Field(default=None, description="[low, high], > 0, every magnitude equally likely")
-    randint: IntBounds | None = Field(default=None, description="[low, high], whole numbers, high excluded")
-    choice: Values | None = Field(default=None, description="a list of values, one drawn at random")
-    grid: Values | None = Field(default=None, description="a list of values, each of them tried")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_one_of_five(cls, data: object) -> object:
-        wanted = "allowed: one of {uniform: [low, high]}, {loguniform: [low, high]}, {randint: [low, high]}, "
-        wanted += "{choice: [a, b]}, {grid: [a, b]}"
-        if not isinstance(data, dict):
-            raise PydanticCustomError("words", f"got {seen(data)}; {wanted}")
-        kinds = [kind for kind in cls.model_fields if kind in data]
-        foreign = None if kinds else distribution_in_our_words(data)
-        if foreign is not None:
-            raise PydanticCustomError("words", "{text}", {"text": foreign})
-        if len(kinds) > 1 or not data:
-            raise PydanticCustomError("words", f"got {' and '.join(kinds) or 'an empty mapping'}; {wanted}")
-        if kinds and data[kinds[0]] is None:
-            raise PydanticCustomError("words", f"got no values for {kinds[0]}; {wanted}")
-        return data
-
-    @model_validator(mode="after")
-    def _bounds_are_ordered(self) -> Distribution:
-        bounds = self.uniform or self.loguniform or self.randint
-        if bounds is not None and bounds[0] >= bounds[1]:
-            raise PydanticCustomError("words", f"{self.kind}: got [{bounds[0]}, {bounds[1]}]; allowed: low < high")
-        if self.loguniform is not None and self.loguniform[0] <= 0:
-            low = self.loguniform[0]
-            raise PydanticCustomError("words", f"loguniform: got low = {low}; allowed: low > 0, or use uniform")
-        listed = self.choice or self.grid or ()
-        if len({json.dumps(value, sort_keys=True) for value in listed}) != len(listed):
-            raise PydanticCustomError("words", f"{self.kind}: a value is listed twice; list each value once")
-        return self
-
-    @property
-    def kind(self) -> str:
-        """Name of the one distribution given."""
-        return next(kind for kind in type(self).model_fields if getattr(self, kind) is not None)
-
-    @property
-    def values(self) -> tuple[ParamValue, ...]:
-        """The bounds (low, high) or the listed values."""
-        found: tuple[ParamValue, ...] = getattr(self, self.kind)
-        return found
-
-    @property
-    def is_listed(self) -> bool:
-        """Whether the values are listed rather than bounded."""
-        return self.kind in {"choice", "grid"}
-
-    @model_serializer
-    def _as_written(self) -> dict[str, list[ParamValue]]:
-        return {self.kind: list(self.values)}
 
 
 class AshaScheduler(Section):
@@ -171,7 +126,11 @@ Scheduler = AshaScheduler | FifoScheduler | HyperbandScheduler | MedianScheduler
 class SearchSection(Section):
     """Which trials there are, and how many at a time."""
 
-    space: dict[str, Distribution] = Field(default_factory=dict, description="searched parameters of the job, by name")
+    space: Space = Field(
+        default_factory=dict,
+        description="searched parameters of the job, by name; or a list of such spaces, of which each trial draws from "
+        "one; or the import path of a function of Optuna's trial",
+    )
     metric: str | None = Field(
         default=None,
         min_length=1,
@@ -182,7 +141,7 @@ class SearchSection(Section):
         default=None, description="whether less or more of the metric is better; null: as the job says"
     )
     num_trials: int = Field(default=1, ge=1, le=100_000, description="trials in all")
-    max_concurrent: int = Field(default=1, ge=1, le=1_000, description="trials at a time; also the number of slots")
+    max_concurrent: int = Field(default=1, ge=1, le=1_000, description="trials at a time, each in a slot or a lane")
     algorithm: Literal["random", "grid", "optuna"] = Field(
         default="random", description="who proposes trials: random (grids inside are honoured), grid, or optuna"
     )
@@ -192,10 +151,31 @@ class SearchSection(Section):
     )
 
     @property
+    def spaces(self) -> tuple[Mapping[str, Distribution], ...]:
+        """The spaces that trials are drawn from: one, several, or none where a function draws."""
+        if isinstance(self.space, str):
+            return ()
+        return self.space if isinstance(self.space, tuple) else (self.space,)
+
+    @property
+    def one_space(self) -> Mapping[str, Distribution]:
+        """The space, where there is one; empty otherwise."""
+        return self.spaces[0] if len(self.spaces) == 1 else {}
+
+    @property
+    def searched(self) -> Mapping[str, tuple[ParamValue, ...]]:
+        """Values that stand for each searched parameter, over all spaces: the listed ones, or the ends of a range."""
+        found: dict[str, tuple[ParamValue, ...]] = {}
+        for space in self.spaces:
+            for name, distribution in space.items():
+                found[name] = (*found.get(name, ()), *distribution.samples)
+        return found
+
+    @property
     def grid_points(self) -> int:
         """Number of combinations of all grid values; 1 without a grid."""
         points = 1
-        for distribution in self.space.values():
+        for distribution in self.one_space.values():
             points *= len(distribution.grid or (None,))
         return points
 
@@ -208,11 +188,18 @@ class SearchSection(Section):
 class TrialSection(Section):
     """How one trial starts and when it reports."""
 
-    samples_per_report: int = Field(
-        default=4096,
+    samples_per_report: int | None = Field(
+        default=None,
         ge=1,
         le=10**12,
-        description="training samples between two reports; a report evaluates and checkpoints",
+        description="training samples between two reports, which evaluate and checkpoint; null: as the training says, "
+        "else 4096",
+    )
+    epochs_per_report: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="epochs between two reports, instead of samples_per_report; samples are counted when a run starts",
     )
     max_reports: int | None = Field(
         default=None,
@@ -254,6 +241,9 @@ class SlotsSection(Section):
         default=2, ge=0, le=100, description="times one trial may lose its slot before it fails"
     )
     open_timeout_s: float = Field(default=120.0, ge=1, le=86_400, description="seconds the first slot may take to open")
+    lanes: int = Field(
+        default=1, ge=1, le=32, description="trials that one process serves side by side; equal ones are stepped as one"
+    )
 
 
 class TelemetrySection(Section):
@@ -350,14 +340,12 @@ class RunConfig(Section):
         """Reports after which a trial is complete, at most."""
         if self.trial.max_reports is not None:
             return self.trial.max_reports
-        return MOST_REPORTS if job_info(self.job.name).is_function else DEFAULT_REPORTS
+        return MOST_REPORTS if job_info(self.job.key).is_function else DEFAULT_REPORTS
 
     @property
     def samples_per_report(self) -> int:
         """Samples between two reports: as given, else as the class of a training declares, else the default."""
-        if "samples_per_report" in self.trial.model_fields_set:
-            return self.trial.samples_per_report
-        return job_info(self.job.name).samples_per_report or self.trial.samples_per_report
+        return self.trial.samples_per_report or job_info(self.job.key).samples_per_report or DEFAULT_SAMPLES
 
     @property
     def start_share(self) -> float:
@@ -382,7 +370,12 @@ class RunConfig(Section):
         return self.dials.workers.max if self.dials.workers.enabled else self.trial.num_workers
 
     @property
+    def num_processes(self) -> int:
+        """Worker groups that serve trials: as many as slots, unless some have several lanes."""
+        return -(-self.search.num_slots // self.slots.lanes)
+
+    @property
     def num_ranks(self) -> int:
         """Ranks that may be open at the same time: a trial that changes its number has two groups for a while."""
-        ranks = self.search.num_slots * self.most_workers
+        ranks = self.num_processes * self.most_workers
         return ranks + self.most_workers if self.dials.workers.enabled else ranks

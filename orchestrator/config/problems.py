@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import annotated_types as at
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -144,9 +144,11 @@ def _members(annotation: object) -> tuple[object, ...]:
     return get_args(annotation) if get_origin(annotation) in {Union, types.UnionType} else ()
 
 
-def tagged_member(annotation: object, tag: object) -> type[BaseModel] | None:
-    """The member of a union of models whose `name` is `tag`."""
+def tagged_member(annotation: object, tag: object) -> object | None:
+    """The member of a union that has the tag: of models by their `name`, of others as they are annotated."""
     for member in _members(annotation):
+        if any(isinstance(item, Tag) and item.tag == tag for item in unwrap(member)[1]):
+            return unwrap(member)[0]
         if _is_model(member) and tag in _names_of(member):
             return member
     return None

@@ -13,16 +13,19 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.config.checks import Finding, check_all, missing_params
+from orchestrator.config.checks import check_all
 from orchestrator.config.machine import Machine, check_fit, this_machine
 from orchestrator.config.model import RunConfig
 from orchestrator.config.overrides import apply_overrides, parse_override
 from orchestrator.config.problems import Place, from_pydantic, join
 from orchestrator.config.render import to_yaml
+from orchestrator.config.search_checks import Finding, missing_params
 from orchestrator.config.source import KeyPath, parse, read_text
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
+from orchestrator.host import why_not_here
 from orchestrator.jobs.own import PICKLE_SUFFIX, add_import_paths
+from orchestrator.jobs.table import job_info
 from orchestrator.names import run_directory
 
 DEFAULT = "default"
@@ -80,7 +83,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, has_own_sear
     except ValidationError as error:
         problems += from_pydantic(error, RunConfig, place)
     if config is not None:
-        config = _with_import_paths(config, path)
+        config = _with_declared(_with_import_paths(config, path))
         problems += as_errors(check_all(config), place)
         if not has_own_search:
             problems += as_errors(missing_params(config), place)
@@ -96,16 +99,37 @@ def _with_import_paths(config: RunConfig, path: Path) -> RunConfig:
     if not config.job.is_own:
         return config
     given = config.job.import_paths or (str(Path.cwd()), str(path.absolute().parent))
-    if config.job.name.partition(":")[0].endswith(PICKLE_SUFFIX):
+    if any(name.partition(":")[0].endswith(PICKLE_SUFFIX) for name in (config.job.name, config.job.data or "")):
         given = (str(run_directory(config.storage, config.name)), *given)
     paths = tuple(dict.fromkeys(str(Path(each).absolute()) for each in given))
     add_import_paths(paths)
     return config.model_copy(update={"job": config.job.model_copy(update={"import_paths": paths})})
 
 
+def _with_declared(config: RunConfig) -> RunConfig:
+    """The configuration with what a training of the user's own says of its trials, where the run file does not."""
+    try:
+        info = job_info(config.job.key)
+    except ValueError:  # the checks say why
+        return config
+    trial = config.trial
+    found: dict[str, int] = {part: n for part, n in info.start.items() if part not in trial.model_fields_set}
+    epochs = trial.epochs_per_report
+    if info.reports_epochs and epochs is None and trial.samples_per_report is None:
+        found["epochs_per_report"] = epochs = 1
+    if info.num_epochs is not None and epochs is not None and trial.max_reports is None:
+        found["max_reports"] = -(-info.num_epochs // epochs)
+    return config.model_copy(update={"trial": trial.model_copy(update=found)}) if found else config
+
+
 def fit_problems(resolved: ResolvedRun, machine: Machine | None = None, *, is_new: bool = True) -> list[ConfigError]:
     """What keeps a valid configuration from running on this machine; empty if nothing does."""
-    return as_errors(check_fit(resolved.config, machine or this_machine(), is_new=is_new), resolved.place)
+    why = why_not_here()
+    elsewhere = [] if why is None else [ConfigError(why)]
+    return [
+        *elsewhere,
+        *as_errors(check_fit(resolved.config, machine or this_machine(), is_new=is_new), resolved.place),
+    ]
 
 
 def require_fit(resolved: ResolvedRun, machine: Machine | None = None, *, is_new: bool = True) -> None:

@@ -190,7 +190,7 @@ class PolicyActor:
         world_size = self._controller.world_size(slot_id)
         meeting = f"{slot_id}:{epoch}:{attempt}"
         agreed = await self._rendezvous.meet(meeting, slot_id, rank, world_size, outcome)
-        if agreed is None and outcome.status in {Status.FAILED, Status.MEMORY}:
+        if agreed is None and outcome.status in {Status.FAILED, Status.MEMORY, Status.TIER}:
             self._controller.poison_slot(slot_id, epoch, outcome)
             await self._commit()
         return agreed

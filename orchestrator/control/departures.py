@@ -1,8 +1,8 @@
 """What becomes of a trial that leaves its slot, is told to, or whose slot dies: the event that says so. Pure.
 
 A trial whose slot died goes back to the front of the queue and resumes from its last commit, a bounded number of times;
-so does one that ran out of memory. Called by the controller, which writes the events, and by `transition` for journals
-that say of a slot only that it was lost.
+so does one that ran out of memory, and once a function that raised in a cheaper tier. Called by the controller, which
+writes the events, and by `transition` for journals that say of a slot only that it was lost.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def failed(trial: Trial, reason: str) -> Event:
 
 def left(run: Run, trial: Trial, outcome: Outcome) -> Event:
     """A trial left its slot on all ranks, as they agreed."""
-    if outcome.status is Status.MEMORY:
-        return _overflowed(trial, outcome)
+    if outcome.status in _BEGINS_AGAIN:
+        return _BEGINS_AGAIN[outcome.status](trial, outcome)
     if outcome.status is not Status.INTERRUPTED:
         return _ended(trial, _FINAL[outcome.status], outcome.reason, outcome)
     if trial.stop is StopMode.PAUSE:
@@ -61,8 +61,8 @@ def left(run: Run, trial: Trial, outcome: Outcome) -> Event:
 def lost(run: Run, slot: Slot, trial: Trial, reason: str, *, is_charged: bool = True) -> Event:
     """The slot of a trial died; the trial fails when it used up its restarts."""
     if slot.poison is not None:
-        if slot.poison.status is Status.MEMORY:
-            return _overflowed(trial, slot.poison)
+        if slot.poison.status in _BEGINS_AGAIN:
+            return _BEGINS_AGAIN[slot.poison.status](trial, slot.poison)
         return _ended(trial, TrialState.FAILED, slot.poison.reason)
     num_restarts, budget = trial.num_restarts + is_charged, run.spec.restart_budget
     if trial.stop is StopMode.DISCARD:
@@ -99,6 +99,20 @@ def _overflowed(trial: Trial, outcome: Outcome) -> Event:
     return _requeued(trial, reason, outcome, num_overflows=number, resume=resume, onward=None)
 
 
+def _raised_in_tier(trial: Trial, outcome: Outcome) -> Event:
+    """A function raised in a cheaper tier: back to the queue without its precision dial; where that is off, failed."""
+    if trial.stop is StopMode.DISCARD:
+        return _ended(trial, TrialState.STOPPED, "stopped while it left a cheaper tier", outcome)
+    if trial.precision_off:
+        return _ended(trial, TrialState.FAILED, outcome.reason, outcome)
+    reason = f"{outcome.reason}; begins again in its start tier"
+    return _requeued(trial, reason, outcome, precision_off=outcome.reason)
+
+
+_BEGINS_AGAIN = {Status.MEMORY: _overflowed, Status.TIER: _raised_in_tier}
+"""After these a trial begins again from its last commit."""
+
+
 def _requeued(trial: Trial, reason: str, outcome: Outcome | None, **changes: object) -> TrialRequeued:
     checkpoint = trial.checkpoint if outcome is None else outcome.checkpoint or trial.checkpoint
     fields: dict[str, object] = {
@@ -107,6 +121,7 @@ def _requeued(trial: Trial, reason: str, outcome: Outcome | None, **changes: obj
         "resume": trial.resume,
         "onward": trial.onward,
         "num_workers": trial.num_workers,
+        "precision_off": trial.precision_off,
         **_progress(trial, outcome),
         **changes,
     }

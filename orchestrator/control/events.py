@@ -151,6 +151,7 @@ class TrialRequeued(Event):
         num_workers: size of the slot that it needs, None for any.
         onward: dials with which it goes on in a slot of another size.
         step, num_samples: how far it has come; None in journals of schema 1.
+        precision_off: why its precision dial is off from here on: what its function raised in a cheaper tier.
     """
 
     kind: ClassVar[str] = "trial_requeued"
@@ -165,6 +166,7 @@ class TrialRequeued(Event):
     onward: Settings | None = None
     step: int | None = field(default=None, metadata={IN_JOURNAL: SPARSE})
     num_samples: int | None = field(default=None, metadata={IN_JOURNAL: SPARSE})
+    precision_off: str = field(default="", metadata={IN_JOURNAL: SPARSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,13 +6,14 @@ send back is idempotent: acknowledged by (trial, attempt, number), so a resend a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from orchestrator.policies.learn.tier_fit import TierFit
 from orchestrator.policies.plan import DeviceId, Settings, TrialId
 from orchestrator.policies.snapshot import DeviceView, DialLimits, StepModeView
+from orchestrator.policies.tier import Tier
 
 
 class SlotOp(StrEnum):
@@ -46,6 +47,7 @@ class Status(StrEnum):
     STOPPED = "stopped"
     INTERRUPTED = "interrupted"
     MEMORY = "memory"  # it ran out of memory and begins again from its last commit
+    TIER = "tier"  # its code raised in a cheaper tier: it begins again from its last commit, in the start tier for good
     FAILED = "failed"
     LOST = "lost"  # another rank was gone when this one raised: the group begins again, and the trial with it
 
@@ -90,6 +92,7 @@ class TrialOrder:
         metric: name of the value that the search looks at.
         mode: 'min' or 'max', whichever of it is better.
         import_paths: directories where a job named by import path is looked for, first.
+        precision_off: why an earlier attempt of a function gave its precision dial up; empty where none did.
     """
 
     trial_id: TrialId
@@ -110,6 +113,7 @@ class TrialOrder:
     metric: str = ""
     mode: str = "min"
     import_paths: tuple[str, ...] = ()
+    precision_off: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +237,11 @@ class DialReport:
     start: Settings
     limits: DialLimits
     off: dict[str, str]
+
+    def without_precision(self, tier: Tier, reason: str) -> DialReport:
+        """The same with the precision dial off, at `tier`."""
+        limits, start = replace(self.limits, tiers=(tier,)), replace(self.start, tier=tier)
+        return replace(self, start=start, limits=limits, off={**self.off, "precision": reason})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

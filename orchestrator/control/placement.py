@@ -65,7 +65,15 @@ def idle_slots(world: World, run: Run, now_s: float) -> list[Slot]:
     if run.queue and not is_crowded:
         return []  # one that is idle is about to be taken; where more are open than may run, it may be of no use
     free = (slot for slot in free_slots(world, run) if slot.hello is not None)
-    return [slot for slot in free if now_s - slot.idle_since_s > run.spec.idle_close_s]
+    idle = [slot for slot in free if now_s - slot.idle_since_s > run.spec.idle_close_s]
+    # A process ends when all of its lanes are closed, and opens them only together.
+    needed = {_process_of(slot) for slot in world.open_slots() if slot not in idle and not slot.is_closing}
+    return [slot for slot in idle if _process_of(slot) not in needed]
+
+
+def _process_of(slot: Slot) -> str:
+    """The worker group of a slot, which it shares with other lanes where it is one."""
+    return slot.slot_id.partition(".")[0]
 
 
 def _slot_for(world: World, run: Run, trial: Trial) -> Slot | None:

@@ -51,4 +51,5 @@ def _trial_order(world: World, run: Run, trial: Trial) -> TrialOrder:
         metric=spec.metric,
         mode=spec.mode,
         import_paths=spec.import_paths,
+        precision_off=trial.precision_off,
     )

@@ -11,8 +11,16 @@ import asyncio
 from orchestrator.control.orders import Outcome, Status
 
 LEAVE_TIMEOUT_S = 10.0
-# A rank that ran out of memory breaks off, and then the others fail for want of it: its own word is the cause.
-_WORST_FIRST = (Status.MEMORY, Status.FAILED, Status.LOST, Status.STOPPED, Status.INTERRUPTED, Status.DONE)
+# A rank that begins again breaks off, and then the others fail for want of it: its own word is the cause.
+_WORST_FIRST = (
+    Status.MEMORY,
+    Status.TIER,
+    Status.FAILED,
+    Status.LOST,
+    Status.STOPPED,
+    Status.INTERRUPTED,
+    Status.DONE,
+)
 
 
 def agree(outcomes: dict[int, Outcome]) -> Outcome:

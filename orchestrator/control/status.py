@@ -159,14 +159,13 @@ class StatusWriter:
             "metric_value": last.get(spec.metric),
             "throughput_per_s": throughput,
             "amount": None if account is None or account.applied is None else account.applied.amount,
-            "step_mode": None
-            if view is None or view.is_replayed is None
-            else ("compiled" if view.is_compiled else "graph" if view.is_replayed else "eager"),
+            "step_mode": None if view is None else view.step_mode,
             "enforced_by": None if slot is None or slot.hello is None else slot.hello.enforced_by,
             "checks": [asdict(check) for _, check in sorted(trial.checks.items())],
             **_dials(settings, trial.start or (spec.start_on(trial.size) if trial.size else spec.start)),
             "resize_to": _resize_to(trial),
             "waits_at_rung": self._run.rungs.is_waiting(trial),
+            "is_report_wanted": trial.credit > len(trial.reports),
             "tier_layers": self._tier_layers(trial, settings),
             "decision": self._decision(trial),
             "time_left_s": None

@@ -158,10 +158,14 @@ def assign(world: World, run: Run, event: ev.TrialAssigned) -> Effects:
     # A micro-batch that overflowed is not the first to be tried again.
     trial.fit = fit if trial.resume is None else capped(fit, trial.resume.micro_batch)
     trial.kept_fit = None
-    if trial.resume is not None and run.plan.allocation(trial.trial_id) is not None:
+    row = run.plan.allocation(trial.trial_id)
+    if row is not None and trial.resume is not None:
         # The plan in force still has what did not fit.
         reason = "ran out of memory in the attempt before"
         trial.override = Override(number=0, generation=run.plan.generation, settings=trial.resume, reason=reason)
+    elif row is not None and trial.precision_off:
+        first = replace(row.settings, tier=run.spec.start.tier)
+        trial.override = Override(number=0, generation=run.plan.generation, settings=first, reason=trial.precision_off)
     return ()
 
 
@@ -195,6 +199,11 @@ def requeue(world: World, run: Run, event: ev.TrialRequeued) -> Effects:
     trial.num_workers, trial.moves_to, trial.onward = event.num_workers, None, event.onward
     trial.num_restarts, trial.num_overflows, trial.resume = event.num_restarts, event.num_overflows, event.resume
     trial.checkpoint = event.checkpoint
+    if event.precision_off:
+        first = run.spec.start_on(trial.size)
+        said = trial.allows or DialReport(step=0, start=first, limits=run.spec.limits, off={})
+        trial.allows = said.without_precision(first.tier, event.precision_off)
+        trial.precision_off = event.precision_off
     if trial.next is not None and not trial.is_given_up_for(trial.next[1]):
         trial.next = None  # it goes on from its own newest anyway
     _progress(trial, event.step, event.num_samples)

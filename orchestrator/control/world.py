@@ -164,6 +164,7 @@ class Trial:
         is_resized: whether the attempt is the first with another number of ranks and has acknowledged nothing yet.
         refused: numbers of ranks that could not be had, each with the time until which they are not tried again.
         resume: dials with which it begins again after it ran out of memory.
+        precision_off: why its precision dial is off for good: what its function raised in a cheaper tier.
         allows: what its training said that it allows of its dials, None where that is all.
         account: what it may use of its devices, None in no slot.
         window: telemetry of the attempt, None in no slot.
@@ -218,6 +219,7 @@ class Trial:
     is_resized: bool = False
     refused: dict[int, float] = field(default_factory=dict)
     resume: Settings | None = None
+    precision_off: str = ""
     allows: DialReport | None = None
     account: Account | None = None
     window: TrialWindow | None = None

@@ -45,6 +45,7 @@ from orchestrator.policies.simulator import (
     simulate,
 )
 from orchestrator.policies.tier import Tier
+from orchestrator.telemetry.record import num_steps_of
 from orchestrator.telemetry.store import read_table
 from orchestrator.telemetry.tables import TableKind
 
@@ -266,14 +267,15 @@ def _fits(steps: Any, views: Mapping[TrialId, TrialView]) -> dict[str, TrialFit]
             for begin in range(1, len(run), _WINDOW_STEPS):  # the first step after a change also pays for it
                 window = run.iloc[begin : begin + _WINDOW_STEPS]
                 first = window.iloc[0]
+                num_steps = num_steps_of(window)
                 seen = Observation(
                     cores=float(first["cores"]),
                     tier=Tier(str(first["tier"])),
                     micro_batch=int(first["micro_batch"]),
                     grad_accum=int(first["grad_accum"]),
                     num_workers=int(first["num_workers"]),
-                    num_steps=len(window),
-                    step_s=float(window["step_s"].mean()),
+                    num_steps=int(num_steps.sum()),
+                    step_s=float((window["step_s"] / num_steps).mean()),
                 )
                 fit = update(fit, [seen])
         fits.setdefault(views[trial].shape, []).append(fit)

@@ -8,7 +8,9 @@ Knows nothing of Ray, windows or files. Written by `orchestrator.train`, read by
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,14 +65,37 @@ FLAG_GRAPH = 4
 FLAG_ROLLED_BACK = 8
 FLAG_UNSETTLED = 16
 FLAG_COMPILED = 32
+FLAG_SEVERAL = 64
+FLAG_BUNDLE = 128
 """Non-finite and skipped; an allocation was applied before it; replayed from a graph; began at an earlier state; in
 another step mode than steps with these dials will have, or while that is being found out; of compiled kernels, where it
-was replayed."""
+was replayed; it tells of several steps in a row, beginning with `step`: `num_samples` and times are those of all, the
+loss is their mean, and `num_steps_of` says how many they are; it was stepped as one with other trials."""
 
-MODE_FLAGS = FLAG_GRAPH | FLAG_COMPILED
+MODE_FLAGS = FLAG_GRAPH | FLAG_COMPILED | FLAG_BUNDLE
 """The step mode."""
 
+
+def mode_of(flags: int) -> str:
+    """The step mode in a word."""
+    modes = ((FLAG_BUNDLE, "bundle"), (FLAG_COMPILED, "compiled"), (FLAG_GRAPH, "graph"))
+    return next((word for flag, word in modes if flags & flag), "eager")
+
+
 StepArray = npt.NDArray[np.void]
+
+
+def num_steps_of(rows: Mapping[str, npt.NDArray[Any]] | StepArray) -> npt.NDArray[np.int64]:
+    """Optimizer steps that each record tells of; one for a step that was skipped."""
+    full = rows["micro_batch"].astype(np.int64) * rows["grad_accum"] * rows["num_workers"]
+    several = rows["num_samples"] // np.maximum(full, 1)
+    found: npt.NDArray[np.int64] = np.where(rows["flags"] & FLAG_SEVERAL, np.maximum(several, 1), 1).astype(np.int64)
+    return found
+
+
+def step_seconds_of(rows: StepArray) -> npt.NDArray[np.float64]:
+    """Seconds of a step, the mean where a record tells of several."""
+    return rows["step_s"].astype(np.float64) / num_steps_of(rows)
 
 
 def pack(records: StepArray) -> bytes:

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.telemetry.record import FLAG_APPLIED, FLAG_GRAPH, FLAG_SKIPPED, FLAG_UNSETTLED, MODE_FLAGS, StepArray
+from orchestrator.telemetry.record import (
+    FLAG_APPLIED,
+    FLAG_GRAPH,
+    FLAG_SEVERAL,
+    FLAG_SKIPPED,
+    FLAG_UNSETTLED,
+    MODE_FLAGS,
+    StepArray,
+    num_steps_of,
+    step_seconds_of,
+)
 
 SETTINGS = ("generation", "cores", "tier", "micro_batch", "grad_accum", "num_workers")
 """Fields of a record that say under which dials a step ran."""
@@ -42,7 +52,8 @@ def ordinary(rows: StepArray) -> StepArray:
     """Rows without skipped steps, the first one after a change, passing step modes and the smaller batch at an end."""
     unusual = (rows["flags"] & (FLAG_SKIPPED | FLAG_APPLIED | FLAG_UNSETTLED)) != 0
     full = rows["micro_batch"].astype(np.int64) * rows["grad_accum"] * rows["num_workers"]
-    found: StepArray = rows[~unusual & (rows["num_samples"] == full)]
+    is_full = (rows["num_samples"] == full) | ((rows["flags"] & FLAG_SEVERAL) != 0)
+    found: StepArray = rows[~unusual & is_full]
     return found
 
 
@@ -61,14 +72,14 @@ def newest_stretch(rows: StepArray) -> Stretch | None:
         return None
     at = changes_of(rows)
     mine = ordinary(rows[at[-1] + 1 :] if len(at) else rows)
-    step_s = mine["step_s"].astype(np.float64)
+    num_steps, step_s = num_steps_of(mine), step_seconds_of(mine)
     kept = step_s <= _LONG * np.median(step_s) if len(step_s) else np.zeros(0, dtype=np.bool_)
-    seconds = float(step_s[kept].sum())
+    seconds = float((step_s * num_steps)[kept].sum())
     if seconds <= 0:
         return None
     return Stretch(
         generation=int(rows["generation"][-1]),
-        num_steps=int(kept.sum()),
+        num_steps=int(num_steps[kept].sum()),
         seconds=seconds,
         samples_per_s=float(mine["num_samples"][kept].sum(dtype=np.int64)) / seconds,
         is_replayed=bool(int(mine["flags"][-1]) & FLAG_GRAPH),

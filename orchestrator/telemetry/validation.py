@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.telemetry.record import (
-    FLAG_APPLIED,
-    FLAG_COMPILED,
-    FLAG_GRAPH,
+    FLAG_BUNDLE,
     FLAG_ROLLED_BACK,
+    FLAG_SEVERAL,
     FLAG_SKIPPED,
-    FLAG_UNSETTLED,
     StepArray,
+    num_steps_of,
     tier_of,
 )
 
@@ -77,12 +76,14 @@ class Anchor:
     Attributes:
         seq: its number in the rank's sequence.
         step: optimizer steps done before it.
+        num_steps: steps that it tells of.
         end_s: when the latest row so far ended, on the rank's clock.
     """
 
     seq: int
     step: int
     end_s: float
+    num_steps: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,12 +157,13 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     _mark(codes, "batch", bad)
     samples, flags = rows["num_samples"], rows["flags"]
     # Three factors of at most 2**20 cannot overflow 63 bits; rows with larger ones are out already.
-    fits = (samples >= 1) & (samples <= micro * accum * workers)
+    full = micro * accum * workers
+    several = (flags & FLAG_SEVERAL) != 0
+    fits = (samples >= 1) & np.where(several, samples % np.maximum(full, 1) == 0, samples <= full)
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
     unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
     _mark(codes, "tier", np.isin(rows["tier"], unknown))
-    known = FLAG_SKIPPED | FLAG_APPLIED | FLAG_GRAPH | FLAG_ROLLED_BACK | FLAG_UNSETTLED | FLAG_COMPILED
-    _mark(codes, "flags", flags > known)
+    _mark(codes, "flags", flags >= 2 * FLAG_BUNDLE)  # the last one
 
 
 def _judge_times(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
@@ -201,8 +203,18 @@ def _highest_since(step: Ints, back: Bools) -> Ints:
     return highest
 
 
+def _steps_beyond(rows: StepArray, seq: Ints, first: Anchor) -> Ints:
+    """How many more steps than records there may have been before each row: of a record that was lost nobody knows."""
+    more = num_steps_of(rows) - 1
+    beyond: Ints = np.concatenate(([first.num_steps - 1], more[:-1])).cumsum()
+    is_lost = np.diff(seq, prepend=first.seq) > 1
+    could_be_several = (rows["flags"] & FLAG_SEVERAL) != 0
+    beyond[np.logical_or.accumulate(is_lost & could_be_several)] = _MAX_COUNT
+    return beyond
+
+
 def _judge_order(codes: Codes, rows: StepArray, anchor: Anchor | None) -> None:
-    """Steps advance by at most one per record, and claimed time fits into the time that went by."""
+    """Steps advance by no more than records tell of, and claimed time fits into the time that went by."""
     good = np.flatnonzero(codes == GOOD)
     if not len(good):
         return
@@ -211,7 +223,8 @@ def _judge_order(codes: Codes, rows: StepArray, anchor: Anchor | None) -> None:
     first = Anchor(seq=int(seq[0]), step=int(step[0]), end_s=-np.inf) if anchor is None else anchor
     # A trial that went back to an earlier state says so, and its steps are counted on from there.
     back = (rows["flags"][good] & FLAG_ROLLED_BACK) != 0
-    jumps = (step < first.step) & ~np.logical_or.accumulate(back) | (step > first.step + (seq - first.seq))
+    latest = first.step + (seq - first.seq) + _steps_beyond(rows[good], seq, first)
+    jumps = (step < first.step) & ~np.logical_or.accumulate(back) | (step > latest)
     highest = _highest_since(np.where(jumps, np.where(back, step, first.step), step), back)
     jumps |= step < highest
     codes[good[jumps]] = _CODE["order"]

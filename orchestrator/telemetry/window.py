@@ -7,7 +7,6 @@ bounded, whatever is sent. Knows no Ray, no plan and no clock: the time is an ar
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -17,15 +16,18 @@ from orchestrator.policies.learn.fit import Observation
 from orchestrator.share.verification import Usage
 from orchestrator.telemetry import validation
 from orchestrator.telemetry.record import (
-    FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
     FLAG_SKIPPED,
     MODE_FLAGS,
     STEP_DTYPE,
     StepArray,
+    mode_of,
+    num_steps_of,
+    step_seconds_of,
     tier_of,
 )
+from orchestrator.telemetry.rows import Rows, end_s
 from orchestrator.telemetry.stretch import SETTINGS, Stretch, changes_of, newest_stretch, ordinary
 from orchestrator.telemetry.usage import UsageMeter
 from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
@@ -83,8 +85,7 @@ class WindowView:
         noise_trace: last estimate of tr(Sigma).
         grad_sq: last estimate of |G|^2, of the same row.
         straggler_ratio: slowest rank's median busy time over that of all ranks; 1 for one rank.
-        is_replayed: whether the last step was replayed from a CUDA graph; None before the first.
-        is_compiled: whether it was of compiled kernels.
+        step_mode: how the last step was executed; None before the first.
         is_stale: whether rank 0 has been silent for too long.
         is_suspect: whether so many rows were refused that the rest should not be relied on either.
         num_refused: rows refused so far.
@@ -103,8 +104,7 @@ class WindowView:
     noise_trace: float | None
     grad_sq: float | None
     straggler_ratio: float
-    is_replayed: bool | None
-    is_compiled: bool
+    step_mode: str | None
     is_stale: bool
     is_suspect: bool
     num_refused: int
@@ -121,40 +121,6 @@ class _Rank:
     memory_bytes: int = 0
     busy_s: Floats = field(default_factory=lambda: np.empty(0))
     usage: UsageMeter = field(default_factory=UsageMeter)
-
-
-class _Rows:
-    """The newest accepted rows, in chunks, at most `limit` of them."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._chunks: deque[StepArray] = deque()
-        self._num_rows = 0
-
-    def add(self, rows: StepArray) -> None:
-        """Append a chunk and forget the oldest rows beyond the limit."""
-        self._chunks.append(rows[-self._limit :])
-        self._num_rows += len(self._chunks[-1])
-        while self._num_rows > self._limit:
-            excess = self._num_rows - self._limit
-            oldest = self._chunks.popleft()
-            if len(oldest) > excess:
-                self._chunks.appendleft(oldest[excess:])
-            self._num_rows -= min(excess, len(oldest))
-
-    def trim(self, ended_after_s: float) -> None:
-        """Forget chunks that ended before that time."""
-        while self._chunks and float(_end_s(self._chunks[0][-1:])[0]) < ended_after_s:
-            self._num_rows -= len(self._chunks.popleft())
-
-    def joined(self) -> StepArray:
-        """All rows, oldest first."""
-        return np.concatenate(self._chunks) if self._chunks else np.empty(0, dtype=STEP_DTYPE)
-
-    def clear(self) -> None:
-        """Forget all rows."""
-        self._chunks.clear()
-        self._num_rows = 0
 
 
 class TrialWindow:
@@ -184,13 +150,12 @@ class TrialWindow:
         self._has_shared_clock, self._max_refused_ratio = has_shared_clock, max_refused_ratio
         self._computes_on_cpu = computes_on_cpu
         self._ranks: dict[int, _Rank] = {}
-        self._pending, self._recent = _Rows(MAX_PENDING_ROWS), _Rows(_MAX_RECENT_ROWS)
+        self._pending, self._recent = Rows(MAX_PENDING_ROWS), Rows(_MAX_RECENT_ROWS)
+        self._rates: tuple[float | None, float | None, float] | None = None
         self._heard_at_s: float | None = None
         self._updated_s: float | None = None
         self._step = self._num_samples = self._cursor = self._generation = 0
-        self._is_replayed: bool | None = None
-        self._is_compiled = False
-        self._has_rows = False
+        self._flags, self._has_rows = 0, False
         self._loss: float | None = None
         self._noise: tuple[float, float] | None = None
         self._num_refused = self._num_missing = 0
@@ -252,7 +217,9 @@ class TrialWindow:
         """The trial as it stands at `now_s`."""
         if self._heard_at_s is None:
             self._heard_at_s = now_s
-        throughput_per_s, step_s, longest_s = self._rates()
+        if self._rates is None:  # asked for several times in each decision
+            self._rates = self._measured_rates()
+        throughput_per_s, step_s, longest_s = self._rates
         silence_s = max(self._stale_after_s, _STALE_STEPS * longest_s)
         noise_trace, grad_sq = self._noise or (None, None)
         return WindowView(
@@ -268,8 +235,7 @@ class TrialWindow:
             noise_trace=noise_trace,
             grad_sq=grad_sq,
             straggler_ratio=self._straggler_ratio(),
-            is_replayed=self._is_replayed,
-            is_compiled=self._is_compiled,
+            step_mode=mode_of(self._flags) if self._has_rows else None,
             is_stale=now_s - self._heard_at_s > silence_s,
             is_suspect=self._judged >= _MIN_JUDGED and self._judged_bad > self._max_refused_ratio * self._judged,
             num_refused=self._num_refused,
@@ -305,40 +271,44 @@ class TrialWindow:
             self._num_samples = int(rows["cursor"][back[-1]])
         counted = rows[back[-1] :] if len(back) else rows
         self._num_samples += int(counted["num_samples"].sum(dtype=np.int64))
-        self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else 1)
+        num_steps = num_steps_of(rows)
+        self._step = int(last["step"]) + (0 if int(last["flags"]) & FLAG_SKIPPED else int(num_steps[-1]))
         self._cursor = int(last["cursor"]) + int(last["num_samples"])
         self._generation = int(last["generation"])
-        self._is_replayed = bool(int(last["flags"]) & FLAG_GRAPH)
-        self._is_compiled = bool(int(last["flags"]) & FLAG_COMPILED)
-        self._updated_s = float(_end_s(rows[-1:])[0])
+        self._flags = int(last["flags"])
+        self._updated_s = float(end_s(rows[-1:])[0])
         self._pending.add(rows)
         self._recent.add(rows)
-        self._recent.trim(float(_end_s(rows[-1:])[0]) - self._window_s)
-        self._advance_loss(rows["loss"][np.isfinite(rows["loss"])].astype(np.float64))
+        self._rates = None
+        self._recent.trim(float(end_s(rows[-1:])[0]) - self._window_s)
+        is_known = np.isfinite(rows["loss"])
+        self._advance_loss(rows["loss"][is_known].astype(np.float64), num_steps[is_known])
         known = np.flatnonzero(np.isfinite(rows["noise_trace"]) & np.isfinite(rows["grad_sq"]))
         if len(known):
             self._noise = float(rows["noise_trace"][known[-1]]), float(rows["grad_sq"][known[-1]])
 
-    def _advance_loss(self, losses: Floats) -> None:
+    def _advance_loss(self, losses: Floats, num_steps: validation.Ints) -> None:
         if not len(losses):
             return
         # One exponential average over the whole batch at once: weights decay by `keep` with every later step.
         keep = 1.0 - 1.0 / _LOSS_STEPS
         start = float(losses[0]) if self._loss is None else self._loss
-        weights = (1.0 - keep) * keep ** np.arange(len(losses) - 1, -1, -1)
-        self._loss = start * keep ** len(losses) + float(weights @ losses)
+        later = num_steps[::-1].cumsum()[::-1] - num_steps
+        weights = (1.0 - keep**num_steps) * keep**later
+        self._loss = start * keep ** float(num_steps.sum()) + float(weights @ losses)
 
-    def _rates(self) -> tuple[float | None, float | None, float]:
+    def _measured_rates(self) -> tuple[float | None, float | None, float]:
         """Samples/s and median and longest step seconds over the window before the last row."""
         rows = self._recent.joined()
         if not len(rows):
             return None, None, 0.0
-        ends_s = _end_s(rows)
+        ends_s = end_s(rows)
         rows = rows[ends_s > ends_s[-1] - self._window_s]
         # Wall time and not the sum of steps: time that no step accounts for (evaluation, a pause) is time gone by.
         span_s = float(ends_s[-1] - rows["start_s"][0])
         throughput_per_s = float(rows["num_samples"].sum(dtype=np.int64)) / span_s if span_s > 0 else None
-        return throughput_per_s, float(np.median(rows["step_s"])), float(rows["step_s"].max())
+        step_s = step_seconds_of(rows)
+        return throughput_per_s, float(np.median(step_s)), float(step_s.max())
 
     def _straggler_ratio(self) -> float:
         medians = [float(np.median(state.busy_s)) for state in self._ranks.values() if len(state.busy_s)]
@@ -382,11 +352,6 @@ class TrialWindow:
         )
 
 
-def _end_s(rows: StepArray) -> Floats:
-    ends: Floats = rows["start_s"] + rows["step_s"]
-    return ends
-
-
 def _advance_seq(state: _Rank, records: StepArray, codes: validation.Codes) -> int:
     """Remember the highest credible sequence number; returns how many below it were never seen."""
     fresh = records["seq"][(codes != validation.DUPLICATE) & (codes != validation.code_of("seq"))]
@@ -400,13 +365,14 @@ def _advance_seq(state: _Rank, records: StepArray, codes: validation.Codes) -> i
 
 def _advance_rank(state: _Rank, rows: StepArray) -> None:
     last = rows[-1]
-    end_s = float(_end_s(rows).max())
+    latest_s = float(end_s(rows).max())
     if state.anchor is not None:
-        end_s = max(end_s, state.anchor.end_s)
-    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=end_s)
+        latest_s = max(latest_s, state.anchor.end_s)
+    num_steps = num_steps_of(rows)
+    state.anchor = Anchor(seq=int(last["seq"]), step=int(last["step"]), end_s=latest_s, num_steps=int(num_steps[-1]))
     state.memory_bytes = int(last["memory_bytes"]) or state.memory_bytes  # 0 while it is not known
     state.usage.add(rows)
-    busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64)
+    busy_s = (rows["step_s"] - rows["wait_s"]).astype(np.float64) / num_steps
     state.busy_s = np.concatenate((state.busy_s, busy_s))[-_MAX_TAIL_ROWS:]
 
 
@@ -436,8 +402,8 @@ def _summarise(rows: StepArray, sync_s: float | None) -> Observation:
         micro_batch=int(first["micro_batch"]),
         grad_accum=int(first["grad_accum"]),
         num_workers=int(first["num_workers"]),
-        num_steps=len(rows),
-        step_s=float(np.median(rows["step_s"])),
+        num_steps=int(num_steps_of(rows).sum()),
+        step_s=float(np.median(step_seconds_of(rows))),
         noise_trace=float(estimated["noise_trace"].mean(dtype=np.float64)) if len(estimated) else None,
         grad_sq=float(estimated["grad_sq"].mean(dtype=np.float64)) if len(estimated) else None,
         num_noise=len(estimated),

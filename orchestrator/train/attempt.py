@@ -152,6 +152,13 @@ class Attempt:
             self.follow(order, driver)
         return False
 
+    def poll(self, is_met: Callable[[], bool], driver: Driver) -> bool | None:
+        """What `wait_until` would return, or None while it would wait."""
+        self.cross(driver)
+        if self.is_told_to_leave:
+            return False
+        return True if is_met() else None
+
     def override(self, driver: Driver, move: Move, *, is_lasting: bool = True) -> None:
         """Tell of a protective move that was made inside the limits."""
         self._num_overrides += 1
@@ -236,9 +243,13 @@ class Attempt:
             self._link.outbox.add_report(report)
         logger.info("report %d at step %d: %s", index, step, dict(metrics))
 
+    def has_credit(self) -> bool:
+        """Whether the search asked for one more report."""
+        return self.order.credit > self.num_reports
+
     def may_go_on(self, driver: Driver) -> bool:
         """Wait after a report for the search's word; False when told to leave."""
-        return self.wait_until(lambda: self.order.credit > self.num_reports, driver)
+        return self.wait_until(self.has_credit, driver)
 
     def outcome(self, status: Status, driver: Driver, path: Path | None = None) -> Outcome:
         """How this attempt ended, where the driver stands now."""

@@ -26,6 +26,11 @@ class Boundary:
         self._seen = 0
         self._posted: tuple[dist.Work, torch.Tensor, SlotOrder | None, int] | None = None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is an order that this rank has not read."""
+        return self._link.version != self._seen
+
     def cross(self) -> SlotOrder | None:
         """Called by every rank between two steps: the new order to follow from here on, or None."""
         if self._world_size == 1:

@@ -23,7 +23,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,14 +148,12 @@ def commit(
     return final
 
 
-def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Path:
-    """Make the files below `source` durable as the commit `<directory>/step-<n>`; called by one rank.
-
-    Retention is that of `commit`. `source` is left as it is.
+def commit_files(directory: Path, write: Callable[[Path], None], extra: Mapping[str, Any]) -> Path:
+    """Make files of any kind durable as the commit `<directory>/step-<n>`; called by one rank. Retention as `commit`.
 
     Args:
         directory: the trial's own directory of commits.
-        source: a folder with files of any kind, in folders too; or one file.
+        write: writes them into the folder that it is given, in folders too.
         extra: JSON-able; holds `step` and what else a later attempt needs.
 
     Raises:
@@ -166,10 +164,7 @@ def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Pat
     draft = None
     try:
         draft = _make_draft(final)
-        if source.is_dir():
-            shutil.copytree(source, draft, dirs_exist_ok=True)
-        else:
-            shutil.copy2(source, draft)
+        write(draft)
         files = sorted(path for path in draft.rglob("*") if path.is_file())
         manifest.sync_files(files)
         for folder in {path.parent for path in files}:
@@ -187,7 +182,7 @@ def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Pat
     except (CheckpointError, OSError, shutil.Error) as error:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"cannot commit {source} to {final}: {error}") from error
+        raise CheckpointError(f"cannot commit to {final}: {error}") from error
     return final
 
 

@@ -3,7 +3,8 @@
 One rank has nothing to shard, and wrapping every block costs a small model 2.6 times its step there, so one rank keeps
 the plain model; parameter names are the same in every form, and a trial changes form through its checkpoint.
 Uses public API of `torch.distributed.fsdp` only, present in torch 2.11 to 2.13 with one meaning: `fully_shard` (also
-of a list of modules), `FSDPModule.set_requires_gradient_sync`, `set_is_last_backward`. Only 2.13 has been run.
+of a list of modules), `FSDPModule.set_requires_gradient_sync`,
+`set_is_last_backward`, `register_fsdp_forward_method`. Only 2.13 has been run.
 Mixed precision stays off (`MixedPrecisionPolicy()`): precision is the tier of each linear layer, turned live, while the
 dtype of communication is fixed when the model is wrapped. Knows nothing of plans or of Ray; called by the loop.
 """
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 DEFAULT_MIN_UNIT_BYTES = 4 << 20
@@ -28,6 +29,7 @@ def shard(
     blocks: Sequence[nn.Module],
     mesh: DeviceMesh | None,
     *,
+    methods: Sequence[str] = (),
     min_unit_bytes: int = DEFAULT_MIN_UNIT_BYTES,
 ) -> int:
     """Shard `model` over `mesh` in place, in units of neighbouring blocks; on one rank leave it untouched.
@@ -38,6 +40,7 @@ def shard(
         model: the model, with its precision tiers installed already.
         blocks: parts of `model` in forward order, none inside another.
         mesh: one-dimensional mesh over the ranks, or None for one rank.
+        methods: of the model, beside `forward`, that are called for a forward pass.
         min_unit_bytes: neighbouring blocks share a unit until it holds this many bytes of parameters; what is
             left over, and all that is in no block, belongs to the root unit.
 
@@ -51,7 +54,10 @@ def shard(
         return 0
     if mesh.ndim != 1:
         raise ValueError(f"mesh has {mesh.ndim} dimensions; allowed: 1; pass the sub-mesh over the data ranks")
-    return shard_over(model, blocks, mesh, min_unit_bytes)
+    num_units = shard_over(model, blocks, mesh, min_unit_bytes)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    return num_units
 
 
 def shard_over(

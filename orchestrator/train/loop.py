@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.control.orders import Outcome, SlotOrder, Status, TierReport
 from orchestrator.errors import ApplyError, OutOfMemoryError
@@ -21,9 +22,11 @@ from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import is_cheaper
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import (
+    FLAG_BUNDLE,
     FLAG_COMPILED,
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
+    FLAG_SEVERAL,
     FLAG_SKIPPED,
     FLAG_UNSETTLED,
 )
@@ -31,6 +34,7 @@ from orchestrator.train.attempt import Attempt, Times
 from orchestrator.train.batch.guard import MemoryGuard, Move, is_out_of_memory
 from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.course import Course, Step, Stepped, Wait
 from orchestrator.train.dials.declared import BatchDial, PrecisionDial
 from orchestrator.train.dials.dial import Dial
 from orchestrator.train.dials.share import ShareDial
@@ -50,7 +54,11 @@ MAX_SKIPS = 3
 
 
 class TrialLoop:
-    """The driver of one attempt of a declared training on one rank."""
+    """The driver of one attempt of a declared training on one rank.
+
+    Attributes:
+        on_away: called before the trial's memory is given back while it is paused.
+    """
 
     def __init__(
         self, order: SlotOrder, job: object, ranks: Ranks, boundary: Boundary, link: Link, share: ShareMechanism
@@ -64,6 +72,8 @@ class TrialLoop:
         self._num_skips = 0
         self._launched: deque[Times] = deque()
         self._mode_said = ""
+        self._num_together = 0
+        self.on_away: Callable[[], None] = lambda: None
 
     def run(self) -> Outcome:
         """Train until the trial is done or told to leave.
@@ -72,6 +82,17 @@ class TrialLoop:
             ApplyError: it diverged, or an allocation could not be applied.
             OutOfMemoryError: it must begin again from its last commit, or is given up.
         """
+        course, answer = self.course(), None
+        while True:
+            try:
+                need = course.send(answer)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
+            answer = self.attempt.wait_until(need.is_met, self) if isinstance(need, Wait) else self.advance()
+
+    def course(self) -> Course:
+        """The trial as a course of needs, for whoever runs it."""
         stepper = Stepper(self._trial, self._job, self._ranks)
         self._parts = _Parts(self.attempt, stepper, self._meter, self._watch_plan())
         attempt, watch = self.attempt, self._parts.watch
@@ -82,12 +103,12 @@ class TrialLoop:
             logger.info("resumed from %s at step %d", self._trial.resume_from, stepper.step_index)
         self._tell_dials()
         attempt.follow(None, self)
-        if not attempt.wait_until(lambda: attempt.grant is not None, self):
+        if not (yield Wait(lambda: attempt.grant is not None)):
             return self._leave()
         watch.begin()
         self._tell_tiers()
         while attempt.num_reports < self._trial.max_reports:
-            if not self._train_to_report() or not self._report():
+            if not (yield from self._train_to_report()) or not (yield from self._report()):
                 return self._leave()
         return attempt.outcome(Status.DONE, self)
 
@@ -128,7 +149,12 @@ class TrialLoop:
         assert self._parts is not None, "made before anything is stepped or applied"
         return self._parts.watch
 
-    def _train_to_report(self) -> bool:
+    @property
+    def stepper(self) -> Stepper:
+        """What makes the steps, once the course has begun."""
+        return self._stepper
+
+    def _train_to_report(self) -> Generator[Wait | Step, Any, bool]:
         """Step until the next report is due; False when told to leave before."""
         attempt, stepper = self.attempt, self._stepper
         target = (attempt.num_reports + 1) * self._trial.samples_per_report
@@ -137,33 +163,41 @@ class TrialLoop:
             began_s, cpu_s = time.monotonic(), time.process_time()
             switch_s = attempt.cross(self)
             if attempt.is_paused:
-                stepper.away()
-            if not attempt.wait_until(lambda: not attempt.is_paused, self):
+                self.away()
+            if attempt.is_told_to_leave or (attempt.is_paused and not (yield Wait(lambda: not attempt.is_paused))):
                 return False
             stepper.offload.back()
             wait_s = attempt.share.hold_back()
-            results, move = self._advance()
+            at_most = -(-(target - stepper.cursor.position) // self.settings.global_batch)
+            stepped: Stepped = yield Step(max(1, at_most))
             times = Times(
                 began_s=began_s,
                 step_s=time.monotonic() - began_s,
-                cpu_s=time.process_time() - cpu_s,
+                cpu_s=(time.process_time() - cpu_s) / max(1, stepped.num_together),
                 wait_s=wait_s,
                 switch_s=switch_s,
             )
-            if move is not None:
-                attempt.override(self, move)
-            self._launched.append(times)
-            self._take(results)
+            if stepped.move is not None:
+                attempt.override(self, stepped.move)
+            self._num_together = stepped.num_together
+            self._launched += split(times, stepped) if stepped.num_together else [times]
+            self._take(stepped.results)
         return True
 
-    def _advance(self) -> tuple[list[StepResult], Move | None]:
-        """One more step; whoever watches the groups of several ranks sees how long it takes."""
+    def away(self) -> None:
+        """Give memory back while the trial waits without a share."""
+        self.on_away()
+        self._stepper.away()
+
+    def advance(self) -> Stepped:
+        """One more step of the trial alone; whoever watches the groups of several ranks sees how long it takes."""
         assert self._parts is not None
         self._ranks.stall.begin()
         try:
-            return self._parts.guard.advance()
+            results, move = self._parts.guard.advance()
         finally:
             self._ranks.stall.end()
+        return Stepped(results, move)
 
     def _settle_below(self, target: int) -> bool:
         """Wait for the steps on their way; whether that put the trial back below the target."""
@@ -178,12 +212,14 @@ class TrialLoop:
             self._record(result, times)
             if result.is_skipped:
                 self._launched.clear()  # what was begun behind it did nothing
-            self._protect(result, times.step_s - times.wait_s)
+            self._protect(result, (times.step_s - times.wait_s) / result.num_steps)
         words = stepper.mode_words if results else ""
+        if self._num_together and results:
+            words = f"{results[-1].mode.value}, in a bundle"
         if words and words != self._mode_said:
             self._mode_said = words
             logger.info("step mode at step %d: %s", stepper.step_index, self._mode_said)
-            measured = stepper.measured_mode
+            measured = None if self._num_together else stepper.measured_mode
             if measured is not None and self.attempt.speaks:
                 self.attempt.outbox.add_mode(measured)
 
@@ -262,14 +298,17 @@ class TrialLoop:
             cache=directory.parents[2] / ".calibration" if len(directory.parents) > 2 else None,
         )
 
-    def _report(self) -> bool:
+    def _report(self) -> Generator[Wait | Step, Any, bool]:
         """Evaluate, commit, tell the search, and wait for its word to go on; False when told to leave."""
         attempt = self.attempt
         metrics = self._evaluate()
         path = self._commit(attempt.num_reports + 1)
         attempt.report(self, metrics, path)
         self._watched.committed()
-        return attempt.num_reports >= self._trial.max_reports or attempt.may_go_on(self)
+        if attempt.num_reports >= self._trial.max_reports:
+            return True
+        is_to_go_on: bool = yield Wait(attempt.has_credit)
+        return is_to_go_on
 
     def _evaluate(self) -> dict[str, float]:
         """Validation metrics; an evaluation that runs out of memory is begun again with the trial, from its commit."""
@@ -301,11 +340,24 @@ class TrialLoop:
         flags = FLAG_SKIPPED if result.is_skipped else 0
         flags |= FLAG_GRAPH if result.mode.is_replayed else 0
         flags |= FLAG_COMPILED if result.mode is StepMode.COMPILED else 0
-        flags |= 0 if self._stepper.is_settled_on(result.mode) else FLAG_UNSETTLED
+        flags |= 0 if self._num_together or self._stepper.is_settled_on(result.mode) else FLAG_UNSETTLED
         flags |= FLAG_ROLLED_BACK if self._is_rolled_back else 0
+        flags |= FLAG_SEVERAL if result.num_steps > 1 else 0
+        flags |= FLAG_BUNDLE if self._num_together > 1 else 0
         self._is_rolled_back = False
-        memory_bytes = self._meter.observe(settings)
+        memory_bytes = self._meter.observe(settings) // max(1, self._num_together)
         self.attempt.record(result, times, flags=flags, memory_bytes=memory_bytes, settings=settings)
+
+
+def split(times: Times, stepped: Stepped) -> list[Times]:
+    """The times of steps that were told of together, for each of their results by its steps."""
+    total, found, began_s = sum(result.num_steps for result in stepped.results), [], times.began_s
+    for result in stepped.results:
+        part = result.num_steps / total
+        step_s = times.step_s * part
+        found.append(replace(times, began_s=began_s, step_s=step_s, cpu_s=times.cpu_s * part))
+        times, began_s = replace(times, wait_s=0.0, switch_s=0.0), began_s + step_s
+    return found
 
 
 class _Parts:

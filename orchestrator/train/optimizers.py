@@ -94,12 +94,20 @@ class Optimizers:
         needs_closure: whether `step` asks for the loss again, as that of LBFGS does.
     """
 
-    def __init__(self, members: Sequence[Optimizer], schedulers: Sequence[LRScheduler], unit_samples: int) -> None:
-        """`unit_samples` is what schedulers count: the samples of a start batch or of an epoch."""
+    def __init__(
+        self,
+        members: Sequence[Optimizer],
+        schedulers: Sequence[LRScheduler],
+        unit_samples: int,
+        most_units: int | None = None,
+    ) -> None:
+        """`unit_samples` is what schedulers count: the samples of a start batch or of an epoch. `most_units` are in a
+        whole trial; a last step that is larger takes no schedule beyond its end, where some raise.
+        """
         self.members, self._schedulers = tuple(members), tuple(schedulers)
         self.one = as_one(members)
         self.needs_closure = any(_asks_for_closure(member) for member in members)
-        self._unit_samples, self._num_units = unit_samples, 0
+        self._unit_samples, self._num_units, self._most_units = unit_samples, 0, most_units
         self._bases = [float(group["lr"]) for group in self._groups]
         self._first_bases = list(self._bases)
         self._applied: list[float | None] = list(self._bases)
@@ -142,6 +150,7 @@ class Optimizers:
         if not self._schedulers:
             return
         due = num_samples // self._unit_samples
+        due = due if self._most_units is None else min(due, self._most_units)
         while self._num_units < due:
             self._num_units += 1
             with self._bases_in_place():

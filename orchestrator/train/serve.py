@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
-from orchestrator.errors import OutOfMemoryError, WorkerGroupError
+from orchestrator.errors import OutOfMemoryError, TierError, WorkerGroupError
 from orchestrator.jobs import build_job, job_info
 from orchestrator.jobs.job import Job
-from orchestrator.jobs.own import call_function, is_own, tail_of
+from orchestrator.jobs.own import call_function, is_own, last_line_of, tail_of
 from orchestrator.policies.plan import TrialId
 from orchestrator.share import ShareMechanism
+from orchestrator.train.attempt import Driver
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.device_fault import is_device_fault
@@ -36,6 +36,8 @@ from orchestrator.train.read_ahead import reading
 logger = logging.getLogger(__name__)
 
 _FLUSH_TIMEOUT_S = 10.0
+_BEGINS_AGAIN = {Status.MEMORY, Status.TIER}
+"""After these the same processes make new groups: ranks wait in a collective that another has left."""
 
 
 class SlotLink(Link, Protocol):
@@ -117,18 +119,14 @@ class Server:
                 seed_generators(trial.seed)
                 outcome = self._train(order, trial, drivers)
             except Exception as error:
-                logger.error("trial %s failed\n%s", trial.trial_id, tail_of(error))
-                step, num_samples = drivers[0].progress if drivers else (0, 0)
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                reason = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+                outcome = failed_outcome(error, trial, drivers[0] if drivers else None)
                 if is_device_fault(error):
-                    self.link.fault(reason)
+                    self.link.fault(outcome.reason)
                     # This process can compute no more; the trial goes on from its last commit in a new one.
-                    raise WorkerGroupError(f"the GPU failed under {trial.trial_id}: {reason}") from error
-                outcome = replace(_status_after(error), step=step, num_samples=num_samples, reason=reason)
+                    raise WorkerGroupError(f"the GPU failed under {trial.trial_id}: {outcome.reason}") from error
                 if outcome.status is Status.FAILED and self._is_alone():
                     outcome = replace(outcome, status=Status.LOST)
-                if outcome.status is Status.MEMORY and self.groups.ranks.world_size > 1:
+                if outcome.status in _BEGINS_AGAIN and self.groups.ranks.world_size > 1:
                     self.groups.break_off()  # the others wait for this rank in a collective that it will never enter
             logger.info("trial %s attempt %d ends: %s", trial.trial_id, trial.attempt, outcome.status)
             return outcome
@@ -163,7 +161,7 @@ class Server:
             outcome = self.link.leave(outcome)
             if outcome.status is Status.LOST:
                 raise WorkerGroupError(f"a rank lost the others, and the worker group is restarted: {outcome.reason}")
-            if outcome.status is Status.MEMORY:
+            if outcome.status in _BEGINS_AGAIN:
                 self._regroup()
             else:
                 self.boundary.drain()
@@ -179,10 +177,22 @@ class Server:
         self.clean = self.clean.regrouped()
 
 
+def failed_outcome(error: Exception, trial: TrialOrder | None, driver: Driver | None) -> Outcome:
+    """How an attempt ended that raised `error`, which is written to the log with its own traceback."""
+    assert trial is not None
+    cause = error.__cause__ if isinstance(error, TierError) else None
+    logger.error("trial %s failed\n%s", trial.trial_id, tail_of(cause or error))
+    step, num_samples = (0, 0) if driver is None else driver.progress
+    reason = last_line_of(error) if cause is None else str(error)
+    return replace(_status_after(error), step=step, num_samples=num_samples, reason=reason)
+
+
 def _status_after(error: Exception) -> Outcome:
     """How an attempt ended that raised `error`; where and when is filled in."""
     if isinstance(error, OutOfMemoryError) and not error.is_final:
         return Outcome(status=Status.MEMORY, step=0, num_samples=0, settings=error.settings)
     if is_out_of_memory(error):
         return Outcome(status=Status.MEMORY, step=0, num_samples=0)
+    if isinstance(error, TierError):
+        return Outcome(status=Status.TIER, step=0, num_samples=0)
     return Outcome(status=Status.FAILED, step=0, num_samples=0)

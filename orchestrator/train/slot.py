@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -32,10 +33,12 @@ from orchestrator.share import CpuCores, Mps, ShareMechanism, SmGroups, TimeSlic
 from orchestrator.telemetry.sampler import cuda_device_id
 from orchestrator.train.batch.memory import CudaGauge
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.bundle.company import STEPS_S, Company, recorder_for
 from orchestrator.train.device_fault import is_device_fault
 from orchestrator.train.function import reports
 from orchestrator.train.groups import Groups, Ranks
 from orchestrator.train.isolation import ProcessState
+from orchestrator.train.lanes import Lane, LaneServer, Shared
 from orchestrator.train.ray_link import RayLink
 from orchestrator.train.read_ahead import reading
 from orchestrator.train.serve import Server
@@ -65,23 +68,67 @@ def slot_loop(config: dict[str, Any]) -> None:
     joined_wall_s = time.time()
     share, words = _share(config, ranks)
     shared_wall_s = time.time()
-    link = RayLink(config["actor"], config["namespace"], config["slot_id"], ranks.rank, config["send_period_s"])
-    link.on_news = share.wake  # a long sleep that enforces a share must not delay a stop or a new plan
     _warm_up(config, ranks)
-    hello = replace(_hello(config, ranks, share, words), opening=_opening(joined_wall_s, shared_wall_s))
+    opening = _opening(joined_wall_s, shared_wall_s)
+    hello = replace(_hello(config, ranks, share, words), opening=opening)
+    lanes = config.get("lanes", (config["slot_id"],))
+    try:
+        if len(lanes) > 1:
+            _serve_lanes(config, ranks, share, hello)
+        else:
+            _serve(config, groups, share, replace(hello, slot_id=lanes[0]))
+    finally:
+        share.release()
+
+
+def _serve(config: dict[str, Any], groups: Groups, share: ShareMechanism, hello: SlotHello) -> None:
+    """One trial at a time, on all ranks."""
+    ranks = groups.ranks
+    link = _link(config, hello.slot_id, ranks.rank)
+    link.on_news = share.wake  # a long sleep that enforces a share must not delay a stop or a new plan
     epoch = [link.attach(hello) if ranks.rank == 0 else -1]
     if ranks.world_size > 1:
         dist.broadcast_object_list(epoch, src=0, group=ranks.group)
     link.start(epoch[0])
     boundary = Boundary(link, ranks.rank, ranks.world_size, ranks.group)
-    clean = ProcessState.capture()  # last: what the slot itself keeps open is no trial's leak
-    gc.collect()
-    gc.freeze()  # what is here now stays: later collections, between two trials, need not look at it again
     try:
-        Server(groups=groups, boundary=boundary, link=link, share=share, clean=clean).serve()
+        Server(groups=groups, boundary=boundary, link=link, share=share, clean=_clean()).serve()
     finally:
         link.close()
-        share.release()
+
+
+def _serve_lanes(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, hello: SlotHello) -> None:
+    """Several trials at a time, each in a lane that is a slot of its own for the control plane."""
+    shared, news = Shared(share), threading.Event()
+
+    def wake() -> None:
+        share.wake()
+        news.set()
+
+    links = [_link(config, lane_id, ranks.rank) for lane_id in config["lanes"]]
+    lanes = []
+    try:
+        for number, (lane_id, link) in enumerate(zip(config["lanes"], links, strict=True)):
+            link.on_news = wake
+            link.start(link.attach(replace(hello, slot_id=lane_id)))
+            lanes.append(Lane(number, link, Boundary(link, 0, 1, None), shared.lane(number)))
+        company = Company(target_s=STEPS_S, recorder=recorder_for(ranks.device))
+        LaneServer(lanes, ranks, shared, _clean(), company, news).serve()
+    finally:
+        for link in links:
+            link.close()
+
+
+def _link(config: dict[str, Any], slot_id: str, rank: int) -> RayLink:
+    return RayLink(config["actor"], config["namespace"], slot_id, rank, config["send_period_s"])
+
+
+def _clean() -> ProcessState:
+    """The process before its first trial; taken last: what the slot itself keeps open is no trial's leak."""
+    clean = ProcessState.capture()
+    gc.collect()
+    gc.freeze()  # what is here now stays: later collections, between two trials, need not look at it again
+    return clean
 
 
 def _share(config: dict[str, Any], ranks: Ranks) -> tuple[ShareMechanism, str]:

@@ -13,7 +13,8 @@ class StepResult:
     """What one step did. `is_skipped` means that a gradient was not finite and nothing was changed.
 
     `step` is the number of optimizer steps before it, `position` the samples consumed before it. `is_loss_finite` is of
-    this rank's samples; a gradient may overflow in fp16 although the loss does not.
+    this rank's samples; a gradient may overflow in fp16 although the loss does not. `num_steps` is above 1 where many
+    short steps are told of together: then `num_samples` is that of all, `loss` their mean, and the rest is of the last.
     """
 
     step: int
@@ -27,3 +28,4 @@ class StepResult:
     noise: NoiseEstimate | None
     data_s: float
     is_loss_finite: bool = True
+    num_steps: int = 1

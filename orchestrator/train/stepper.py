@@ -44,12 +44,17 @@ from orchestrator.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 
+_WARM_UP_STEPS = 1000
+"""Steps that a schedule is built for where no trial is trained."""
+
 
 class Stepper:
     """Trains one trial, one step at a time. Every rank of the worker group has one.
 
     Attributes:
         is_torn: whether an update of the weights was left half done: the step cannot be done again in place.
+        noise: measures the gradient noise.
+        rate: what the batch does to learning rates.
     """
 
     def __init__(self, order: TrialOrder, job: object, ranks: Ranks) -> None:
@@ -62,7 +67,7 @@ class Stepper:
         with ranks.device:
             self.model = self.job.build_model().to(ranks.device)
         install(self.model, keeps_weights=ranks.world_size == 1)
-        fsdp.shard(self.model, self.job.blocks(self.model), ranks.mesh)
+        fsdp.shard(self.model, self.job.blocks(self.model), ranks.mesh, methods=self.job.forward_methods)
         self.cursor = first_cursor(self.job, order.seed)
         self.optimizers = self._optimizers()
         self.optimizer = self.optimizers.one
@@ -72,12 +77,12 @@ class Stepper:
         self._has_stepped = False
         self._unsaid: list[StepResult] = []
         self.is_torn = False
-        self._noise = NoiseMeter(self.model, self.optimizer, ranks.world_size)
-        self.gradients = Gradients(self.job, self.model, ranks, self._noise, self.loss)
-        self._recorded = RecordedSteps(self, order, ranks, self._noise)
+        self.noise = NoiseMeter(self.model, self.optimizer, ranks.world_size)
+        self.gradients = Gradients(self.job, self.model, ranks, self.noise, self.loss)
+        self._recorded = RecordedSteps(self, order, ranks, self.noise)
         self._is_noise_measured = len(self.optimizers.members) == 1 and not self.optimizers.needs_closure
         schedule = schedule_of(order, self.job, self.optimizers.members[0])
-        self._rate = LearningRate.start(schedule, order.start.global_batch)
+        self.rate = LearningRate.start(schedule, order.start.global_batch)
         set_tier(self.model, order.start.tier)
         self._exchange(order.start.tier)
         # Every rank built the same model from the same seed; what it draws from here on (dropout) is its own.
@@ -89,10 +94,14 @@ class Stepper:
         Raises:
             UserCodeError: they cannot train on these ranks.
         """
-        members, schedulers = self.job.build_optimizers(self.model)
+        order = self._order
+        total, batch = order.samples_per_report * order.max_reports, order.start.global_batch
+        is_whole = total > batch  # a warm-up is no whole trial, and takes a few steps
+        num_steps = math.ceil(total / batch) if is_whole else _WARM_UP_STEPS
+        members, schedulers = self.job.build_optimizers(self.model, num_steps)
         is_epoch = self.job.scheduler_interval == "epoch"
-        unit = self.cursor.num_samples if is_epoch else self._order.start.global_batch
-        built = Optimizers(members, schedulers, unit)
+        unit = self.cursor.num_samples if is_epoch else batch
+        built = Optimizers(members, schedulers, unit, math.ceil(total / unit) if is_whole else None)
         if built.needs_closure and (self._ranks.world_size > 1 or len(members) > 1):
             raise UserCodeError(
                 f"{self.job.title}.build_optimizer returned an optimizer whose step needs a closure, on"
@@ -116,8 +125,8 @@ class Stepper:
             set_tier(self.model, settings.tier)
             self._exchange(settings.tier)
         if (settings.global_batch, settings.tier) != (self.settings.global_batch, self.settings.tier):
-            self._noise.reset()
-            self._rate = self._rate.with_batch(settings.global_batch, self.cursor.position, self._noise.scale)
+            self.noise.reset()
+            self.rate = self.rate.with_batch(settings.global_batch, self.cursor.position, self.noise.scale)
         self.settings = settings
 
     def advance(self) -> list[StepResult]:
@@ -183,21 +192,22 @@ class Stepper:
     def _exchange(self, tier: Tier) -> None:
         """Let ranks exchange gradients in bf16 (of fp16 too, for its range) with the tier, if the run file says so."""
         companion = tier_facts(tier).companion_dtype if self._order.exchange_follows_tier else None
-        self._noise.exchange_in(None if companion is None else torch.bfloat16)
+        self.noise.exchange_in(None if companion is None else torch.bfloat16)
 
     def step(self) -> StepResult:
         """One optimizer step, eagerly, of `settings.global_batch` samples; on a non-finite gradient nothing changes."""
+        self.job.note_progress(self.step_index, self.cursor.epoch)
         if self.job.has_own_step:
             return self._own_step()
         settings, world_size = self.settings, self._ranks.world_size
         indices, cursor = take(self.job, self.cursor, settings, self._ranks)
         mine, noise = rank_slice(indices, self._ranks.rank, world_size), None
-        is_measured = self._is_noise_measured and self._noise.begin(self.step_index)
+        is_measured = self._is_noise_measured and self.noise.begin(self.step_index)
         sums = self.gradients.add(mine, len(indices), settings)
         if is_measured:
             counts = [len(rank_slice(indices, rank, world_size)) for rank in range(world_size)]
             scale = self.loss_scale.factor(settings.tier) / sums.correction
-            noise = self._noise.end(counts, self._ranks.group, loss_scale=scale)
+            noise = self.noise.end(counts, self._ranks.group, loss_scale=scale)
         # Read together and late: whoever reads from a device waits for all that it was given.
         *losses, grad_norm = torch.stack([*sums.losses, self.gradients.clip_and_norm()]).tolist()
         loss = sum(losses) / max(1, sums.num_elements)
@@ -245,7 +255,7 @@ class Stepper:
         """Go on behind a step, unless it was skipped; returns what it did."""
         step, position = self.step_index, self.cursor.position
         if not result["is_skipped"]:
-            self._noise.keep(result["noise"])
+            self.noise.keep(result["noise"])
             self.cursor = cursor
             self.step_index += 1
             self.optimizers.advance(cursor.position)
@@ -259,8 +269,8 @@ class Stepper:
 
     def apply_rates(self) -> float:
         """Set every group's learning rate for the next step; returns that of the first."""
-        position, scale = self.cursor.position, self._noise.scale
-        return self.optimizers.apply(lambda base_lr: self._rate.at(base_lr, position, scale))
+        position, scale = self.cursor.position, self.noise.scale
+        return self.optimizers.apply(lambda base_lr: self.rate.at(base_lr, position, scale))
 
     def _loss_again(self, mine: Indices, num_samples: int, loss: float) -> Callable[[], float]:
         """The loss and the gradients of this step for an optimizer that evaluates it several times, as LBFGS does."""
@@ -278,7 +288,7 @@ class Stepper:
 
     def release_memory(self) -> None:
         """Drop what a step that raised has left, so that it can be done again."""
-        self._noise.reset()
+        self.noise.reset()
         self.optimizer.zero_grad(set_to_none=True)
         self._recorded.forget()
         gc.collect()
@@ -342,7 +352,7 @@ class Stepper:
         return {
             "step": self.step_index,
             "cursor": self.cursor,
-            "rate": self._rate.state(),
+            "rate": self.rate.state(),
             "loss_scale": self.loss_scale.state(),
             "objects": copy.deepcopy(self._objects()),
         }
@@ -350,23 +360,24 @@ class Stepper:
     def go_back(self, position: dict[str, Any]) -> None:
         """The inverse of `position`; the batch may have changed since, and stays."""
         self.step_index, self.cursor = int(position["step"]), position["cursor"]
-        self._rate = LearningRate.restored(self._rate.schedule, position["rate"]).with_batch(
-            self.settings.global_batch, self.cursor.position, self._noise.scale
+        self.rate = LearningRate.restored(self.rate.schedule, position["rate"]).with_batch(
+            self.settings.global_batch, self.cursor.position, self.noise.scale
         )
         self.gradients.loss_scale = LossScale.restored(position["loss_scale"])
         self._load_objects(position["objects"])
-        self._noise.reset()
+        self.noise.reset()
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics, in the tier the trial runs with."""
         self.model.eval()
+        self.job.note_progress(self.step_index, self.cursor.epoch)
         try:
             with lowered(self.settings.tier, self._ranks.device):
                 found = self.job.evaluate(self.model, self._ranks.device)
         finally:
             self.model.train()
         metric = self._order.metric or self.job.metric
-        self.optimizers.take_metric(found.get(metric or "val_loss"))
+        self.optimizers.take_metric(found.get(self.job.monitor or metric or "val_loss"))
         return self.job.checked(found, metric)
 
     def commit(self, directory: Path, extra: dict[str, Any]) -> Path:
@@ -379,8 +390,8 @@ class Stepper:
                 **extra,
                 "step": self.step_index,
                 "position": self.cursor.position,
-                "rate": self._rate.state(),
-                "noise": self._noise.state(),
+                "rate": self.rate.state(),
+                "noise": self.noise.state(),
                 "loss_scale": self.loss_scale.state(),
                 "objects": self._objects(),
             },
@@ -417,12 +428,12 @@ class Stepper:
         )
         self.cursor = replace(self.cursor, position=int(extra["position"]))
         self.step_index = int(extra["step"])
-        self._rate = LearningRate.restored(self._rate.schedule, extra["rate"])
+        self.rate = LearningRate.restored(self.rate.schedule, extra["rate"])
         self.gradients.loss_scale = LossScale.restored(extra.get("loss_scale"))
         self._load_objects(extra.get("objects", {}))
         self._recorded.drop()  # what was recorded reads the optimizer state of before
         if "noise" in extra:
-            self._noise.restore(extra["noise"])
+            self.noise.restore(extra["noise"])
         return extra
 
     def loss(self, model: nn.Module, batch: Any, tier: Tier) -> LossTerms:  # noqa: ANN401

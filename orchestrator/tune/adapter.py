@@ -25,6 +25,9 @@ from orchestrator.policies.plan import TrialId
 from orchestrator.policy_handle import policy_at
 from orchestrator.tune.admission import require_untouched
 
+WHOLE = "parameters"
+"""Under this name Tune's configuration of a trial holds all parameters, where they are drawn as a whole."""
+
 _RETRY_S = 0.25
 _AWAY_LIMIT_S = 60.0
 
@@ -134,7 +137,7 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._id = trial_id_of(self.trial_id, is_foreign=self._is_foreign)
-        self._params = within(self._bounds, dict(config))
+        self._params = within(self._bounds, dict(config if self._is_foreign else config.get(WHOLE, config)))
         self._index, self._is_submitted, self._last, self._pointer = 0, False, {}, {}
 
     def _put_aside(self) -> None:

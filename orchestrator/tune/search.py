@@ -26,7 +26,6 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from orchestrator.config.checks import mutable_params
 from orchestrator.config.model import (
     AshaScheduler,
     Distribution,
@@ -35,8 +34,11 @@ from orchestrator.config.model import (
     PbtScheduler,
     RunConfig,
 )
+from orchestrator.config.search_checks import mutable_params
+from orchestrator.config.space import as_distribution
 from orchestrator.errors import UnfitEnvironmentError
-from orchestrator.tune.adapter import LIVE, Interrupter, SlotTrial, StopForwarder, within
+from orchestrator.space import Define, as_whole
+from orchestrator.tune.adapter import LIVE, WHOLE, Interrupter, SlotTrial, StopForwarder, within
 from orchestrator.tune.admission import HEAD, PIN_HEAD, sliver
 
 logger = logging.getLogger(__name__)
@@ -123,7 +125,7 @@ class Search:
         worst = (self._metric, -_WORST if self._mode == "max" else _WORST)
         trainable = tune.with_resources(
             tune.with_parameters(
-                SlotTrial, actor=actor_name, namespace=namespace, worst=worst, bounds=bounds_of(search.space)
+                SlotTrial, actor=actor_name, namespace=namespace, worst=worst, bounds=bounds_of(search.one_space)
             ),
             {HEAD: part},
         )
@@ -159,22 +161,40 @@ class Search:
         Otherwise (it pauses trials, perturbs them, or learns from them) it is taken up from Tune's own state.
         """
         search = self._config.search
-        return search.algorithm != "optuna" and search.scheduler.name in {"asha", "fifo", "median"}
+        is_drawn_here = search.algorithm != "optuna" and not isinstance(search.space, str)
+        return is_drawn_here and search.scheduler.name in {"asha", "fifo", "median"}
 
     def _space(self) -> dict[str, Any]:
-        return {name: domain(distribution) for name, distribution in self._config.search.space.items()}
+        """Ray Tune's form of the space; empty where a function draws by asking Optuna."""
+        search = self._config.search
+        if self._define() is not None:
+            return {}
+        spaces = [{name: domain(distribution) for name, distribution in space.items()} for space in search.spaces]
+        return spaces[0] if len(spaces) == 1 else {WHOLE: tune.choice(spaces)}
+
+    def _define(self) -> Define | None:
+        """What draws by asking Optuna: the user's function, or one for spaces that Optuna has no form for."""
+        search = self._config.search
+        if isinstance(search.space, str):
+            return Define(path=search.space)
+        is_plain = len(search.spaces) == 1 and not any(_is_nested(each) for each in search.one_space.values())
+        return None if is_plain or search.algorithm != "optuna" else Define(spaces=search.spaces)
 
     def _searcher(self) -> Any:
-        search, seed = self._config.search, self._config.seed
-        if search.algorithm == "optuna":
+        search, seed, define_by_run = self._config.search, self._config.seed, self._define()
+        if search.algorithm == "optuna" or define_by_run is not None:
             from ray.tune.search.optuna import OptunaSearch
 
-            return OptunaSearch(sampler=optuna_sampler(seed))
+            sampler = optuna_sampler(seed, is_random=search.algorithm == "random")
+            if define_by_run is None:
+                return OptunaSearch(sampler=sampler)
+            ask = partial(as_whole, WHOLE, define_by_run)
+            return OptunaSearch(space=ask, metric=self._metric, mode=self._mode, sampler=sampler)
         return BasicVariantGenerator(random_state=seed, max_concurrent=search.num_slots if self._is_simple else 0)
 
 
-def optuna_sampler(seed: int) -> Any:
-    """Optuna's default sampler with a seed, quiet.
+def optuna_sampler(seed: int, *, is_random: bool = False) -> Any:
+    """Optuna's default sampler with a seed, or one that learns nothing; quiet.
 
     Raises:
         UnfitEnvironmentError: Optuna is not installed.
@@ -186,7 +206,12 @@ def optuna_sampler(seed: int) -> Any:
             "search.algorithm optuna needs Optuna: pip install 'ray-orchestrator[optuna]'"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.samplers.TPESampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed) if is_random else optuna.samplers.TPESampler(seed=seed)
+
+
+def _is_nested(distribution: Distribution) -> bool:
+    """Whether Optuna's own form would not do: a value is no plain one."""
+    return distribution.is_listed and any(isinstance(value, dict | list) for value in distribution.values)
 
 
 def scheduler_of(config: RunConfig) -> TrialScheduler:
@@ -212,8 +237,8 @@ def scheduler_of(config: RunConfig) -> TrialScheduler:
                 perturbation_interval=scheduler.interval_reports,
                 quantile_fraction=scheduler.quantile,
                 resample_probability=scheduler.resample,
-                hyperparam_mutations={name: mutation(config.search.space[name]) for name in names},
-                custom_explore_fn=partial(within, bounds_of(config.search.space)),
+                hyperparam_mutations={name: mutation(config.search.one_space[name]) for name in names},
+                custom_explore_fn=partial(within, bounds_of(config.search.one_space)),
                 log_config=False,
             )
         case _:
@@ -244,7 +269,7 @@ def domain(distribution: Distribution) -> Any:
     values = distribution.values
     match distribution.kind:
         case "choice":
-            return tune.choice(list(values))
+            return tune.choice([_domains_in(value) for value in values])
         case "grid":
             return tune.grid_search(list(values))
         case "uniform":
@@ -253,3 +278,13 @@ def domain(distribution: Distribution) -> Any:
             return tune.loguniform(*values)
         case _:
             return tune.randint(*values)
+
+
+def _domains_in(value: Any) -> Any:
+    """A listed value with the distributions in it in Ray Tune's form, which draws them with it."""
+    found = as_distribution(value)
+    if found is not None:
+        return domain(found)
+    if isinstance(value, dict):
+        return {name: _domains_in(part) for name, part in value.items()}
+    return [_domains_in(part) for part in value] if isinstance(value, list | tuple) else value

@@ -21,12 +21,20 @@ from ray import tune
 from ray.exceptions import RayError
 
 from orchestrator.api import run_file_of
-from orchestrator.beginning import load_begun, make_run_dir, require_history, require_policy, within_quota
+from orchestrator.beginning import (
+    load_begun,
+    make_run_dir,
+    require_history,
+    require_policy,
+    with_counted_epochs,
+    within_quota,
+)
 from orchestrator.cluster import RayCluster, cluster_leaks
 from orchestrator.config import ResolvedRun, load_config, require_fit
 from orchestrator.control_plane import ControlPlane
 from orchestrator.driver import log_end, single_driver
 from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.host import require_linux
 from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
 from orchestrator.run_dirs import StopKind, stop_request
 from orchestrator.tune.adapter import SlotTrial
@@ -45,9 +53,11 @@ def open_session(
     training: Training, overrides: list[str], *, is_resumed: bool, name: str | None, options: dict[str, Any]
 ) -> Iterator[type]:
     """See `orchestrator.tune.trainable`."""
+    require_linux()
     require_tested_ray()
     with run_file_of(training, name=name, **options) as (file, settings):
         resolved = load_config(file, [*settings, *overrides], has_own_search=True)
+        resolved = resolved if is_resumed else with_counted_epochs(resolved)
         run_dir = _run_dir(resolved, is_resumed=is_resumed)
     if is_resumed:
         resolved = load_begun(run_dir)
@@ -182,14 +192,22 @@ def _watched(plane: ControlPlane, stopping: Stopping) -> Iterator[None]:
 
 
 def _end_search(plane: ControlPlane, stop: StopKind | None = None) -> str:
-    """How the search ended: cut off when trials still run or it was told to stop; trials then commit and leave."""
+    """How the search ended: cut off when trials still run or it was told to stop; trials then commit and leave.
+
+    A trial of which no further report was asked for is not cut off: the search has stopped it, and Tune ended its
+    stand-in without a word (it kills those that take long to end).
+    """
     if stop is StopKind.NOW:
         return "interrupted"
     if stop is StopKind.GRACEFUL:
         plane.interrupt(lambda: False)
         return "interrupted"
     trials = ray.get(plane.policy.status.remote(), timeout=30.0)["trials"]
-    if any(trial["state"] in {"running", "queued"} for trial in trials):
+    unfinished = [trial for trial in trials if trial["state"] in {"running", "queued"}]
+    if any(trial["is_report_wanted"] for trial in unfinished):
         plane.interrupt(lambda: False)
         return "interrupted"
+    if unfinished:
+        plane.put_aside([trial["trial_id"] for trial in unfinished])
+        return "done"
     return "done" if any(trial["state"] in {"done", "stopped", "paused"} for trial in trials) else "failed"

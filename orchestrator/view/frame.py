@@ -24,8 +24,10 @@ from orchestrator.view.text import (
     show_gain,
     show_gib,
     show_number,
+    show_params,
     show_seconds,
     whole,
+    width_of,
     wrap,
 )
 
@@ -35,6 +37,8 @@ WITH_METRIC = 100
 
 MIN_WIDTH = 40
 STALE_AFTER_S = 15.0
+_LEAST_PARAMS = 28
+"""Columns for the parameters of a trial, at least; what is shown behind them is cut then."""
 _BAR_CELLS = 10
 _ERROR_CHARACTERS = 400
 _ORDER = ("running", "failed", "queued", "paused", "done", "stopped")
@@ -238,7 +242,8 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     ]
     if state != "running":
         role = {"queued": Role.WAITING, "paused": Role.WAITING, "failed": Role.FAILED}.get(state, Role.ENDED)
-        return [_line(f"{_row(cells, columns)}  {_metric(trial, shown.metric)}", role, width)]
+        text = f"{_row(cells, columns)}  {_metric(trial, shown.metric)}".rstrip()
+        return [_line(f"{text}  {_params(trial, width - width_of(text) - 2)}", role, width)]
     cells += [
         show_number(trial.get("loss")),
         show_number(trial.get("throughput_per_s")),
@@ -250,13 +255,20 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     row = _row(cells, columns)
     metric = _metric(trial, shown.metric) if width >= WITH_METRIC else ""
     mode = trial.get("step_mode")
-    steps = f"{mode} steps" if mode in {"graph", "compiled"} else ""
+    steps = f"{mode} steps" if mode in {"graph", "compiled", "bundle"} else ""
     waits = "waits at its rung for others" if trial.get("waits_at_rung") is True else ""
     texts = (metric, _held(trial, shown.unit), steps, _resize(trial), waits, _off(trial), _decision(trial))
     details = "; ".join(text for text in texts if text)
+    params = _params(trial, width - width_of(details) - (width_of(row) if width >= WIDE else 0) - 4)
+    details = "; ".join(text for text in (params, details) if text)
     if width >= WIDE:
         return [_line(f"{row}  {details}", Role.RUNNING, width)]
     return [_line(row, Role.RUNNING, width), _line(f"  {details}", Role.DETAIL, width)]
+
+
+def _params(trial: Mapping[str, object], room: int) -> str:
+    """The parameters of a trial, the searched ones first, in the room there is or a little more."""
+    return show_params(mapping(trial.get("params")), max(_LEAST_PARAMS, room))
 
 
 def _row(cells: Sequence[str], columns: Sequence[_Column]) -> str:
@@ -268,7 +280,7 @@ def _row(cells: Sequence[str], columns: Sequence[_Column]) -> str:
 
 def _cells_of_head(width: int) -> str:
     head = "  ".join(pad(column.name, column.width, right=column.is_number) for column in _fitted(_COLUMNS, width))
-    return f"{head}  metric; share enforced by; last decision" if width >= WIDE else head
+    return f"{head}  parameters; metric; share enforced by; last decision" if width >= WIDE else head
 
 
 def _fitted(columns: Sequence[_Column], width: int) -> list[_Column]:

@@ -16,29 +16,35 @@ from orchestrator.view.frame import shown_dials
 from orchestrator.view.text import (
     MISSING,
     clean,
-    clip,
     dicts,
     mapping,
     number,
     show_count,
     show_gain,
     show_number,
+    show_params,
     show_seconds,
     table,
     whole,
+    width_of,
 )
 
 _MAX_RANKED = 20
-_PARAM_CHARACTERS = 48
+_LEAST_WIDTH = 80
+_LEAST_PARAMS = 28
+"""Columns of the table of trials, and of the parameters in it, at least."""
 
 
-def render(status: Mapping[str, object], run_dir: Path) -> str:
-    """The report, several lines without a newline at the end; the last one is the run directory."""
+def render(status: Mapping[str, object], run_dir: Path, *, width: int = _LEAST_WIDTH) -> str:
+    """The report, several lines without a newline at the end; the last one is the run directory.
+
+    `width` is that of the terminal, which the parameters of trials are fitted to.
+    """
     trials = dicts(status.get("trials"))
     ranked = rank(trials, str(status.get("mode")))
     parts = [
         [_headline(status, trials)],
-        _ranking(ranked, status),
+        _ranking(ranked, status, max(width, _LEAST_WIDTH)),
         failure_lines(trials),
         _dials(status),
         _next_commands(status, run_dir),
@@ -90,7 +96,7 @@ def _headline(status: Mapping[str, object], trials: Sequence[Mapping[str, object
     )
 
 
-def _ranking(ranked: Sequence[Mapping[str, object]], status: Mapping[str, object]) -> list[str]:
+def _ranking(ranked: Sequence[Mapping[str, object]], status: Mapping[str, object], width: int) -> list[str]:
     if not ranked:
         return []
     metric = clean(status.get("metric") or "metric")
@@ -102,12 +108,14 @@ def _ranking(ranked: Sequence[Mapping[str, object]], status: Mapping[str, object
             clean(trial.get("state") or MISSING),
             show_count(trial.get("step")),
             show_count(trial.get("num_samples")),
-            clip(_params(mapping(trial.get("params"))), _PARAM_CHARACTERS),
         ]
         for place, trial in enumerate(ranked[:_MAX_RANKED], start=1)
     ]
-    columns = ["", "trial", metric, "state", "step", "samples", "parameters"]
-    lines = table(columns, rows, numeric=["", metric, "step", "samples"])
+    columns, numeric = ["", "trial", metric, "state", "step", "samples"], ["", metric, "step", "samples"]
+    room = max(_LEAST_PARAMS, width - 2 - max(map(width_of, table(columns, rows, numeric=numeric))))
+    for row, trial in zip(rows, ranked, strict=False):
+        row.append(show_params(mapping(trial.get("params")), room))
+    lines = table([*columns, "parameters"], rows, numeric=numeric)
     if len(ranked) > _MAX_RANKED:
         lines.append(f"... and {len(ranked) - _MAX_RANKED} more")
     return lines
@@ -148,11 +156,3 @@ def _next_commands(status: Mapping[str, object], run_dir: Path) -> list[str]:
         *(f"  {command:<{width}}  # {text}" for command, text in commands),
         f"  python -c {shlex.quote(code)}",
     ]
-
-
-def _params(params: Mapping[str, object]) -> str:
-    shown = []
-    for name, value in params.items():
-        text = f"{value:.4g}" if isinstance(value, float) else clean(value)
-        shown.append(f"{clean(name)}={text}")
-    return " ".join(shown)

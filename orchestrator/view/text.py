@@ -153,6 +153,38 @@ def show_settings(settings: Mapping[str, object]) -> str:
     )
 
 
+def show_params(params: Mapping[str, object], width: int) -> str:
+    """Parameters in at most `width` cells: the first ones, and the last one; what is between is left out.
+
+    A trial's searched parameters come first, its fixed ones behind them.
+    """
+    parts = [f"{clean(name)}={_short(value)}" for name, value in params.items()]
+    whole_text = " ".join(parts)
+    if width_of(whole_text) <= width or not parts:
+        return whole_text
+    end = f" {ELLIPSIS} {parts[-1]}" if len(parts) > 2 else f" {ELLIPSIS}"
+    for ending in (end, f" {ELLIPSIS}"):
+        for kept in range(len(parts) - 1, 0, -1):
+            text = " ".join(parts[:kept]) + ending
+            if width_of(text) <= width:
+                return text
+    return clip_middle(parts[0], width)
+
+
+def clip_middle(text: str, width: int) -> str:
+    """As `clip`, but keeps the beginning and the end."""
+    if width_of(text) <= width or width <= len(ELLIPSIS) + 2:
+        return clip(text, width)
+    room = width - len(ELLIPSIS)
+    tail = clip(text[::-1], room // 2 + len(ELLIPSIS))[: -len(ELLIPSIS)][::-1]
+    head = clip(text, room - width_of(tail) + len(ELLIPSIS))[: -len(ELLIPSIS)]
+    return f"{head}{ELLIPSIS}{tail}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else clean(value)
+
+
 def dicts(value: object) -> list[Mapping[str, object]]:
     """The mappings in a list of a status file; nothing where it is no list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

@@ -18,6 +18,7 @@ from orchestrator.control.events import Recovered, Reported, TrialContinued, Tri
 from orchestrator.control.journal import History
 from orchestrator.errors import CheckpointError
 from orchestrator.run_dirs import BEGUN_FILE
+from orchestrator.telemetry.record import num_steps_of
 from orchestrator.train import manifest
 from orchestrator.view.finding import Code, Finding
 from orchestrator.view.verify_steps import Attempt
@@ -68,7 +69,7 @@ def missing_steps(history: History, attempts: Sequence[Attempt]) -> Iterator[Fin
             continue
         attempt = last[end.trial_id]
         for rank, rows in attempt.ranks.items():
-            done = int(rows["step"].max()) + 1
+            done = int((rows["step"] + num_steps_of(rows)).max())
             if done < end.step:
                 text = f"step records of rank {rank} end at step {done}; the trial ended after step {end.step}"
                 yield Finding(code=Code.EVIDENCE_MISSING, text=text, trial_id=end.trial_id)

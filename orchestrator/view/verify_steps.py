@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from orchestrator.control.events import Reported, TrialContinued, TrialEnded
 from orchestrator.control.journal import History
-from orchestrator.telemetry.record import FLAG_ROLLED_BACK, FLAG_SKIPPED
+from orchestrator.telemetry.record import FLAG_ROLLED_BACK, FLAG_SKIPPED, num_steps_of
 from orchestrator.view.finding import Code, Finding
 from orchestrator.view.verify_grants import OpenOffer
 
@@ -196,6 +196,7 @@ def _lineage(attempts: Sequence[Attempt]) -> dict[str, npt.NDArray[np.int64]]:
             survives = rows["step"] < limit
             names = ("seq", "step", "cursor", "num_samples", "flags")
             part = {name: rows[name][survives].astype(np.int64) for name in names}
+            part["num_steps"] = num_steps_of(rows)[survives]
             part["attempt"] = np.full(len(part["seq"]), attempt.attempt, dtype=np.int64)
             parts.insert(0, part)
             limit = min(limit, int(rows["step"].min()))
@@ -213,7 +214,7 @@ def _breaks(
     trial_id: str, rows: Mapping[str, npt.NDArray[np.int64]], commits: set[tuple[int, int]], notes: list[str]
 ) -> Iterator[Finding]:
     cursor, end = rows["cursor"], rows["cursor"] + rows["num_samples"]
-    done = rows["step"] + np.where(rows["flags"] & FLAG_SKIPPED, 0, 1)
+    done = rows["step"] + np.where(rows["flags"] & FLAG_SKIPPED, 0, rows["num_steps"])
     if len(cursor) and rows["seq"][0] == 0 and rows["step"][0] == 0 and cursor[0] != 0:
         yield _jump(trial_id, 0, int(cursor[0]), 0)
     for i in np.flatnonzero(cursor[1:] != end[:-1]):
@@ -243,7 +244,7 @@ def _false_claims(
 ) -> Iterator[Finding]:
     """Commits and ends whose sample count is not that of the steps before them."""
     trained = rows["flags"] & FLAG_SKIPPED == 0
-    steps, ends = rows["step"][trained] + 1, (rows["cursor"] + rows["num_samples"])[trained]
+    steps, ends = (rows["step"] + rows["num_steps"])[trained], (rows["cursor"] + rows["num_samples"])[trained]
     by_step = dict(zip(steps.tolist(), ends.tolist(), strict=True))
     for step, num_samples in claims:
         seen = by_step.get(step, num_samples)

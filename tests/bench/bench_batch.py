@@ -85,7 +85,7 @@ def _noise_of(seed: int) -> dict[str, Any]:
     chosen = torch.randperm(job.num_train_samples, generator=torch.Generator().manual_seed(1))[:POOL].tolist()
     for stage, at in STAGES.items():
         while stepper.step_index < at:
-            stepper._noise.mean = NoiseMean()  # measured as often as in the beginning
+            stepper.noise.mean = NoiseMean()  # measured as often as in the beginning
             result = stepper.step()
             if result.noise is not None:
                 draws.append((result.step, result.noise.noise_trace, result.noise.grad_sq))
@@ -157,12 +157,12 @@ def _overhead(report: Report) -> None:
     for _ in range(20):
         stepper.step()
     # The steady state: as many draws as there are after some minutes.
-    stepper._noise.mean = meter_module.NoiseMean(noise_trace=1.0, grad_sq=1.0, count=2 * meter_module.HORIZON)
-    real = stepper._noise.begin
+    stepper.noise.mean = meter_module.NoiseMean(noise_trace=1.0, grad_sq=1.0, count=2 * meter_module.HORIZON)
+    real = stepper.noise.begin
     times: dict[str, list[float]] = {"with": [], "without": []}
     for _ in range(2 if report.options.is_quick else 6 * report.options.repeats):
         for name, seconds in times.items():
-            stepper._noise.begin = real if name == "with" else _measures_nothing  # type: ignore[method-assign]
+            stepper.noise.begin = real if name == "with" else _measures_nothing  # type: ignore[method-assign]
             began_s = time.perf_counter()
             for _ in range(64):
                 stepper.step()

@@ -3,6 +3,8 @@
 Each part is a process of its own with a limit; its result is one line of JSON, appended to --out at once:
 
 - `losses_gpt2`, `losses_resnet`: a function under the driver, undisturbed twice and with its SM groups turned live.
+- `watched`: a function with the line `orchestrator.watch` whose tier is turned to bf16 and fp8: which tiers calibration
+  and probes found fast and safe, seconds per step in each, and its losses against the same function undisturbed.
 - `overhead`: seconds per step under the driver against the same loop alone, in pairs that alternate in one process.
 - `search_gpt2`, `search_resnet`: four trials at a time on one GPU with every dial on; shares as the checks of the run
   saw them, changes of each dial, and what `verify` found.
@@ -29,6 +31,7 @@ from tests.bench.part_runner import REHEARSAL_FACTOR, Part, main_of
 LIMITS_S = {
     "losses_gpt2": 100.0,
     "losses_resnet": 100.0,
+    "watched": 120.0,
     "overhead": 150.0,
     "search_gpt2": 200.0,
     "search_resnet": 200.0,
@@ -117,6 +120,81 @@ def losses(kind: str, given: argparse.Namespace) -> Row:
         "turned_against_still": worst(still[0], turned),
         "losses": {"still": still, "turned": turned},
     }
+
+
+def watched(given: argparse.Namespace) -> Row:
+    """Tiers of a watched function: what was found of each, steps in each, and losses against those undisturbed."""
+    import statistics
+
+    from orchestrator.policies.tier import Tier
+    from orchestrator.telemetry.record import tier_of
+
+    steps = 60 if given.rehearse else 400
+    params = {
+        "lr": 1e-4,
+        "steps": steps,
+        "reports": 1,
+        **({"width": 32, "depth": 2, "samples": 512} if given.rehearse else {}),
+    }
+    ladder = (Tier.FP32, Tier.BF16, Tier.INT8) if given.rehearse else (Tier.FP32, Tier.TF32, Tier.BF16, Tier.FP8)
+    folder = given.directory / "watched"
+    turns = {steps // 4: ladder[-2], steps // 2: ladder[-1], 3 * steps // 4: ladder[0]}
+    plain, _ = _watched(params, folder / "still", ladder, {})
+    losses, script = _watched(params, folder / "turned", ladder, turns)
+    records = script.records
+    seconds = {
+        str(tier_of(int(code))): statistics.median(records["step_s"][records["tier"] == code].tolist())
+        for code in sorted(set(records["tier"].tolist()))
+    }
+    tail = steps // 10
+    return {
+        "ladder": [str(tier) for tier in ladder],
+        "found": [
+            {
+                "tier": str(fit.tier),
+                "is_safe": fit.is_safe,
+                "is_real": fit.is_real,
+                "step_s": fit.step_s,
+                "noise_ratio": fit.noise_ratio,
+            }
+            for fit in script.tiers[-1].tiers
+        ],
+        "spent_s": script.tiers[-1].spent_s,
+        "step_s": seconds,
+        "overrides": [override.reason for override in script.overrides],
+        "num_layers": [fit.num_in_tier for fit in script.tiers[-1].tiers],
+        "last_losses": {"still": statistics.mean(plain[-tail:]), "turned": statistics.mean(losses[-tail:])},
+        "first_losses_equal": losses[: steps // 5] == plain[: steps // 5],
+    }
+
+
+def _watched(params: dict[str, Any], folder: Path, ladder: Any, turns: dict[int, Any]) -> tuple[list[float], Any]:
+    import torch
+
+    from orchestrator.train.boundary import Boundary
+    from orchestrator.train.function import reports
+    from orchestrator.train.function.driver import FunctionDriver
+    from orchestrator.train.groups import Ranks
+    from tests.bench import function_trainings
+    from tests.unit.orchestrator.train.links import FakeShare, Script, grant, order
+
+    reports.install()
+    first = order(folder / "runs" / "r" / "trials" / "t", credit=10**9)
+    assert first.trial is not None
+    limits = replace(first.trial.limits, tiers=ladder)
+    trial = replace(first.trial, metric="loss", max_reports=10**6, limits=limits, probe_budget=0.05)
+    script = Script(replace(first, trial=trial))
+    for number, (step, tier) in enumerate(turns.items()):
+        new = grant(number + 2, micro_batch=256, tier=tier)
+        script.at(step, lambda now, new=new: replace(now, grant=new))  # type: ignore[misc]
+    boundary = Boundary(script, 0, 1, None)
+    newest = boundary.cross()
+    assert newest is not None
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    config = {**params, "losses": []}
+    ranks = Ranks(rank=0, world_size=1, device=device)
+    FunctionDriver(newest, lambda: function_trainings.linear_stack(config), ranks, boundary, script, FakeShare()).run()
+    return config["losses"], script
 
 
 def overhead(given: argparse.Namespace) -> Row:
@@ -240,6 +318,7 @@ def _shares(directory: Path) -> list[Row]:
 PARTS: dict[str, Part] = {
     "losses_gpt2": partial(losses, "gpt2"),
     "losses_resnet": partial(losses, "resnet"),
+    "watched": watched,
     "overhead": overhead,
     "search_gpt2": partial(search, "gpt2"),
     "search_resnet": partial(search, "resnet"),

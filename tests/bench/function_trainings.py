@@ -65,6 +65,38 @@ def _gpt2(config: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer, Any]:
     return loader, optimizer, lambda batch: model(input_ids=batch[0], labels=batch[0]).loss
 
 
+def linear_stack(config: dict[str, Any]) -> None:
+    """Linear layers with a residual each, which learn a drawn one of their kind; with the line `orchestrator.watch`."""
+    torch.manual_seed(config.get("seed", 0))
+    width, depth, count = config.get("width", 1024), config.get("depth", 8), config.get("samples", 16384)
+
+    def stack() -> nn.Module:
+        return nn.Sequential(*(_Residual(width) for _ in range(depth)))
+
+    features = torch.randn(count, width)
+    with torch.no_grad():
+        teacher = stack().to(device())
+        targets = torch.cat([teacher(part.to(device())).cpu() for part in features.split(1024)])
+        targets += 0.3 * torch.randn_like(targets)
+    loader = DataLoader(
+        TensorDataset(features, targets), batch_size=config.get("batch_size", 256), shuffle=True, drop_last=True
+    )
+    model = stack().to(device())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
+    orchestrator.watch(model, optimizer)
+    _train(config, loader, optimizer, lambda batch: (model(batch[0]) - batch[1]).square().mean())
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        changed: torch.Tensor = self.second(torch.relu(self.first(self.norm(x))))
+        return x + changed
+
+
 def resnet(config: dict[str, Any]) -> None:
     """A ResNet with BatchNorm on drawn pictures of 32 x 32 pixels."""
     torch.manual_seed(config.get("seed", 0))

@@ -70,13 +70,14 @@ class Parts:
     def __init__(self, run_file: Path) -> None:
         import ray
 
-        from orchestrator.control_plane import ACTOR_NAME, ControlPlane, start_actor
+        from orchestrator.control_plane import ControlPlane, start_actor
+        from orchestrator.policy_handle import OWN_NAME
 
         resolved: ResolvedRun = load_config(run_file)
         self.config, self.run_dir = resolved.config, resolved.run_dir
         (self.run_dir / "control").mkdir(parents=True)
         plane = ControlPlane(resolved, self.run_dir)
-        self.spec, self.namespace, self.actor_name = plane.spec, plane.namespace, ACTOR_NAME
+        self.spec, self.namespace, self.actor_name = plane.spec, plane.namespace, OWN_NAME
         self.slot_spec = plane.slot_spec()
         self.policy = start_actor(self.spec, self.namespace)
         self.actor_pid = int(ray.get(self.policy.ready.remote()))

@@ -25,6 +25,12 @@ def tree_of(pid: int) -> list[psutil.Process]:
     return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
 
+def left_of(tmp_path: Path) -> list[list[str]]:
+    """The commands of a run's processes that are there when all should have ended."""
+    left = still_there(with_environment("ENDING_TEST", tmp_path.name), ENDS_WITHIN_S)
+    return [psutil.Process(pid).cmdline() for pid in left]
+
+
 def test_sigterm_to_the_whole_group_while_slots_open_leaves_nothing_and_the_run_can_begin(tmp_path: Path) -> None:
     """Ray was ended first, and the run stood still for a minute."""
     mark = {"ENDING_TEST": tmp_path.name}
@@ -39,7 +45,7 @@ def test_sigterm_to_the_whole_group_while_slots_open_leaves_nothing_and_the_run_
     assert code == 143, output
     assert "Traceback" not in output
     assert output.strip().splitlines()[-1] == str(run.run_dir)
-    assert still_there(with_environment("ENDING_TEST", tmp_path.name), 5.0) == set()
+    assert left_of(tmp_path) == []
     assert run.status["state"] == "interrupted"
     assert run.of("run_ended")[-1]["leaks"] == {"actors": 0, "placement_groups": 0, "processes": 0}
     code, output = start("resume", str(run.run_dir), run_dir=run.run_dir).end()
@@ -87,5 +93,4 @@ def test_what_a_killed_driver_leaves_is_found_and_removed(tmp_path: Path) -> Non
     removed = call("clean", "--yes")
     assert f"removed {home}" in removed.stdout
     assert not Path(home).exists()
-    left = still_there(with_environment("ENDING_TEST", tmp_path.name), 15.0)
-    assert [psutil.Process(pid).cmdline() for pid in left] == []
+    assert left_of(tmp_path) == []

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import orchestrator
+from orchestrator.control.journal import read
 from orchestrator.view.verify import verify
 from tests.integration.runs import call
 
@@ -181,3 +182,5 @@ def test_a_tuner_of_the_users_own_searches_with_a_function(project: Path) -> Non
     assert verify(run_dir)["violations"] == []
     states = [trial["state"] for trial in orchestrator.Run(run_dir).trials.to_dict("records")]
     assert set(states) <= {"done", "stopped", "paused"}  # what Tune stopped may be taken up again
+    (ended,) = [entry for entry in read(run_dir / "journal.jsonl") if entry["kind"] == "run_ended"]
+    assert ended["state"] == "done", "a trial that the scheduler stopped last is not cut off"

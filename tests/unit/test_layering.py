@@ -21,7 +21,7 @@ FORBIDDEN_NAMES = ("util", "utils", "helper", "helpers", "common", "misc")
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policies": ("orchestrator.policies", "numpy"),
-    "jobs": ("orchestrator.jobs", "numpy", "torch"),
+    "jobs": ("orchestrator.jobs", "numpy", "torch", "transformers"),
 }
 """Modules that a folder may import besides the standard library; `orchestrator` has its own rules."""
 
@@ -49,6 +49,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/doctor.py",
     ),
     "cuda": ("orchestrator/share/sm_driver.py",),
+    "transformers": ("jobs/huggingface_model.py",),  # loaded for a model of that library only
     "pynvml": ("orchestrator/telemetry/sampler.py",),
     "torch": (
         "jobs/*.py",
@@ -58,6 +59,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/doctor.py",
         "orchestrator/driver.py",  # ahead of time, while Ray starts
         "orchestrator/api.py",  # names of types only
+        "orchestrator/training_calls.py",  # names of types only
     ),
 }
 """The files that may import a module, anywhere in them. `*` also stands for folders."""

@@ -125,6 +125,13 @@ class NoiseMeter:
             return PairPart.HOLD
         return PairPart.COMPARE if held_step == step - 1 else None
 
+    def pairs_ahead(self, step: int, num_steps: int) -> dict[int, PairPart]:
+        """What those of the next steps that do anything for it do, counted from `step` on, by the same rule."""
+        period = REPLAYED_EARLY_PERIOD_STEPS if self._is_early else REPLAYED_PERIOD_STEPS
+        near = range(num_steps) if period >= num_steps else (i for i in range(num_steps) if (step + i) % period <= 1)
+        parts = ((index, self.begin_replayed(step + index)) for index in near)
+        return {index: part for index, part in parts if part is not None}
+
     def parts(self, mine: Indices, micro_batch: int, *, may_cut: bool = True) -> list[Indices]:
         """The micro-batches of a step on this rank; two at least where its halves are to be compared.
 

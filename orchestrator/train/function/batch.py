@@ -56,6 +56,7 @@ class Loaders:
 
     Attributes:
         is_frozen: whether sizes may change only where a loader is begun anew, as at the start of an epoch.
+        only: the loader that trains where the function has said which; others are not looked at.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class Loaders:
         self._targets: weakref.WeakKeyDictionary[BatchSampler, int] = weakref.WeakKeyDictionary()
         self._numbers = itertools.count()
         self.is_frozen = False
+        self.only: DataLoader[Any] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -86,7 +88,11 @@ class Loaders:
 
         That one trains: an evaluation whose loader is read with gradients on comes before.
         """
-        used = [replace(seen) for seen in self._seen.values() if seen.num_batches]
+        used = [
+            replace(seen)
+            for loader, seen in self._seen.items()
+            if seen.num_batches and (self.only is None or loader is self.only)
+        ]
         used.sort(key=lambda seen: -seen.last)
         for seen in self._seen.values():
             seen.num_batches = 0
@@ -174,13 +180,13 @@ class LoaderBatch:
 
     Attributes:
         own: the settings with the batch that the function has of its own.
-        num_samples: samples that the last step was made of; 1 where no loader says.
+        num_samples: samples that the last step was made of on all ranks, which are alike; 1 where no loader says.
     """
 
     name = "batch"
 
-    def __init__(self, loaders: Loaders, start: Settings, *, is_alone: bool) -> None:
-        self._loaders, self._is_alone = loaders, is_alone
+    def __init__(self, loaders: Loaders, start: Settings, *, num_ranks: int) -> None:
+        self._loaders, self._num_ranks = loaders, num_ranks
         self._seen: _Seen | None = None
         self._num_steps = 0
         self._num_used = 2  # loaders that every step took batches from; above 1 is several
@@ -264,11 +270,11 @@ class LoaderBatch:
         """Samples in the batches of the last step: all that were yielded, but for those fetched ahead; at least 1."""
         sizes = deque[int]() if self._newest is None else self._newest.sizes
         num_batches = max(len(sizes) - self._num_ahead, min(self.own.grad_accum, len(sizes)))
-        return sum(sizes.popleft() for _ in range(num_batches)) or 1
+        return self._num_ranks * sum(sizes.popleft() for _ in range(num_batches)) or 1
 
     def label(self, settings: Settings) -> Settings:
         """The settings that the last step was made with: a larger batch than asked for where it was fetched ahead."""
-        micro = -(-self.num_samples // settings.grad_accum)
+        micro = -(-self.num_samples // (settings.grad_accum * self._num_ranks))
         return settings if micro <= settings.micro_batch else replace(settings, micro_batch=micro)
 
     def _follow(self, used: list[_Seen]) -> None:
@@ -288,6 +294,6 @@ class LoaderBatch:
             return self._seen.why_off
         if self._num_used > 1:
             return SEVERAL
-        if not self._is_alone:
+        if self._num_ranks > 1:
             return RANKS
         return SCHEDULE if counts_steps else ""

@@ -19,9 +19,18 @@ class Running(Protocol):
         """Tell the search of results, with a directory that holds the state behind them."""
         ...
 
+    def watch(self, model: object, optimizer: object, loader: object) -> None:
+        """Keep the state of a model, and probe precision tiers with it."""
+        ...
+
     @property
     def checkpoint(self) -> Path | None:
         """The directory that the newest checkpoint was kept in, None where there is none."""
+        ...
+
+    @property
+    def num_reports(self) -> int:
+        """Reports made, those of earlier attempts included from whose state this one goes on."""
         ...
 
     @property

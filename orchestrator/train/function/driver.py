@@ -9,37 +9,40 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import numbers
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from orchestrator.control.orders import Outcome, SlotOrder, Status
-from orchestrator.errors import FunctionError
+from orchestrator.errors import FunctionError, TierError
 from orchestrator.policies.plan import Settings
-from orchestrator.policies.tier import is_cheaper
+from orchestrator.policies.tier import Tier
 from orchestrator.share.mechanism import ShareMechanism
-from orchestrator.telemetry.record import FLAG_UNSETTLED
-from orchestrator.train.attempt import Attempt, Times
+from orchestrator.train.attempt import Attempt
 from orchestrator.train.batch.guard import Move
 from orchestrator.train.batch.learning_rate import scaled
 from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
 from orchestrator.train.dials.dial import Dial
 from orchestrator.train.dials.share import ShareDial
-from orchestrator.train.function import adapters, autocast, commits
+from orchestrator.train.function import adapters, watched
 from orchestrator.train.function.autocast import Autocast
 from orchestrator.train.function.batch import LoaderBatch, Loaders
+from orchestrator.train.function.blame import TierBlame
+from orchestrator.train.function.commits import Commits
 from orchestrator.train.function.current import TrialInfo, running_as
+from orchestrator.train.function.guard import SpoiltError, TierGuard
 from orchestrator.train.function.hooks import Steps
-from orchestrator.train.function.noise import StepPairs
+from orchestrator.train.function.noise import FunctionNoise
 from orchestrator.train.function.offers import Offers
+from orchestrator.train.function.pending import Made, Pending, StepClock
+from orchestrator.train.function.values import numbers_in
+from orchestrator.train.function.watched import Watched
 from orchestrator.train.function.workplace import WORK, working_directory
 from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Link
@@ -48,12 +51,6 @@ from orchestrator.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 
-RESUMED = "resumed"
-"""Where a function finds the files of its newest checkpoint, below its trial's directory."""
-
-UNSETTLED_STEPS = 3
-"""Steps at the beginning, and behind a report, whose times say nothing of the speed: caches and memory are filled."""
-
 
 class _Leave(BaseException):
     """Unwinds a function that was told to leave; not an Exception, so that its own handlers let it pass."""
@@ -61,6 +58,10 @@ class _Leave(BaseException):
 
 class _Done(BaseException):
     """Unwinds a function that made its last report."""
+
+
+class _Spoilt(BaseException):
+    """Unwinds a function whose weights a cheaper tier has spoilt."""
 
 
 class FunctionDriver:
@@ -88,20 +89,21 @@ class FunctionDriver:
         self._function, self._ranks = function, ranks
         trial = self.attempt.trial
         self._meter = MemoryMeter(ranks.device, trial.memory_bytes)
-        self._steps = Steps(self._stepped, self._about_to_step)
-        self._noise = StepPairs()
+        self._steps = Steps(self._stepped, self._about_to_step, self._computed)
+        self._noise = FunctionNoise()
         self._loaders = Loaders()
         self._share = ShareDial(share, ranks.rank, trial.start)
-        self._batch = LoaderBatch(self._loaders, trial.start, is_alone=ranks.world_size == 1)
-        self._precision = Autocast(ranks.device, trial.start)
+        self._batch = LoaderBatch(self._loaders, trial.start, num_ranks=ranks.world_size)
+        self._precision = Autocast(ranks.device, trial.start, why_off=trial.precision_off)
+        self._blame = TierBlame(trial.start.tier)
         self._settings = trial.start
         self._step = self._position = 0
         self._is_leaving = False
-        self._num_unsettled = UNSETTLED_STEPS
-        self._pending: list[tuple[StepResult, Times, int, Settings, _Loss | None]] = []
-        self._began_s = self._began_cpu_s = 0.0
-        self._wait_s = self._switch_s = 0.0
-        self._checkpoint: Path | None = None
+        self._pending = Pending(num_late=0 if ranks.device.type == "cpu" else 2)
+        self._guard = TierGuard(self.attempt, self._precision, self)
+        self._watched: Watched | None = None
+        self._commits = Commits(self.attempt.directory, ranks.rank)
+        self._clock = StepClock()
         self.offers = Offers(trial.metric, self._take_report)
 
     def run(self) -> Outcome:
@@ -109,7 +111,8 @@ class FunctionDriver:
 
         Raises:
             FunctionError: it returned without a report, or reported what the search cannot use.
-            Exception: whatever the function raises.
+            TierError: it raised in a cheaper tier than it began in, which may be why.
+            Exception: whatever else the function raises.
         """
         attempt = self.attempt
         if attempt.trial.resume_from is not None:
@@ -118,27 +121,19 @@ class FunctionDriver:
             attempt.num_reports = 0  # it begins anew; reports that were taken already are not made again
             logger.info("no checkpoint was reported: the function begins anew")
         with contextlib.ExitStack() as stack:
-            stack.callback(self._precision.restore)
+            stack.callback(self._restore)
             try:
-                attempt.follow(None, self)
-                self._wait(lambda: attempt.grant is not None and not attempt.is_paused)
-                stack.enter_context(working_directory(attempt.directory / WORK))
-                stack.enter_context(self._steps.installed())
-                stack.enter_context(self._loaders.installed())
-                stack.enter_context(adapters.installed(self))
-                stack.enter_context(running_as(self))
-                attempt.tell_dials(self)
-                self._begin_step()
-                self._function()
-                self.offers.settle()
+                self._call(stack)
             except _Done:
                 return self._ended(Status.DONE)
             except _Leave:
                 pass
-            except Exception:
+            except _Spoilt as spoilt:
+                raise TierError(str(spoilt)) from None
+            except Exception as error:
                 if not self._is_leaving:
-                    raise
-                logger.info("the function raised while it was leaving", exc_info=True)
+                    self._blame.judge(error)
+                logger.info("the function raised while it was leaving", exc_info=error)
             if attempt.is_told_to_leave:
                 commits_first = attempt.order.stop.commits
                 return self._ended(Status.INTERRUPTED if commits_first else Status.STOPPED)
@@ -150,6 +145,21 @@ class FunctionDriver:
                 + (f", or name one that its library makes: {names}" if names else "")
             )
         return self._ended(Status.DONE)
+
+    def _call(self, stack: contextlib.ExitStack) -> None:
+        """Wait for the first grant, and call the function with everything installed that sees and changes it."""
+        attempt = self.attempt
+        attempt.follow(None, self)
+        self._wait(lambda: attempt.grant is not None and not attempt.is_paused)
+        stack.enter_context(working_directory(attempt.directory / WORK))
+        stack.enter_context(self._steps.installed())
+        stack.enter_context(self._loaders.installed())
+        stack.enter_context(adapters.installed(self))
+        stack.enter_context(running_as(self))
+        attempt.tell_dials(self)
+        self._clock.begin()
+        self._function()
+        self.offers.settle()
 
     # What an attempt asks of its driver.
 
@@ -170,7 +180,7 @@ class FunctionDriver:
 
     def settle(self) -> None:
         """Record the steps whose losses are still on the device."""
-        self._record_pending(0)
+        self._record(all_of_them=True)
 
     # What a running function asks for: see `current.Running`.
 
@@ -185,9 +195,13 @@ class FunctionDriver:
 
     def _take_report(self, metrics: Mapping[str, Any], checkpoint: Path | None) -> None:
         attempt = self.attempt
-        values = self._numbers(metrics)
+        values = numbers_in(metrics, attempt.trial.metric)
         self.settle()
-        path = None if checkpoint is None else self._commit(checkpoint)
+        if attempt.trial.metric:
+            self._guard.take_report(self._settings.tier, attempt.trial.metric, values[attempt.trial.metric])
+        path = self._commits.commit(checkpoint, self._watched, self._place(attempt.num_reports + 1))
+        self._guard.committed()
+        self._blame.reported(self._settings.tier)
         if attempt.num_reports < attempt.trial.num_reports_done:
             attempt.num_reports += 1  # of an earlier attempt, made again
         else:
@@ -196,13 +210,17 @@ class FunctionDriver:
                 self._is_leaving = True
                 raise _Done
             self._wait(lambda: attempt.order.credit > attempt.num_reports)
-        self._num_unsettled = max(self._num_unsettled, 1)
-        self._begin_step()
+        self._clock.begin_anew()
 
     @property
     def checkpoint(self) -> Path | None:
         """A copy of the newest checkpoint's files, None where none was reported."""
-        return self._checkpoint
+        return self._commits.checkpoint
+
+    @property
+    def num_reports(self) -> int:
+        """Reports made, those of earlier attempts included from whose state this one goes on."""
+        return self.attempt.num_reports
 
     @property
     def info(self) -> TrialInfo:
@@ -216,6 +234,32 @@ class FunctionDriver:
             world_size=self._ranks.world_size,
             attempt=trial.attempt,
         )
+
+    def watch(self, model: object, optimizer: object, loader: object) -> None:
+        """Take a model, its optimizer and its loader: keep their state, and probe precision tiers.
+
+        Raises:
+            FunctionError: they cannot be watched.
+        """
+        watched.check(model, optimizer, loader, self._watched)
+        if isinstance(optimizer, Optimizer):
+            self._steps.first = optimizer
+        if isinstance(loader, DataLoader):
+            self._loaders.only = loader
+        if self._watched is not None:
+            return
+        assert isinstance(model, torch.nn.Module)
+        given = optimizer if isinstance(optimizer, Optimizer) else None
+        self._watched = Watched(model, given, self._precision, self)
+        if self._commits.watched is not None:
+            self._watched.load(self._commits.watched)
+            logger.info(
+                "the watched model goes on from step %d, behind %d reports",
+                self._step,
+                self.attempt.num_reports,
+            )
+        self._guard.watch(self._watched)
+        self.attempt.tell_dials(self)
 
     # What a library adapter asks for besides: see `adapters.Host`.
 
@@ -238,22 +282,23 @@ class FunctionDriver:
 
     def _about_to_step(self, optimizer: Optimizer) -> None:
         """Where the batch may turn, see from time to time what a larger one would gain."""
-        if not self._batch.why_off:
+        if self._watched is not None:
+            self._watched.takes(optimizer)
+        if not self._batch.why_off and self._batch.own.grad_accum == 1:
             self._noise.before(optimizer, self._step)
+
+    def _computed(self, num_backwards: int) -> None:
+        """A backward pass is over: of several in a step, halves say what a larger batch would gain."""
+        first, parts = self._steps.first, self._batch.own.grad_accum
+        if first is not None and parts > 1 and not self._batch.why_off and not self._steps.scales_loss:
+            self._noise.behind(first, self._step, num_backwards, (parts, self._batch.now))
 
     def _stepped(self, _optimizer: Optimizer) -> None:
         """The first optimizer has made a step: record it, and cross the boundary behind it."""
-        attempt, now_s = self.attempt, time.monotonic()
+        attempt, (times, flags) = self.attempt, self._clock.end()
         num_backwards, loss = self._steps.num_backwards, self._steps.take_loss()
         self._look_at_dials(num_backwards)
         settings = self._batch.label(self._settings)
-        times = Times(
-            began_s=self._began_s,
-            step_s=now_s - self._began_s,
-            cpu_s=time.process_time() - self._began_cpu_s,
-            wait_s=self._wait_s,
-            switch_s=self._switch_s,
-        )
         result = StepResult(
             step=self._step,
             position=self._position,
@@ -266,22 +311,19 @@ class FunctionDriver:
             noise=self._noise.take(self._batch.num_samples),
             data_s=0.0,
         )
-        flags = FLAG_UNSETTLED if self._num_unsettled else 0
-        self._num_unsettled -= bool(self._num_unsettled)
-        self._pending.append((result, times, flags, settings, None if loss is None else _Loss(loss)))
+        self._pending.add(Made(result=result, times=times, flags=flags, settings=settings), loss)
         self._step += 1
         self._position += result.num_samples
-        self._record_pending(0 if self._ranks.device.type == "cpu" else 2)
-        self._begin_step(is_step=True)
-        self._switch_s = attempt.cross(self)
+        self._record()
+        try:
+            self._guard.between_steps()
+        except SpoiltError as error:
+            self._is_leaving = True
+            raise _Spoilt(str(error)) from None
+        self._clock.begin()
+        self._clock.switch_s = attempt.cross(self)
         self._wait(lambda: not attempt.is_paused)
-        self._wait_s = attempt.share.hold_back()
-
-    def _begin_step(self, *, is_step: bool = False) -> None:
-        """Time the next step from here on."""
-        self._began_s, self._began_cpu_s = time.monotonic(), time.process_time()
-        if not is_step:
-            self._wait_s = self._switch_s = 0.0
+        self._clock.wait_s = attempt.share.hold_back()
 
     def _wait(self, is_met: Callable[[], bool]) -> None:
         """Wait at a boundary.
@@ -296,6 +338,9 @@ class FunctionDriver:
     def turned(self, asked: Settings, settings: Settings) -> str:
         """The dials are set so from the next step on; the learning rate follows the batch."""
         self._settings = settings
+        self._blame.turned(settings.tier)
+        self._noise.turned()
+        self._guard.turned()
         self._follow_batch()
         return self._own_words(asked)
 
@@ -310,7 +355,7 @@ class FunctionDriver:
         """See what the function turned out to be; say so once it is known, and what it trains with instead."""
         own, batch, before = self._precision, self._batch, self._settings
         is_news = batch.stepped(num_backwards=num_backwards, counts_steps=lambda: self._steps.counts_steps)
-        why = self._why_own_precision()
+        why = self._steps.own_precision
         if why and not own.why_off:
             own.leave_alone(why)
             is_news = True
@@ -323,13 +368,6 @@ class FunctionDriver:
             move = Move(instead_of=before, reason=self._own_words(before))
             self.attempt.override(self, move, is_lasting=False)
 
-    def _why_own_precision(self) -> str:
-        if self._steps.scales_loss:
-            return autocast.SCALER
-        if self._steps.casts:
-            return autocast.OWN
-        return autocast.LINE_SEARCH if isinstance(self._steps.first, torch.optim.LBFGS) else ""
-
     def _own_words(self, asked: Settings) -> str:
         """What the function does by itself where it was asked for something else."""
         now = self._settings
@@ -338,90 +376,57 @@ class FunctionDriver:
         )
         return words if asked.tier is now.tier else f"{words}, and {self._precision.why_off}"
 
-    def _record_pending(self, num_left: int) -> None:
-        """Record all but the newest steps; reading a loss waits for the device to have computed it."""
-        while len(self._pending) > num_left:
-            result, times, flags, settings, loss = self._pending.pop(0)
-            value = math.nan if loss is None else loss.read()
-            result = replace(result, loss=value, is_loss_finite=loss is None or math.isfinite(value))
-            memory_bytes = self._meter.observe(settings)
-            self.attempt.record(result, times, flags=flags, memory_bytes=memory_bytes, settings=settings)
-            if not result.is_loss_finite:
-                self._protect(result)
+    def _record(self, *, all_of_them: bool = False) -> None:
+        """Record the steps that are over, and let the guard judge them."""
+        for made in self._pending.take(all_of_them=all_of_them):
+            memory_bytes = self._meter.observe(made.settings)
+            self.attempt.record(
+                made.result, made.times, flags=made.flags, memory_bytes=memory_bytes, settings=made.settings
+            )
+            self._guard.after_step(made)
 
-    def _protect(self, result: StepResult) -> None:
-        """A loss that is not finite in a cheaper tier: compute in the dearest one from here on."""
-        dearest, now = self.attempt.trial.limits.tiers[0], self._settings
-        if self._precision.why_off or not is_cheaper(now.tier, dearest):
-            return
-        self._precision.set(dearest)
-        self._settings = replace(now, tier=dearest)
-        reason = f"the loss of step {result.step} is {result.loss} in {now.tier}: goes on in {dearest}"
-        self.attempt.override(self, Move(instead_of=now, reason=reason))
+    # What the guard of the precision asks for: see `guard.Protected`.
+
+    @property
+    def part_done(self) -> float:
+        """Part of the trial that is done, as far as the number of its reports says."""
+        return self.attempt.num_reports / self.attempt.trial.max_reports
+
+    def change_tier(self, tier: Tier, reason: str, *, is_lasting: bool) -> None:
+        """Compute in `tier` from the next step on, and say why."""
+        before = self._settings
+        self._precision.set(tier)
+        self._settings = replace(before, tier=tier)
+        self._guard.turned()
+        self._noise.turned()
+        self.attempt.override(self, Move(instead_of=before, reason=reason), is_lasting=is_lasting)
+
+    def give_precision_up(self, why: str) -> None:
+        """Compute in the start tier, for good."""
+        before, start = self._settings.tier, self.attempt.trial.start.tier
+        self._precision.leave_alone(why)
+        self.attempt.tell_dials(self)
+        if before is not start:
+            self.change_tier(start, why, is_lasting=False)
 
     # Reports and checkpoints.
 
-    def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """The values that are numbers; the search's own must be one.
-
-        Raises:
-            FunctionError: it is not, or is missing.
-        """
-        metric = self.attempt.trial.metric
-        values = {str(key): float(value) for key, value in metrics.items() if _is_number(value)}
-        if metric and metric not in values:
-            if metric in metrics:
-                kind = type(metrics[metric]).__name__
-                raise FunctionError(f"search.metric {metric!r} was reported as a {kind}; allowed: a number")
-            names = ", ".join(sorted(map(str, metrics))) or "nothing"
-            raise FunctionError(
-                f"search.metric {metric!r} is not among the reported values ({names}); report it, or name one of these"
-            )
-        return values
-
-    def _commit(self, source: Path) -> Path | None:
-        """Keep a reported checkpoint; rank 0's counts."""
-        if not self.attempt.speaks:
-            return None
-        extra = {
-            "step": self._step,
-            "position": self._position,
-            "num_reports": self.attempt.num_reports + 1,
-            "kind": "function",
-        }
-        return commits.commit(self.attempt.directory / "checkpoints", source, extra)
+    def _place(self, num_reports: int) -> dict[str, int]:
+        """Where the function stands, for a later attempt."""
+        return {"step": self._step, "position": self._position, "num_reports": num_reports}
 
     def _resume(self, path: Path) -> None:
-        extra = commits.extra_of(path)
+        extra = self._commits.resume(path)
         self._step, self._position = int(extra["step"]), int(extra["position"])
         self.attempt.num_reports = int(extra["num_reports"])
-        self._checkpoint = commits.take_out(path, self.attempt.directory / RESUMED)
         logger.info("the function goes on from its checkpoint of step %d", self._step)
+
+    def _restore(self) -> None:
+        self._precision.restore()
+        if self._watched is not None:
+            self._watched.close()
 
     def _ended(self, status: Status) -> Outcome:
         self.settle()
+        self._guard.close()
         return self.attempt.outcome(status, self)
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, numbers.Real) or (hasattr(value, "item") and getattr(value, "size", 0) == 1)
-
-
-class _Loss:
-    """The loss of a step, on its way from the device: `read` waits for that step only, not for later ones."""
-
-    def __init__(self, loss: Tensor) -> None:
-        self._value, self._copied = loss, None
-        if loss.device.type == "cuda":
-            self._value = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            self._value.copy_(loss, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-
-    def read(self) -> float:
-        """Its value."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return float(self._value)

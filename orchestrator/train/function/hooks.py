@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from orchestrator.train.batch.learning_rate import ScalingRule
+from orchestrator.train.function.autocast import LINE_SEARCH, OWN, SCALER
 from orchestrator.train.function.patches import replaced
 
 _LINEAR = (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)
@@ -27,9 +28,13 @@ square root."""
 
 
 class Steps:
-    """Watches optimizers and losses; calls `ahead` in front of each step of the first optimizer, `boundary` behind it.
+    """Watches optimizers and losses.
+
+    Calls `computed` behind each backward pass, `ahead` in front of each step of the first optimizer, and `boundary`
+    behind it.
 
     Attributes:
+        first: the optimizer whose steps are counted; None until one has made a step.
         factor: what learning rates are multiplied by during a step.
         loss: mean of the losses since the last step, on their device, None where there was none.
         num_backwards: backward passes since the last step.
@@ -38,10 +43,13 @@ class Steps:
     """
 
     def __init__(
-        self, boundary: Callable[[Optimizer], None], ahead: Callable[[Optimizer], None] = lambda _optimizer: None
+        self,
+        boundary: Callable[[Optimizer], None],
+        ahead: Callable[[Optimizer], None] = lambda _optimizer: None,
+        computed: Callable[[int], None] = lambda _num_backwards: None,
     ) -> None:
-        self._boundary, self._ahead = boundary, ahead
-        self._first: Optimizer | None = None
+        self._boundary, self._ahead, self._computed = boundary, ahead, computed
+        self.first: Optimizer | None = None
         self._rates: dict[int, list[float | Tensor]] = {}
         self._losses: list[Tensor] = []
         self._last_rate = float("nan")
@@ -52,14 +60,18 @@ class Steps:
         self.scales_loss = self.casts = False
 
     @property
-    def first(self) -> Optimizer | None:
-        """The optimizer whose steps are counted; None before its first."""
-        return self._first
-
-    @property
     def rule(self) -> ScalingRule:
         """How the learning rate follows the batch under the optimizer whose steps are counted."""
-        return ScalingRule.ADASCALE if isinstance(self._first, _LINEAR) else ScalingRule.SQRT
+        return ScalingRule.ADASCALE if isinstance(self.first, _LINEAR) else ScalingRule.SQRT
+
+    @property
+    def own_precision(self) -> str:
+        """Why the training has to choose its precision by itself; empty where nothing says so yet."""
+        if self.scales_loss:
+            return SCALER
+        if self.casts:
+            return OWN
+        return LINE_SEARCH if isinstance(self.first, torch.optim.LBFGS) else ""
 
     @property
     def counts_steps(self) -> bool:
@@ -102,7 +114,7 @@ class Steps:
                 hook.remove()
 
     def _before(self, optimizer: Optimizer) -> None:
-        if optimizer is self._first:
+        if self.first is None or optimizer is self.first:
             self._ahead(optimizer)
         if self.factor == 1.0:
             return
@@ -116,9 +128,9 @@ class Steps:
     def _after(self, optimizer: Optimizer) -> None:
         for group, rate in zip(optimizer.param_groups, self._rates.pop(id(optimizer), []), strict=False):
             _set_rate(group, rate)
-        if self._first is None:
-            self._first = optimizer
-        if optimizer is self._first:
+        if self.first is None:
+            self.first = optimizer
+        if optimizer is self.first:
             self._num_steps += 1
             rate = float(optimizer.param_groups[0]["lr"]) if optimizer.param_groups else 0.0
             self._num_rate_changes += self._num_steps > 1 and rate != self._last_rate
@@ -131,7 +143,8 @@ class Steps:
             if tensor.numel() == 1:
                 self._losses.append(tensor.detach().reshape(()))
             self.num_backwards += 1
-            return plain(tensor, *args, **kwargs)
+            plain(tensor, *args, **kwargs)
+            self._computed(self.num_backwards)
 
         return backward
 

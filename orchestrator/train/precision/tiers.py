@@ -31,6 +31,7 @@ __all__ = [
     "lowered",
     "set_tier",
     "tiers_in_use",
+    "uninstall",
 ]
 
 
@@ -65,12 +66,20 @@ def install(model: nn.Module, *, keeps_weights: bool = False) -> int:
     return len(layers)
 
 
-def set_tier(model: nn.Module, tier: Tier) -> int:
+def uninstall(model: nn.Module) -> None:
+    """Make plain `nn.Linear` layers again of those that `install` changed; parameters stay the same."""
+    for layer in [module for module in model.modules() if type(module) is PrecisionLinear]:
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
+        for name in ("tier", "real_tier", "function", "keeps_weight"):
+            layer.__dict__.pop(name, None)
+
+
+def set_tier(model: nn.Module, tier: Tier, *, turns_tensor_cores: bool = True) -> int:
     """Turn every `PrecisionLinear` of `model` to `tier`; parameters, gradients and optimizer state are not touched.
 
     Call it between two steps, on every rank before the same step: a change between a forward and its backward pass
     would not harm, but ranks in different tiers average gradients of different precision. On a GPU it also turns the
-    process's switch between fp32 and tf32.
+    process's switch between fp32 and tf32, unless that is the affair of the caller.
 
     Returns:
         How many layers changed.
@@ -79,7 +88,7 @@ def set_tier(model: nn.Module, tier: Tier) -> int:
     layers = [m for m in model.modules() if isinstance(m, PrecisionLinear) and m.tier is not tier]
     for layer in layers:
         layer.turn(tier)
-    if any(param.is_cuda for param in model.parameters()):
+    if turns_tensor_cores and any(param.is_cuda for param in model.parameters()):
         _turn_tensor_cores(is_on=tier is not Tier.FP32)
     return len(layers)
 

@@ -31,8 +31,15 @@ _Told = TypeVar("_Told")
 class Timed(Protocol):
     """What is timed: the stepper, as far as it matters here."""
 
-    model: torch.nn.Module
-    settings: Settings
+    @property
+    def model(self) -> torch.nn.Module:
+        """Its model."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """The dials in force."""
+        ...
 
     def probe_batch(self, num_samples: int) -> Any:  # noqa: ANN401 - whatever the training's batches are
         """The next samples, this rank's part of them, which are not used up."""

@@ -60,8 +60,15 @@ class StepNews:
 class Trained(Timed, Protocol):
     """What is watched: the stepper, as far as it matters here."""
 
-    optimizer: torch.optim.Optimizer
-    step_index: int
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its optimizer."""
+        ...
+
+    @property
+    def step_index(self) -> int:
+        """Optimizer steps done."""
+        ...
 
     @property
     def progress(self) -> float:

@@ -15,10 +15,10 @@ import torch
 from orchestrator.config.resolve import load_config
 from orchestrator.control.orders import Status
 from orchestrator.errors import ConfigError
-from orchestrator.jobs import build_job, check_param, complete_params, job_info
+from orchestrator.jobs import build_job, check_param, complete_params, job_info, own
 from orchestrator.jobs.classes import JOBS
 from orchestrator.jobs.job import Job
-from orchestrator.jobs.own import UserCodeError, add_import_paths, load
+from orchestrator.jobs.own import UserCodeError, add_import_paths
 from orchestrator.jobs.parts import NEEDED, OPTIONAL
 from orchestrator.jobs.table import JOB_INFO
 from orchestrator.jobs.training import Training
@@ -147,7 +147,8 @@ def test_a_class_that_lacks_parts_is_one_message_when_the_run_file_is_checked(pa
     assert "no build_optimizer(model) that returns an optimizer" in text
     assert "(it has optimizer())" in text
     assert "no evaluate(model)" in text
-    load.cache_clear()
+    own._loaded.cache_clear()
+    own.info_of.cache_clear()
 
 
 def test_parameters_of_a_class_are_those_of_its_constructor(package: Path) -> None:

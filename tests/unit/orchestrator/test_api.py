@@ -93,10 +93,8 @@ def make_run(directory: Path, values: dict[str, list[float]], mode: str = "min")
     for name, reported in values.items():
         commits = directory / "trials" / name / "checkpoints"
         for step, value in enumerate(reported, start=1):
-            source = directory / "source"
-            source.mkdir(exist_ok=True)
-            torch.save({"weight": torch.tensor([value])}, source / "model.pt")
-            path = checkpoint.commit_files(commits, source, {"step": step, "position": step, "kind": "function"})
+            state, extra = {"weight": torch.tensor([value])}, {"step": step, "position": step, "kind": "function"}
+            path = checkpoint.commit_files(commits, lambda draft, s=state: torch.save(s, draft / "model.pt"), extra)  # type: ignore[misc]
             best.note(commits, best.Best(commit=path.name, step=step, metric="loss", value=value), mode)
     return orchestrator.Run(directory)
 

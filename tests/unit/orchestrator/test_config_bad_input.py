@@ -69,6 +69,13 @@ def test_the_good_file_is_good(write: Write) -> None:
     assert load_config(write(GOOD)).config.name == "good"
 
 
+def test_lanes_are_for_declared_trainings_on_one_rank(write: Write) -> None:
+    text = GOOD.replace("open_timeout_s: 120}", "open_timeout_s: 120, lanes: 4}")
+    assert load_config(write(text)).config.num_processes == 1
+    error = refusal(write(text), ("trial.num_workers=2",))
+    assert "slots.lanes: got 4; trials side by side in one process are declared trainings on one rank" in str(error)
+
+
 # (text to replace, its replacement, line, key, words of the message)
 BAD: list[tuple[str, str, int, str, str]] = [
     ("name: good", "name: ../x", 1, "name", "a letter or digit"),
@@ -149,6 +156,7 @@ BAD: list[tuple[str, str, int, str, str]] = [
     (BF16, f"{BF16}\n  workers: {{enabled: true, min: 2}}", 15, "trial.num_workers", "dials.workers from 2 to 2"),
     (BF16, f"{BF16}\n  workers: {{enabled: true, max: 3}}", 23, "dials.workers.max", "allowed: 1, 2, 4, 8, 16"),
     (BF16, f"{BF16}\n  workers: {{enabled: true, max: 65}}", 23, "dials.workers.max", "from 1 to 64"),
+    ("open_timeout_s: 120}", "open_timeout_s: 120, lanes: 33}", 24, "slots.lanes", "from 1 to 32"),
     (BF16, f"{BF16}\n  workers: [1, 4]", 23, "dials.workers", "a mapping"),
     ("name: goodput", "name: godput", 23, "policy.name", "did you mean 'goodput'?"),
     ("name: goodput", "name: nobody", 23, "policy.name", "allowed: static, fair_share, goodput, goodput_joint"),

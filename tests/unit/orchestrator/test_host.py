@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from orchestrator.cli import main
 from orchestrator.host import MAX_TEMPORARY_BYTES, cpu_quota, make_temporary, num_usable_cores, without_proxy
 
 
@@ -85,3 +87,40 @@ def test_with_a_proxy_the_own_host_is_spoken_to_directly(name: str) -> None:
     found = without_proxy({name: "http://proxy:3128", "no_proxy": "intern.example, 127.0.0.1"})
     assert found == dict.fromkeys(("no_proxy", "NO_PROXY"), "intern.example,127.0.0.1,localhost,::1")
     assert without_proxy({name: "http://proxy:3128", "NO_PROXY": "*"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "way"), [("darwin", "macOS", "a Linux machine"), ("win32", "Windows", "WSL 2")]
+)
+@pytest.mark.parametrize("arguments", [["run", "r.yaml"], ["resume", "r"], ["doctor"], ["clean"], ["stop", "r"]])
+def test_elsewhere_than_on_linux_a_command_that_needs_it_says_so_at_once(
+    platform: str,
+    name: str,
+    way: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert main(arguments) == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"error: this is {name}, and a run needs Linux")
+    assert f"allowed: {way}" in said
+
+
+def test_elsewhere_help_check_and_what_only_reads_still_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert main(["run", "--help"]) == 0
+    assert main(["list"]) == 0
+    assert main(["init", "r.yaml", "--job", "mlp"]) == 0
+    capsys.readouterr()
+    assert main(["check", "r.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert "name: r" in captured.out
+    assert "error: this is macOS, and a run needs Linux" in captured.err

@@ -37,6 +37,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "reports": [[r.index, r.step, r.num_samples, r.checkpoint, sorted(r.metrics)] for r in trial.reports],
         "stop": trial.stop.value,
         "resume": _json(trial.resume),
+        **({"precision_off": trial.precision_off} if trial.precision_off else {}),
         **({} if trial.allows is None else {"allows": _json(trial.allows)}),
         "onward": _json(trial.onward),
         "refused": sorted(trial.refused),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.control import decisions
 from orchestrator.control.journal import read
 from orchestrator.control.orders import Events, Outcome, OverrideReport, SlotOp, Status, StopMode
 from orchestrator.control.world import TrialState
@@ -156,6 +157,34 @@ def test_after_running_out_of_memory_a_trial_begins_again_with_the_dials_it_aske
     assert order is not None
     assert order.grant is not None
     assert order.grant.settings.micro_batch == 4
+
+
+@pytest.mark.parametrize("policy", ["static", "fair_share", "goodput"])
+def test_a_function_that_raised_in_a_cheaper_tier_begins_again_once_in_the_start_tier(
+    tmp_path: Path, policy: str
+) -> None:
+    world = World(tmp_path / "run", policy_name=policy)
+    worker = world.attach("slot-0")
+    world.controller.submit(T0, {})
+    world.decide()
+    worker.obey()
+    assert worker.attempt is not None
+    raised = Outcome(status=Status.TIER, step=5, num_samples=40, reason="it raised in bf16: TypeError: mine")
+    world.controller.finish(worker.slot_id, worker.epoch, worker.attempt, raised)
+    world.restart()  # from the journal
+    world.decide()
+    order = worker.order()
+    assert order is not None
+    assert order.trial is not None
+    assert (order.trial.attempt, order.trial.precision_off) == (1, raised.reason)
+    assert order.grant is not None
+    assert order.grant.settings.tier is Tier.FP32
+    trial = world.controller.run.trials[T0]
+    assert trial.off == {"precision": raised.reason}
+    assert decisions.snapshot(world.controller.world, world.controller.run, 0.0).trials[0].limits.tiers == (Tier.FP32,)  # type: ignore[union-attr]
+    worker.obey()
+    world.controller.finish(worker.slot_id, worker.epoch, (T0, 1), raised)
+    assert world.controller.run.trials[T0].state is TrialState.FAILED, "nothing is tried without end"
 
 
 def test_what_a_dead_attempt_says_is_refused(world: World) -> None:

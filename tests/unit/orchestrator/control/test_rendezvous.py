@@ -33,7 +33,7 @@ def test_the_worst_outcome_counts_for_all() -> None:
     assert answers == [failed, failed]
 
 
-@pytest.mark.parametrize("cause", [Status.MEMORY, Status.FAILED])
+@pytest.mark.parametrize("cause", [Status.MEMORY, Status.TIER, Status.FAILED])
 def test_what_a_rank_raised_for_want_of_another_is_not_the_cause(cause: Status) -> None:
     own = outcome(cause, "its own")
     assert meet(Rendezvous(), {0: outcome(Status.LOST, "connection reset"), 1: own}, 2) == [own, own]

@@ -104,7 +104,7 @@ EVENTS_OF: dict[type[ev.Event], st.SearchStrategy[Any]] = {
         ev.SlotPoisoned,
         slot_id=SLOTS,
         epoch=SMALL,
-        outcome=st.sampled_from([Status.MEMORY, Status.FAILED]).map(outcome),
+        outcome=st.sampled_from([Status.MEMORY, Status.TIER, Status.FAILED]).map(outcome),
     ),
     ev.NodeChanged: st.builds(
         ev.NodeChanged, node_id=st.sampled_from(["n0", "n1"]), state=st.sampled_from([*NodeState, "?"]), num_cores=SMALL

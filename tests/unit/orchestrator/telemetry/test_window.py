@@ -13,6 +13,7 @@ from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import (
     FLAG_APPLIED,
     FLAG_GRAPH,
+    FLAG_SEVERAL,
     FLAG_SKIPPED,
     FLAG_UNSETTLED,
     STEP_DTYPE,
@@ -133,7 +134,7 @@ LIES = {
     "samples negative": ("num_samples", -32, "samples"),
     "tier unknown": ("tier", 7, "tier"),
     "tier negative": ("tier", -1, "tier"),
-    "flag unknown": ("flags", 64, "flags"),
+    "flag unknown": ("flags", 256, "flags"),
     "share above one": ("share", 1.5, "share"),
     "share not a number": ("share", np.nan, "share"),
     "cores infinite": ("cores", np.inf, "share"),
@@ -485,3 +486,58 @@ def test_observations_hold_steps_of_the_settled_mode_only() -> None:
     trial.send(more, now_s=at(39))
     (seen,) = trial.window.observations(at(40))
     assert (seen.num_steps, seen.is_replayed) == (10, False)
+
+
+def together(rows: StepArray, sizes: list[int]) -> StepArray:
+    """The same steps told of in records of so many each."""
+    ends = np.cumsum(sizes)
+    found = np.zeros(len(sizes), dtype=STEP_DTYPE)
+    for number, (begin, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        found[number] = rows[begin]
+        part = rows[begin:end]
+        found[number]["seq"], found[number]["flags"] = number, FLAG_SEVERAL if end - begin > 1 else 0
+        for name in ("num_samples", "step_s", "cpu_s", "wait_s"):
+            found[number][name] = part[name].sum()
+        found[number]["loss"] = part["loss"].mean()
+    return found
+
+
+def test_records_of_several_steps_say_what_those_steps_say() -> None:
+    rows = honest_rows(300)
+    one, several = Trial(), Trial()
+    one.send(rows)
+    sent = together(rows, [1, 2, 47, 100, 3, 147])
+    for part in (sent[:3], sent[3:4], sent[4:]):
+        report = several.send(part, now_s=at(299))
+        assert (report.refused, report.missing) == (0, 0), report.reasons
+    wanted, found = (trial.window.view(at(299)) for trial in (one, several))
+    assert (found.step, found.num_samples, found.cursor) == (wanted.step, wanted.num_samples, wanted.cursor)
+    assert found.step_s == pytest.approx(STEP_S, rel=1e-3)
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
+    assert found.throughput_per_s == pytest.approx(wanted.throughput_per_s, rel=1e-3)
+    (seen,) = several.window.observations(at(299))
+    assert seen.num_steps == 300
+    assert seen.step_s == pytest.approx(STEP_S, rel=1e-3)
+    stretch = several.window.stretch()
+    assert stretch is not None
+    assert stretch.num_steps >= 147
+    assert stretch.samples_per_s == pytest.approx(32 / STEP_S, rel=1e-3)
+
+
+def test_more_steps_than_records_tell_of_are_refused() -> None:
+    sent = together(honest_rows(60), [20, 20, 20])
+    sent["step"][2] += 1
+    report = Trial().send(sent)
+    assert dict(report.reasons) == {"order": 1}
+    partial = together(honest_rows(60), [20, 20, 20])
+    partial["num_samples"][1] -= 1
+    assert dict(Trial().send(partial).reasons)["samples"] == 1
+
+
+def test_steps_go_on_behind_a_lost_record_of_several() -> None:
+    trial = Trial()
+    sent = together(honest_rows(80), [20, 20, 20, 20])
+    trial.send(sent[:1], now_s=at(79))
+    report = trial.send(sent[2:], now_s=at(79))
+    assert (report.accepted, report.refused, report.missing) == (2, 0, 1)
+    assert trial.window.view(at(79)).step == 80

@@ -20,6 +20,7 @@ from orchestrator.control.orders import (
     SlotOp,
     SlotOrder,
     StopMode,
+    TierReport,
     TrialOrder,
 )
 from orchestrator.policies.plan import Settings, TrialId
@@ -73,6 +74,7 @@ class Script:
         self.overrides: list[OverrideReport] = []
         self.reports: list[Report] = []
         self.dials: list[DialReport] = []
+        self.tiers: list[TierReport] = []
         self._records: list[bytes] = []
         self._num_steps = 0
         add_record = self.outbox.add_record
@@ -112,6 +114,7 @@ class Script:
         self.overrides += events.overrides
         self.reports += events.reports
         self.dials += events.dials
+        self.tiers += events.tiers
         self._records += events.records
 
     @property

@@ -108,7 +108,7 @@ def test_padded_text_gives_the_same_gradient_however_it_is_cut(tmp_path: Path) -
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
         assert (one.noise is None) == (other.noise is None)
-    assert whole._noise.mean.count == cut._noise.mean.count > 0
+    assert whole.noise.mean.count == cut.noise.mean.count > 0
 
 
 def test_an_lstm_is_trained_by_lbfgs_as_in_plain_pytorch(tmp_path: Path) -> None:

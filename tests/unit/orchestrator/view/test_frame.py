@@ -30,8 +30,8 @@ demo  running 1:23  policy goodput  plan 12  val_loss (min)
 2 trials: 1 running, 1 failed
 trial         state     step     loss  samples/s  share     batch  tier     left
 trial-0001    running   1234    2.346      812.4   0.50      16x2  bf16     1:14
-  1.00 cores by cpu_cores; plan 12: share 0.25 -> 0.50: predicted goodput +31 %
-trial-0002    failed    1234
+  lr=0.01 width=64; 1.00 cores by cpu_cores; plan 12: share 0.25 -> 0.50: pre...
+trial-0002    failed    1234  lr=0.1 width=63
 node0/cpu [#####.....] granted 50 % of 2 cores, used 47 %, memory 3.0/16.0 GiB
 dials: share 5 changes, gain +31 %; batch 2 changes; precision off
 trial-0002 failed: ValueError: width must divide heads; log:
@@ -39,10 +39,10 @@ runs/demo/trials/trial-0002/log.txt"""
 
 WIDE_200 = [
     "trial                 state     step     loss  samples/s  share     batch  tier     left"
-    "  metric; share enforced by; last decision",
+    "  parameters; metric; share enforced by; last decision",
     "trial-0001            running   1234    2.346      812.4   0.50      16x2  bf16     1:14"
-    "  val_loss 2.500; 1.00 cores by cpu_cores; plan 12: share 0.25 -> 0.50: predicted goodput +31 %",
-    "trial-0002            failed    1234",
+    "  lr=0.01 width=64; val_loss 2.500; 1.00 cores by cpu_cores; plan 12: share 0.25 -> 0.50: predicted goodput +...",
+    "trial-0002            failed    1234  lr=0.1 width=63",
 ]
 
 
@@ -50,7 +50,7 @@ def frame_text(content: dict[str, Any], width: int = 80, max_rows: int = 50, now
     return build_frame(content, width=width, max_rows=max_rows, now_s=now_s).text
 
 
-def test_a_narrow_frame_shows_every_fact_in_80_columns() -> None:
+def test_a_narrow_frame_shows_parameters_and_dials_in_80_columns() -> None:
     assert frame_text(status(RUN_DIR)) == NARROW_80
 
 
@@ -75,15 +75,15 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
 def test_an_ended_trial_is_shown_with_its_metric() -> None:
     content = status(RUN_DIR)
     content["trials"][0]["state"] = "stopped"
-    assert "trial-0001    stopped   1234  val_loss 2.500" in frame_text(content).splitlines()
+    assert "trial-0001    stopped   1234  val_loss 2.500  lr=0.01 width=64" in frame_text(content).splitlines()
 
 
 def test_a_running_trial_shows_the_metric_of_its_last_report_where_there_is_room() -> None:
     content = status(RUN_DIR)
-    assert "\n  val_loss 2.500; 1.00 cores by cpu_cores; plan 12" in frame_text(content, width=100)
+    assert "\n  lr=0.01 width=64; val_loss 2.500; 1.00 cores by cpu_cores; plan 12" in frame_text(content, width=100)
     assert " loss 2.346 val_loss 2.500 812 samples/s" in plain_line(content, 1083.0)
     content["trials"][0]["metric_value"] = None
-    assert "\n  1.00 cores by cpu_cores; plan 12" in frame_text(content, width=100)
+    assert "\n  lr=0.01 width=64; 1.00 cores by cpu_cores; plan 12" in frame_text(content, width=100)
 
 
 def test_running_trials_come_first_and_the_rest_is_counted() -> None:
@@ -177,3 +177,20 @@ def test_what_was_seen_of_a_share_stands_beside_what_enforces_it(verdict: str, s
     content["trials"][0]["checks"] = [{"what": "compute", "verdict": verdict, "reason": "compute: 1.90 cores"}]
     assert shown in frame_text(content, width=200)
     assert "(held)" not in frame_text(status(Path("/runs/demo")), width=200), "nothing was seen"
+
+
+@pytest.mark.parametrize("state", ["running", "done"])
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_of_thirty_parameters_the_searched_ones_and_the_last_are_shown(state: str, width: int) -> None:
+    content = status(RUN_DIR, metric="eval/loss")
+    params = {"learning_rate": 0.0012345, "width": 64, **{f"fixed_{n}": "word" * 3 for n in range(28)}}
+    content["trials"][0] |= {"state": state, "params": params, "metric_value": 0.25}
+    lines = frame_text(content, width=width).splitlines()
+    assert all(width_of(line) <= width for line in lines)
+    (line,) = [line for line in lines if "learning_rate=0.001234" in line]
+    assert " ..." in line
+    if width == 200 and state == "done":
+        assert "width=64" in line
+        assert line.endswith("fixed_27=wordwordword"), "the last one"
+    if state == "done":
+        assert "eval/loss 0.250  learning_rate=0.001234" in line

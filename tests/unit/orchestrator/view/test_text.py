@@ -14,6 +14,7 @@ from orchestrator.view.text import (
     show_count,
     show_gain,
     show_number,
+    show_params,
     show_seconds,
     table,
     width_of,
@@ -98,3 +99,18 @@ def test_a_table_is_aligned() -> None:
         "a           1",
         "long name  22",
     ]
+
+
+def test_parameters_are_shortened_from_the_middle() -> None:
+    params = {"lr": 0.00123456, "width": 64, "name": "something long", "seed": 3}
+    assert show_params(params, 80) == "lr=0.001235 width=64 name=something long seed=3"
+    assert show_params(params, 40) == "lr=0.001235 width=64 ... seed=3"
+    assert show_params(params, 24) == "lr=0.001235 ... seed=3"
+    assert show_params(params, 16) == "lr=0.001235 ..."
+    assert show_params({"name": "a" * 50 + "b" * 50}, 13) == "name=...bbbbb"
+    assert show_params({}, 5) == ""
+
+
+@given(st.dictionaries(st.text(max_size=9), st.floats() | st.text(max_size=30), max_size=9), st.integers(0, 60))
+def test_parameters_never_take_more_room_than_there_is(params: dict[str, object], width: int) -> None:
+    assert width_of(show_params(params, width)) <= width

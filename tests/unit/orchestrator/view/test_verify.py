@@ -545,3 +545,17 @@ def test_shares_that_were_not_real_and_wrong_predictions_are_mentioned_and_break
         "share of a under plan 2 not real: compute not held: 1.90 cores",
         "1 of 3 changes with a prediction brought more than 30 % more or less goodput than predicted",
     ]
+
+
+@pytest.mark.parametrize(
+    ("step", "num_samples", "found"), [(24, 192, []), (25, 200, ["evidence_missing"]), (24, 200, ["samples_lost"])]
+)
+def test_records_of_several_steps_are_counted_as_those_steps(
+    tmp_path: Path, step: int, num_samples: int, found: list[str]
+) -> None:
+    several = records(2, step=4, seq=4, cursor=32)
+    several["num_samples"], several["flags"] = 80, 64
+    several["step"], several["cursor"] = (4, 14), (32, 112)
+    run = steps(tmp_path, [records(4), several])
+    run.log("trial_ended", trial_id="a", state="done", reason="", step=step, num_samples=num_samples)
+    assert codes(run) == found

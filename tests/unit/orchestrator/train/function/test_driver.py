@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import orchestrator
 from orchestrator.control.orders import DialReport, Outcome, SlotOrder, Status, StopMode
-from orchestrator.errors import FunctionError
+from orchestrator.errors import FunctionError, TierError
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import TIERS
 from orchestrator.train.boundary import Boundary
@@ -364,6 +364,8 @@ def test_a_loss_that_is_not_finite_in_a_cheaper_tier_puts_the_trial_into_the_dea
         for number in range(20):
             loss = weight.sum() * (float("nan") if number == 9 else 1.0)
             loss.backward()  # type: ignore[no-untyped-call]
+            assert weight.grad is not None
+            weight.grad.nan_to_num_()
             optimizer.step()
         orchestrator.report({"loss": 0.0})
 
@@ -372,6 +374,107 @@ def test_a_loss_that_is_not_finite_in_a_cheaper_tier_puts_the_trial_into_the_dea
     assert override.settings.tier is Tier.FP32
     assert "the loss of step 9 is nan in bf16" in override.reason
     assert script.records["tier"][10] == TIERS.index(Tier.FP32)
+
+
+def raising(where: Callable[[Tensor], object], *, reports: bool = False, raises_at: int = 9) -> Callable[[], None]:
+    """Twenty steps of a linear model; `where` sees its output at one of them, and a report was made before if asked."""
+
+    def train() -> None:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for number in range(20):
+            output = model(torch.ones(4, 2))
+            output.float().sum().backward()
+            optimizer.step()
+            if reports and number == raises_at - 1:
+                orchestrator.report({"loss": 0.0})
+            if number >= raises_at:
+                where(output.detach())
+        orchestrator.report({"loss": 0.0})
+
+    return train
+
+
+def undefined(_output: Tensor) -> object:
+    return _output + undefined_name  # type: ignore[name-defined]  # noqa: F821 - a mistake, as people make it
+
+
+IN_BF16 = (5, lambda now: replace(now, grant=grant(2, tier=Tier.BF16)))
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_what_code_raises_because_of_a_cheaper_tier_is_not_its_mistake(tmp_path: Path, reports: bool) -> None:
+    train = raising(lambda output: output.numpy(), reports=reports)
+    with pytest.raises(
+        TierError, match=r"^it raised in bf16: TypeError: Got unsupported ScalarType BFloat16 \("
+    ) as found:
+        drive(function_order(tmp_path), train, IN_BF16)
+    assert isinstance(found.value.__cause__, TypeError)
+    again = function_order(tmp_path)
+    assert again.trial is not None
+    again = replace(again, trial=replace(again.trial, attempt=1, precision_off=str(found.value)))
+    script, outcome = drive(again, train, IN_BF16)
+    assert outcome.status is Status.DONE
+    assert said(script).off["precision"] == str(found.value)
+    assert said(script).limits.tiers == (Tier.FP32,)
+    assert set(script.records["tier"]) == {TIERS.index(Tier.FP32)}
+
+
+def test_any_error_before_the_first_report_of_a_tier_may_come_of_it(tmp_path: Path) -> None:
+    with pytest.raises(TierError, match="NameError"):
+        drive(function_order(tmp_path), raising(undefined), IN_BF16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ((), {}),  # it never left its tier
+        ((IN_BF16,), {"reports": True}),  # a report was made in bf16 before
+        ((IN_BF16,), {"raises_at": 3}),  # before the turn
+    ],
+)
+def test_a_mistake_of_the_functions_own_is_told_at_once(tmp_path: Path, changes: Any, asked: dict[str, Any]) -> None:
+    with pytest.raises(NameError, match="undefined_name"):
+        drive(function_order(tmp_path), raising(undefined, **asked), *changes)
+
+
+def test_a_report_without_the_metric_and_memory_that_ran_out_are_not_blamed_on_a_tier(tmp_path: Path) -> None:
+    def full(_output: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        drive(function_order(tmp_path / "a"), raising(full), IN_BF16)
+    with pytest.raises(FunctionError, match="not among"):
+        drive(function_order(tmp_path / "b"), raising(lambda _: orchestrator.report({})), IN_BF16)
+
+
+def test_weights_that_a_cheaper_tier_spoilt_are_those_of_the_newest_checkpoint_again(tmp_path: Path) -> None:
+    def train() -> None:
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for number in range(20):
+            loss = weight.sum() * (float("nan") if number == 9 else 1.0)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            seen.append(number)
+        orchestrator.report({"loss": 0.0})
+
+    seen: list[int] = []
+    with pytest.raises(TierError, match="not finite in a cheaper tier, nor in fp32 behind it"):
+        drive(function_order(tmp_path), train, IN_BF16)
+    assert seen[-1] == 11, "it does not train on with what is lost"
+    seen.clear()
+    _, outcome = drive(function_order(tmp_path), train)  # its own tier: not finite by itself
+    assert outcome.status is Status.DONE
+    assert len(seen) == 20
+
+
+def test_a_report_that_is_not_finite_in_a_cheaper_tier_puts_the_trial_into_the_dearest(tmp_path: Path) -> None:
+    train = raising(lambda _: orchestrator.report({"loss": float("nan")}))
+    script, outcome = drive(function_order(tmp_path), train, IN_BF16)
+    assert outcome.status is Status.DONE
+    assert "loss was reported as nan in bf16: goes on in fp32" in script.overrides[-1].reason
+    assert script.records["tier"][11] == TIERS.index(Tier.FP32)
 
 
 def test_several_optimizers_are_one_step_and_all_learning_rates_follow(tmp_path: Path) -> None:
@@ -493,7 +596,7 @@ def test_it_goes_on_from_the_checkpoint_that_it_reported(tmp_path: Path) -> None
     assert [report.step for report in script.reports] == [5, 10]
     path = script.reports[-1].checkpoint
     assert path is not None
-    assert commits.extra_of(Path(path))["num_reports"] == 2
+    assert commits.newest_whole(Path(path))[1]["num_reports"] == 2
     first = function_order(tmp_path / "t")
     assert first.trial is not None
     again = replace(first.trial, attempt=1, resume_from=path, num_reports_done=2)
@@ -504,13 +607,43 @@ def test_it_goes_on_from_the_checkpoint_that_it_reported(tmp_path: Path) -> None
     assert script.records["step"][0] == 10
 
 
+def test_where_its_newest_checkpoint_is_damaged_it_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    def train() -> None:
+        path = orchestrator.checkpoint()
+        begin = 0 if path is None else int((path / "epoch").read_text())
+        seen.append(begin)
+        weight = nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        for epoch in range(begin, 3):
+            for _ in range(5):
+                weight.sum().backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            (tmp_path / "mine" / "epoch").write_text(str(epoch + 1))
+            orchestrator.report({"loss": 1.0}, tmp_path / "mine")
+
+    seen: list[int] = []
+    script, _ = drive(function_order(tmp_path / "t"), train)
+    path = script.reports[-1].checkpoint
+    assert path is not None
+    (Path(path) / "epoch").write_text("9")
+    first = function_order(tmp_path / "t")
+    assert first.trial is not None
+    again = replace(first.trial, attempt=1, resume_from=path, num_reports_done=3)
+    script, outcome = drive(replace(first, trial=again), train)
+    assert outcome.status is Status.DONE
+    assert seen == [0, 2]
+    assert script.records["step"][0] == 10
+    assert script.reports == [], "the third report was taken already"
+
+
 def test_a_checkpoint_may_be_one_file(tmp_path: Path) -> None:
     source = tmp_path / "epoch=1.ckpt"
     source.write_text("state")
     path = commits.commit(tmp_path / "checkpoints", source, {"step": 5})
     taken = commits.take_out(path, tmp_path / "resumed")
     assert [(file.name, file.read_text()) for file in taken.iterdir()] == [("epoch=1.ckpt", "state")]
-    assert commits.extra_of(path) == {"step": 5}
+    assert commits.newest_whole(path) == (path, {"step": 5})
 
 
 def test_without_a_checkpoint_it_begins_anew_and_repeats_no_report(tmp_path: Path) -> None:
@@ -544,7 +677,8 @@ def test_outside_of_a_trial_the_calls_do_nothing() -> None:
     Training()()
 
 
-def test_the_noise_scale_is_estimated_from_two_steps_where_the_batch_may_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("accum", "clip"), [(1, None), (4, None), (4, 1e-3)])
+def test_the_noise_scale_is_estimated_where_the_batch_may_turn(tmp_path: Path, accum: int, clip: float | None) -> None:
     """Gradients of a known noise: of a weight w with loss mean(w x), the gradient is the mean of x."""
     spread, mean = 3.0, 0.5
     data = TensorDataset(mean + spread * torch.randn(8192, 4, generator=torch.Generator().manual_seed(0)))
@@ -554,17 +688,23 @@ def test_the_noise_scale_is_estimated_from_two_steps_where_the_batch_may_turn(tm
         weight = nn.Parameter(torch.zeros(4))
         optimizer = torch.optim.SGD([weight], lr=1e-6)
         for _ in range(2):
-            for (x,) in DataLoader(data, batch_size=BATCH, shuffle=True):
-                optimizer.zero_grad()
-                (x @ weight).mean().backward()
-                optimizer.step()
+            for number, (x,) in enumerate(DataLoader(data, batch_size=BATCH, shuffle=True)):
+                ((x @ weight).mean() / accum).backward()
+                if (number + 1) % accum == 0:
+                    if clip is not None:
+                        nn.utils.clip_grad_norm_([weight], clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
         orchestrator.report({"loss": 0.0})
 
     script, _ = drive(function_order(tmp_path), train)
     records = script.records
     seen = records[~np.isnan(records["noise_trace"])]
-    assert list(seen["step"][:3]) == [21, 53, 85]
-    assert float(seen["noise_trace"].mean()) == pytest.approx(4 * spread**2, rel=0.15)
+    if accum == 1:
+        assert list(seen["step"][:22]) == [*range(21, 105, 4), 133]
+    else:
+        assert list(seen["step"][:21]) == [*range(20, 104, 4)]
+    assert float(seen["noise_trace"].mean()) == pytest.approx(4 * spread**2, rel=0.2)
     assert float(seen["grad_sq"].mean()) == pytest.approx(4 * mean**2, abs=1.0)
 
 
