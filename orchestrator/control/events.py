@@ -23,8 +23,7 @@ SCHEMA_VERSION = 2
 SPARE_REASON = "fair shares while the policy is refused"
 """How the reason of a plan begins that stands in for a refused policy; a replay decides it with `FairShare`."""
 IN_JOURNAL = "in the journal"
-"""Key of a field's metadata: RAW for one that holds JSON values already, LEFT_OUT for one that is not written,
-SPARSE for one that is not written while it has its default."""
+"""Key of a field's metadata: RAW (JSON values already), LEFT_OUT (not written), SPARSE (not while at its default)."""
 RAW, LEFT_OUT, SPARSE = "raw", "left out", "sparse"
 
 
