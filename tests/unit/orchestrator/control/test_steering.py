@@ -144,6 +144,7 @@ def test_a_trial_that_somebody_paused_stays_away_until_they_resume_it(world: Wor
     left_at = worker.step
     assert worker.leave()
     assert world.trial(T0).state is TrialState.PAUSED
+    assert "paused by request" in world.shown()
     world.controller.submit(T0, {"lr": 0.1}, Resumption(token="another life"))  # as a search does that lost its answer
     world.decide()
     assert world.trial(T0).state is TrialState.PAUSED
