@@ -19,8 +19,11 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.config import ResolvedRun
+from orchestrator.control.events import RunBegan
+from orchestrator.control.journal import has_entries, read_run
 from orchestrator.control.orders import TrialOrder
 from orchestrator.control.snapshots import code_version
+from orchestrator.control.spec import RunSpec
 from orchestrator.devices.agent import NodeReady
 from orchestrator.devices.ray_agents import Agents, gpu_nodes
 from orchestrator.errors import JournalError, UnfitEnvironmentError, WorkerGroupError
@@ -113,12 +116,17 @@ class ControlPlane:
         """
         actor = None if self._config.cluster.address == "local" else shared_actor()
         if actor is None:
+            self.spec = as_begun(self.spec)
             return
         why = "this cluster's runs share a policy actor (orchestrator up)"
         if self._config.devices.use != "cpu" and ray.cluster_resources().get("GPU", 0) > 0:
             raise UnfitEnvironmentError(f"{why}, and such runs compute on cores only; allowed: devices.use: cpu")
         if self._config.cluster.autoscale:
             raise UnfitEnvironmentError(f"{why}, and such runs ask for no nodes; allowed: cluster.autoscale: false")
+        policy = ray.get(actor.ready.remote())
+        if policy["places"] and sum(node.get("CPU", 0) >= 1 for node in alive_resources()) > 1:
+            text = f"{why} whose policy {policy['policy']} chooses devices, which works on one node only so far"
+            raise UnfitEnvironmentError(f"{text}; allowed: another policy in the file for `orchestrator up`")
         found = ray.get(actor.join.remote(self.spec, self.namespace, code_version()))
         if "error" in found:
             raise UnfitEnvironmentError(f"{why}, and this run cannot join: {found['error']}")
@@ -319,6 +327,19 @@ class ControlPlane:
             num_lanes=config.slots.lanes,
             num_slots=config.search.num_slots,
         )
+
+
+def as_begun(spec: RunSpec) -> RunSpec:
+    """A run that goes on alone under the policy, and with the names, with which it began among others."""
+    run_dir = Path(spec.run_dir)
+    head = (
+        next((each for each in read_run(run_dir) if isinstance(each, RunBegan)), None) if has_entries(run_dir) else None
+    )
+    began = None if head is None else RunSpec.from_jsonable(dict(head.spec))
+    if began is None or not began.prefix:
+        return spec
+    kept = {name: getattr(began, name) for name in ("policy", "policy_params", "prefix", "places", "start", "limits")}
+    return dataclasses.replace(spec, **kept)
 
 
 def start_actor(spec: Any, namespace: str) -> Any:

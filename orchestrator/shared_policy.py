@@ -17,8 +17,7 @@ from orchestrator.control.snapshots import code_version
 from orchestrator.errors import OrchestratorError, UnfitEnvironmentError
 from orchestrator.policy_handle import SHARED_NAME, SHARED_NAMESPACE, shared_actor
 from orchestrator.requests import asker
-
-_HEAD = {"node:__internal_head__": 0.001}
+from orchestrator.tune.admission import PIN_HEAD
 
 
 @contextlib.contextmanager
@@ -74,7 +73,7 @@ def up(file: ClusterFile) -> dict[str, Any]:
                 namespace=SHARED_NAMESPACE,
                 lifetime="detached",
                 num_cpus=0,
-                resources=_HEAD,
+                resources=PIN_HEAD,
                 max_restarts=-1,
                 max_task_retries=-1,
                 max_concurrency=1000,

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 REGISTRY = "cluster.json"
 _LOOK_S = 2.0
+_SILENT_S = 90.0
+"""Without a call for so long a run is nobody's: its driver, slots and search each call every 20 s at least."""
 
 
 class ClusterActor:
@@ -48,6 +50,7 @@ class ClusterActor:
         logging.getLogger("orchestrator").addHandler(log)
         self._together = Together()
         self._runs: dict[str, PolicyActor] = {}
+        self._called_s: dict[str, float] = {}
         self._registry: dict[str, dict[str, Any]] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
         self._deciding: asyncio.Task[None] | None = None
@@ -103,6 +106,7 @@ class ClusterActor:
         part = self._runs.get(run)
         if part is None or method.startswith("_"):
             raise OrchestratorError(f"run {run} is not one of this policy actor's")
+        self._called_s[run] = time.monotonic()
         return await getattr(part, method)(*arguments)
 
     async def queue(self) -> dict[str, Any]:
@@ -160,7 +164,7 @@ class ClusterActor:
         for known in [key for key, entry in self._registry.items() if entry["spec"]["run_dir"] == spec.run_dir]:
             self._drop(known)  # its driver was started anew
         part = PolicyActor(spec, start_id, self)
-        self._runs[run] = part
+        self._runs[run], self._called_s[run] = part, time.monotonic()
         self._together.join(part.controller)
         self._registry[run] = {"start_id": start_id, "spec": spec.to_jsonable()}
         self._busy_s = time.monotonic()
@@ -169,6 +173,7 @@ class ClusterActor:
     def _drop(self, run: str) -> None:
         part = self._runs.pop(run, None)
         self._registry.pop(run, None)
+        self._called_s.pop(run, None)
         if part is not None:
             self._together.leave(f"{run}/")
             part.abandon()
@@ -242,7 +247,8 @@ class ClusterActor:
         while True:
             await asyncio.sleep(_LOOK_S)
             for run, part in list(self._runs.items()):
-                if is_driver_gone(Path(part.controller.run.spec.run_dir)):
+                is_silent = time.monotonic() - self._called_s[run] > _SILENT_S
+                if is_silent or is_driver_gone(Path(part.controller.run.spec.run_dir)):
                     logger.warning("run.lost %s: its driver is gone", run)
                     self._drop(run)
                     await self.decide()

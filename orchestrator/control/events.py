@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from orchestrator.control.joint import own_part, seen_from
+from orchestrator.control.joint import parts_of
 from orchestrator.control.orders import Outcome, Report, Resumption, SlotHello
 from orchestrator.policies.codec import plan_from, snapshot_from, to_jsonable
 from orchestrator.policies.plan import DeviceId, Generation, Plan, Settings, TrialId
@@ -23,8 +23,7 @@ SCHEMA_VERSION = 2
 SPARE_REASON = "fair shares while the policy is refused"
 """How the reason of a plan begins that stands in for a refused policy; a replay decides it with `FairShare`."""
 IN_JOURNAL = "in the journal"
-"""Key of a field's metadata: RAW for one that holds JSON values already, LEFT_OUT for one that is not written,
-SPARSE for one that is not written while it has its default."""
+"""Key of a field's metadata: RAW (JSON values already), LEFT_OUT (not written), SPARSE (not while at its default)."""
 RAW, LEFT_OUT, SPARSE = "raw", "left out", "sparse"
 
 
@@ -245,27 +244,28 @@ class PlanCommitted(Event):
     snapshot: Mapping[str, Any] = field(metadata={IN_JOURNAL: RAW})
     plan: Mapping[str, Any] = field(metadata={IN_JOURNAL: RAW})
     prefix: str = field(default="", metadata={IN_JOURNAL: SPARSE})
-    decoded: tuple[Snapshot, Plan] | None = field(
+    decoded: tuple[Snapshot, Plan, Plan] | None = field(
         default=None, compare=False, repr=False, metadata={IN_JOURNAL: LEFT_OUT}
     )
 
     @classmethod
     def of(cls, snapshot: Snapshot, plan: Plan) -> PlanCommitted:
         """The entry of a decision that was just taken."""
-        encoded = to_jsonable(snapshot), to_jsonable(plan)
-        return cls(generation=plan.generation, snapshot=encoded[0], plan=encoded[1], decoded=(snapshot, plan))
+        encoded, values = (to_jsonable(snapshot), to_jsonable(plan)), (snapshot, plan, plan)
+        return cls(generation=plan.generation, snapshot=encoded[0], plan=encoded[1], decoded=values)
 
     def decode(self) -> tuple[Snapshot, Plan]:
         """The decision as values, of several runs this run's part; `ValueError` where it cannot be read."""
-        if self.decoded is None:  # once: it takes milliseconds
-            found = own_part(snapshot_from(self.snapshot), plan_from(self.plan), self.prefix)
-            object.__setattr__(self, "decoded", found)
-        assert self.decoded is not None
-        return self.decoded
+        return self._values()[:2]
 
     def seen_by_run(self) -> Plan:
         """The whole plan, in which this run's trials have their own names."""
-        return seen_from(plan_from(self.plan), self.prefix) if self.prefix else self.decode()[1]
+        return self._values()[2]
+
+    def _values(self) -> tuple[Snapshot, Plan, Plan]:
+        found = self.decoded or parts_of(snapshot_from(self.snapshot), plan_from(self.plan), self.prefix)
+        object.__setattr__(self, "decoded", found)  # once: it takes milliseconds
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,13 +58,14 @@ def seen_from(plan: Plan, prefix: str) -> Plan:
     return replace(plan, allocations=_sorted_rows(rows))
 
 
-def own_part(snapshot: Snapshot, plan: Plan, prefix: str) -> tuple[Snapshot, Plan]:
-    """A run's part of a decision for all."""
-    views = [
-        replace(v, trial_id=_stripped(v.trial_id, prefix)) for v in snapshot.trials if v.trial_id.startswith(prefix)
-    ]
-    own = replace(snapshot, plan=part_of(snapshot.plan, prefix), trials=_sorted_views(views))
-    return own, part_of(plan, prefix)
+def parts_of(snapshot: Snapshot, plan: Plan, prefix: str) -> tuple[Snapshot, Plan, Plan]:
+    """A run's part of a decision for all, and the whole plan as it sees it; without a prefix it is its own."""
+    if not prefix:
+        return snapshot, plan, plan
+    views = [view for view in snapshot.trials if view.trial_id.startswith(prefix)]
+    named = [replace(view, trial_id=_stripped(view.trial_id, prefix)) for view in views]
+    own = replace(snapshot, plan=part_of(snapshot.plan, prefix), trials=_sorted_views(named))
+    return own, part_of(plan, prefix), seen_from(plan, prefix)
 
 
 def _named(prefix: str, view: TrialView) -> TrialView:

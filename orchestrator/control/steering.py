@@ -18,7 +18,7 @@ from orchestrator.control.events import Event, ResumptionWanted, TrialContinued,
 from orchestrator.control.orders import Resumption, StopMode
 from orchestrator.control.requested import RequestTaken
 from orchestrator.control.resumption import keep_commit
-from orchestrator.control.world import REQUESTED, Run, Trial, TrialState, World
+from orchestrator.control.world import CLONED, REQUESTED, Run, Trial, TrialState, World
 from orchestrator.errors import RequestError
 from orchestrator.policies.plan import TrialId
 from orchestrator.requests import Request
@@ -46,13 +46,13 @@ def events_of(run: Run, request: Request) -> list[Event]:
         return _cloned(run, trial, request)
     if request.command == "resume":
         return [*_resumed(trial, request), _taken(request, trial.trial_id)]
-    if trial.state.is_final:
+    if trial.state.is_final and not (request.command == "stop" and trial.state is TrialState.STOPPED):
         raise RequestError(f"{trial.trial_id} has ended ({trial.state.value})", "trial_ended")
     if request.command == "pause" and run.spec.is_function and not (trial.reports and trial.reports[-1].checkpoint):
         text = f"{trial.trial_id} is a function that has reported no checkpoint, so it would begin anew"
         raise RequestError(f"{text}; allowed: wait for its first checkpoint, or stop it", "no_commit")
     stops = told_to_stop(run, trial, StopMode.DISCARD) if request.command == "stop" else []
-    return [_taken(request, trial.trial_id), *stops]
+    return [*stops, _taken(request, trial.trial_id)]
 
 
 def answer_of(run: Run, request: Request) -> dict[str, Any]:
@@ -100,18 +100,26 @@ def _taken(request: Request, trial_id: str) -> RequestTaken:
 
 
 def _added(run: Run, request: Request) -> list[Event]:
+    token = f"{REQUESTED}{request.request_id}"
+    known = _with_token(run, token)
+    if known is not None:  # the actor died before it had written down all of it
+        return [_taken(request, known.trial_id)]
     trial_id = _new_id(run)
-    return [_queued(run, trial_id, request.values, request), _taken(request, trial_id)]
+    return [_queued(run, trial_id, request.values, token), _taken(request, trial_id)]
 
 
-def _queued(run: Run, trial_id: TrialId, params: Mapping[str, Any], request: Request) -> TrialQueued:
+def _queued(run: Run, trial_id: TrialId, params: Mapping[str, Any], token: str) -> TrialQueued:
     fixed = {name: value for name, value in run.spec.params.items() if name not in params}
-    return TrialQueued(trial_id=trial_id, params={**params, **fixed}, token=f"{REQUESTED}{request.request_id}")
+    return TrialQueued(trial_id=trial_id, params={**params, **fixed}, token=token)
 
 
 def _cloned(run: Run, trial: Trial, request: Request) -> list[Event]:
     """A new trial behind the newest report of another, with other parameters."""
-    number, trial_id = len(trial.reports), _new_id(run)
+    token = f"{CLONED}{request.request_id}"
+    known = _with_token(run, token)
+    if known is not None and known.attempt:
+        return [_taken(request, known.trial_id)]
+    number, trial_id = len(trial.reports), _new_id(run) if known is None else known.trial_id
     report = trial.reports[-1] if trial.reports else None
     if report is None or not report.checkpoint:
         raise RequestError(f"{trial.trial_id} has no report with a commit to go on from", "no_commit")
@@ -132,13 +140,17 @@ def _cloned(run: Run, trial: Trial, request: Request) -> list[Event]:
         checkpoint=str(kept),
         step=report.step,
         num_samples=report.num_samples,
-        token=f"{REQUESTED}{request.request_id}",
+        token=token,
     )
-    return [_queued(run, trial_id, begun.params, request), begun, _taken(request, trial_id)]
+    made = [] if known is not None else [_queued(run, trial_id, begun.params, token)]
+    return [*made, begun, _taken(request, trial_id)]
 
 
 def _resumed(trial: Trial, request: Request) -> list[Event]:
     """A trial goes on that was paused by somebody, was stopped, or failed; it is then nobody's but theirs."""
+    is_back = trial.token == f"{REQUESTED}{request.request_id}" or (trial.is_held and trial.state is TrialState.QUEUED)
+    if is_back:  # the actor died before it had written down all of it
+        return []
     if trial.is_held and trial.state is TrialState.RUNNING:  # it has not left yet
         own = Resumption(token=trial.token)
         return [ResumptionWanted(trial_id=trial.trial_id, params=trial.params, resumption=own)]
@@ -159,6 +171,10 @@ def _resumed(trial: Trial, request: Request) -> list[Event]:
             token=f"{REQUESTED}{request.request_id}" if is_over else trial.token,
         )
     ]
+
+
+def _with_token(run: Run, token: str) -> Trial | None:
+    return next((trial for trial in run.trials.values() if trial.token == token), None)
 
 
 def _new_id(run: Run) -> TrialId:

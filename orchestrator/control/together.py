@@ -6,6 +6,7 @@ over-committed between them. No Ray, no clock, no files. What it holds is made a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from orchestrator.control import events as ev
 from orchestrator.control.controller import Controller
 from orchestrator.control.events import SPARE_REASON
-from orchestrator.control.joint import joined
+from orchestrator.control.joint import joined, parts_of
 from orchestrator.errors import JournalError
 from orchestrator.policies.decide.fair_share import FairShare
 from orchestrator.policies.invariants import check
@@ -84,7 +85,7 @@ class Together:
             controller = self.controllers.get(prefix)
             if controller is None:
                 continue
-            entry = replace(shared, prefix=prefix, decoded=None)
+            entry = replace(shared, prefix=prefix, decoded=parts_of(scene.snapshot, plan, prefix))
             try:
                 controller.take_part(seen, entry)
             except JournalError as error:  # its disk is full: the others go on
@@ -101,7 +102,8 @@ class Together:
                 if (controller := self.controllers.get(prefix)) is not None:
                     in_force = controller.run.plan.generation
                     refusal = ev.PlanRefused(generation=in_force, reason=reason, violations=violations)
-                    controller.engine.emit(refusal)
+                    with contextlib.suppress(JournalError):
+                        controller.engine.emit(refusal)
         if all(scene.snapshot.plan.allocation(trial.trial_id) is not None for trial in scene.snapshot.trials):
             return
         spare = replace(FairShare().decide(scene.snapshot), reason=f"{SPARE_REASON} ({reason})")
@@ -110,5 +112,8 @@ class Together:
 
     def offer(self) -> None:
         """Offer what can be granted now, in all runs: what one gave back another may get."""
-        for controller in self.controllers.values():
-            controller.offer()
+        for prefix, controller in self.controllers.items():
+            try:
+                controller.offer()
+            except JournalError as error:
+                logger.warning("%s is offered nothing: %s", prefix, error)

@@ -9,7 +9,7 @@ from orchestrator.control import signals as sig
 from orchestrator.control.effects import Decide, DiscardCommits, Effect
 from orchestrator.control.grants import Account
 from orchestrator.control.orders import DialReport, Report, StopMode
-from orchestrator.control.world import Run, Slot, SlotState, Trial, TrialState, World
+from orchestrator.control.world import CLONED, Run, Slot, SlotState, Trial, TrialState, World
 from orchestrator.policies.learn.fit import NOTHING_FITTED, capped, inherit
 from orchestrator.policies.snapshot import DeviceKind, Override
 from orchestrator.telemetry.window import TrialWindow
@@ -125,6 +125,8 @@ def queue(_world: World, run: Run, event: ev.TrialQueued) -> Effects:
     trial.credit = 0 if trial.has_stand_in else run.spec.max_reports
     run.trials[trial.trial_id] = trial
     trial.story.append("queued")
+    if trial.token.startswith(CLONED):
+        return ()
     place = len(run.queue)
     while place and run.trials[run.queue[place - 1]].attempt == 0 and run.queue[place - 1] > trial.trial_id:
         place -= 1

@@ -32,6 +32,8 @@ from orchestrator.telemetry.window import TrialWindow
 STORY_LENGTH = 20
 REQUESTED = "request:"
 """How the token of a trial begins that somebody asked for: the search has no stand-in of it."""
+CLONED = "request:clone:"
+"""The same of a trial that begins with the state of another: it waits in no queue until it has that."""
 
 TrialKey = tuple[str, TrialId]
 """A run, and a trial of it."""

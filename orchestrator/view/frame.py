@@ -243,7 +243,9 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     if state != "running":
         role = {"queued": Role.WAITING, "paused": Role.WAITING, "failed": Role.FAILED}.get(state, Role.ENDED)
         text = f"{_row(cells, columns)}  {_metric(trial, shown.metric)}".rstrip()
-        return [_line(f"{text}  {_params(trial, width - width_of(text) - 2)}", role, width)]
+        why = _why_away(trial, state)
+        params = _params(trial, width - width_of(text) - width_of(why) - 4)
+        return [_line(f"{text}  {params}{f'; {why}' if why else ''}", role, width)]
     cells += [
         show_number(trial.get("loss")),
         show_number(trial.get("throughput_per_s")),
@@ -264,6 +266,14 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     if width >= WIDE:
         return [_line(f"{row}  {details}", Role.RUNNING, width)]
     return [_line(row, Role.RUNNING, width), _line(f"  {details}", Role.DETAIL, width)]
+
+
+def _why_away(trial: Mapping[str, object], state: str) -> str:
+    """What a trial that does not run waits for, where somebody or the policy decided that."""
+    if trial.get("is_held") is True and state not in {"done", "stopped", "failed"}:
+        return "paused by request, until resume --trial"
+    decision = mapping(trial.get("decision"))
+    return clean(decision.get("reason") or "") if state == "queued" else ""
 
 
 def _params(trial: Mapping[str, object], room: int) -> str:

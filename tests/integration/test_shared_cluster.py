@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.api import Run
 from orchestrator.control.events import Event
 from orchestrator.control.journal import History, read_history
 from orchestrator.view.verify import verify
@@ -33,9 +34,15 @@ def merged(runs: list[Started]) -> History:
     return History(entries=tuple(sorted(entries, key=lambda event: event.t_s)), damage=(), torn_tail_bytes=0)
 
 
+def decided_together(run: Started) -> bool:
+    """Whether a trial has acknowledged its part of a plan for the trials of both runs, after a report of its own."""
+    joint = {entry["generation"] for entry in run.of("plan") if len(entry["plan"]["allocations"]) == 2}
+    return bool(run.of("result")) and any(entry["generation"] in joint for entry in run.of("ack"))
+
+
 def test_two_searches_share_a_cluster(tmp_path: Path) -> None:
-    search = {"space": {"lr": {"loguniform": [0.002, 0.05]}}, "num_trials": 2, "max_concurrent": 2}
-    trial = {"samples_per_report": 48000, "max_reports": 3, "micro_batch": 16}
+    search = {"space": {"lr": {"loguniform": [0.002, 0.05]}}, "num_trials": 1, "max_concurrent": 1}
+    trial = {"samples_per_report": 16000, "max_reports": 10000, "micro_batch": 16}  # they end when they are told to
     dials = {"share": {"min": 0.125}, "batch": {"enabled": False}, "precision": {"enabled": False}}
     policy = tmp_path / "policy.yaml"
     policy.write_text(f"policy: {{name: fair_share}}\nstorage: {tmp_path / 'cluster'}\n")
@@ -54,9 +61,11 @@ def test_two_searches_share_a_cluster(tmp_path: Path) -> None:
             )
         try:
             for run in runs:
-                run.wait_until(lambda run=run: run.of("ack"), "training")  # type: ignore[misc]
+                run.wait_until(lambda run=run: decided_together(run), "both trials share the cores")  # type: ignore[misc]
             shown: dict[str, Any] = json.loads(call("queue", *where, "--json").stdout)
             refused = call("down", *where)
+            for run in runs:
+                Run(run.run_dir).stop("trial-00000")
             ends = [run.end() for run in runs]
         finally:
             for run in runs:
@@ -71,12 +80,11 @@ def test_two_searches_share_a_cluster(tmp_path: Path) -> None:
     assert "2 runs go on" in refused.stderr
     assert left == []
     assert ended.returncode == 0, ended.stderr
-    together = [max(len(entry["plan"]["allocations"]) for entry in run.of("plan")) for run in runs]
-    assert max(together) == 4, "all trials of both were decided at once"
     assert list(over_commitments(merged(runs), {})) == []
     for run, other in zip(runs, reversed(runs), strict=True):
         assert verify(run.run_dir)["violations"] == []
-        assert {each["state"] for each in run.status["trials"]} == {"done"}
+        assert {each["state"] for each in run.status["trials"]} == {"stopped"}
+        assert {each["state"] for each in run.of("trial_ended")} == {"stopped"}
         assert run.of("run_ended")[-1]["leaks"] == {"actors": 0, "placement_groups": 0, "processes": 0}
         text = (run.run_dir / "journal.jsonl").read_text()
         assert f"user-{other.run_dir.name}" not in text

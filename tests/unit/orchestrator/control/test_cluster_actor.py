@@ -169,3 +169,41 @@ def test_a_restarted_actor_has_the_same_runs(tmp_path: Path, loop: asyncio.Abstr
     key, before, after = loop.run_until_complete(story())
     assert [row["name"] for row in before["runs"]] == [row["name"] for row in after["runs"]]
     assert json.loads((tmp_path / "cluster" / REGISTRY).read_text())["runs"].keys() == {key}
+
+
+def test_a_run_that_goes_on_alone_keeps_the_policy_and_the_names_that_it_began_with(
+    tmp_path: Path, loop: asyncio.AbstractEventLoop
+) -> None:
+    from orchestrator.control_plane import as_begun
+
+    alone = run_of(tmp_path, "one", policy="goodput")
+    assert as_begun(alone) == alone
+
+    async def story() -> None:
+        await begin(ClusterActor(cluster_spec(tmp_path)), alone)
+
+    loop.run_until_complete(story())
+    resumed = as_begun(alone)
+    assert resumed.policy == "fair_share", "as it was decided until now, so that all of it can be replayed"
+    assert resumed.prefix
+    assert replace(resumed, policy="goodput", prefix="", policy_params={}, deadline_s=2.0) == alone
+
+
+def test_a_run_that_nobody_calls_for_any_more_is_let_go(
+    tmp_path: Path, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.control import cluster_actor
+
+    monkeypatch.setattr(cluster_actor, "_LOOK_S", 0.01)
+    monkeypatch.setattr(cluster_actor, "_SILENT_S", 0.0)
+
+    async def story() -> int:
+        actor = ClusterActor(cluster_spec(tmp_path))
+        await begin(actor, run_of(tmp_path, "one"))
+        for _ in range(200):
+            if not (await actor.queue())["runs"]:
+                break
+            await asyncio.sleep(0.01)
+        return len((await actor.queue())["runs"])
+
+    assert loop.run_until_complete(story()) == 0

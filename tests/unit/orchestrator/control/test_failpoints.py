@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.control import steering
 from orchestrator.control.effects import Applied
 from orchestrator.control.engine import relocated
 from orchestrator.control.entries import EVENTS
@@ -27,6 +28,7 @@ from orchestrator.control.transition import apply
 from orchestrator.control.world import World as ControlWorld
 from orchestrator.errors import JournalError
 from orchestrator.policies.plan import TrialId
+from orchestrator.requests import Request
 from orchestrator.view.verify import verify
 from tests.unit.orchestrator.control.states import durable_state
 from tests.unit.orchestrator.control.worlds import DEVICE, Worker, World
@@ -187,6 +189,7 @@ def tell(stage: Stage) -> None:
     declared = DialReport(step=1, start=spec.start, limits=spec.limits, off={"precision": "it has its own"})
     workers[1].tell(Events(number=2, dials=(declared,)))
     _train(stage, workers)
+    _steer(stage)
     control.pause(T1)
     control.submit(T1, {"lr": 0.2}, Resumption(token="second-t1", origin=T0, num_reports=1, checkpoint="/c/0"))
     workers[1].leave()
@@ -201,6 +204,16 @@ def tell(stage: Stage) -> None:
     _train(stage, workers)
     stage.check()
     _end(stage, workers)
+
+
+def _steer(stage: Stage) -> None:
+    """Somebody adds a trial, clones one, and has a third rest for a while."""
+    asked = (("add", ""), ("clone", T0), ("pause", T2), ("set", ""), ("resume", T2))
+    for number, (command, trial_id) in enumerate(asked, start=1):
+        values = {"weight": 2.0} if command == "set" else {"lr": 0.3} if command in {"add", "clone"} else {}
+        request = Request(request_id=f"q{number}", command=command, trial_id=trial_id, values=values, by="somebody")
+        for _ in range(2):  # a second time it changes nothing
+            stage.controller.steer(request)
 
 
 def _train(stage: Stage, workers: list[Worker]) -> None:
@@ -241,6 +254,7 @@ def play(run_dir: Path, faults: dict[int, Fault]) -> Stage:
     """The story with faults at writes by their number. Nothing waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _file: None)
+        patch.setattr(steering, "keep_commit", lambda _commit, directory, name: directory / name)
         stage = Stage(run_dir, faults=dict(faults))
         tell(stage)
         stage.controller.engine.telemetry.flush()

@@ -102,6 +102,7 @@ def test_of_two_trials_on_one_device_one_waits_and_the_plan_says_for_what(tmp_pa
     assert [world.trial(each).state for each in (T0, T1)] == [TrialState.RUNNING, TrialState.QUEUED]
     (_, waits) = world.status().now()["trials"]
     assert "waits for 1 devices" in waits["decision"]["reason"]
+    assert "waits for 1 devices" in world.shown()
     world.close()
 
 

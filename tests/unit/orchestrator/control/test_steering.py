@@ -144,6 +144,7 @@ def test_a_trial_that_somebody_paused_stays_away_until_they_resume_it(world: Wor
     left_at = worker.step
     assert worker.leave()
     assert world.trial(T0).state is TrialState.PAUSED
+    assert "paused by request" in world.shown()
     world.controller.submit(T0, {"lr": 0.1}, Resumption(token="another life"))  # as a search does that lost its answer
     world.decide()
     assert world.trial(T0).state is TrialState.PAUSED
@@ -185,7 +186,7 @@ def test_a_stopped_trial_ends_and_can_be_taken_up_again(world: World) -> None:
     worker.finish(Status.STOPPED)
     assert world.trial(T0).state is TrialState.STOPPED
     with pytest.raises(RequestError) as caught:
-        world.controller.steer(request("stop", T0, request_id="q2"))
+        world.controller.steer(request("pause", T0, request_id="q2"))
     assert caught.value.code == "trial_ended"
     world.controller.steer(request("resume", T0, request_id="q3"))
     world.decide()
