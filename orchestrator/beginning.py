@@ -69,16 +69,14 @@ def with_counted_epochs(resolved: ResolvedRun) -> ResolvedRun:
     except OrchestratorError as error:
         text = f"the samples of an epoch cannot be counted: {error}"
         raise resolved.place.error(("trial", "epochs_per_report"), text) from None
-    changed = {"samples_per_report": found * trial.epochs_per_report, "epochs_per_report": None}
+    samples = found * trial.epochs_per_report
     largest = max(trial.global_batch, config.dials.batch.max_global if config.dials.batch.enabled else 1)
-    if changed["samples_per_report"] < largest:
-        text = (
-            f"{trial.epochs_per_report} epochs are {changed['samples_per_report']} samples; allowed: at least a step,"
-        )
-        raise resolved.place.error(("trial", "epochs_per_report"), f"{text} of {largest} with dials.batch.max_global")
-    say(f"{found} samples per epoch; a report every {changed['samples_per_report']}")
-    changed_config = config.model_copy(update={"trial": trial.model_copy(update=changed)})
-    return dataclasses.replace(resolved, config=changed_config)
+    if samples < largest:
+        text = f"{trial.epochs_per_report} epochs are {samples} samples; allowed: at least a step, of {largest}"
+        raise resolved.place.error(("trial", "epochs_per_report"), f"{text} with dials.batch.max_global")
+    say(f"{found} samples per epoch; a report every {samples}")
+    counted = trial.model_copy(update={"samples_per_report": samples, "epochs_per_report": None})
+    return dataclasses.replace(resolved, config=config.model_copy(update={"trial": counted}))
 
 
 def make_run_dir(resolved: ResolvedRun) -> None:

@@ -14,7 +14,6 @@ from orchestrator.config.model import (
     BatchDial,
     ClusterSection,
     DialsSection,
-    Distribution,
     FifoScheduler,
     JobSection,
     PolicySection,
@@ -27,6 +26,7 @@ from orchestrator.config.model import (
     TrialSection,
 )
 from orchestrator.config.resolve import ResolvedRun, fit_problems, load_config, require_fit
+from orchestrator.config.space import Distribution
 from orchestrator.config.values import ParamValue
 
 __all__ = [

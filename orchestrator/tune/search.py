@@ -28,14 +28,13 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from orchestrator.config.model import (
     AshaScheduler,
-    Distribution,
     HyperbandScheduler,
     MedianScheduler,
     PbtScheduler,
     RunConfig,
 )
 from orchestrator.config.search_checks import mutable_params
-from orchestrator.config.space import as_distribution
+from orchestrator.config.space import Distribution, as_distribution
 from orchestrator.errors import UnfitEnvironmentError
 from orchestrator.space import Define, as_whole
 from orchestrator.tune.adapter import LIVE, WHOLE, Interrupter, SlotTrial, StopForwarder, within
@@ -237,8 +236,8 @@ def scheduler_of(config: RunConfig) -> TrialScheduler:
                 perturbation_interval=scheduler.interval_reports,
                 quantile_fraction=scheduler.quantile,
                 resample_probability=scheduler.resample,
-                hyperparam_mutations={name: mutation(config.search.space[name]) for name in names},
-                custom_explore_fn=partial(within, bounds_of(config.search.space)),
+                hyperparam_mutations={name: mutation(config.search.one_space[name]) for name in names},
+                custom_explore_fn=partial(within, bounds_of(config.search.one_space)),
                 log_config=False,
             )
         case _:

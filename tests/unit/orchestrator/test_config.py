@@ -61,14 +61,14 @@ def test_the_last_of_two_overrides_wins(write: Write) -> None:
 
 def test_an_override_may_hold_a_mapping(write: Write) -> None:
     resolved = load_config(write(MINIMAL), ["search.space.lr={loguniform: [1e-3, 1e-2]}"])
-    assert resolved.config.search.space["lr"].values == (0.001, 0.01)
+    assert resolved.config.search.one_space["lr"].values == (0.001, 0.01)
     assert resolved.origins["search.space.lr.loguniform"] == "--set"
 
 
 def test_an_override_does_not_leak_through_an_alias(write: Write) -> None:
     text = "name: one\njob: {name: mlp}\nsearch:\n  space: {lr: &a {uniform: [0.1, 0.2]}, width: {choice: [1]}}\n"
     resolved = load_config(write(text), ["search.space.width={choice: [2]}"])
-    assert resolved.config.search.space["lr"].values == (0.1, 0.2)
+    assert resolved.config.search.one_space["lr"].values == (0.1, 0.2)
 
 
 def test_every_leaf_has_an_origin(write: Write) -> None:
