@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from orchestrator.config import ResolvedRun, load_config
-from orchestrator.config.model import JobSection
+from orchestrator.config.model import RunConfig
 from orchestrator.config.render import scalar
 from orchestrator.config.source import read_text
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
@@ -88,7 +88,7 @@ def make_run_dir(resolved: ResolvedRun) -> None:
     run_dir = resolved.run_dir
     try:
         run_dir.mkdir(parents=True, mode=0o700)
-        _ship_function(resolved.config.job, run_dir)
+        _ship_functions(resolved.config, run_dir)
         (run_dir / BEGUN_FILE[0]).mkdir()
         for place in (run_dir.joinpath(*BEGUN_FILE), run_dir / RUN_FILE):
             write_atomically(place, with_schema(resolved.to_yaml(with_origins=True)))
@@ -142,9 +142,9 @@ def require_history(run_dir: Path) -> None:
         )
 
 
-def _ship_function(job: JobSection, run_dir: Path) -> None:
+def _ship_functions(config: RunConfig, run_dir: Path) -> None:
     """Copy what has no import path into the run directory, where workers and `resume` look for it first."""
-    for name in (each.partition(":")[0] for each in (job.name, job.data or "")):
-        found = next((Path(path) / name for path in job.import_paths if (Path(path) / name).is_file()), None)
+    for name in (each.partition(":")[0] for each in config.import_names):
+        found = next((Path(path) / name for path in config.job.import_paths if (Path(path) / name).is_file()), None)
         if name.endswith(PICKLE_SUFFIX) and found is not None:
             shutil.copyfile(found, run_dir / name)
