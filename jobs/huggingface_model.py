@@ -176,7 +176,7 @@ class HuggingFaceTraining:
         self._shifts = loss is ForCausalLMLoss and not getattr(config, "is_encoder_decoder", False)
         if not self._takes_count:
             return
-        data = self._train.dataset if isinstance(self._train, DataLoader) else self._train
+        data: Any = self._train.dataset if isinstance(self._train, DataLoader) else self._train
         if isinstance(data, IterableDataset):
             self._is_counted = True
         else:
@@ -244,8 +244,8 @@ def _arguments(given: Mapping[str, Any]) -> Any:  # noqa: ANN401 - the library's
         """Values only."""
 
         def __post_init__(self) -> None:
-            self.optim = OptimizerNames(self.optim)
-            self.lr_scheduler_type = transformers.SchedulerType(self.lr_scheduler_type)
+            for name, names in (("optim", OptimizerNames), ("lr_scheduler_type", transformers.SchedulerType)):
+                setattr(self, name, names(getattr(self, name)))
 
     try:
         return Arguments(output_dir=".", **given)

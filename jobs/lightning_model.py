@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,13 +61,15 @@ class LightningTraining:
         clip, how = self._args["gradient_clip_val"], self._args["gradient_clip_algorithm"] or "norm"
         if how not in {"norm", "value"}:
             raise UserCodeError(f"job.args.gradient_clip_algorithm is {how!r}; allowed: norm, value")
-        self.clip_norm, self.clip_value = (clip or None, None) if how == "norm" else (None, clip or None)
+        self.clip_norm: float | None = (clip or None) if how == "norm" else None
+        self.clip_value: float | None = (clip or None) if how == "value" else None
         self.scheduler_interval, self.monitor = "step", ""
         self.trainer = Trainer(self._args["max_epochs"])
         self._module: Any = None
         self._held_out: Any = None
         self._logged = Logged()
         self._train_metrics: dict[int, Any] = {}
+        self._takes_number: dict[str, bool] = {}
 
     @property
     def why_not_replayed(self) -> str:
@@ -108,7 +110,7 @@ class LightningTraining:
         """
         self.trainer.training, self._logged.size = True, None
         with self.trainer.watched():
-            returned = model.training_step(*_arguments(model.training_step, batch, 0))
+            returned = model.training_step(*self._arguments("training_step", batch, 0))
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise UserCodeError(
@@ -152,7 +154,7 @@ class LightningTraining:
         model.on_validation_epoch_start()
         for number, batch in enumerate(eval_batches(self._held_out, self.title)):
             self._logged.size = size_of(batch) or 1
-            model.validation_step(*_arguments(model.validation_step, moved(batch, device), number))
+            model.validation_step(*self._arguments("validation_step", moved(batch, device), number))
         self._logged.size = 1
         model.on_validation_epoch_end()
         model.on_validation_end()
@@ -185,6 +187,8 @@ class LightningTraining:
         if base is None:
             raise UserCodeError(f"{self._key.path} returned a {type(made).__name__}; allowed: a LightningModule")
         made.trainer, made.log = self.trainer, self._log
+        for step in self.forward_methods:  # sharding puts others in their place, whose parameters say nothing
+            self._takes_number[step] = len(inspect.signature(getattr(made, step)).parameters) > 1
         self._refuse(made, base)
         made.prepare_data()
         made.setup("fit")
@@ -200,6 +204,13 @@ class LightningTraining:
             self._logged.add(name, value, how)
         elif hasattr(value, "reset"):
             self._train_metrics[id(value)] = value
+
+    def _arguments(self, step: str, batch: Any, number: int) -> tuple[Any, ...]:  # noqa: ANN401 - the user's
+        """What a step is called with: the batch, and its number where it takes one.
+
+        In training the number is always 0: batches have none that would mean the same at every batch size.
+        """
+        return (batch, number) if self._takes_number[step] else (batch,)
 
     def _taken_by_module(self) -> dict[str, Any]:
         make, path, args = load(self._key.path), self._key.path, self._args
@@ -241,14 +252,6 @@ class LightningTraining:
 
     def _not_here(self, what: str, allowed: str) -> UserCodeError:
         return UserCodeError(f"{self.title}: {what}; allowed in a declared training: {allowed}; else {FUNCTION_ROUTE}")
-
-
-def _arguments(step: Callable[..., Any], batch: Any, number: int) -> tuple[Any, ...]:  # noqa: ANN401 - the user's
-    """What a step is called with: the batch, and its number where it takes one.
-
-    In training the number is always 0: batches have none that would mean the same at every batch size.
-    """
-    return (batch, number) if len(inspect.signature(step).parameters) > 1 else (batch,)
 
 
 def _optimizers_of(returned: Any) -> tuple[list[Any], list[Any]]:  # noqa: ANN401 - the user's

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.config import ResolvedRun, load_config
-from orchestrator.config.model import JobSection
+from orchestrator.config.model import RunConfig
 from orchestrator.config.render import scalar
 from orchestrator.config.source import read_text
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
@@ -70,16 +70,14 @@ def with_counted_epochs(resolved: ResolvedRun) -> ResolvedRun:
     except OrchestratorError as error:
         text = f"the samples of an epoch cannot be counted: {error}"
         raise resolved.place.error(("trial", "epochs_per_report"), text) from None
-    changed = {"samples_per_report": found * trial.epochs_per_report, "epochs_per_report": None}
+    samples = found * trial.epochs_per_report
     largest = max(trial.global_batch, config.dials.batch.max_global if config.dials.batch.enabled else 1)
-    if changed["samples_per_report"] < largest:
-        text = (
-            f"{trial.epochs_per_report} epochs are {changed['samples_per_report']} samples; allowed: at least a step,"
-        )
-        raise resolved.place.error(("trial", "epochs_per_report"), f"{text} of {largest} with dials.batch.max_global")
-    say(f"{found} samples per epoch; a report every {changed['samples_per_report']}")
-    changed_config = config.model_copy(update={"trial": trial.model_copy(update=changed)})
-    return dataclasses.replace(resolved, config=changed_config)
+    if samples < largest:
+        text = f"{trial.epochs_per_report} epochs are {samples} samples; allowed: at least a step, of {largest}"
+        raise resolved.place.error(("trial", "epochs_per_report"), f"{text} with dials.batch.max_global")
+    say(f"{found} samples per epoch; a report every {samples}")
+    counted = trial.model_copy(update={"samples_per_report": samples, "epochs_per_report": None})
+    return dataclasses.replace(resolved, config=config.model_copy(update={"trial": counted}))
 
 
 def make_run_dir(resolved: ResolvedRun) -> None:
@@ -91,7 +89,7 @@ def make_run_dir(resolved: ResolvedRun) -> None:
     run_dir = resolved.run_dir
     try:
         run_dir.mkdir(parents=True, mode=0o700)
-        _ship_function(resolved.config.job, run_dir)
+        _ship_functions(resolved.config, run_dir)
         (run_dir / BEGUN_FILE[0]).mkdir()
         for place in (run_dir.joinpath(*BEGUN_FILE), run_dir / RUN_FILE):
             write_atomically(place, with_schema(resolved.to_yaml(with_origins=True)))
@@ -146,9 +144,9 @@ def require_history(run_dir: Path) -> None:
         )
 
 
-def _ship_function(job: JobSection, run_dir: Path) -> None:
+def _ship_functions(config: RunConfig, run_dir: Path) -> None:
     """Copy what has no import path into the run directory, where workers and `resume` look for it first."""
-    for name in (each.partition(":")[0] for each in (job.name, job.data or "")):
-        found = next((Path(path) / name for path in job.import_paths if (Path(path) / name).is_file()), None)
+    for name in (each.partition(":")[0] for each in config.import_names):
+        found = next((Path(path) / name for path in config.job.import_paths if (Path(path) / name).is_file()), None)
         if name.endswith(PICKLE_SUFFIX) and found is not None:
             shutil.copyfile(found, run_dir / name)

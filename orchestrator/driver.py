@@ -126,6 +126,11 @@ def _load_torch() -> None:
     import torch  # noqa: F401
 
 
+def _state_of(run_dir: Path) -> str:
+    """The state that the actor wrote last."""
+    return str((read_status(run_dir / STATUS_NAME) or {}).get("state", ""))
+
+
 def _last_states(plane: ControlPlane) -> list[str]:
     """The states of all trials once those whose end the search has seen have left their slots.
 
@@ -164,7 +169,7 @@ class _Driver:
         self._view: LiveView | None = None
         self._thaw: Callable[[], None] = lambda: None
         self._looked_s = 0.0
-        self._has_ended = threading.Lock()
+        self._has_ended, self._is_reported = threading.Lock(), threading.Lock()
 
     def execute(self, plain: bool | None) -> int:
         """The whole life of the run; returns the exit code.
@@ -201,6 +206,8 @@ class _Driver:
                 state = self._search()
             finally:
                 view.stop()
+            if state == _state_of(self._run_dir):  # what there is to say need not wait for the end of Ray
+                self._report()
             # Nothing is in an own cluster whose processes are ended.
             return state, dict(_NOTHING) if self._ray.is_abandoned else cluster_leaks()
 
@@ -211,18 +218,23 @@ class _Driver:
             leaks["processes"] = self._ray.num_left
             log_end(self._run_dir, state, leaks)
             mark_ended(self._run_dir, state)
-            status = read_status(self._run_dir / STATUS_NAME)
-            width = shutil.get_terminal_size().columns
-            say(
-                render_broken_off(self._run_dir)
-                if status is None
-                else render_report(status, self._run_dir, width=width)
-            )
-            line = failure_line(status or {}) if state == "done" else None
+            self._report()
+            line = failure_line(read_status(self._run_dir / STATUS_NAME) or {}) if state == "done" else None
             if line is not None:
                 say_last(line)
                 return EXIT_SOME_FAILED
         return {"done": EXIT_DONE, "interrupted": self.interrupts.exit_code}.get(state, EXIT_FAILED)
+
+    def _report(self) -> None:
+        """Say what came of the run, once; its last line is the run directory."""
+        if self._is_reported.acquire(blocking=False):
+            status, width = read_status(self._run_dir / STATUS_NAME), shutil.get_terminal_size().columns
+            is_broken_off = status is None
+            say(
+                render_broken_off(self._run_dir)
+                if is_broken_off
+                else render_report(status or {}, self._run_dir, width=width)
+            )
 
     def _end_hard(self) -> int:
         """The last resort: end every process of the run, and say that it was interrupted."""

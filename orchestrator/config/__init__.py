@@ -13,7 +13,6 @@ from orchestrator.config.machine import Machine, this_machine
 from orchestrator.config.model import (
     AshaScheduler,
     ClusterSection,
-    Distribution,
     FifoScheduler,
     JobSection,
     PolicySection,
@@ -24,6 +23,7 @@ from orchestrator.config.model import (
     TrialSection,
 )
 from orchestrator.config.resolve import ResolvedRun, fit_problems, load_config, require_fit
+from orchestrator.config.space import Distribution
 from orchestrator.config.values import ParamValue
 
 __all__ = [

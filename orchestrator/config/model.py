@@ -62,11 +62,6 @@ class JobSection(Section):
         """What is trained, as one text."""
         return JobKey(path=self.name, kind=self.kind, data=self.data, args=self.args).text
 
-    @property
-    def is_own(self) -> bool:
-        """Whether it is named by import path."""
-        return ":" in self.name
-
 
 class AshaScheduler(Section):
     """Successive halving: at each rung only the best part of the trials goes on."""
@@ -334,6 +329,13 @@ class RunConfig(Section):
     telemetry: TelemetrySection = Field(default=TelemetrySection(), description="step records")
     devices: DevicesSection = Field(default=DevicesSection(), description="what trials compute on")
     cluster: ClusterSection = Field(default=ClusterSection(), description="where the run takes place")
+
+    @property
+    def import_names(self) -> tuple[str, ...]:
+        """The import paths of the user's own: of what is trained, its data, and what draws parameters."""
+        space = self.search.space
+        names = (self.job.name, self.job.data or "", space if isinstance(space, str) else "")
+        return tuple(name for name in names if ":" in name)
 
     @property
     def max_reports(self) -> int:

@@ -96,10 +96,10 @@ def _with_import_paths(config: RunConfig, path: Path) -> RunConfig:
     """The configuration with the directories in which a training of the user's own is looked for, which it puts first
     on this process's import path: that training is imported to know its parameters.
     """
-    if not config.job.is_own:
+    if not config.import_names:
         return config
     given = config.job.import_paths or (str(Path.cwd()), str(path.absolute().parent))
-    if any(name.partition(":")[0].endswith(PICKLE_SUFFIX) for name in (config.job.name, config.job.data or "")):
+    if any(name.partition(":")[0].endswith(PICKLE_SUFFIX) for name in config.import_names):
         given = (str(run_directory(config.storage, config.name)), *given)
     paths = tuple(dict.fromkeys(str(Path(each).absolute()) for each in given))
     add_import_paths(paths)

@@ -15,7 +15,12 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError
 
-_MARK = "samples per epoch: "
+_MARK = "epoch size: "
+"""What the line of the answer begins with; the user's code may print as well."""
+
+
+_TAIL = 2000
+"""Characters of what was printed that are shown where there is no answer."""
 
 
 def num_samples(job: str, params: Mapping[str, Any], import_paths: Sequence[str]) -> int:
@@ -28,9 +33,11 @@ def num_samples(job: str, params: Mapping[str, Any], import_paths: Sequence[str]
     command = [sys.executable, "-m", "orchestrator.train.epoch_size"]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
     line = next((line for line in reversed(done.stdout.splitlines()) if line.startswith(_MARK)), None)
-    if done.returncode or line is None:
-        raise OrchestratorError(done.stderr.strip() or f"counting samples ended with exit code {done.returncode}")
-    return int(line.removeprefix(_MARK))
+    answer: dict[str, Any] = {} if line is None else json.loads(line.removeprefix(_MARK))
+    if "num_samples" not in answer:
+        ended = f"counting them ended with exit code {done.returncode}:\n{done.stderr[-_TAIL:]}"
+        raise OrchestratorError(str(answer.get("error") or ended))
+    return int(answer["num_samples"])
 
 
 def _count(asked: Mapping[str, Any]) -> int:
@@ -51,15 +58,15 @@ def _count(asked: Mapping[str, Any]) -> int:
 def main() -> int:
     """Count, and say so; what the user's code prints does not count."""
     asked = json.load(sys.stdin)
+    answer: dict[str, Any]
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            found = _count(asked)
+            answer = {"num_samples": _count(asked)}
     except Exception as error:  # whatever the user's code raises
         from orchestrator.jobs.own import UserCodeError, tail_of
 
-        sys.stderr.write(f"{error if isinstance(error, UserCodeError) else tail_of(error)}\n")
-        return 1
-    sys.stdout.write(f"\n{_MARK}{found}\n")
+        answer = {"error": str(error) if isinstance(error, UserCodeError) else tail_of(error)}
+    sys.stdout.write(f"\n{_MARK}{json.dumps(answer)}\n")
     return 0
 
 

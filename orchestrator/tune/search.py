@@ -28,14 +28,13 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from orchestrator.config.model import (
     AshaScheduler,
-    Distribution,
     HyperbandScheduler,
     MedianScheduler,
     PbtScheduler,
     RunConfig,
 )
 from orchestrator.config.search_checks import mutable_params
-from orchestrator.config.space import as_distribution
+from orchestrator.config.space import Distribution, as_distribution
 from orchestrator.errors import UnfitEnvironmentError
 from orchestrator.space import Define, as_whole
 from orchestrator.tune.adapter import LIVE, WHOLE, Interrupter, SlotTrial, StopForwarder, within

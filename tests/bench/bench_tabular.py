@@ -1,9 +1,9 @@
 """Wall time of a search of many short trials: ours, Tune with plain functions, and Tune with a TorchTrainer a trial.
 
 The training is `tests/foreign/tabular_24_params.py`, unchanged, of about three seconds on a core; two trials at a time,
-one core each, twelve reports a trial. Each arm is a process of its own, from its start to its end, imports and Ray's
-start included. The TorchTrainer arm may have fewer trials; its time is then its start plus as many times its time per
-trial, and the result says so. Ours holds all dials still, so that all arms do the same steps.
+one core each, twelve reports a trial. Each arm is a process of its own, from start to end, imports and the start of Ray
+included. The TorchTrainer arm may have fewer trials; its time is then its start plus as many times its time per trial,
+and the result says so. Ours holds all dials still, so that all arms do the same steps.
 
     python -m tests.bench.bench_tabular ours          # each arm by itself, then
     python -m tests.bench.bench_tabular report        # the figures of all
@@ -11,6 +11,7 @@ trial, and the result says so. Ours holds all dials still, so that all arms do t
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -88,10 +89,9 @@ def _torch_trial(config: dict[str, Any]) -> None:
 def _torch_loop(config: dict[str, Any]) -> None:
     from ray import train
 
-    from tests.foreign import tabular_24_params
-
-    tabular_24_params.report = train.report  # Tune's own is not there in a worker of Train
-    tabular_24_params.train(config)
+    training: Any = importlib.import_module(TRAINING)
+    training.report = train.report  # Tune's own is not there in a worker of Train
+    training.train(config)
 
 
 def _tuned(trainable: Any, folder: Path, num_trials: int, more: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import SequentialSampler
 
 pytest.importorskip("lightning", reason="lightning is not installed: pip install 'ray-orchestrator[lightning]'")
@@ -28,6 +30,7 @@ from orchestrator.train.epoch_size import num_samples
 from orchestrator.train.export import Source, export
 from orchestrator.train.stepper import Stepper
 from tests.unit.jobs import library_models as models
+from tests.unit.jobs.library_ranks import WORLD_SIZE, main
 from tests.unit.orchestrator.train.links import ONE_RANK, order
 
 HERE = models.__name__
@@ -55,7 +58,7 @@ def key(path: str, data: str | None = None, **more: Any) -> str:
     return JobKey(path=path, data=None if data is None else f"{HERE}:{data}", **more).text
 
 
-def trial(folder: Path, samples: int, reports: int, metric: str, **start: int) -> TrialOrder:
+def trial(folder: Path, samples: int, reports: int, metric: str, **start: Any) -> TrialOrder:
     made = order(folder).trial
     assert made is not None
     return replace(
@@ -322,3 +325,17 @@ def test_wrong_input_is_one_message(tmp_path: Path, changes: dict[str, Any], mes
     with pytest.raises(ConfigError) as error:
         load_config(run_file(tmp_path / "r.yaml", **changes))
     assert message in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("library_ranks")
+    start_processes(main, args=(str(directory),), nprocs=WORLD_SIZE)  # type: ignore[no-untyped-call]
+    found: dict[str, Any] = json.loads((directory / "results.json").read_text())
+    return found
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["lightning", "huggingface"])
+def test_two_ranks_have_the_gradients_of_one(two_ranks: dict[str, Any], name: str) -> None:
+    assert two_ranks[name]["shared"] == pytest.approx(two_ranks[name]["alone"], rel=1e-4)

@@ -125,6 +125,38 @@ def test_an_interrupt_while_ray_starts_ends_the_run_with_its_own_exit_code(
     assert not (tmp_path / "journal.jsonl").exists(), "a journal without a beginning could not be resumed"
 
 
+def test_what_came_of_a_run_is_said_before_ray_has_ended_and_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of Ray takes seconds, in which a user would wait for the traceback."""
+    driver = run._Driver(resolved_run(tmp_path / "runs"), tmp_path)
+    trial = {"trial_id": "t0", "state": "failed", "error": "NameError: x"}
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def opened(_is_unwanted: Callable[[], bool]) -> Iterator[None]:
+        yield
+        said.append(capsys.readouterr().out)
+
+    def search() -> str:
+        (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "trials": [trial]}))
+        return "failed"
+
+    monkeypatch.setattr(driver._ray, "opened", opened)
+    monkeypatch.setattr(driver, "_search", search)
+    for name, value in (
+        ("_load_torch", lambda: None),
+        ("sweep", list),
+        ("cluster_leaks", dict),
+        ("reinstall", lambda: None),
+    ):
+        monkeypatch.setattr(run, name, value)
+    assert driver.execute(True) == 1
+    assert "t0 failed: NameError: x" in said[0]
+    assert said[0].splitlines()[-1] == str(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("states", "code", "last"),
     [

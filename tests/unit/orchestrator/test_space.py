@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from ray import tune
 from ray.tune.search.variant_generator import generate_variants
 
 from orchestrator import api
+from orchestrator.beginning import load_begun, make_run_dir
 from orchestrator.config import load_config
 from orchestrator.config.model import SearchSection
 from orchestrator.errors import ConfigError
+from orchestrator.jobs import own
 from orchestrator.jobs.own import UserCodeError
 from orchestrator.run_spec import middle_params
 from orchestrator.space import Define, as_space, first_drawn
@@ -157,3 +160,25 @@ def test_a_wrong_space_is_one_message(tmp_path: Path, space: Any, search: dict[s
     with pytest.raises(ConfigError) as error:
         load_config(run_file(tmp_path, space, **search))
     assert message in str(error.value)
+
+
+def test_a_function_of_this_process_is_kept_in_the_run_directory_for_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = {"space": lambda trial: {"x": trial.suggest_int("x", 1, 2)}, "metric": "loss", "mode": "min"}
+    with api.run_file_of(train, name="mine", storage=tmp_path / "runs", **options) as (file, settings):
+        resolved = load_config(file, settings)
+        make_run_dir(resolved)
+    again = load_begun(resolved.run_dir)
+    assert again.config.job.import_paths[0] == str(resolved.run_dir)
+    own._loaded.cache_clear()
+    assert first_drawn(str(again.config.search.space))["x"] in {1, 2}
+
+
+def test_a_function_may_draw_for_a_job_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "space_of_mine.py").write_text("def space(trial):\n    trial.suggest_float('lr', 0.01, 0.1)\n")
+    (tmp_path / "r.yaml").write_text('{name: r, job: {name: mlp}, search: {space: "space_of_mine:space"}}')
+    assert 0.01 <= float(str(middle_params(load_config(tmp_path / "r.yaml").config)["lr"])) <= 0.1

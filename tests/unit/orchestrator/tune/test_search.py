@@ -11,7 +11,8 @@ import pytest
 from ray.tune.schedulers.pbt import _explore
 
 from orchestrator.config import load_config
-from orchestrator.config.model import Distribution, RunConfig
+from orchestrator.config.model import RunConfig
+from orchestrator.config.space import Distribution
 from orchestrator.tune.adapter import within
 from orchestrator.tune.search import bounds_of, domain, mutation, scheduler_of
 
