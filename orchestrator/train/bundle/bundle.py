@@ -31,8 +31,9 @@ MAX_STEPS = 512
 """Steps in a row at most."""
 _FIRST_STEPS = 8
 """The same before it is known how long one takes, and how much its samples are."""
-_MAX_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""Samples of the steps in a row, on the device."""
+_MAX_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
+_MAX_PART = 64
+"""Samples of the steps in a row, on the device; of a GPU one part in so many of its memory at most."""
 _TOLERANCE = {Tier.FP32: 1e-3, Tier.TF32: 2e-2, Tier.BF16: 1e-1}
 """How far the gradient of a member may be from that of the trial alone, relative to its norm, when it enters: far above
 what the order of sums makes, far below what another loss makes."""
@@ -131,6 +132,8 @@ class Bundle:
         self._replays: dict[str, Callable[[], None]] = {}
         self._step_s: float | None = None
         self._step_bytes, self._max_bytes = 0, _MAX_BYTES[device.type]
+        if device.type == "cuda":
+            self._max_bytes = min(self._max_bytes, torch.cuda.get_device_properties(device).total_memory // _MAX_PART)
         try:
             self._compare(first_new)
         except StackingError:
@@ -382,14 +385,14 @@ class Bundle:
         """Norms, clipping, update; a row whose loss or gradient is not finite is left as it is from here on."""
         assert self._numbers is not None
         if self._weight != 1.0:
-            self._grads.mul_(self._weight)
             self._loss.mul_(self._weight)
-        norms = self._update.norms(self._grads)
+        norms = self._update.norms(self._grads, self._weight)
         self._halted.logical_or_(~(norms + self._loss).isfinite())
         alive = (~self._halted).float()
         told = torch.stack([self._loss, norms, self._halted.float()])
         self._told.index_copy_(0, self._place, told[None])
-        self._update.apply(self._grads, norms, alive, self._numbers.index_select(0, self._place)[0])
+        numbers = self._numbers.index_select(0, self._place)[0]
+        self._update.apply(self._grads, self._weight, norms, alive, numbers)
         self._place.add_(1)
 
 
