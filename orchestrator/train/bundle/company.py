@@ -75,6 +75,7 @@ class Company:
                 continue
             rows = [group.names.index(name) for name in names if name in group.names]
             at_most = min(asking[group.names[row]][1] for row in rows)
+            turn_process(group.bundle.members[0])
             try:
                 results = group.bundle.advance(at_most, self.target_s, rows)
             except StackingError as error:
@@ -143,7 +144,7 @@ class Company:
         first = members[0].stepper
         if kind not in self._forwards:
             self._forwards[kind] = Forward(first.job, first.model, first.settings.tier)
-        set_tier(first.model, first.settings.tier)  # on a GPU also the switch of the process
+        turn_process(members[0])
         recorder = None if self.recorder is None else self.recorder()
         return Bundle(members, self._forwards[kind], recorder=recorder, first_new=first_new)
 
@@ -153,6 +154,12 @@ class Company:
         group = self._groups.pop(kind, None)
         if group is not None:
             group.bundle.close()
+
+
+def turn_process(member: Member) -> None:
+    """Set the process's switch between fp32 and tf32 as a trial wants it; there is none on a CPU."""
+    if member.device.type == "cuda":
+        set_tier(member.stepper.model, member.stepper.settings.tier)
 
 
 def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:
