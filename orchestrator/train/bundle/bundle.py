@@ -39,6 +39,8 @@ _TOLERANCE = {Tier.FP32: 1e-3, Tier.TF32: 2e-2, Tier.BF16: 1e-1}
 what the order of sums makes, far below what another loss makes."""
 
 
+NOT_COMPILED = "not compiled"
+"""How the text of a `StackingError` begins where the same trials can be stepped as one without compiling."""
 _NOTHING = Outcomes(losses=[0.0], norms=[0.0], num_done=0, products=[])
 
 
@@ -257,9 +259,9 @@ class Bundle:
         try:
             found, _ = self._forward.pass_over(self._values, batch, self._draws)
         except Exception as error:  # whatever the compiler says
-            raise StackingError(f"not compiled ({type(error).__name__}: {error})".splitlines()[0]) from error
+            raise StackingError(f"{NOT_COMPILED} ({type(error).__name__}: {error})".splitlines()[0]) from error
         if bool(((found - losses).abs() > _TOLERANCE[self._tier] / 50 * losses.abs() + 1e-6).any()):
-            raise StackingError("not compiled: losses differ from those of uncompiled steps")
+            raise StackingError(f"{NOT_COMPILED}: losses differ from those of uncompiled steps")
 
     def _weight_of(self, micro_batch: int) -> float:
         """What the loss sums of micro-batches are multiplied by, so that they add up to the mean of the step."""
