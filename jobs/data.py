@@ -8,7 +8,7 @@ padded, dropped or repeated. Knows nothing of data, devices or processes. Called
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,29 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
-@lru_cache(maxsize=4)
+_KEPT_BYTES = 128 << 20
+_orders: dict[tuple[int, int, int], Indices] = {}
+_lock = Lock()
+
+
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Indices:
-    """The order in which an epoch visits samples 0..num_samples-1; read-only, cached."""
+    """The order in which an epoch visits samples 0..num_samples-1; read-only.
+
+    Kept for whoever asks again, up to `_KEPT_BYTES` and four at least: several trials of one process are at different
+    epochs, and making an order takes far longer than a step of a small model.
+    """
+    key = (seed, epoch, num_samples)
+    with _lock:
+        order = _orders.pop(key, None)
+        if order is None:
+            order = _made_order(seed, epoch, num_samples)
+        _orders[key] = order  # the newest last
+        while len(_orders) > 4 and sum(each.nbytes for each in _orders.values()) > _KEPT_BYTES:
+            del _orders[next(iter(_orders))]
+    return order
+
+
+def _made_order(seed: int, epoch: int, num_samples: int) -> Indices:
     # Sorted raw bits and not Generator.permutation: numpy keeps bit streams the same for ever, but may change the
     # permutation drawn from them, and a resumed epoch must continue in the order in which it began.
     keys = np.random.PCG64([seed, epoch]).random_raw(num_samples)

@@ -25,7 +25,7 @@ from orchestrator.jobs.table import job_info
 from orchestrator.jobs.training import Training
 from orchestrator.share.mechanism import Enforcement, ShareMechanism
 from orchestrator.train.boundary import Boundary
-from orchestrator.train.bundle.company import Company
+from orchestrator.train.bundle.company import Company, turn_process
 from orchestrator.train.bundle.member import Member
 from orchestrator.train.course import Course, Step, Stepped, Wait
 from orchestrator.train.device_fault import is_device_fault
@@ -153,6 +153,8 @@ class Lane:
                 if self.member is not None:
                     self.generators["torch"] = self.member.generator.get_state()
                 restore_generators(self.generators)
+            if self.member is not None:
+                turn_process(self.member)
             try:
                 yield
             finally:

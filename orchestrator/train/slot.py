@@ -112,7 +112,9 @@ def _serve_lanes(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, he
             link.on_news = wake
             link.start(link.attach(replace(hello, slot_id=lane_id)))
             lanes.append(Lane(number, link, Boundary(link, 0, 1, None), shared.lane(number)))
-        company = Company(target_s=STEPS_S, recorder=recorder_for(ranks.device))
+        is_eager, is_compiled = ranks.step_mode is StepMode.EAGER, ranks.step_mode is StepMode.COMPILED
+        recorder = None if is_eager else recorder_for(ranks.device)
+        company = Company(target_s=STEPS_S, recorder=recorder, is_compiled=is_compiled)
         LaneServer(lanes, ranks, shared, _clean(), company, news).serve()
     finally:
         for link in links:

@@ -38,6 +38,7 @@ from orchestrator.train.precision.tiers import set_tier
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.recorder import CudaRecorder
 from orchestrator.train.stepper import Stepper
+from tests.bench.gpu_job import profiled
 from tests.bench.results_file import say
 from tests.unit.orchestrator.train.links import order, settings
 
@@ -122,7 +123,7 @@ def stepper(case: Case, index: int, tier: Tier, mode: StepMode = StepMode.EAGER)
     first = order(Path("unused"))
     assert first.trial is not None
     start = settings(micro_batch=case.batch, tier=tier)
-    trial = replace(first.trial, seed=index, start=start, samples_per_report=1 << 40)
+    trial = replace(first.trial, seed=0, start=start, samples_per_report=1 << 40)  # all trials of a run have its seed
     ranks = Ranks(rank=0, world_size=1, device=DEVICE, step_mode=mode)
     torch.manual_seed(index)
     return Stepper(trial, case.job(index), ranks)
@@ -193,6 +194,7 @@ def fused(case: Case, tier: Tier, how: str, seconds: float) -> dict[str, Any]:
 
     found = rates(step, seconds)
     step_s = whole.step_s or 0.0
+    kernels = kernels_of(whole) if IS_CUDA and how != "eager" else {}
     closing_s = time.perf_counter()
     whole.close()
     synchronize()
@@ -208,7 +210,19 @@ def fused(case: Case, tier: Tier, how: str, seconds: float) -> dict[str, Any]:
         "first_step_s": first_s,
         "close_s": closed_s,
         "one_left_s": time.perf_counter() - again_s,
+        **kernels,
     }
+
+
+def kernels_of(whole: Bundle) -> dict[str, Any]:
+    """What the GPU does in a step: milliseconds and kernels, and the dearest of them in microseconds."""
+    steps: list[int] = []
+    ns, count = profiled(lambda: steps.append(whole.advance(1 << 20, 0.02)[0][0].num_steps))
+    dearest = [
+        [name[:70], ns[name] / steps[0] / 1e3, count[name] / steps[0]] for name in sorted(ns, key=lambda n: -ns[n])
+    ]
+    busy_ms, num_kernels = sum(ns.values()) / steps[0] / 1e6, sum(count.values()) / steps[0]
+    return {"busy_ms": busy_ms, "kernels": num_kernels, "dearest_us": dearest[:14]}
 
 
 def exact(case: Case, how: str, num_steps: int) -> dict[str, Any]:
@@ -286,9 +300,9 @@ def arms(is_small: bool, has_mps: bool) -> list[tuple[str, str, Callable[[], dic
     tier = Tier.BF16 if IS_CUDA else Tier.FP32
     found: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
     num_steps = 10 if is_small else 50
+    found += [(case.name, "fused graph", partial(fused, case, tier, "graph", seconds)) for case in cases]
     found += [(case.name, "exact graph", partial(exact, case, "graph", num_steps)) for case in cases]
-    for how in ("graph", "compiled"):
-        found += [(case.name, f"fused {how}", partial(fused, case, tier, how, seconds)) for case in cases]
+    found += [(case.name, "fused compiled", partial(fused, case, tier, "compiled", seconds)) for case in cases]
     for mode in (StepMode.GRAPH, StepMode.EAGER):
         found += [(case.name, f"separate {mode.value}", partial(separate, case, tier, mode, seconds)) for case in cases]
     found += [(case.name, "fused eager", partial(fused, case, tier, "eager", seconds)) for case in cases]
@@ -304,7 +318,7 @@ def main() -> None:
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-mps", action="store_true")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="words of case and arm, several apart by commas")
     parser.add_argument("--seconds", type=float, default=270.0, help="no arm begins after so many")
     parser.add_argument("--process", nargs=4)
     chosen = parser.parse_args()
@@ -319,7 +333,10 @@ def main() -> None:
     started_s = time.perf_counter()
     for name, arm, measure in arms(is_small, has_mps):
         began_s = time.perf_counter()
-        if chosen.only not in f"{name} {arm}" or began_s - started_s > chosen.seconds:
+        if (
+            not any(words in f"{name} {arm}" for words in chosen.only.split(","))
+            or began_s - started_s > chosen.seconds
+        ):
             continue
         row: dict[str, Any] = {"case": name, "arm": arm, "hardware": hardware, "torch": torch.__version__}
         try:

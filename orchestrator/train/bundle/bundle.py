@@ -31,13 +31,16 @@ MAX_STEPS = 512
 """Steps in a row at most."""
 _FIRST_STEPS = 8
 """The same before it is known how long one takes, and how much its samples are."""
-_MAX_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""Samples of the steps in a row, on the device."""
+_MAX_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
+_MAX_PART = 64
+"""Samples of the steps in a row, on the device; of a GPU one part in so many of its memory at most."""
 _TOLERANCE = {Tier.FP32: 1e-3, Tier.TF32: 2e-2, Tier.BF16: 1e-1}
 """How far the gradient of a member may be from that of the trial alone, relative to its norm, when it enters: far above
 what the order of sums makes, far below what another loss makes."""
 
 
+NOT_COMPILED = "not compiled"
+"""How the text of a `StackingError` begins where the same trials can be stepped as one without compiling."""
 _NOTHING = Outcomes(losses=[0.0], norms=[0.0], num_done=0, products=[])
 
 
@@ -131,6 +134,8 @@ class Bundle:
         self._replays: dict[str, Callable[[], None]] = {}
         self._step_s: float | None = None
         self._step_bytes, self._max_bytes = 0, _MAX_BYTES[device.type]
+        if device.type == "cuda":
+            self._max_bytes = min(self._max_bytes, torch.cuda.get_device_properties(device).total_memory // _MAX_PART)
         try:
             self._compare(first_new)
         except StackingError:
@@ -254,9 +259,9 @@ class Bundle:
         try:
             found, _ = self._forward.pass_over(self._values, batch, self._draws)
         except Exception as error:  # whatever the compiler says
-            raise StackingError(f"not compiled ({type(error).__name__}: {error})".splitlines()[0]) from error
+            raise StackingError(f"{NOT_COMPILED} ({type(error).__name__}: {error})".splitlines()[0]) from error
         if bool(((found - losses).abs() > _TOLERANCE[self._tier] / 50 * losses.abs() + 1e-6).any()):
-            raise StackingError("not compiled: losses differ from those of uncompiled steps")
+            raise StackingError(f"{NOT_COMPILED}: losses differ from those of uncompiled steps")
 
     def _weight_of(self, micro_batch: int) -> float:
         """What the loss sums of micro-batches are multiplied by, so that they add up to the mean of the step."""
@@ -382,14 +387,14 @@ class Bundle:
         """Norms, clipping, update; a row whose loss or gradient is not finite is left as it is from here on."""
         assert self._numbers is not None
         if self._weight != 1.0:
-            self._grads.mul_(self._weight)
             self._loss.mul_(self._weight)
-        norms = self._update.norms(self._grads)
+        norms = self._update.norms(self._grads, self._weight)
         self._halted.logical_or_(~(norms + self._loss).isfinite())
         alive = (~self._halted).float()
         told = torch.stack([self._loss, norms, self._halted.float()])
         self._told.index_copy_(0, self._place, told[None])
-        self._update.apply(self._grads, norms, alive, self._numbers.index_select(0, self._place)[0])
+        numbers = self._numbers.index_select(0, self._place)[0]
+        self._update.apply(self._grads, self._weight, norms, alive, numbers)
         self._place.add_(1)
 
 

@@ -6,18 +6,22 @@ bundle stays as long as its members do: one that waits keeps its row. Called by 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from orchestrator.policies.plan import Settings
-from orchestrator.train.bundle.bundle import Bundle, Recorder, StackingError
+from orchestrator.train.bundle.bundle import NOT_COMPILED, Bundle, Recorder, StackingError
 from orchestrator.train.bundle.forward import Forward
 from orchestrator.train.bundle.kind import kind_of, why_alone
 from orchestrator.train.bundle.member import Member
 from orchestrator.train.course import Stepped
 from orchestrator.train.precision.tiers import set_tier
+
+logger = logging.getLogger(__name__)
 
 STEPS_S = 0.05
 """Seconds that the steps between two boundaries fill: short ones are told of together, and orders wait no longer."""
@@ -41,10 +45,12 @@ class Company:
     Attributes:
         target_s: seconds that the steps between two boundaries shall fill.
         recorder: makes what records the steps of a bundle; None to execute them.
+        is_compiled: whether torch.compile makes the kernels of bundles, as far as it can.
     """
 
     target_s: float = 0.0
     recorder: Callable[[], Recorder] | None = None
+    is_compiled: bool = False
     _groups: dict[Hashable, _Group] = field(default_factory=dict)
     _forwards: dict[Hashable, Forward] = field(default_factory=dict)
     _kinds: dict[Name, tuple[Settings, Hashable]] = field(default_factory=dict)
@@ -75,6 +81,7 @@ class Company:
                 continue
             rows = [group.names.index(name) for name in names if name in group.names]
             at_most = min(asking[group.names[row]][1] for row in rows)
+            turn_process(group.bundle.members[0])
             try:
                 results = group.bundle.advance(at_most, self.target_s, rows)
             except StackingError as error:
@@ -140,12 +147,26 @@ class Company:
         return None
 
     def _bundle(self, kind: Hashable, members: list[Member], first_new: int) -> Bundle:
-        first = members[0].stepper
+        """A bundle of these trials, of compiled kernels where that is asked for and can be."""
         if kind not in self._forwards:
-            self._forwards[kind] = Forward(first.job, first.model, first.settings.tier)
-        set_tier(first.model, first.settings.tier)  # on a GPU also the switch of the process
+            first = members[0].stepper
+            self._forwards[kind] = Forward(first.job, first.model, first.settings.tier, is_compiled=self.is_compiled)
+        forward = self._forwards[kind]
+        turn_process(members[0])
         recorder = None if self.recorder is None else self.recorder()
-        return Bundle(members, self._forwards[kind], recorder=recorder, first_new=first_new)
+        if not forward.is_compiled:
+            return Bundle(members, forward, recorder=recorder, first_new=first_new)
+        # Kernels are made for a number of rows: so there are few such numbers, and some rows are nobody's.
+        num_rows = 1 << (len(members) - 1).bit_length()
+        compiler = partial(torch.compile, dynamic=False)
+        try:
+            return Bundle(members, forward, num_rows=num_rows, recorder=recorder, compile=compiler, first_new=first_new)
+        except StackingError as error:
+            if not str(error).startswith(NOT_COMPILED):
+                raise
+            logger.warning("a bundle is not of compiled kernels: %s", error)
+            forward.is_compiled = False
+            return Bundle(members, forward, recorder=recorder, first_new=first_new)
 
     def _refuse(self, kind: Hashable, reason: str) -> None:
         """Trials of that kind step alone in this process from here on."""
@@ -153,6 +174,12 @@ class Company:
         group = self._groups.pop(kind, None)
         if group is not None:
             group.bundle.close()
+
+
+def turn_process(member: Member) -> None:
+    """Set the process's switch between fp32 and tf32 as a trial wants it; there is none on a CPU."""
+    if member.device.type == "cuda":
+        set_tier(member.stepper.model, member.stepper.settings.tier)
 
 
 def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:

@@ -22,7 +22,7 @@ from orchestrator.jobs.job import LossTerms
 from orchestrator.jobs.training import Training
 from orchestrator.policies.tier import Tier
 from orchestrator.train.bundle.draws import Draws, Folded, set_rates
-from orchestrator.train.precision.half import result_dtype
+from orchestrator.train.bundle.linear import full_linear, half_linear
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.tiers import lowered
 
@@ -169,14 +169,8 @@ def _functional(model: nn.Module, tier: Tier) -> nn.Module:
         base = copy.deepcopy(model)
     for layer in base.modules():
         if isinstance(layer, PrecisionLinear):
-            layer.function = _half if tier is Tier.BF16 else F.linear
+            layer.function = half_linear if tier is Tier.BF16 else full_linear
     for param in base.parameters():
         if param.requires_grad:
             param.data = param.data.new_empty(0)  # never read: the stacked ones take its place
     return base
-
-
-def _half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The products in bf16, in the dtype in which the layer answers alone."""
-    bias_half = None if bias is None else bias.to(torch.bfloat16)
-    return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16), bias_half).to(result_dtype(x))

@@ -72,12 +72,15 @@ class Member:
     Args:
         stepper: the trial; on one rank.
         generator: what its dropout draws from on a CPU, as its own process would.
+
+    Attributes:
+        device: where it is.
     """
 
     def __init__(self, stepper: Stepper, generator: torch.Generator) -> None:
         self.stepper, self.generator = stepper, generator
-        self._device = next(stepper.model.parameters()).device
-        self._ranks = Ranks(rank=0, world_size=1, device=self._device)
+        self.device = next(stepper.model.parameters()).device
+        self._ranks = Ranks(rank=0, world_size=1, device=self.device)
         self._read_ahead: tuple[tuple[int, int], tuple[Tensor, ...]] = ((0, 0), ())
 
     @property
@@ -134,10 +137,10 @@ class Member:
     def _read(self, samples: Indices) -> tuple[Tensor, ...]:
         training, size = self.stepper.job, self.stepper.settings.micro_batch
         if hasattr(training.own, "batch"):  # samples in memory: a batch is one gather, and so are many
-            whole = training.batch(samples, self._device)
+            whole = training.batch(samples, self.device)
             if _is_of(whole, len(samples)):
                 return tuple(part.reshape(-1, size, *part.shape[1:]) for part in whole)
-        parts = [training.batch(samples[i : i + size].tolist(), self._device) for i in range(0, len(samples), size)]
+        parts = [training.batch(samples[i : i + size].tolist(), self.device) for i in range(0, len(samples), size)]
         if not all(_is_of(part, None) for part in parts):
             raise TypeError("its batches are no tuples of tensors")
         return tuple(torch.stack(same) for same in zip(*parts, strict=True))

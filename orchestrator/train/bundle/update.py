@@ -70,22 +70,23 @@ class Update:
         beta1, beta2 = group["betas"]
         return [float(each) for each in (group["lr"], group["weight_decay"], beta1, beta2, group["eps"])]
 
-    def norms(self, grads: Tensor) -> Tensor:
+    def norms(self, grads: Tensor, weight: float) -> Tensor:
         """The norm of each row's gradient, before it is clipped, (K,)."""
         norms: Tensor = torch.linalg.vector_norm(grads, dim=1)
-        return norms
+        return norms * weight
 
-    def apply(self, grads: Tensor, norms: Tensor, alive: Tensor, numbers: Tensor) -> None:
+    def apply(self, grads: Tensor, weight: float, norms: Tensor, alive: Tensor, numbers: Tensor) -> None:
         """Clip and update rows that are alive.
 
         Args:
-            grads: (K, N); used up.
-            norms: of its rows.
+            grads: (K, N), to be multiplied by `weight`; used up.
+            weight: makes means of sums.
+            norms: of its rows, weighted.
             alive: 1.0 or 0.0 for each row.
             numbers: (groups, numbers, K).
         """
         stacked = self._stacked
-        self._clipped(grads, norms, alive, self._clip.norms, self._clip.values)
+        self._clipped(grads, weight, norms, alive, self._clip)
         stacked.steps.add_(alive)
         for index, group in enumerate(stacked.groups):
             part = slice(group.begin, group.end)
@@ -104,14 +105,17 @@ def _limits(limits: Sequence[float | None], device: torch.device) -> Tensor | No
     return torch.tensor([float("inf") if limit is None else limit for limit in limits], device=device)
 
 
-def _clipped(grads: Tensor, norms: Tensor, alive: Tensor, max_norms: Tensor | None, max_values: Tensor | None) -> None:
-    """Clip rows in place, and put zeros where a row is not alive."""
-    if max_values is not None:
-        grads.copy_(torch.minimum(torch.maximum(grads, -max_values[:, None]), max_values[:, None]))
-        norms = torch.linalg.vector_norm(grads, dim=1)
-    factor = alive if max_norms is None else alive * torch.clamp(max_norms / (norms + 1e-6), max=1.0)
-    # Not a product alone: zero times a gradient that is not finite would be none.
-    grads.copy_(torch.where(alive[:, None] > 0, grads * factor[:, None], 0.0))
+def _clipped(grads: Tensor, weight: float, norms: Tensor, alive: Tensor, clip: Clip) -> None:
+    """Weigh and clip rows in place, and put zeros where a row is not alive."""
+    if clip.values is not None:
+        limits = clip.values[:, None] / weight
+        grads.copy_(torch.minimum(torch.maximum(grads, -limits), limits))
+        norms = torch.linalg.vector_norm(grads, dim=1) * weight
+    factor = torch.full_like(norms, weight)
+    if clip.norms is not None:
+        factor = factor * torch.clamp(clip.norms / (norms + 1e-6), max=1.0)
+    # Not a product with zero: of a gradient that is not finite that would be none.
+    grads.mul_(factor[:, None]).masked_fill_(alive[:, None] == 0, 0.0)
 
 
 def _sgd(
@@ -145,5 +149,8 @@ def _adam(
     first.lerp_(grads, (1.0 - beta1) * is_alive)
     second.lerp_(grads * grads, (1.0 - beta2) * is_alive)
     rate = is_alive * lr / (1.0 - beta1**count)
-    root = second.sqrt().div_((1.0 - beta2**count).sqrt()).add_(eps)
-    values.addcdiv_(first * -rate, root)
+    moves = rate > 0
+    # What is divided by has the rate in it, for one pass over all parameters less; infinite where nothing shall move.
+    scale = torch.where(moves, 1.0 / (rate * (1.0 - beta2**count).sqrt()), 0.0)
+    shift = torch.where(moves, eps / rate, float("inf"))
+    values.addcdiv_(first, torch.addcmul(shift, second.sqrt(), scale), value=-1.0)

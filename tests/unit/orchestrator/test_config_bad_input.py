@@ -360,7 +360,7 @@ KEYS = [
     for section, keys in {
         "search": ["num_trials", "max_concurrent", "scheduler", "space"],
         "trial": ["samples_per_report", "max_reports", "num_workers", "micro_batch", "grad_accum", "share"],
-        "slots": ["idle_close_s", "restart_budget", "open_timeout_s"],
+        "slots": ["idle_close_s", "restart_budget", "open_timeout_s", "lanes"],
         "telemetry": ["send_period_s", "stale_after_s"],
         "policy": ["period_s", "deadline_s", "params", "name"],
         "cluster": ["address", "num_cpus"],

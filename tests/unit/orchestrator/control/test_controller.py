@@ -225,6 +225,22 @@ def test_ranks_that_lost_each_other_fail_the_trial_with_the_reason_of_the_one_th
     assert world.held() == 0.0
 
 
+def test_lanes_of_a_process_close_together(world: World) -> None:
+    first, second, other = (world.attach(slot_id) for slot_id in ("slot-0.0", "slot-0.1", "slot-1.0"))
+    world.controller.submit(T0, {})
+    world.decide()
+    first.obey()
+    world.clock.advance(61.0)
+    world.controller.close_idle_slots()
+    told = [order.op for order in (worker.order() for worker in (first, second, other)) if order is not None]
+    assert told == [SlotOp.RUN, SlotOp.IDLE, SlotOp.CLOSE]
+    world.controller.finish("slot-0.0", first.epoch, (T0, 0), Outcome(status=Status.DONE, step=5, num_samples=40))
+    world.clock.advance(61.0)
+    world.controller.close_idle_slots()
+    told = [order.op for order in (worker.order() for worker in (first, second)) if order is not None]
+    assert told == [SlotOp.CLOSE, SlotOp.CLOSE]
+
+
 def test_a_slot_idle_for_long_is_closed_and_wanted_again_when_trials_wait(world: World) -> None:
     worker = world.attach("slot-0")
     world.controller.close_idle_slots()

@@ -50,12 +50,14 @@ def first_order(directory: Path, index: int, **changes: object) -> SlotOrder:
     return replace(made, trial=replace(made.trial, trial_id=TrialId(f"t{index}"), params=params))
 
 
-def serve(scripts: list[LaneScript], share: FakeShare | None = None, target_s: float = 0.0) -> None:
-    shared = Shared(share or FakeShare())
+def serve(
+    scripts: list[LaneScript], share: FakeShare | None = None, target_s: float = 0.0, *, is_compiled: bool = False
+) -> None:
+    shared, company = Shared(share or FakeShare()), Company(target_s=target_s, is_compiled=is_compiled)
     lanes = [
         Lane(number, script, Boundary(script, 0, 1, None), shared.lane(number)) for number, script in enumerate(scripts)
     ]
-    LaneServer(lanes, ONE_RANK, shared, ProcessState.capture(), Company(target_s=target_s), threading.Event()).serve()
+    LaneServer(lanes, ONE_RANK, shared, ProcessState.capture(), company, threading.Event()).serve()
 
 
 def alone(directory: Path, index: int, *changes: tuple[int, Callable[[SlotOrder], SlotOrder]]) -> Script:
@@ -172,6 +174,16 @@ def test_one_that_cannot_be_stacked_steps_alone_and_says_why(tmp_path: Path) -> 
     assert "steps alone: tier tf32 is computed by functions of its own on cpu" in logs[0]
     assert all("in a bundle" in log and "steps alone" not in log for log in logs[1:])  # another data seed may differ
     assert metrics(scripts[1]) == pytest.approx(metrics(alone(tmp_path / "alone", 1)), rel=1e-5)
+
+
+def test_compiled_bundles_have_rows_to_spare_and_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling itself is left out: what is traced for it runs as it is."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in range(3)]
+    scripts[0].at(7, lambda now: replace(now, stop=StopMode.DISCARD))
+    serve(scripts, is_compiled=True)
+    for index in (1, 2):
+        assert metrics(scripts[index]) == pytest.approx(metrics(alone(tmp_path / "alone", index)), rel=1e-5)
 
 
 def test_many_short_steps_are_told_of_in_one_record(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.policies.tier import Tier
 from orchestrator.train import manifest
@@ -265,3 +266,32 @@ def test_members_that_wait_stay_as_they_are_while_the_others_go_on() -> None:
         assert torch.equal(weights(members[number % 3].stepper), before)
     for found, wanted in zip(losses, expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what reaches the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_members_are_one_call_of_each_product_and_attention() -> None:
+    """A loop over members, as vmap falls back to one, would multiply these; it also warns, which is an error here."""
+    counts = []
+    for num_members in (2, 5):
+        members = [member(Tokens(**OWN[i % 3]), seed=i) for i in range(num_members)]
+        whole = bundle(members)
+        with Counted() as counted:
+            whole.advance()
+        names = counted.names
+        wanted = ("baddbmm", "bmm", "dot_product", "embedding_dense_backward", "layer_norm", "lerp_", "index_put")
+        counts.append([sum(word in name for name in names) for word in wanted])
+    assert counts[0] == counts[1]
+    assert counts[0] == [1, 6, 2, 1, 2, 4, 0]
