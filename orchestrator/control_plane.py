@@ -44,6 +44,7 @@ class ControlPlane:
     """Policy actor and slots of one start of a run, in the cluster this process is connected to.
 
     `is_foreign` says that the search is the user's own: what the run file says of a scheduler is nothing to it.
+    `retries_all` says that every trial that failed is tried again, not those alone that failed for reasons outside.
 
     Attributes:
         spec: the controller's view of the run.
@@ -51,9 +52,11 @@ class ControlPlane:
         policy: handle of the actor, once open.
     """
 
-    def __init__(self, resolved: ResolvedRun, run_dir: Path, *, is_foreign: bool = False) -> None:
+    def __init__(
+        self, resolved: ResolvedRun, run_dir: Path, *, is_foreign: bool = False, retries_all: bool = False
+    ) -> None:
         self._config, self._run_dir = resolved.config, run_dir
-        self.spec = run_spec(resolved)
+        self.spec, self._retries_all = run_spec(resolved), retries_all
         if is_foreign:
             self.spec = dataclasses.replace(self.spec, stop_rule=None)
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
@@ -80,7 +83,7 @@ class ControlPlane:
         slot_spec = self.slot_spec()
         if not self._config.cluster.autoscale:
             require_room(slot_spec, self._nodes_to_come())
-        self.policy = start_actor(self.spec, self.namespace)
+        self.policy = start_actor(self.spec, self.namespace, retries_all=self._retries_all)
         if is_waiting:
             importlib.import_module("ray.train.torch")  # two threads importing it at once break it
         else:
@@ -271,7 +274,7 @@ class ControlPlane:
         )
 
 
-def start_actor(spec: Any, namespace: str) -> Any:
+def start_actor(spec: Any, namespace: str, *, retries_all: bool = False) -> Any:
     """The policy actor of a run: named, detached, restarted when it dies, on the head node where the journal is."""
     from orchestrator.control.actor import PolicyActor
 
@@ -287,7 +290,7 @@ def start_actor(spec: Any, namespace: str) -> Any:
             max_task_retries=-1,
             max_concurrency=1000,
         )
-        .remote(spec, namespace)
+        .remote(spec, namespace, retries_all=retries_all)
     )
 
 

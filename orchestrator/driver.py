@@ -10,8 +10,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -42,6 +43,7 @@ from orchestrator.view.failures import common_error
 from orchestrator.view.report import failure_line, render_broken_off
 from orchestrator.view.report import render as render_report
 from orchestrator.view.terminal import LiveView, read_status
+from orchestrator.view.text import dicts
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +72,11 @@ def start(resolved: ResolvedRun, *, plain: bool | None = None, is_quiet: bool = 
     return _drive(resolved, resolved.run_dir, plain=plain, is_quiet=is_quiet)
 
 
-def _drive(resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet: bool = False) -> int:
+def _drive(
+    resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet: bool = False, retries_all: bool = False
+) -> int:
     """One start of a run, with output that lasts and signals that are taken from the first moment on."""
-    driver = _Driver(resolved, run_dir)
+    driver = _Driver(resolved, run_dir, retries_all=retries_all)
     with driver.interrupts.taken(), lasting_output(run_dir / LOG_NAME, is_quiet=is_quiet) as screen:
         try:
             code = driver.execute(plain)
@@ -89,8 +93,10 @@ def _drive(resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet
     return code
 
 
-def resume(run_dir: Path, *, plain: bool | None = None) -> int:
+def resume(run_dir: Path, *, plain: bool | None = None, retries_all: bool = False) -> int:
     """Take up an interrupted run where its journal left it; returns the exit code.
+
+    Trials that failed for reasons outside of them are tried again, with `retries_all` every one that failed.
 
     Raises:
         ConfigError: there is nothing to resume.
@@ -99,13 +105,26 @@ def resume(run_dir: Path, *, plain: bool | None = None) -> int:
     if not (run_dir / RUN_FILE).exists() and not run_dir.joinpath(*BEGUN_FILE).exists():
         raise ConfigError(f"{run_dir} holds no run.yaml and is no run directory; see: orchestrator list")
     if status is not None and status.get("state") == "done":
-        raise ConfigError(f"the run in {run_dir} is done; nothing to resume")
+        require_retries(status, run_dir, retries_all=retries_all)
     require_history(run_dir)
     resolved = load_begun(run_dir)
     require_fit(resolved, is_new=False)
     require_policy(resolved)
     (run_dir / "control" / "stop").unlink(missing_ok=True)
-    return _drive(resolved, run_dir, plain=plain)
+    return _drive(resolved, run_dir, plain=plain, retries_all=retries_all)
+
+
+def require_retries(status: Mapping[str, Any], run_dir: Path, *, retries_all: bool) -> None:
+    """Refuse to go on with a run that is done and has no trial to try again.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    failed = [trial for trial in dicts(status.get("trials")) if trial.get("state") == "failed"]
+    if any(retries_all or trial.get("cause") for trial in failed):
+        return
+    hint = f"; of its trials {len(failed)} failed by themselves: `--retry-failed` tries them again" if failed else ""
+    raise ConfigError(f"the run in {run_dir} is done; nothing to resume{hint}")
 
 
 def _load_torch() -> None:
@@ -139,11 +158,11 @@ class _Driver:
         is_stuck: whether Ray had to be ended the hard way.
     """
 
-    def __init__(self, resolved: ResolvedRun, run_dir: Path) -> None:
+    def __init__(self, resolved: ResolvedRun, run_dir: Path, *, retries_all: bool = False) -> None:
         resolved = within_quota(resolved)
         self._resolved, self._run_dir = resolved, run_dir
         self._config = resolved.config
-        self._plane = ControlPlane(resolved, run_dir)
+        self._plane = ControlPlane(resolved, run_dir, retries_all=retries_all)
         uses_gpus = self._config.devices.use != "cpu"
         self._ray = RayCluster(self._config.cluster, self._plane.namespace, run_dir, uses_gpus=uses_gpus)
         self.interrupts, self.is_stuck = Interrupts(), False

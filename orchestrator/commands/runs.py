@@ -97,16 +97,21 @@ def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float) ->
     return 1
 
 
-@click.command(epilog="\b\nExample:\n  orchestrator resume demo")
+@click.command(epilog="\b\nExamples:\n  orchestrator resume demo\n  orchestrator resume demo --retry-failed")
 @run_argument
 @storage_option
 @click.option("--plain", is_flag=True, help="One line every few seconds instead of the live table.")
-def resume(run: str, storage: Path, plain: bool) -> int:
-    """Go on with RUN from its last checkpoints; finished trials are not run again."""
+@click.option("--retry-failed", is_flag=True, help="Try every trial again that failed, whatever the reason.")
+def resume(run: str, storage: Path, plain: bool, retry_failed: bool) -> int:
+    """Go on with RUN from its last checkpoints; trials that ended well are not run again.
+
+    A trial that failed for a reason outside of it (memory, disk, a damaged checkpoint, a device, processes that died)
+    is tried again.
+    """
     run_dir = opened(run, storage, may_be_new=True)
     from orchestrator.driver import resume as resume_run
 
-    return int(resume_run(run_dir, plain=plain or None))
+    return int(resume_run(run_dir, plain=plain or None, retries_all=retry_failed))
 
 
 TABLE: dict[str, click.Command] = {"list": list_, "watch": watch, "stop": stop, "resume": resume}

@@ -43,14 +43,14 @@ _HELD_BACK_S = 0.5
 class PolicyActor:
     """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.driver`."""
 
-    def __init__(self, spec: RunSpec, start_id: str) -> None:
+    def __init__(self, spec: RunSpec, start_id: str, *, retries_all: bool = False) -> None:
         logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
         log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("orchestrator").addHandler(log)
         self._clock = SystemClock()
         self._controller = Controller(spec, self._clock, incarnation=uuid.uuid4().hex[:8])
-        self._controller.begin(start_id)
+        self._controller.begin(start_id, retries_all=retries_all)
         self._policy = build_policy(spec.policy, spec.policy_params)
         self._deadline_s, self._period_s = spec.deadline_s, spec.period_s
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")

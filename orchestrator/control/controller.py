@@ -20,6 +20,7 @@ from orchestrator.control.admission import Admission
 from orchestrator.control.checks import ShareChecks
 from orchestrator.control.engine import Engine
 from orchestrator.control.events import Event
+from orchestrator.control.fault_events import CommitDamaged
 from orchestrator.control.nodes import NodeView
 from orchestrator.control.orders import (
     Ack,
@@ -70,11 +71,12 @@ class Controller:
         self.checks = ShareChecks(self.world, self.run)
         self._last_refusal = ""
 
-    def begin(self, start_id: str) -> None:
+    def begin(self, start_id: str, *, retries_all: bool = False) -> None:
         """Write the head of a new journal, or take up what an existing one says.
 
         A `start_id` that the journal knows means that only the actor was restarted; otherwise the whole run is started
-        anew and the worker groups of the journal are gone.
+        anew: the worker groups of the journal are gone, and trials that failed for reasons outside of them (with
+        `retries_all` every one that failed) are tried again.
         """
         spec = self.run.spec
         if not self.engine.recover():
@@ -82,7 +84,9 @@ class Controller:
             self.engine.emit(head)
         else:
             is_new = start_id not in self.run.start_ids
-            self.engine.emit(ev.Recovered(start_id=start_id, are_workers_gone=is_new, schema=ev.SCHEMA_VERSION))
+            again = departures.retried(self.run, is_every_one=retries_all) if is_new else []
+            here = ev.Recovered(start_id=start_id, are_workers_gone=is_new, schema=ev.SCHEMA_VERSION)
+            self.engine.emit(here, *again)
         self.engine.sync()
 
     # The search.
@@ -370,6 +374,10 @@ class Controller:
             self.engine.emit(sig.TiersFound(trial_id=trial.trial_id, report=tiers))
         for mode in events.modes:
             self.engine.emit(sig.StepModeFound(trial_id=trial.trial_id, found=mode))
+        for found in events.fallbacks:
+            damage = CommitDamaged(trial_id=trial.trial_id, attempt=trial.attempt, **asdict(found))
+            if "damage" not in trial.notes:
+                self.engine.emit(damage)
         for dials in events.dials:
             if trial.allows != dials:
                 values = {each.name: getattr(dials, each.name) for each in fields(dials)}

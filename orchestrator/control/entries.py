@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Any, NewType, get_args, get_origin, get_type_hints
 
 from orchestrator.control import events as ev
+from orchestrator.control import fault_events as fev
 from orchestrator.control.events import IN_JOURNAL, LEFT_OUT, RAW, SCHEMA_VERSION, SPARSE, Event, Recovered, RunBegan
 from orchestrator.errors import JournalError
 from orchestrator.policies.codec import settings_from, to_jsonable
@@ -50,6 +51,8 @@ EVENTS: dict[str, type[Event]] = {
         ev.ShareChecked,
         ev.GainRealised,
         ev.RunEnded,
+        fev.CommitDamaged,
+        fev.TrialRetried,
     )
 }
 """The class of each kind of entry."""

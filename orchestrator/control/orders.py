@@ -268,11 +268,33 @@ class Resumption:
     num_samples: int = 0
 
 
+class Cause(StrEnum):
+    """Why a trial failed, where the reason lies outside of it: `resume` tries such a trial again."""
+
+    OWN = ""  # its own, or nobody knows
+    MEMORY = "memory"
+    DISK = "disk"
+    DAMAGE = "damage"  # of its checkpoints
+    DEVICE = "device"
+    PROCESS = "process"  # its worker groups died under it
+    NO_SLOT = "no slot"  # none opened
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallback:
+    """An attempt went on from the commit of `step`, because the one it was given is damaged."""
+
+    checkpoint: str
+    step: int
+    num_steps: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How an attempt ended, as one rank saw it.
 
-    `checkpoint` is set when it was interrupted after a commit, `settings` when it shall begin again with other dials.
+    `checkpoint` is set when it was interrupted after a commit, `settings` when it shall begin again with other dials,
+    `cause` when it failed for a reason outside of it.
     """
 
     status: Status
@@ -281,6 +303,7 @@ class Outcome:
     reason: str = ""
     checkpoint: str | None = None
     settings: Settings | None = None
+    cause: Cause = Cause.OWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,10 +317,20 @@ class Events:
     tiers: tuple[TierReport, ...] = ()
     modes: tuple[StepModeView, ...] = ()
     dials: tuple[DialReport, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
     records: tuple[bytes, ...] = field(default=())
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        told = (self.acks, self.overrides, self.reports, self.tiers, self.modes, self.dials, self.records)
+        told = (
+            self.acks,
+            self.overrides,
+            self.reports,
+            self.tiers,
+            self.modes,
+            self.dials,
+            self.fallbacks,
+            self.records,
+        )
         return not any(told)

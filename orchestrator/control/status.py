@@ -175,6 +175,8 @@ class StatusWriter:
             "off": dict(trial.off),
             "log_path": str(Path(spec.run_dir) / "trials" / trial.trial_id / "log.txt"),
             "error": trial.reason if trial.state is TrialState.FAILED else None,
+            "cause": trial.cause.value or None,
+            "notes": [trial.notes[kind] for kind in sorted(trial.notes)],
             "params": trial.params,
         }
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.control import events as ev
+from orchestrator.control import fault_changes as faults
+from orchestrator.control import fault_events as fev
 from orchestrator.control import shared_changes as shared
 from orchestrator.control import signals as sig
 from orchestrator.control import trial_changes as trials
@@ -61,6 +63,8 @@ _RULES: dict[type[Event], tuple[Refusal, Change]] = {
     ev.Reported: (trials.refuse_report, trials.report),
     ev.CommitPinned: (trials.refuse_pin, trials.pin),
     ev.ReportTold: (trials.refuse_unknown, trials.tell),
+    fev.CommitDamaged: (trials.refuse_ended, faults.note_damage),
+    fev.TrialRetried: (faults.refuse_retry, faults.retry),
     sig.ReportToldAgain: (trials.refuse_unknown, trials.tell),
     sig.ReportWanted: (trials.refuse_unknown, trials.want_report),
     sig.TrialReleased: (trials.refuse_unknown, trials.release),

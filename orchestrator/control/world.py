@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.control.gain import GainMean, Measurement, Pace
 from orchestrator.control.grants import Account
-from orchestrator.control.orders import DialReport, Outcome, Report, Resumption, SlotHello, StopMode
+from orchestrator.control.orders import Cause, DialReport, Outcome, Report, Resumption, SlotHello, StopMode
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.rungs import Rungs
 from orchestrator.control.spec import RunSpec
@@ -169,6 +169,8 @@ class Trial:
         pace: its pace before it left for another slot, and the gain that was predicted.
         measurement: the change of dials whose gain is being measured.
         checks: the newest check of each kind of its share.
+        cause: why it failed, where the reason lies outside of it.
+        notes: what is amiss with it now, or was in this attempt, by kind: damage, room, silence.
     """
 
     run_id: str
@@ -217,6 +219,8 @@ class Trial:
     pace: tuple[Pace, float | None] | None = None
     measurement: Measurement | None = None
     checks: dict[Subject, Check] = field(default_factory=dict)
+    cause: Cause = Cause.OWN
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> TrialKey:

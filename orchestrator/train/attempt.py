@@ -17,6 +17,7 @@ from typing import Protocol
 from orchestrator.control.orders import (
     Ack,
     DialReport,
+    Fallback,
     Grant,
     Outcome,
     OverrideReport,
@@ -33,6 +34,7 @@ from orchestrator.train import best
 from orchestrator.train.batch.guard import Move
 from orchestrator.train.best import Best
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.commit_directory import step_of
 from orchestrator.train.dials.dial import Dial, limits_of, reasons_off, turn
 from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Link, Outbox
@@ -126,6 +128,15 @@ class Attempt:
     def outbox(self) -> Outbox:
         """Where messages to the policy actor are put."""
         return self._link.outbox
+
+    def resumed(self, driver: Driver) -> None:
+        """Say so where the driver went on from an older commit than it was given, because that one is damaged."""
+        assert self.trial.resume_from is not None
+        wanted, (step, _) = step_of(Path(self.trial.resume_from)), driver.progress
+        logger.info("resumed from %s at step %d", self.trial.resume_from, step)
+        if self.speaks and wanted is not None and step < wanted:
+            fallback = Fallback(checkpoint=self.trial.resume_from, step=step, num_steps=wanted - step)
+            self._link.outbox.add_fallback(fallback)
 
     def cross(self, driver: Driver) -> float:
         """Follow a new order from here on, between two steps; returns the seconds that took."""

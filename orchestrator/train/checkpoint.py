@@ -19,7 +19,6 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 import warnings
@@ -38,16 +37,25 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, DamagedError
 from orchestrator.train import best, flat_state, manifest, objects
+from orchestrator.train.commit_directory import (
+    UNFINISHED_NAME,
+    commits_in,
+    newest,
+    newest_whole,
+    step_of,
+    verified,
+    verify,
+)
 from orchestrator.train.fsdp import local_part
 from orchestrator.train.manifest import FileEntry, Manifest
+
+__all__ = ["KEEP_COMMITS", "commit", "commit_files", "load", "newest", "newest_whole", "step_of", "verified", "verify"]
 
 KEEP_COMMITS = 2
 """Commits kept beside the best one: the newest, and the one before in case the newest turns out damaged."""
 
-_COMMIT_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
-_UNFINISHED_NAME = re.compile(_COMMIT_NAME.pattern + r"\.(tmp|old)-[0-9a-f]+")
 # DCP names its files `__<rank>_<number>.distcp`; generator state follows as `rng_rank<rank>.pt`.
 _TENSOR_FILES = "__{rank}_*.distcp"
 _RNG_FILE = "rng_rank{rank}.pt"
@@ -75,12 +83,14 @@ class _Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def agree(self, what: str, problem: str | None, value: object = None) -> list[Any]:
+    def agree(
+        self, what: str, problem: str | None, value: object = None, error: type[CheckpointError] = CheckpointError
+    ) -> list[Any]:
         """`value` of every rank, or the same error on every rank where any had a problem: none may go on alone."""
         answers = self.gather((problem, value))
         found = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text is not None]
         if found:
-            raise CheckpointError(f"{what}: {'; '.join(found)}")
+            raise error(f"{what}: {'; '.join(found)}")
         return [given for _, given in answers]
 
 
@@ -237,7 +247,8 @@ def load(
         The `extra` of the commit, with its `objects`; those of rank 0 where it has none of this rank.
 
     Raises:
-        CheckpointError: on every rank, if the commit and all before it are damaged, or it does not fit.
+        CheckpointError: on every rank, if it does not fit.
+        DamagedError: on every rank, if the commit and all before it are damaged.
     """
     ranks = _Ranks(rank, world_size, group)
     what = f"cannot load {path}"
@@ -246,7 +257,7 @@ def load(
         chosen = newest_whole(path) if rank == 0 else None
     except CheckpointError as error:
         problem = str(error)
-    path, record = ranks.agree(what, problem, chosen)[0]
+    path, record = ranks.agree(what, problem, chosen, DamagedError)[0]
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict[str, Any]] = {}
     found: dict[str, Any] = {}
@@ -265,45 +276,6 @@ def load(
         problem = f"{type(error).__name__}: {error}"
     ranks.agree(what, problem)
     return {**record.extra, **({"objects": found} if found else {})}
-
-
-def verify(path: Path) -> list[str]:
-    """What is wrong with the commit in `path`; empty where nothing is. Unpickles nothing."""
-    try:
-        verified(path)
-    except CheckpointError as error:
-        return [str(error)]
-    return []
-
-
-def newest(directory: Path) -> Path | None:
-    """The newest commit in `directory`, whole or not; None where there is none."""
-    return max(_commits(directory), default=(0, None))[1]
-
-
-def newest_whole(path: Path) -> tuple[Path, Manifest]:
-    """The commit in `path`, or the newest before it that verifies, with a warning that says what that costs.
-
-    Raises:
-        CheckpointError: there is none; its text is that of `path` itself.
-    """
-    try:
-        return path, verified(path)
-    except CheckpointError as damage:
-        match = _COMMIT_NAME.fullmatch(path.name)
-        step = int(match.group(1)) if match is not None else -1
-        for older, candidate in sorted(_commits(path.parent), reverse=True):
-            if older >= step:
-                continue
-            try:
-                record = verified(candidate)
-            except CheckpointError as error:
-                _log.warning("checkpoint.damaged %s is skipped: %s", candidate, error)
-                continue
-            cost = f"{step - older} step{'s' * (step - older != 1)}"
-            _log.warning("checkpoint.damaged %s; going on from %s, %s are done again", damage, candidate, cost)
-            return candidate, record
-        raise
 
 
 @contextmanager
@@ -403,43 +375,17 @@ def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:
 def _clear_away(final: Path, step: int) -> None:
     """Remove unfinished commits, commits of later steps, and all but the newest `KEEP_COMMITS` and the best one."""
     directory = final.parent
-    commits = sorted(_commits(directory), reverse=True)
+    commits = sorted(commits_in(directory), reverse=True)
     behind = [path for number, path in commits if number <= step]
     found = best.read(directory)
     kept = {*behind[:KEEP_COMMITS], *(path for path in behind if found is not None and path.name == found.commit)}
-    unfinished = [path for path in directory.iterdir() if _UNFINISHED_NAME.fullmatch(path.name)]
+    unfinished = [path for path in directory.iterdir() if UNFINISHED_NAME.fullmatch(path.name)]
     for path in [*(path for _, path in commits if path not in kept), *unfinished]:
         try:
             shutil.rmtree(path)
         except OSError as error:
             # The commit itself is safe; the next one tries again.
             _log.warning("checkpoint.not_removed %s: %s", path, error)
-
-
-def _commits(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of everything in `directory` that is named like a commit."""
-    if not directory.is_dir():
-        return []
-    found = ((_COMMIT_NAME.fullmatch(path.name), path) for path in directory.iterdir())
-    return [(int(match.group(1)), path) for match, path in found if match is not None]
-
-
-def verified(path: Path) -> Manifest:
-    """The manifest of the commit in `path`, once every file has been found to be as it says.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    match = _COMMIT_NAME.fullmatch(path.name)
-    if match is None:
-        raise CheckpointError(f"{path} is not named like a commit; allowed: step-<n>, as `commit` names it")
-    record = manifest.read(path)
-    problems = manifest.problems_of(path, record)
-    if record.step != int(match.group(1)):
-        problems.append(f"the manifest is of step {record.step}")
-    if problems:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}; use an older commit")
-    return record
 
 
 def _restore_generators(path: Path, record: Manifest, rank: int) -> None:

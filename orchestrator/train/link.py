@@ -12,7 +12,17 @@ from typing import Protocol
 
 import numpy as np
 
-from orchestrator.control.orders import Ack, DialReport, Events, Outcome, OverrideReport, Report, SlotOrder, TierReport
+from orchestrator.control.orders import (
+    Ack,
+    DialReport,
+    Events,
+    Fallback,
+    Outcome,
+    OverrideReport,
+    Report,
+    SlotOrder,
+    TierReport,
+)
 from orchestrator.policies.snapshot import StepModeView
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
 
@@ -68,6 +78,7 @@ class Outbox:
         self._tiers: list[TierReport] = []
         self._modes: list[StepModeView] = []
         self._dials: list[DialReport] = []
+        self._fallbacks: list[Fallback] = []
         self._num_taken = 0
         self.num_dropped = 0
 
@@ -111,6 +122,11 @@ class Outbox:
             self._dials = [report]
         self._filled.set()
 
+    def add_fallback(self, fallback: Fallback) -> None:
+        """Append that a commit was damaged."""
+        with self._lock:
+            self._fallbacks.append(fallback)
+
     def add_mode(self, measured: StepModeView) -> None:
         """Tell which step mode some dials have; it goes with the next message."""
         with self._lock:
@@ -140,10 +156,11 @@ class Outbox:
                 tiers=tuple(self._tiers),
                 modes=tuple(self._modes),
                 dials=tuple(self._dials),
+                fallbacks=tuple(self._fallbacks),
                 records=tuple(records),
             )
             self._full, self._num_rows = [], 0
             self._acks, self._overrides, self._reports, self._tiers = [], [], [], []
-            self._modes, self._dials = [], []
+            self._modes, self._dials, self._fallbacks = [], [], []
             self._num_taken += 1
             return events

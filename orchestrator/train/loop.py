@@ -79,7 +79,7 @@ class TrialLoop:
             extra = stepper.resume(Path(self._trial.resume_from))
             attempt.num_reports = max(attempt.num_reports, int(extra["num_reports"]))
             watch.guard.restore(extra.get("guard"))
-            logger.info("resumed from %s at step %d", self._trial.resume_from, stepper.step_index)
+            attempt.resumed(self)
         self._tell_dials()
         attempt.follow(None, self)
         if not attempt.wait_until(lambda: attempt.grant is not None, self):

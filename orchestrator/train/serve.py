@@ -24,6 +24,7 @@ from orchestrator.policies.plan import TrialId
 from orchestrator.share import ShareMechanism
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.causes import cause_of
 from orchestrator.train.device_fault import is_device_fault
 from orchestrator.train.function.driver import FunctionDriver
 from orchestrator.train.function.workplace import logged_to
@@ -185,4 +186,4 @@ def _status_after(error: Exception) -> Outcome:
         return Outcome(status=Status.MEMORY, step=0, num_samples=0, settings=error.settings)
     if is_out_of_memory(error):
         return Outcome(status=Status.MEMORY, step=0, num_samples=0)
-    return Outcome(status=Status.FAILED, step=0, num_samples=0)
+    return Outcome(status=Status.FAILED, step=0, num_samples=0, cause=cause_of(error))

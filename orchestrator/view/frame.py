@@ -149,7 +149,7 @@ def plain_line(status: Mapping[str, object], now_s: float) -> str:
                 f"{clean(trial.get('trial_id'))} step {show_count(trial.get('step'))}"
                 f" loss {show_number(trial.get('loss'))}{metric} {rate} share {show_number(trial.get('share'), 2)}"
                 f" ({_enforced(trial)}){_checked(trial)} batch {_batch(trial)} {_tier(trial)}{_tier_layers(trial)}"
-                f" left {show_seconds(trial.get('time_left_s'))}{_prefixed(_decision(trial))}"
+                f" left {show_seconds(trial.get('time_left_s'))}{_prefixed(_notes(trial))}{_prefixed(_decision(trial))}"
             )
     for device in dicts(status.get("devices")):
         parts.append(
@@ -252,7 +252,16 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     mode = trial.get("step_mode")
     steps = f"{mode} steps" if mode in {"graph", "compiled"} else ""
     waits = "waits at its rung for others" if trial.get("waits_at_rung") is True else ""
-    texts = (metric, _held(trial, shown.unit), steps, _resize(trial), waits, _off(trial), _decision(trial))
+    texts = (
+        _notes(trial),
+        metric,
+        _held(trial, shown.unit),
+        steps,
+        _resize(trial),
+        waits,
+        _off(trial),
+        _decision(trial),
+    )
     details = "; ".join(text for text in texts if text)
     if width >= WIDE:
         return [_line(f"{row}  {details}", Role.RUNNING, width)]
@@ -330,6 +339,12 @@ def _off(trial: Mapping[str, object]) -> str:
     """The dials that the trial's training does not have, each with its reason."""
     off = mapping(trial.get("off"))
     return ", ".join(f"{clean(name)} off ({clean(reason)})" for name, reason in sorted(off.items()))
+
+
+def _notes(trial: Mapping[str, object]) -> str:
+    """What is amiss with the trial."""
+    notes = trial.get("notes")
+    return "; ".join(f"! {clean(note)}" for note in notes) if isinstance(notes, list) else ""
 
 
 def _tier(trial: Mapping[str, object]) -> str:

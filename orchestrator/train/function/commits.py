@@ -29,16 +29,17 @@ def commit(directory: Path, source: Path, extra: Mapping[str, Any]) -> Path:
 
 
 def extra_of(path: Path) -> dict[str, Any]:
-    """What a commit was made with, after its files were found to be as they were written.
+    """What a commit was made with, or the newest whole one before it where it is damaged.
 
     Raises:
-        CheckpointError: it is damaged.
+        DamagedError: neither is as it was written.
     """
-    return dict(checkpoint.verified(path).extra)
+    return dict(checkpoint.newest_whole(path)[1].extra)
 
 
 def take_out(path: Path, target: Path) -> Path:
-    """A copy of a commit's own files, without the manifest, for the function to read and even to change."""
+    """A copy of the files of the commit that `extra_of` speaks of, for the function to read and even to change."""
+    path, _ = checkpoint.newest_whole(path)
     if target.exists():
         shutil.rmtree(target)
     shutil.copytree(path, target, ignore=shutil.ignore_patterns(manifest.MANIFEST_NAME))

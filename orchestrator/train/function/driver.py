@@ -114,6 +114,7 @@ class FunctionDriver:
         attempt = self.attempt
         if attempt.trial.resume_from is not None:
             self._resume(Path(attempt.trial.resume_from))
+            attempt.resumed(self)
         elif attempt.trial.attempt:
             attempt.num_reports = 0  # it begins anew; reports that were taken already are not made again
             logger.info("no checkpoint was reported: the function begins anew")

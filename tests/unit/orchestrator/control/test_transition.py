@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.control import events as ev
+from orchestrator.control import fault_events as fev
 from orchestrator.control import signals as sig
 from orchestrator.control.effects import Applied, Refused
 from orchestrator.control.entries import EVENTS
@@ -76,6 +77,12 @@ def outcome(status: Status) -> Outcome:
 
 
 EVENTS_OF: dict[type[ev.Event], st.SearchStrategy[Any]] = {
+    fev.CommitDamaged: st.builds(
+        fev.CommitDamaged, trial_id=TRIALS, attempt=SMALL, checkpoint=TEXT, step=SMALL, num_steps=SMALL
+    ),
+    fev.TrialRetried: st.builds(
+        fev.TrialRetried, trial_id=TRIALS, attempt=SMALL, checkpoint=st.sampled_from([None, "/c/0"]), reason=TEXT
+    ),
     ev.RunBegan: st.builds(ev.RunBegan, schema=st.just(2), run_id=st.just("r"), spec=st.just(SPEC.to_jsonable())),
     ev.Recovered: st.builds(ev.Recovered, start_id=TEXT, are_workers_gone=st.booleans()),
     ev.RunInterrupted: st.builds(ev.RunInterrupted),

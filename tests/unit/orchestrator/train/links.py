@@ -13,6 +13,7 @@ import torch
 from orchestrator.control.orders import (
     Ack,
     DialReport,
+    Fallback,
     Grant,
     Outcome,
     OverrideReport,
@@ -73,6 +74,7 @@ class Script:
         self.overrides: list[OverrideReport] = []
         self.reports: list[Report] = []
         self.dials: list[DialReport] = []
+        self.fallbacks: list[Fallback] = []
         self._records: list[bytes] = []
         self._num_steps = 0
         add_record = self.outbox.add_record
@@ -112,6 +114,7 @@ class Script:
         self.overrides += events.overrides
         self.reports += events.reports
         self.dials += events.dials
+        self.fallbacks += events.fallbacks
         self._records += events.records
 
     @property
