@@ -22,9 +22,10 @@ from orchestrator.config import ResolvedRun
 from orchestrator.control.orders import TrialOrder
 from orchestrator.devices.agent import NodeReady
 from orchestrator.devices.ray_agents import Agents, gpu_nodes
-from orchestrator.errors import JournalError, UnfitEnvironmentError, WorkerGroupError
+from orchestrator.errors import JournalError, TelemetryError, UnfitEnvironmentError, WorkerGroupError
 from orchestrator.node_requests import NodeRequests
 from orchestrator.node_watcher import NodeWatcher, num_slots_with_room, num_workers_with_room
+from orchestrator.output import say
 from orchestrator.policies.plan import TrialId
 from orchestrator.run_spec import gpu_part, middle_params, num_gpus_at_most, run_spec
 from orchestrator.supervisor import SlotSpec, Supervisor
@@ -50,6 +51,7 @@ class ControlPlane:
         spec: the controller's view of the run.
         namespace: of the policy actor, different for every start.
         policy: handle of the actor, once open.
+        is_cancelled: whether somebody asked for the end of the run.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ControlPlane:
             self.spec = dataclasses.replace(self.spec, stop_rule=None)
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
         self.policy: Any = None
+        self.is_cancelled: Callable[[], bool] = lambda: False
         self._slots: tuple[Supervisor, SlotSpec, int] | None = None
         self._watcher: NodeWatcher | None = None
         self._agents: Agents | None = None
@@ -192,12 +195,27 @@ class ControlPlane:
             if not have_closed:
                 logger.warning("not all slots closed within %g s; their processes are ended", timeout_s)
             self._supervisor.abandon()
-        with contextlib.suppress(RayError):
-            ray.get(self.policy.end_run.remote(state), timeout=10.0)
+        self._end_run(state, is_hurried=is_hurried)
         with contextlib.suppress(RayError):
             ray.kill(self.policy)
         self.policy = None
         return have_closed
+
+    def _end_run(self, state: str, *, is_hurried: bool) -> None:
+        """Let the actor write what waits; where the disk is full, once there is room, unless it has to be quick."""
+        is_said = False
+        while True:
+            try:
+                ray.get(self.policy.end_run.remote(state), timeout=10.0)
+            except RayError as error:
+                if is_hurried or self.is_cancelled() or not isinstance(error, JournalError | TelemetryError):
+                    return
+                if not is_said:
+                    say(f"the run has ended, and its last entries wait: {error.__cause__ or error}")
+                is_said = True
+                time.sleep(_POLL_S)
+            else:
+                return
 
     @property
     def _open_timeout_s(self) -> float:

@@ -27,11 +27,12 @@ from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal, segments
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
 from orchestrator.control_plane import ACTOR_NAME, ControlPlane
-from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
+from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, JournalError, OrchestratorError
 from orchestrator.interrupts import ENDING_S, Interrupts, LastResort, reinstall
 from orchestrator.leftovers import remove_home, sweep
 from orchestrator.output import LOG_NAME, lasting_output, say, say_last
 from orchestrator.processes import Owner
+from orchestrator.room import has_room, words
 from orchestrator.run_dirs import (
     BEGUN_FILE,
     RUN_FILE,
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 60.0
 _POLL_S = 0.2
 _LEAVE_S = 30.0
+_LEAST_ROOM_BYTES = 1 << 20
+"""What a run needs at least before it begins."""
 _NOTHING = {"actors": 0, "placement_groups": 0, "processes": 0}
 _ENDED_WELL = frozenset({"done", "stopped", "paused"})
 
@@ -166,6 +169,7 @@ class _Driver:
         uses_gpus = self._config.devices.use != "cpu"
         self._ray = RayCluster(self._config.cluster, self._plane.namespace, run_dir, uses_gpus=uses_gpus)
         self.interrupts, self.is_stuck = Interrupts(), False
+        self._plane.is_cancelled = lambda: bool(self.interrupts.number)
         self._last_resort = LastResort(self.interrupts, self._end_hard, self.leave)
         self._view: LiveView | None = None
         self._thaw: Callable[[], None] = lambda: None
@@ -197,6 +201,7 @@ class _Driver:
 
     def _live(self, loading: threading.Thread, view: LiveView) -> tuple[str, dict[str, int]]:
         """Everything between the start of Ray and its end; how the run ended, and what is left in the cluster."""
+        self._wait_for_room()
         with self._ray.opened(lambda: self._wish_to_stop() is not None):
             reinstall()
             while loading.is_alive():  # two threads must not load it at once
@@ -215,7 +220,7 @@ class _Driver:
         if self._has_ended.acquire(blocking=False):  # the last resort may come at the same moment
             self.is_stuck = self._ray.is_stuck
             leaks["processes"] = self._ray.num_left
-            log_end(self._run_dir, state, leaks)
+            self._log_end(state, leaks)
             mark_ended(self._run_dir, state)
             status = read_status(self._run_dir / STATUS_NAME)
             say(render_broken_off(self._run_dir) if status is None else render_report(status, self._run_dir))
@@ -224,6 +229,32 @@ class _Driver:
                 say_last(line)
                 return EXIT_SOME_FAILED
         return {"done": EXIT_DONE, "interrupted": self.interrupts.exit_code}.get(state, EXIT_FAILED)
+
+    def _log_end(self, state: str, leaks: dict[str, int]) -> None:
+        """The last entry of the journal, once there is room for it."""
+        is_said = False
+        while True:
+            try:
+                log_end(self._run_dir, state, leaks)
+            except (JournalError, OSError) as error:
+                if has_room(self._run_dir):
+                    raise
+                if not is_said:
+                    say_last(f"the last entry of the journal waits: {error}")
+                is_said = True
+                if self.interrupts.number:
+                    return
+                time.sleep(_POLL_S)
+            else:
+                return
+
+    def _wait_for_room(self) -> None:
+        """Return when the disk has room for the beginning of a run, or it is not wanted any more."""
+        if not has_room(self._run_dir, _LEAST_ROOM_BYTES):
+            say_last(f"the run waits: {words(self._run_dir, _LEAST_ROOM_BYTES)}")
+        while not has_room(self._run_dir, _LEAST_ROOM_BYTES):
+            self._require_wanted()
+            time.sleep(_POLL_S)
 
     def _end_hard(self) -> int:
         """The last resort: end every process of the run, and say that it was interrupted."""
@@ -351,6 +382,9 @@ def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     if not any(path.exists() for path in segments(run_dir)):
         return
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
-    journal.append([RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks)])
-    journal.close()
+    try:
+        journal.append([RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks)])
+        journal.sync()
+    finally:
+        journal.abandon()
     evidence.record_or_not(run_dir)

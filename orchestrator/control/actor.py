@@ -11,23 +11,27 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.clock import Reading, SystemClock, read_clock
+from orchestrator.clock import Clock, Reading, SystemClock, read_clock
 from orchestrator.control import nodes, placement, resizing
 from orchestrator.control.controller import Answer, Controller
 from orchestrator.control.nodes import NodeOrder, NodeView
 from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, SlotOrder, Status
 from orchestrator.control.rendezvous import Rendezvous
 from orchestrator.control.spec import RunSpec
-from orchestrator.control.status import StatusWriter
+from orchestrator.control.status import StatusWriter, write_file
 from orchestrator.errors import JournalError, TelemetryError
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import TrialId
+from orchestrator.room import POLL_S as POLL_ROOM_S
+from orchestrator.room import has_room
+from orchestrator.run_dirs import read_status
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +53,7 @@ class PolicyActor:
         log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("orchestrator").addHandler(log)
         self._clock = SystemClock()
-        self._controller = Controller(spec, self._clock, incarnation=uuid.uuid4().hex[:8])
-        self._controller.begin(start_id, retries_all=retries_all)
+        self._controller = _begun(spec, self._clock, start_id, retries_all=retries_all)
         self._policy = build_policy(spec.policy, spec.policy_params)
         self._deadline_s, self._period_s = spec.deadline_s, spec.period_s
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
@@ -228,18 +231,26 @@ class PolicyActor:
         await self._commit()
 
     async def end_run(self, state: str) -> None:
-        """Close journal and tables; the actor is of no use afterwards."""
+        """Close journal and tables; the actor is of no use afterwards.
+
+        Raises:
+            JournalError, TelemetryError: there is no room for what waits to be written; ask again.
+        """
+        if state == "done":
+            self._controller.end_paused()
+        await self._commit()
+        if not self._controller.engine.telemetry.flush():
+            raise TelemetryError(self._controller.engine.telemetry.alarm)
         if self._ticker is not None:
             self._ticker.cancel()
         self._is_over = True
+        self._status.run_state = state
+        self._status.trouble, self._status.alarms = None, ()
+        self._write_status()
         try:
-            if state == "done":
-                self._controller.end_paused()
-            await self._commit()
-        finally:
-            self._status.run_state = state
-            self._write_status()
             self._controller.engine.close()
+        except TelemetryError as error:  # its segments are there, and are read as well as what they would become
+            logger.warning("telemetry.kept %s", error)
 
     # Inside.
 
@@ -323,6 +334,8 @@ class PolicyActor:
         """What is done about once a second."""
         controller = self._controller
         self._status.trouble = controller.engine.trouble
+        alarm = controller.engine.telemetry.alarm
+        self._status.alarms = () if alarm is None else (alarm,)
         try:
             controller.look_at_trials()
             controller.close_idle_slots()
@@ -361,3 +374,26 @@ class PolicyActor:
         else:
             controller.accept(snapshot, plan)
         controller.offer()
+
+
+def _begun(spec: RunSpec, clock: Clock, start_id: str, *, retries_all: bool) -> Controller:
+    """A controller that has begun; waits for room where the disk is full, because a raising actor is not restarted."""
+    run_dir = Path(spec.run_dir)
+    while True:
+        controller: Controller | None = None
+        try:
+            controller = Controller(spec, clock, incarnation=uuid.uuid4().hex[:8])
+            controller.begin(start_id, retries_all=retries_all)
+        except (JournalError, OSError) as error:
+            if controller is not None:
+                controller.engine.abandon()
+            if has_room(run_dir):
+                raise
+            logger.warning("the policy actor waits: %s", error)
+            with contextlib.suppress(OSError):
+                write_file(
+                    run_dir, (read_status(run_dir) or {}) | {"trouble": str(error), "updated_at": clock.wall_s()}
+                )
+            time.sleep(POLL_ROOM_S)
+        else:
+            return controller

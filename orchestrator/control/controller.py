@@ -374,6 +374,8 @@ class Controller:
             self.engine.emit(sig.TiersFound(trial_id=trial.trial_id, report=tiers))
         for mode in events.modes:
             self.engine.emit(sig.StepModeFound(trial_id=trial.trial_id, found=mode))
+        for note in events.notes:
+            self.engine.emit(sig.TrialNoted(trial_id=trial.trial_id, note=note))
         for found in events.fallbacks:
             damage = CommitDamaged(trial_id=trial.trial_id, attempt=trial.attempt, **asdict(found))
             if "damage" not in trial.notes:

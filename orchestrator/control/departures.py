@@ -55,7 +55,7 @@ def left(run: Run, trial: Trial, outcome: Outcome) -> Event:
     if outcome.status is Status.MEMORY:
         return _overflowed(trial, outcome)
     if outcome.status is not Status.INTERRUPTED:
-        return _ended(trial, _FINAL[outcome.status], outcome.reason, outcome, cause=outcome.cause)
+        return _ended_or_again(run, trial, outcome)
     if trial.stop is StopMode.PAUSE:
         return _paused(trial, outcome)
     if trial.stop is StopMode.DISCARD:  # said while it was leaving for another reason
@@ -72,6 +72,14 @@ def left(run: Run, trial: Trial, outcome: Outcome) -> Event:
             onward=_onward(run, trial, trial.moves_to),
         )
     return _requeued(trial, reason, outcome)
+
+
+def _ended_or_again(run: Run, trial: Trial, outcome: Outcome) -> Event:
+    """A trial ended; one that met a full disk by itself begins again, as often as slots may die under it."""
+    num_restarts = trial.num_restarts + 1
+    if outcome.cause is Cause.DISK and trial.stop is StopMode.NONE and num_restarts <= run.spec.restart_budget:
+        return _requeued(trial, f"the disk: {outcome.reason}", None, num_restarts=num_restarts)
+    return _ended(trial, _FINAL[outcome.status], outcome.reason, outcome, cause=outcome.cause)
 
 
 def lost(run: Run, slot: Slot, trial: Trial, reason: str, *, is_charged: bool = True) -> Event:

@@ -160,6 +160,10 @@ class Engine:
         finally:
             self.telemetry.close()
 
+    def abandon(self) -> None:
+        """Close the journal of an actor that could not begin."""
+        self._journal.abandon()
+
     def _append(self, events: list[Event]) -> None:
         if events:
             self._journal.append(events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.control import fault_events as fev
+from orchestrator.control import signals as sig
 from orchestrator.control.effects import Effect
 from orchestrator.control.orders import Cause, StopMode
 from orchestrator.control.trial_changes import tell_story
@@ -38,4 +39,14 @@ def note_damage(_world: World, run: Run, event: fev.CommitDamaged) -> Effects:
         f"went on from step {event.step}: {event.num_steps} later steps were in a damaged checkpoint"
     )
     tell_story(trial, f"{event.checkpoint} is damaged; {trial.notes['damage']}")
+    return ()
+
+
+def note(_world: World, run: Run, event: sig.TrialNoted) -> Effects:
+    """What is amiss with a trial is shown as long as it is."""
+    trial, found = run.trials[event.trial_id], event.note
+    trial.notes.pop(found.kind, None)
+    if found.text:
+        trial.notes[found.kind] = found.text
+        tell_story(trial, found.text)
     return ()

@@ -290,6 +290,14 @@ class Fallback:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """What is amiss with a trial now, of one kind (`room`); an empty text says that it is over."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How an attempt ended, as one rank saw it.
 
@@ -318,19 +326,11 @@ class Events:
     modes: tuple[StepModeView, ...] = ()
     dials: tuple[DialReport, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
+    notes: tuple[Note, ...] = ()
     records: tuple[bytes, ...] = field(default=())
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        told = (
-            self.acks,
-            self.overrides,
-            self.reports,
-            self.tiers,
-            self.modes,
-            self.dials,
-            self.fallbacks,
-            self.records,
-        )
-        return not any(told)
+        told = (self.acks, self.overrides, self.reports, self.tiers, self.modes, self.dials, self.records)
+        return not any((*told, self.fallbacks, self.notes))

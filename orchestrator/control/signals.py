@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from orchestrator.control.events import Event
 from orchestrator.control.gain import Measurement, Pace
-from orchestrator.control.orders import TierReport
+from orchestrator.control.orders import Note, TierReport
 from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.snapshot import StepModeView
@@ -132,6 +132,14 @@ class CheckMade(Signal):
 
     trial_id: TrialId
     check: Check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialNoted(Signal):
+    """Something is amiss with a trial, or is no more."""
+
+    trial_id: TrialId
+    note: Note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,10 +79,11 @@ _RULES: dict[type[Event], tuple[Refusal, Change]] = {
     sig.PaceSeen: (trials.refuse_unplaced, trials.note_pace),
     sig.MeasurementBegan: (trials.refuse_unplaced, trials.begin_measurement),
     sig.CheckMade: (trials.refuse_unplaced, trials.note_check),
+    sig.TrialNoted: (trials.refuse_unplaced, faults.note),
 }
 """For each event why it may be impossible, and what it changes. The first looks only, the second never fails."""
 
-_OF_TELEMETRY = (sig.RecordsCame, sig.FitAdvanced, sig.CheckMade, ev.ShareChecked, ev.GainRealised)
+_OF_TELEMETRY = (sig.RecordsCame, sig.FitAdvanced, sig.CheckMade, sig.TrialNoted, ev.ShareChecked, ev.GainRealised)
 """Events that concern neither the order of a slot nor who waits for a report."""
 _OF_GRANTS = (ev.Offered, ev.Acknowledged, ev.Overridden)
 """Events that concern the order of a slot alone."""

@@ -19,6 +19,7 @@ from orchestrator.control.orders import (
     DialReport,
     Fallback,
     Grant,
+    Note,
     Outcome,
     OverrideReport,
     Report,
@@ -27,7 +28,9 @@ from orchestrator.control.orders import (
     StopMode,
     TrialOrder,
 )
+from orchestrator.errors import NoRoomError
 from orchestrator.policies.plan import Settings
+from orchestrator.room import POLL_S
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import FLAG_APPLIED, tier_code
 from orchestrator.train import best
@@ -59,6 +62,11 @@ class Driver(Protocol):
     @property
     def dials(self) -> Sequence[Dial]:
         """The dials of this training, in the order in which they are set."""
+        ...
+
+    @property
+    def commits_together(self) -> bool:
+        """Whether all ranks make a commit together, at the same boundary."""
         ...
 
     def settle(self) -> None:
@@ -162,6 +170,41 @@ class Attempt:
             self._say_ack()
             self.follow(order, driver)
         return False
+
+    def when_room(self, write: Callable[[], Path], driver: Driver) -> Path | None:
+        """The commit that `write` makes, as soon as the disk has room for it.
+
+        Meanwhile the trial waits at its boundary, and the live table says so. None where the search has no further use
+        for it before there is room.
+        """
+        is_said = False
+        while True:
+            try:
+                path = write()
+            except NoRoomError as error:
+                if not is_said:
+                    logger.warning("waits for room: %s", error)
+                    self._note_room(str(error))
+                is_said = True
+                if not self._waits_on(driver):
+                    return None
+            else:
+                if is_said:
+                    logger.warning("there is room again: %s", path)
+                    self._note_room("")
+                return path
+
+    def _note_room(self, text: str) -> None:
+        if self.speaks:
+            self.outbox.add_note(Note(kind="room", text=text))
+
+    def _waits_on(self, driver: Driver) -> bool:
+        """Wait a moment for room; False where the trial was told to leave without a commit."""
+        if self.ranks.world_size > 1 and not driver.commits_together:
+            time.sleep(POLL_S)  # alone: the others know nothing of it, and an order is met by all
+        else:
+            self.follow(self._boundary.wait(POLL_S), driver)
+        return self.order.stop is not StopMode.DISCARD
 
     def override(self, driver: Driver, move: Move, *, is_lasting: bool = True) -> None:
         """Tell of a protective move that was made inside the limits."""

@@ -37,7 +37,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from orchestrator.errors import CheckpointError, DamagedError
+from orchestrator.errors import CheckpointError, DamagedError, NoRoomError
+from orchestrator.room import has_room, is_full, words
 from orchestrator.train import best, flat_state, manifest, objects
 from orchestrator.train.commit_directory import (
     UNFINISHED_NAME,
@@ -84,14 +85,24 @@ class _Ranks:
         return values
 
     def agree(
-        self, what: str, problem: str | None, value: object = None, error: type[CheckpointError] = CheckpointError
+        self,
+        what: str,
+        problem: BaseException | None,
+        value: object = None,
+        error: type[CheckpointError] = CheckpointError,
     ) -> list[Any]:
         """`value` of every rank, or the same error on every rank where any had a problem: none may go on alone."""
-        answers = self.gather((problem, value))
-        found = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text is not None]
+        told = None if problem is None else (_text(problem), isinstance(problem, NoRoomError) or is_full(problem))
+        answers = self.gather((told, value))
+        found = [(rank, *problem) for rank, (problem, _) in enumerate(answers) if problem is not None]
         if found:
-            raise error(f"{what}: {'; '.join(found)}")
+            texts = "; ".join(f"rank {rank}: {text}" for rank, text, _ in found)
+            raise (NoRoomError if any(has_no_room for _, _, has_no_room in found) else error)(f"{what}: {texts}")
         return [given for _, given in answers]
+
+
+def _text(problem: BaseException) -> str:
+    return str(problem) if isinstance(problem, CheckpointError | OSError) else f"{type(problem).__name__}: {problem}"
 
 
 def commit(
@@ -127,13 +138,14 @@ def commit(
         CheckpointError: on every rank, if any rank could not do its part. Nothing was committed then.
     """
     ranks = _Ranks(rank, world_size, group)
-    proposal, problem, pickled = None, None, b""
+    proposal, pickled = None, b""
+    problem: BaseException | None = None
     try:
         plain = {name: value for name, value in extra.items() if name != "objects"}
         pickled = objects.pickled(extra.get("objects", {}))
         proposal = _propose(directory, model, optimizer, plain, is_first=rank == 0)
     except (CheckpointError, OSError) as error:
-        problem = str(error)
+        problem = _without_room(error, directory, 0)
     own_draft = None if proposal is None else proposal.draft
     try:
         draft = ranks.agree(f"cannot commit to {directory}", problem, own_draft)[0]
@@ -197,8 +209,16 @@ def commit_files(directory: Path, source: Path, extra: Mapping[str, Any]) -> Pat
     except (CheckpointError, OSError, shutil.Error) as error:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"cannot commit {source} to {final}: {error}") from error
+        problem = _without_room(error, final, _size_of(source))
+        kind = NoRoomError if isinstance(problem, NoRoomError) else CheckpointError
+        raise kind(f"cannot commit {source} to {final}: {problem}") from error
     return final
+
+
+def _size_of(source: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = source.rglob("*") if source.is_dir() else [source]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,11 +272,12 @@ def load(
     """
     ranks = _Ranks(rank, world_size, group)
     what = f"cannot load {path}"
-    problem, chosen = None, None
+    problem: BaseException | None = None
+    chosen = None
     try:
         chosen = newest_whole(path) if rank == 0 else None
     except CheckpointError as error:
-        problem = str(error)
+        problem = error
     path, record = ranks.agree(what, problem, chosen, DamagedError)[0]
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict[str, Any]] = {}
@@ -264,7 +285,7 @@ def load(
     try:
         tensors, state = flat_state.targets(model, optimizer, record.tensors)
     except CheckpointError as error:
-        problem = str(error)
+        problem = error
     ranks.agree(what, problem)
     try:
         with _quiet_about_one_process():
@@ -273,7 +294,7 @@ def load(
         found = objects.read(path, {entry.name for entry in record.files}, rank)
         _restore_generators(path, record, rank)
     except (CheckpointError, CheckpointException, OSError, RuntimeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = error
     ranks.agree(what, problem)
     return {**record.extra, **({"objects": found} if found else {})}
 
@@ -320,7 +341,8 @@ def _make_draft(final: Path) -> Path:
 
 def _write_parts(draft: Path, tensors: dict[str, Tensor], pickled: bytes, ranks: _Ranks) -> tuple[FileEntry, ...]:
     """Write this rank's part of every file, durable, and gather what all ranks wrote."""
-    problem, entries = None, []
+    problem: BaseException | None = None
+    entries: list[FileEntry] = []
     try:
         num_files = _num_files(tensors)  # a thread each; that all are finite was read back, so no kernel is under way
         writer = FileSystemWriter(draft, sync_files=False, thread_count=num_files)
@@ -342,21 +364,34 @@ def _write_parts(draft: Path, tensors: dict[str, Tensor], pickled: bytes, ranks:
             entries = list(pool.map(manifest.describe, own))
             synced.result()
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = _without_room(error, draft, _num_bytes(tensors) * ranks.world_size)
     gathered = ranks.agree(f"cannot write {draft}", problem, entries)
     return tuple(sorted((entry for part in gathered for entry in part), key=lambda entry: entry.name))
 
 
 def _num_files(tensors: Mapping[str, Tensor]) -> int:
     """How many files this rank's tensors are worth, on the cores it may use."""
+    return max(1, min(_MAX_FILES, len(os.sched_getaffinity(0)), _num_bytes(tensors) // _BYTES_PER_FILE))
+
+
+def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of this rank's part of the tensors."""
     local = map(local_part, tensors.values())
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in local)
-    return max(1, min(_MAX_FILES, len(os.sched_getaffinity(0)), num_bytes // _BYTES_PER_FILE))
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+def _without_room(error: BaseException, draft: Path, needed_bytes: int) -> BaseException:
+    """An error of writing, or that there is no room: torch's writer of tensors hides why the disk refused them."""
+    if isinstance(error, CheckpointError) and not is_full(error):
+        return error
+    if is_full(error) or not has_room(draft.parent, needed_bytes):
+        return NoRoomError(words(draft.parent, needed_bytes))
+    return error
 
 
 def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:
     """Write the manifest, give the draft its final name, and clear away what it replaces."""
-    problem = None
+    problem: BaseException | None = None
     if ranks.rank == 0:
         try:
             manifest.write_synced(draft / manifest.MANIFEST_NAME, manifest.encode(record))
@@ -366,7 +401,7 @@ def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:
             draft.rename(final)
             manifest.sync_directory(final.parent)
         except (CheckpointError, OSError) as error:
-            problem = str(error)
+            problem = _without_room(error, draft, 0)
         else:
             _clear_away(final, record.step)
     ranks.agree(f"cannot commit {final}", problem)

@@ -17,6 +17,7 @@ from orchestrator.control.orders import (
     DialReport,
     Events,
     Fallback,
+    Note,
     Outcome,
     OverrideReport,
     Report,
@@ -79,6 +80,7 @@ class Outbox:
         self._modes: list[StepModeView] = []
         self._dials: list[DialReport] = []
         self._fallbacks: list[Fallback] = []
+        self._notes: list[Note] = []
         self._num_taken = 0
         self.num_dropped = 0
 
@@ -127,6 +129,12 @@ class Outbox:
         with self._lock:
             self._fallbacks.append(fallback)
 
+    def add_note(self, note: Note) -> None:
+        """Append what is amiss now, or is no more, and ask for it to be sent at once."""
+        with self._lock:
+            self._notes.append(note)
+        self._filled.set()
+
     def add_mode(self, measured: StepModeView) -> None:
         """Tell which step mode some dials have; it goes with the next message."""
         with self._lock:
@@ -157,10 +165,11 @@ class Outbox:
                 modes=tuple(self._modes),
                 dials=tuple(self._dials),
                 fallbacks=tuple(self._fallbacks),
+                notes=tuple(self._notes),
                 records=tuple(records),
             )
             self._full, self._num_rows = [], 0
             self._acks, self._overrides, self._reports, self._tiers = [], [], [], []
-            self._modes, self._dials, self._fallbacks = [], [], []
+            self._modes, self._dials, self._fallbacks, self._notes = [], [], [], []
             self._num_taken += 1
             return events

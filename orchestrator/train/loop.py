@@ -99,6 +99,11 @@ class TrialLoop:
         return self._stepper.step_index, self._stepper.cursor.position
 
     @property
+    def commits_together(self) -> bool:
+        """All ranks of a declared training write their part of a commit."""
+        return True
+
+    @property
     def settings(self) -> Settings:
         """The dials in force."""
         return self._stepper.settings
@@ -267,6 +272,8 @@ class TrialLoop:
         attempt = self.attempt
         metrics = self._evaluate()
         path = self._commit(attempt.num_reports + 1)
+        if path is None:
+            return False
         attempt.report(self, metrics, path)
         self._watched.committed()
         return attempt.num_reports >= self._trial.max_reports or attempt.may_go_on(self)
@@ -288,12 +295,15 @@ class TrialLoop:
         self._stepper.offload.back()
         if attempt.order.stop.commits:
             path = self._commit(attempt.num_reports) if attempt.grant is not None else None
+            if not attempt.order.stop.commits:  # said while it waited for room
+                return attempt.outcome(Status.STOPPED, self)
             return attempt.outcome(Status.INTERRUPTED, self, path)
         return attempt.outcome(Status.STOPPED, self)
 
-    def _commit(self, num_reports: int) -> Path:
-        extra = {"num_reports": num_reports, "guard": self._watched.guard.state()}
-        return self._stepper.commit(self.attempt.directory / "checkpoints", extra)
+    def _commit(self, num_reports: int) -> Path | None:
+        """Write a commit, once there is room; None where the trial was told to leave without one meanwhile."""
+        extra, directory = {"num_reports": num_reports, "guard": self._watched.guard.state()}, self.attempt.directory
+        return self.attempt.when_room(lambda: self._stepper.commit(directory / "checkpoints", extra), self)
 
     def _record(self, result: StepResult, times: Times) -> None:
         """Append this step's telemetry."""

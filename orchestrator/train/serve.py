@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
+from orchestrator.control.orders import Cause, Note, Outcome, SlotOp, SlotOrder, Status, StopMode, TrialOrder
 from orchestrator.errors import OutOfMemoryError, WorkerGroupError
 from orchestrator.jobs import build_job, job_info
 from orchestrator.jobs.job import Job
 from orchestrator.jobs.own import call_function, is_own, tail_of
 from orchestrator.policies.plan import TrialId
+from orchestrator.room import POLL_S, has_room, words
 from orchestrator.share import ShareMechanism
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
@@ -129,6 +130,8 @@ class Server:
                 outcome = replace(_status_after(error), step=step, num_samples=num_samples, reason=reason)
                 if outcome.status is Status.FAILED and self._is_alone():
                     outcome = replace(outcome, status=Status.LOST)
+                if outcome.cause is Cause.DISK:
+                    self._wait_for_room(Path(trial.directory))
                 if outcome.status is Status.MEMORY and self.groups.ranks.world_size > 1:
                     self.groups.break_off()  # the others wait for this rank in a collective that it will never enter
             logger.info("trial %s attempt %d ends: %s", trial.trial_id, trial.attempt, outcome.status)
@@ -145,6 +148,17 @@ class Server:
             job.prepare()
             drivers.append(TrialLoop(order, job, ranks, self.boundary, self.link, self.share))
             return drivers[0].run()
+
+    def _wait_for_room(self, directory: Path) -> None:
+        """Let a trial whose own write met a full disk begin again only when there is room, or it is not wanted."""
+        if self.groups.ranks.world_size > 1 or has_room(directory):
+            return
+        logger.warning("waits for room: %s", words(directory))
+        self.link.outbox.add_note(Note(kind="room", text=words(directory)))
+        while not has_room(directory):
+            order = self.boundary.wait(POLL_S)
+            if order is not None and (order.stop is not StopMode.NONE or order.op is not SlotOp.RUN):
+                return
 
     def _ranks_of(self, trial: TrialOrder) -> Ranks:
         """The ranks for a trial, which has fewer trials behind it in this process than the one before had."""

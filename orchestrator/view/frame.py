@@ -157,6 +157,7 @@ def plain_line(status: Mapping[str, object], now_s: float) -> str:
             f" used {_percent(device.get('utilisation_ratio'))}"
         )
     parts.extend(node_texts(status))
+    parts.extend(clean(text) for text in (status.get("trouble"), *_alarms(status)) if text)
     parts.append("dials " + ", ".join(dial_texts(status)))
     return " | ".join(parts)
 
@@ -225,7 +226,14 @@ def _title(
         lines.append(_line(text, Role.FAILED, width))
     elif status.get("trouble"):
         lines.append(_line(f"nothing is decided: {clean(status['trouble'])}", Role.FAILED, width))
+    lines.extend(_line(clean(text), Role.FAILED, width) for text in _alarms(status))
     return lines
+
+
+def _alarms(status: Mapping[str, object]) -> list[object]:
+    """What people should see to."""
+    alarms = status.get("alarms")
+    return list(alarms) if isinstance(alarms, list) else []
 
 
 def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list[Line]:

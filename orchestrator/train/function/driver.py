@@ -160,6 +160,11 @@ class FunctionDriver:
         return self._step, self._position
 
     @property
+    def commits_together(self) -> bool:
+        """Rank 0 alone keeps what it reports."""
+        return False
+
+    @property
     def settings(self) -> Settings:
         """The dials in force; the batch is what the function trains with."""
         return self._settings
@@ -390,7 +395,12 @@ class FunctionDriver:
             "num_reports": self.attempt.num_reports + 1,
             "kind": "function",
         }
-        return commits.commit(self.attempt.directory / "checkpoints", source, extra)
+        directory = self.attempt.directory / "checkpoints"
+        path = self.attempt.when_room(lambda: commits.commit(directory, source, extra), self)
+        if path is None:
+            self._is_leaving = True
+            raise _Leave
+        return path
 
     def _resume(self, path: Path) -> None:
         extra = commits.extra_of(path)

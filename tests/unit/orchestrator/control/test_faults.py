@@ -53,7 +53,7 @@ def test_a_damaged_commit_is_in_journal_story_and_table_with_what_it_costs(tmp_p
 
 def test_resume_tries_again_what_failed_from_outside(tmp_path: Path) -> None:
     world, workers = started(tmp_path)
-    fail(workers[0], Cause.DISK, "no space left")
+    fail(workers[0], Cause.DEVICE, "the GPU failed")
     fail(workers[1], Cause.OWN, "ValueError: a mistake")
     world.close()
     world.start_id = "s2"
@@ -77,7 +77,7 @@ def test_resume_tries_again_what_failed_from_outside(tmp_path: Path) -> None:
 def test_only_a_new_start_of_the_run_tries_again(tmp_path: Path) -> None:
     """A restarted actor must not: the search was told of the failure already."""
     world, workers = started(tmp_path)
-    fail(workers[0], Cause.DISK, "no space left")
+    fail(workers[0], Cause.DEVICE, "the GPU failed")
     world.perform()
     world.restart()
     assert world.trial(T0).state is TrialState.FAILED

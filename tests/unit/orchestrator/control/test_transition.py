@@ -17,7 +17,7 @@ from orchestrator.control.effects import Applied, Refused
 from orchestrator.control.entries import EVENTS
 from orchestrator.control.gain import Measurement, Pace
 from orchestrator.control.grants import held
-from orchestrator.control.orders import Outcome, Resumption, SlotHello, Status, StopMode, TierReport
+from orchestrator.control.orders import Note, Outcome, Resumption, SlotHello, Status, StopMode, TierReport
 from orchestrator.control.transition import _RULES, apply
 from orchestrator.control.world import NodeState, SlotState, TrialState, World
 from orchestrator.policies.codec import to_jsonable
@@ -80,6 +80,7 @@ EVENTS_OF: dict[type[ev.Event], st.SearchStrategy[Any]] = {
     fev.CommitDamaged: st.builds(
         fev.CommitDamaged, trial_id=TRIALS, attempt=SMALL, checkpoint=TEXT, step=SMALL, num_steps=SMALL
     ),
+    sig.TrialNoted: st.builds(sig.TrialNoted, trial_id=TRIALS, note=st.builds(Note, kind=TEXT, text=TEXT)),
     fev.TrialRetried: st.builds(
         fev.TrialRetried, trial_id=TRIALS, attempt=SMALL, checkpoint=st.sampled_from([None, "/c/0"]), reason=TEXT
     ),

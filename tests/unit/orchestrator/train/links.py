@@ -15,6 +15,7 @@ from orchestrator.control.orders import (
     DialReport,
     Fallback,
     Grant,
+    Note,
     Outcome,
     OverrideReport,
     Report,
@@ -75,6 +76,7 @@ class Script:
         self.reports: list[Report] = []
         self.dials: list[DialReport] = []
         self.fallbacks: list[Fallback] = []
+        self.notes: list[Note] = []
         self._records: list[bytes] = []
         self._num_steps = 0
         add_record = self.outbox.add_record
@@ -115,6 +117,7 @@ class Script:
         self.reports += events.reports
         self.dials += events.dials
         self.fallbacks += events.fallbacks
+        self.notes += events.notes
         self._records += events.records
 
     @property
