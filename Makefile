@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= demo.yaml
 PYTEST_FLAGS ?=
+PART ?= 1/1
+CHAOS_FLAGS ?=
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 # Opens Ray in the process of the tests: a process of its own, so that no cluster of an earlier test was in it.
 OWN_CLUSTER := tests/integration/test_tune.py
@@ -16,7 +18,7 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test foreign unit lint check fix gpu bench clean
+.PHONY: help install demo test chaos foreign unit lint check fix gpu bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,9 +44,12 @@ install: $(STAMP) ## make .venv with everything in it; every other target does s
 demo: $(STAMP) ## watch a small search on this machine's processors, all dials turning
 	$(BIN)/orchestrator run $(DEMO) --set name=demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, chaos
+test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, a sample of chaos
 	$(PYTEST) tests -m 'not gpu and not bench and not foreign' --ignore=$(OWN_CLUSTER)
 	$(PYTEST) $(OWN_CLUSTER) -m 'not gpu and not bench and not foreign'
+
+chaos: $(STAMP) ## every kind of fault many times, hours; PART=k/n a part, taken up where it was left
+	$(BIN)/python -m tests.chaos --part $(PART) $(CHAOS_FLAGS)
 
 foreign: $(STAMP) ## whole runs of the foreign trainings that `make test` leaves out, six minutes
 	$(PYTEST) tests -m foreign

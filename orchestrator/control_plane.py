@@ -28,6 +28,7 @@ from orchestrator.node_watcher import NodeWatcher, num_slots_with_room, num_work
 from orchestrator.output import say
 from orchestrator.policies.plan import TrialId
 from orchestrator.run_spec import gpu_part, middle_params, num_gpus_at_most, run_spec
+from orchestrator.silence_watcher import SilenceWatcher
 from orchestrator.supervisor import SlotSpec, Supervisor
 from orchestrator.tune.admission import PIN_HEAD, require_tested_ray
 
@@ -66,6 +67,7 @@ class ControlPlane:
         self.is_cancelled: Callable[[], bool] = lambda: False
         self._slots: tuple[Supervisor, SlotSpec, int] | None = None
         self._watcher: NodeWatcher | None = None
+        self._silence: SilenceWatcher | None = None
         self._agents: Agents | None = None
         self._ready: NodeReady | None = None
         self._give_up_s = float("inf")
@@ -102,6 +104,8 @@ class ControlPlane:
             unfit=None if self._agents is None else self._unfit_nodes,
         )
         self._watcher.start()
+        self._silence = SilenceWatcher(self.policy, self._run_dir, self._config.trial.hang_timeout_s)
+        self._silence.start()
         self._give_up_s = time.monotonic() + self._open_timeout_s
 
     def _open_slots(self, slot_spec: SlotSpec) -> None:
@@ -170,8 +174,9 @@ class ControlPlane:
         Returns:
             Whether all slots have closed; threads of the others still wait for Ray.
         """
-        if self._watcher is not None:
-            self._watcher.stop()
+        for watcher in (self._silence, self._watcher):
+            if watcher is not None:
+                watcher.stop()
         if self._requests is not None:
             self._requests.release()
         try:

@@ -24,9 +24,11 @@ from orchestrator.control.controller import Answer, Controller
 from orchestrator.control.nodes import NodeOrder, NodeView
 from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, SlotOrder, Status
 from orchestrator.control.rendezvous import Rendezvous
+from orchestrator.control.silence import Silence, Silent
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.status import StatusWriter, write_file
 from orchestrator.errors import JournalError, TelemetryError
+from orchestrator.hung import Process
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import TrialId
 from orchestrator.room import POLL_S as POLL_ROOM_S
@@ -64,6 +66,8 @@ class PolicyActor:
         self._wake = asyncio.Event()
         self._rendezvous = Rendezvous()
         self._status = StatusWriter(self._controller.world, self._controller.run, self._clock)
+        self._silence = Silence(self._controller.world, self._controller.run)
+        self._silent: list[Silent] = []
         self._ticker: asyncio.Task[None] | None = None
         self._storing: asyncio.Task[None] | None = None
         self._is_over = False
@@ -139,15 +143,28 @@ class PolicyActor:
     async def tell(self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], rank: int, events: Events) -> bool:
         """What a rank says happened."""
         self._ensure_ticks()
+        came_s = self._clock.now_s()
+        self._silence.take(attempt, rank, events.beat, came_s)
         try:
             is_current = self._controller.take_events(slot_id, epoch, attempt, rank, events)
+            await self._commit()
+            if events.records or events.reports:
+                await self._store()  # what is answered must survive this process; the sender repeats what is not
         except TelemetryError as error:
             logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
             return True
-        await self._commit()
-        if events.records or events.reports:
-            await self._store()  # what is answered must survive this process; the sender repeats what is not
+        finally:
+            self._silence.taken(attempt, rank, self._clock.now_s() - came_s)
         return is_current
+
+    async def silent(self) -> tuple[int, list[Silent]]:
+        """Process id, and the ranks that give no sign of life."""
+        return os.getpid(), self._silent
+
+    async def silence_found(self, silent: Silent, found: Process, is_restarted: bool) -> None:
+        """What the driver found of a silent rank, before it ends it."""
+        self._controller.silence_found(silent, found, is_restarted=is_restarted)
+        await self._commit()
 
     async def leave(
         self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], rank: int, outcome: Outcome
@@ -326,6 +343,7 @@ class PolicyActor:
                 await self._commit()
             except JournalError as error:
                 logger.warning("nothing is decided: %s", error)
+                self._hold_back()
                 await asyncio.sleep(_HELD_BACK_S)
             except Exception:
                 logger.exception("a tick failed; the plan in force stays")
@@ -333,6 +351,7 @@ class PolicyActor:
     def _look_after_all(self) -> None:
         """What is done about once a second."""
         controller = self._controller
+        self._look_for_silence()
         self._status.trouble = controller.engine.trouble
         alarm = controller.engine.telemetry.alarm
         self._status.alarms = () if alarm is None else (alarm,)
@@ -346,6 +365,18 @@ class PolicyActor:
             controller.engine.telemetry.flush()
             controller.engine.rotate()
             self._write_status()
+
+    def _hold_back(self) -> None:
+        """Say why nothing is decided; training goes on meanwhile."""
+        self._look_for_silence()
+        self._status.trouble = self._controller.engine.trouble
+        self._write_status()
+
+    def _look_for_silence(self) -> None:
+        controller = self._controller
+        is_held_up = controller.engine.trouble is not None
+        self._silent = self._silence.look(controller.engine.now_s, is_held_up=is_held_up)
+        controller.note_silence(self._silent)
 
     def _write_status(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: the last one stays

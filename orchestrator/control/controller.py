@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orchestrator.clock import Clock
-from orchestrator.control import decisions, departures, nodes, placement, resizing, resumption
+from orchestrator.control import decisions, departures, nodes, placement, resizing, resumption, silence
 from orchestrator.control import events as ev
 from orchestrator.control import signals as sig
 from orchestrator.control.admission import Admission
@@ -33,8 +33,10 @@ from orchestrator.control.orders import (
     SlotOrder,
     StopMode,
 )
+from orchestrator.control.silence import Silent
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.world import SlotState, Trial, TrialState
+from orchestrator.hung import Process
 from orchestrator.policies.invariants import check
 from orchestrator.policies.plan import Generation, Plan, TrialId, changed_dials
 from orchestrator.policies.snapshot import Snapshot
@@ -252,6 +254,15 @@ class Controller:
         trial = None if slot is None or slot.epoch != epoch else self.world.trial_in(slot)
         if trial is not None:
             self.engine.emit(ev.TrialSuspected(trial_id=trial.trial_id, reason=reason))
+
+    def note_silence(self, silent: Sequence[Silent]) -> None:
+        """Show which trials give no sign of life, and no more which do."""
+        for event in silence.noted(self.run, silent):
+            self.engine.emit(event)
+
+    def silence_found(self, silent: Silent, found: Process, *, is_restarted: bool) -> None:
+        """Write down what was found of a silent rank."""
+        self.engine.emit(*silence.found(self.world, silent, found, is_restarted=is_restarted))
 
     # The driver.
 

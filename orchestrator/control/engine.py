@@ -132,6 +132,7 @@ class Engine:
         except JournalError as error:
             self.trouble = str(error)
             raise
+        self.trouble = None
 
     def perform(self) -> None:
         """Do what follows from events that are on disk; nothing while one is not."""

@@ -53,6 +53,7 @@ EVENTS: dict[str, type[Event]] = {
         ev.RunEnded,
         fev.CommitDamaged,
         fev.TrialRetried,
+        fev.RankSilent,
     )
 }
 """The class of each kind of entry."""

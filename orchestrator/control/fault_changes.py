@@ -48,5 +48,12 @@ def note(_world: World, run: Run, event: sig.TrialNoted) -> Effects:
     trial.notes.pop(found.kind, None)
     if found.text:
         trial.notes[found.kind] = found.text
-        tell_story(trial, found.text)
+    return ()
+
+
+def note_silence(_world: World, run: Run, event: fev.RankSilent) -> Effects:
+    """Nothing changes but what is told; that the group has ended is an event of its own."""
+    then = "its worker group is opened again" if event.is_restarted else "it is left alone"
+    text = f"rank {event.rank} silent for {event.silent_s:.0f} s ({event.doing}; its process {event.process}); {then}"
+    tell_story(run.trials[event.trial_id], text)
     return ()

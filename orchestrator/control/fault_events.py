@@ -30,3 +30,26 @@ class TrialRetried(Event):
     attempt: int
     checkpoint: str | None
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSilent(Event):
+    """A rank gave no sign of life for `silent_s`; where `is_restarted`, its process is ended, and so its group.
+
+    Attributes:
+        doing: what it last was about.
+        process: the state of its process: runs, stopped ...
+        stack: where its threads stood, as far as that could be had.
+    """
+
+    kind: ClassVar[str] = "rank_silent"
+    trial_id: TrialId
+    attempt: int
+    slot_id: str
+    rank: int
+    silent_s: float
+    limit_s: float
+    doing: str
+    process: str
+    stack: str
+    is_restarted: bool

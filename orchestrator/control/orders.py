@@ -290,6 +290,15 @@ class Fallback:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """The heartbeat of a rank: `number` grows while it is well; silence for `limit_s` means that it hangs."""
+
+    number: int
+    doing: str
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
     """What is amiss with a trial now, of one kind (`room`); an empty text says that it is over."""
 
@@ -327,6 +336,7 @@ class Events:
     dials: tuple[DialReport, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
     notes: tuple[Note, ...] = ()
+    beat: Beat | None = None
     records: tuple[bytes, ...] = field(default=())
 
     @property

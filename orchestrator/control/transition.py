@@ -64,6 +64,7 @@ _RULES: dict[type[Event], tuple[Refusal, Change]] = {
     ev.CommitPinned: (trials.refuse_pin, trials.pin),
     ev.ReportTold: (trials.refuse_unknown, trials.tell),
     fev.CommitDamaged: (trials.refuse_ended, faults.note_damage),
+    fev.RankSilent: (trials.refuse_ended, faults.note_silence),
     fev.TrialRetried: (faults.refuse_retry, faults.retry),
     sig.ReportToldAgain: (trials.refuse_unknown, trials.tell),
     sig.ReportWanted: (trials.refuse_unknown, trials.want_report),

@@ -164,6 +164,7 @@ class Attempt:
     def wait_until(self, is_met: Callable[[], bool], driver: Driver) -> bool:
         """Wait at a boundary until an order meets a condition; False when told to leave first."""
         while not self.is_told_to_leave:
+            self.ranks.pulse.rest()
             if is_met():
                 return True
             order = self._boundary.wait()
@@ -180,7 +181,8 @@ class Attempt:
         is_said = False
         while True:
             try:
-                path = write()
+                with self.ranks.pulse.long("commit"):
+                    path = write()
             except NoRoomError as error:
                 if not is_said:
                     logger.warning("waits for room: %s", error)
@@ -309,7 +311,9 @@ class Attempt:
         """Set all dials; every rank does so before the same step. Returns the seconds that took."""
         driver.settle()  # steps on their way belong to the grant before
         began_s = time.monotonic()
-        settings = turn(driver.dials, grant)
+        with self.ranks.pulse.long("turning the dials"):
+            settings = turn(driver.dials, grant)
+        self.ranks.pulse.forget()
         why_not = driver.turned(grant.settings, settings)
         self.grant = grant
         applied_s = time.monotonic()

@@ -26,6 +26,7 @@ from orchestrator.control.orders import (
 )
 from orchestrator.policies.snapshot import StepModeView
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
+from orchestrator.train.pulse import Pulse
 
 _RECORDS_PER_MESSAGE = 2048
 _MAX_RECORDS_KEPT = 65536
@@ -64,10 +65,12 @@ class Outbox:
     Attributes:
         offset_s: added to every moment, which the rank tells on its own machine's clock, to have it on the run's.
         num_dropped: step records lost because nobody took them.
+        pulse: the heartbeat of the trial that runs, which goes with each message; None where none runs.
     """
 
     def __init__(self) -> None:
         self.offset_s = 0.0
+        self.pulse: Pulse | None = None
         self._lock = threading.Lock()
         self._filled = threading.Event()
         self._rows: StepArray = np.zeros(_RECORDS_PER_MESSAGE, dtype=STEP_DTYPE)
@@ -166,6 +169,7 @@ class Outbox:
                 dials=tuple(self._dials),
                 fallbacks=tuple(self._fallbacks),
                 notes=tuple(self._notes),
+                beat=None if self.pulse is None else self.pulse.view,
                 records=tuple(records),
             )
             self._full, self._num_rows = [], 0

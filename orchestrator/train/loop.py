@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +170,7 @@ class TrialLoop:
             return self._parts.guard.advance()
         finally:
             self._ranks.stall.end()
+            self._ranks.pulse.beat()
 
     def _settle_below(self, target: int) -> bool:
         """Wait for the steps on their way; whether that put the trial back below the target."""
@@ -206,7 +208,8 @@ class TrialLoop:
         move, self._move = self._move, None
         if move is not None and is_cheaper(self.settings.tier, move.tier):
             self._obey(move)
-        probed = self._watched.before_step()
+        with self._ranks.pulse.long("probing a tier") if self._watched.is_due else nullcontext():
+            probed = self._watched.before_step()
         if probed is not None:
             self._obey(probed)
         self._tell_tiers()

@@ -98,11 +98,16 @@ class Server:
             if attempt == finished:  # an order from before the actor learned that this attempt is over
                 continue
             self.link.begin(*attempt)
+            pulse = self.groups.ranks.pulse
+            pulse.begin()
+            self.link.outbox.pulse = pulse
             outcome = self._run_trial(order, order.trial)
+            pulse.rest("leaving")
             self.share.release()
             for leak in (*self.clean.leaks(), *self.clean.restore(order.trial.seed)):
                 logger.warning("trial %s left %s", order.trial.trial_id, leak)
             self._finish(outcome)
+            self.link.outbox.pulse = None
             finished = attempt
 
     @property
@@ -156,6 +161,7 @@ class Server:
         logger.warning("waits for room: %s", words(directory))
         self.link.outbox.add_note(Note(kind="room", text=words(directory)))
         while not has_room(directory):
+            self.groups.ranks.pulse.rest()
             order = self.boundary.wait(POLL_S)
             if order is not None and (order.stop is not StopMode.NONE or order.op is not SlotOp.RUN):
                 return

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from orchestrator.control.orders import Opening, SlotHello
 from orchestrator.errors import ShareError, UnfitEnvironmentError
+from orchestrator.hung import answer_with_stacks
 from orchestrator.jobs import build_job, job_info
 from orchestrator.jobs.own import add_import_paths, is_own
 from orchestrator.policies.plan import DeviceId
@@ -74,6 +75,7 @@ def slot_loop(config: dict[str, Any]) -> None:
         dist.broadcast_object_list(epoch, src=0, group=ranks.group)
     link.start(epoch[0])
     boundary = Boundary(link, ranks.rank, ranks.world_size, ranks.group)
+    answer_with_stacks(Path(config["warm_up"].directory).parents[1])
     clean = ProcessState.capture()  # last: what the slot itself keeps open is no trial's leak
     gc.collect()
     gc.freeze()  # what is here now stays: later collections, between two trials, need not look at it again

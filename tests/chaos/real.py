@@ -1,9 +1,10 @@
-"""One real run that is disturbed once, and the one checker of what came of it."""
+"""One real run that is disturbed, and the one checker of what came of it."""
 
 from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ Results = dict[tuple[str, int], tuple[int, int, dict[str, float]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a disturbed run came to: which fault struck, and what is wrong with the run."""
+    """What a disturbed run came to: which faults struck, and what is wrong with the run."""
 
-    fault: str
+    faults: tuple[str, ...]
     violations: tuple[str, ...]
     facts: dict[str, Any]
 
@@ -34,8 +35,8 @@ def undisturbed(directory: Path) -> Results:
     return results(run_dir)
 
 
-def disturbed(directory: Path, kind: str, seed: int, wanted: Results) -> Outcome:
-    """Run once, strike once, and judge.
+def disturbed(directory: Path, kinds: Sequence[str], seed: int, wanted: Results) -> Outcome:
+    """Run once, strike with one fault after the other, and judge.
 
     Raises:
         NotFiredError: the fault has hit nothing.
@@ -43,12 +44,12 @@ def disturbed(directory: Path, kind: str, seed: int, wanted: Results) -> Outcome
     """
     draw = random.Random(seed)
     with ExitStack() as stack:
-        place = stack.enter_context(small_disk(directory)) if kind in ON_A_SMALL_DISK else directory
+        place = stack.enter_context(small_disk(directory)) if ON_A_SMALL_DISK & set(kinds) else directory
         place.mkdir(parents=True, exist_ok=True)
         run_dir = place / "runs" / "r"
         started = start("run", str(run_file(place / "run.yaml")), "--plain", run_dir=run_dir)
         try:
-            fault = INJECTIONS[kind](started, draw)
+            faults = tuple(INJECTIONS[kind](started, draw) for kind in kinds)
             code, output = started.end()
         except BaseException:
             if started.process.poll() is None:
@@ -60,7 +61,7 @@ def disturbed(directory: Path, kind: str, seed: int, wanted: Results) -> Outcome
         if code != 0:
             found.append(f"exit code {code}: {output[-2000:]}")
         facts = {"num_requeued": sum(entry["kind"] == "trial_requeued" for entry in read(run_dir / "journal.jsonl"))}
-        return Outcome(fault=fault, violations=tuple(found), facts=facts)
+        return Outcome(faults=faults, violations=tuple(found), facts=facts)
 
 
 def history_violations(run_dir: Path, wanted: Results) -> list[str]:

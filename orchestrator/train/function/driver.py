@@ -250,6 +250,7 @@ class FunctionDriver:
     def _stepped(self, _optimizer: Optimizer) -> None:
         """The first optimizer has made a step: record it, and cross the boundary behind it."""
         attempt, now_s = self.attempt, time.monotonic()
+        self._ranks.pulse.beat()
         num_backwards, loss = self._steps.num_backwards, self._steps.take_loss()
         self._look_at_dials(num_backwards)
         settings = self._batch.label(self._settings)

@@ -255,7 +255,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 def test_the_story_has_what_can_be_written_while_trials_run(undisturbed: Stage) -> None:
     kinds = {kind for write in undisturbed.writes for kind in write} | {"run", "recovered"}
-    elsewhere = {"trial_resize", "told", "refusal", "check", "gain", "run_ended", "run_interrupted", "trial_retried"}
+    elsewhere = {
+        "trial_resize",
+        "told",
+        "refusal",
+        "check",
+        "gain",
+        "run_ended",
+        "run_interrupted",
+        "trial_retried",
+        "rank_silent",
+    }
     assert kinds | elsewhere >= set(EVENTS) - {"trial_pinned", "trial_suspected"}
     assert {state for state, _, _ in outcome(undisturbed).values()} == {"done"}
 

@@ -81,6 +81,19 @@ EVENTS_OF: dict[type[ev.Event], st.SearchStrategy[Any]] = {
         fev.CommitDamaged, trial_id=TRIALS, attempt=SMALL, checkpoint=TEXT, step=SMALL, num_steps=SMALL
     ),
     sig.TrialNoted: st.builds(sig.TrialNoted, trial_id=TRIALS, note=st.builds(Note, kind=TEXT, text=TEXT)),
+    fev.RankSilent: st.builds(
+        fev.RankSilent,
+        trial_id=TRIALS,
+        attempt=SMALL,
+        slot_id=SLOTS,
+        rank=SMALL,
+        silent_s=st.just(12.0),
+        limit_s=st.just(10.0),
+        doing=TEXT,
+        process=TEXT,
+        stack=TEXT,
+        is_restarted=st.booleans(),
+    ),
     fev.TrialRetried: st.builds(
         fev.TrialRetried, trial_id=TRIALS, attempt=SMALL, checkpoint=st.sampled_from([None, "/c/0"]), reason=TEXT
     ),
