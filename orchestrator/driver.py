@@ -40,6 +40,7 @@ from orchestrator.run_dirs import (
     mark_ended,
     stop_request,
 )
+from orchestrator.storage_trust import require_trusted
 from orchestrator.view.failures import common_error
 from orchestrator.view.report import failure_line, render_broken_off
 from orchestrator.view.report import render as render_report
@@ -96,19 +97,20 @@ def _drive(
     return code
 
 
-def resume(run_dir: Path, *, plain: bool | None = None, retries_all: bool = False) -> int:
+def resume(run_dir: Path, *, plain: bool | None = None, retries_all: bool = False, trusts_storage: bool = False) -> int:
     """Take up an interrupted run where its journal left it; returns the exit code.
 
     Trials that failed for reasons outside of them are tried again, with `retries_all` every one that failed.
 
     Raises:
-        ConfigError: there is nothing to resume.
+        ConfigError: there is nothing to resume, or others can have written what is there (unless `trusts_storage`).
     """
     status = read_status(run_dir / STATUS_NAME)
     if not (run_dir / RUN_FILE).exists() and not run_dir.joinpath(*BEGUN_FILE).exists():
         raise ConfigError(f"{run_dir} holds no run.yaml and is no run directory; see: orchestrator list")
     if status is not None and status.get("state") == "done":
         require_retries(status, run_dir, retries_all=retries_all)
+    require_trusted(run_dir, is_trusted=trusts_storage)
     require_history(run_dir)
     resolved = load_begun(run_dir)
     require_fit(resolved, is_new=False)

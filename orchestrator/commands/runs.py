@@ -12,7 +12,15 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.shared import NumberRange, json_option, opened, print_json, run_argument, storage_option
+from orchestrator.commands.shared import (
+    NumberRange,
+    json_option,
+    opened,
+    print_json,
+    run_argument,
+    storage_option,
+    trust_option,
+)
 from orchestrator.errors import ConfigError
 from orchestrator.run_dirs import (
     ENDED_STATES,
@@ -102,7 +110,8 @@ def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float) ->
 @storage_option
 @click.option("--plain", is_flag=True, help="One line every few seconds instead of the live table.")
 @click.option("--retry-failed", is_flag=True, help="Try every trial again that failed, whatever the reason.")
-def resume(run: str, storage: Path, plain: bool, retry_failed: bool) -> int:
+@trust_option
+def resume(run: str, storage: Path, plain: bool, retry_failed: bool, trust_storage: bool) -> int:
     """Go on with RUN from its last checkpoints; trials that ended well are not run again.
 
     A trial that failed for a reason outside of it (memory, disk, a damaged checkpoint, a device, processes that died)
@@ -111,7 +120,7 @@ def resume(run: str, storage: Path, plain: bool, retry_failed: bool) -> int:
     run_dir = opened(run, storage, may_be_new=True)
     from orchestrator.driver import resume as resume_run
 
-    return int(resume_run(run_dir, plain=plain or None, retries_all=retry_failed))
+    return int(resume_run(run_dir, plain=plain or None, retries_all=retry_failed, trusts_storage=trust_storage))
 
 
 TABLE: dict[str, click.Command] = {"list": list_, "watch": watch, "stop": stop, "resume": resume}

@@ -35,6 +35,7 @@ from orchestrator.control.orders import (
 )
 from orchestrator.control.silence import Silent
 from orchestrator.control.spec import RunSpec
+from orchestrator.control.trust import Allowance
 from orchestrator.control.world import SlotState, Trial, TrialState
 from orchestrator.hung import Process
 from orchestrator.policies.invariants import check
@@ -71,6 +72,7 @@ class Controller:
         self.world, self.run = self.engine.world, self.engine.run
         self.admission = Admission(self.world, self.run)
         self.checks = ShareChecks(self.world, self.run)
+        self._allowance = Allowance()
         self._last_refusal = ""
 
     def begin(self, start_id: str, *, retries_all: bool = False) -> None:
@@ -221,7 +223,9 @@ class Controller:
         if trial is None:
             return False
         for message in events.records:
-            self.engine.emit(sig.RecordsCame(trial_id=trial.trial_id, rank=rank, records=unpack(message)))
+            rows = unpack(message)
+            if self._allowance.takes((trial.trial_id, rank), len(rows), self.engine.now_s):
+                self.engine.emit(sig.RecordsCame(trial_id=trial.trial_id, rank=rank, records=rows))
         if rank == 0:
             self._take_findings(trial, events)
             for override in events.overrides:  # before any new grant

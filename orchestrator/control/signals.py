@@ -102,11 +102,15 @@ class StepModeFound(Signal):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitAdvanced(Signal):
-    """What is known of a trial's speed and loss, with what was observed since the last time."""
+    """What is known of a trial's speed and loss, with what was observed since the last time.
+
+    `is_shared` is False where it is not believed, and so is nothing to trials of its shape to come.
+    """
 
     trial_id: TrialId
     fit: TrialFit
     loss: float | None
+    is_shared: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -148,6 +148,7 @@ def assign(world: World, run: Run, event: ev.TrialAssigned) -> Effects:
         stale_after_s=run.spec.stale_after_s,
         num_workers=len(placement),
         computes_on_cpu=bool(known) and all(kind is DeviceKind.CPU for kind in known),
+        max_samples=None if run.spec.is_function else run.spec.max_step_samples,
     )
     fit = trial.kept_fit or inherit(run.shape_fits.get(shape, NOTHING_FITTED))
     # A micro-batch that overflowed is not the first to be tried again.
@@ -358,7 +359,9 @@ def advance_fit(_world: World, run: Run, event: sig.FitAdvanced) -> Effects:
     trial = run.trials[event.trial_id]
     trial.loss = trial.loss if event.loss is None else event.loss
     if event.fit is not trial.fit:
-        trial.fit = run.shape_fits[run.spec.shape(trial.params)] = event.fit
+        trial.fit = event.fit
+        if event.is_shared:
+            run.shape_fits[run.spec.shape(trial.params)] = event.fit
     return ()
 
 

@@ -95,6 +95,7 @@ class Bounds:
         latest_end_s: latest moment, on the rank's clock, at which a step can have ended.
         last_seq: highest credible sequence number so far, of accepted and refused rows; None for a first batch.
         anchor: the row to go on from, None before the first accepted one.
+        max_samples: samples that a step of the trial can have at most, None where nobody knows.
     """
 
     newest_generation: int
@@ -102,6 +103,7 @@ class Bounds:
     latest_end_s: float
     last_seq: int | None
     anchor: Anchor | None
+    max_samples: int | None = None
 
 
 def judge(rows: StepArray, bounds: Bounds) -> Codes:
@@ -157,6 +159,8 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     samples, flags = rows["num_samples"], rows["flags"]
     # Three factors of at most 2**20 cannot overflow 63 bits; rows with larger ones are out already.
     fits = (samples >= 1) & (samples <= micro * accum * workers)
+    if bounds.max_samples is not None:
+        fits &= micro * accum * workers <= bounds.max_samples
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
     unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
     _mark(codes, "tier", np.isin(rows["tier"], unknown))
