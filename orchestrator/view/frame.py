@@ -222,7 +222,10 @@ def _title(
     ]
     age_s = now_s - (number(status.get("updated_at")) or now_s)
     if age_s > STALE_AFTER_S and _state(status) in {"starting", "running", "stopping"}:
-        text = f"no news for {show_seconds(age_s)}: the run may have crashed; `orchestrator resume` takes it up"
+        text = "the policy actor is silent; training goes on, and the driver replaces it"
+        lines.append(_line(f"no news for {show_seconds(age_s)}: {text}", Role.FAILED, width))
+    elif _state(status) == "lost":
+        text = "the driver of the run is gone: `orchestrator resume` goes on from its last checkpoints"
         lines.append(_line(text, Role.FAILED, width))
     elif status.get("trouble"):
         lines.append(_line(f"nothing is decided: {clean(status['trouble'])}", Role.FAILED, width))
