@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from orchestrator import evidence
+from orchestrator import evidence, room
 from orchestrator.beginning import load_begun, make_run_dir, require_history, require_policy, within_quota
 from orchestrator.clock import SystemClock
 from orchestrator.cluster import RayCluster, StartGivenUpError, cluster_leaks
@@ -32,7 +32,7 @@ from orchestrator.interrupts import ENDING_S, Interrupts, LastResort, reinstall
 from orchestrator.leftovers import remove_home, sweep
 from orchestrator.output import LOG_NAME, lasting_output, say, say_last
 from orchestrator.processes import Owner
-from orchestrator.room import has_room, words
+from orchestrator.room import has_room
 from orchestrator.run_dirs import (
     BEGUN_FILE,
     RUN_FILE,
@@ -187,6 +187,8 @@ class _Driver:
         loading = threading.Thread(target=_load_torch, name="torch", daemon=True)
         loading.start()
         self._view = LiveView(lambda: read_status(self._run_dir / STATUS_NAME), plain=plain)
+        if not room.wait(self._run_dir, _LEAST_ROOM_BYTES, _say_waiting, lambda: self._wish_to_stop() is not None):
+            return self._last_word("interrupted", dict(_NOTHING))
         with single_driver(self._run_dir), self._last_resort:
             for leftover in sweep():
                 say(f"removed {leftover}, whose driver is dead")
@@ -203,7 +205,6 @@ class _Driver:
 
     def _live(self, loading: threading.Thread, view: LiveView) -> tuple[str, dict[str, int]]:
         """Everything between the start of Ray and its end; how the run ended, and what is left in the cluster."""
-        self._wait_for_room()
         with self._ray.opened(lambda: self._wish_to_stop() is not None):
             reinstall()
             while loading.is_alive():  # two threads must not load it at once
@@ -249,14 +250,6 @@ class _Driver:
                 time.sleep(_POLL_S)
             else:
                 return
-
-    def _wait_for_room(self) -> None:
-        """Return when the disk has room for the beginning of a run, or it is not wanted any more."""
-        if not has_room(self._run_dir, _LEAST_ROOM_BYTES):
-            say_last(f"the run waits: {words(self._run_dir, _LEAST_ROOM_BYTES)}")
-        while not has_room(self._run_dir, _LEAST_ROOM_BYTES):
-            self._require_wanted()
-            time.sleep(_POLL_S)
 
     def _end_hard(self) -> int:
         """The last resort: end every process of the run, and say that it was interrupted."""
@@ -355,6 +348,10 @@ class _Driver:
     def _require_wanted(self) -> None:
         if self._wish_to_stop() is not None:
             raise StartGivenUpError
+
+
+def _say_waiting(text: str) -> None:
+    say_last(f"the run waits: {text}")
 
 
 @contextlib.contextmanager

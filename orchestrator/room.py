@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 POLL_S = 1.0
 """Between two looks whether there is room again."""
+_LOOK_S = 0.2
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _PROBE_BYTES = 1 << 16
 
@@ -36,6 +38,19 @@ def has_room(directory: Path, needed_bytes: int = 0) -> bool:
         return not is_full(error)
     finally:
         probe.unlink(missing_ok=True)
+    return True
+
+
+def wait(directory: Path, needed_bytes: int, tell: Callable[[str], None], is_cancelled: Callable[[], bool]) -> bool:
+    """Return once there is room, after one word where there is none yet; False where it was called off before."""
+    is_told = False
+    while not has_room(directory, needed_bytes):
+        if is_cancelled():
+            return False
+        if not is_told:
+            tell(words(directory, needed_bytes))
+        is_told = True
+        time.sleep(_LOOK_S)
     return True
 
 

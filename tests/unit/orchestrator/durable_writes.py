@@ -58,6 +58,7 @@ _add(
     When.SKIPS,
     "orchestrator/control/snapshots.py:save",
     "orchestrator/control/status.py:write_file",
+    "orchestrator/hung.py:answer_with_stacks",
     "orchestrator/output.py:_put",
     "orchestrator/output.py:_write_all",
     "orchestrator/output.py:give_up",

@@ -206,6 +206,16 @@ def test_a_run_that_cannot_be_made_on_a_full_disk_says_so_and_leaves_nothing(tmp
     assert not resolved.run_dir.exists()
 
 
+def test_a_run_that_begins_on_a_full_disk_says_so_once_and_waits(tmp_path: Path) -> None:
+    told: list[str] = []
+    with full_at("has_room", times=3) as failed:
+        assert room.wait(tmp_path, 1, told.append, lambda: False)
+    assert (len(failed), len(told)) == (3, 1)
+    assert f"{tmp_path} needs 1 bytes" in told[0]
+    with full_at("has_room"):
+        assert not room.wait(tmp_path, 1, told.append, lambda: True)
+
+
 def test_room_is_what_can_be_written(tmp_path: Path) -> None:
     assert room.has_room(tmp_path / "not" / "there")
     assert not room.has_room(tmp_path, 1 << 60)
