@@ -166,10 +166,12 @@ class Attempt:
         while not self.is_told_to_leave:
             self.ranks.pulse.rest()
             if is_met():
+                self.ranks.pulse.rest("step")  # the first one may take long
                 return True
             order = self._boundary.wait()
             self._say_ack()
             self.follow(order, driver)
+        self.ranks.pulse.rest("leaving")
         return False
 
     def when_room(self, write: Callable[[], Path], driver: Driver) -> Path | None:

@@ -114,6 +114,25 @@ def test_a_declared_training_beats_at_each_step_batch_of_data_and_of_its_evaluat
     assert pulse.kinds.count("evaluation") >= 2
 
 
+def test_the_first_step_behind_a_wait_may_take_long(tmp_path: Path) -> None:
+    """A trial waits for its first grant; what follows loads kernels and may compile."""
+
+    class Seen(Pulse):
+        def __init__(self) -> None:
+            super().__init__()
+            self.limits: list[float] = []
+
+        def beat(self, doing: str = "step") -> None:
+            self.limits.append(self.limit_s)
+            super().beat(doing)
+
+    pulse = Seen()
+    script = Script(order(tmp_path, samples_per_report=80))
+    loop(script, build_job("mlp", {"width": 16, "num_samples": 512}), ranks=replace(ONE_RANK, pulse=pulse)).run()
+    assert pulse.limits[0] == LONG_S
+    assert pulse.limits[19] == 10.0
+
+
 # What the actor makes of it.
 
 
