@@ -103,9 +103,9 @@ class Silence:
         """
         gap_s = 0.0 if self._looked_s is None else now_s - self._looked_s
         self._looked_s = now_s
-        if is_held_up or gap_s > _LONGEST_LOOK_S:
-            for heard in self._heard.values():
-                heard.since_s = min(now_s, heard.since_s + gap_s)
+        lost_s = gap_s if is_held_up else max(0.0, gap_s - _LONGEST_LOOK_S)
+        for heard in self._heard.values() if lost_s else ():
+            heard.since_s = min(now_s, heard.since_s + lost_s)
         found: list[Silent] = []
         known: set[_Key] = set()
         for trial in self._run.running():

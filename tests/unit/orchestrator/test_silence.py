@@ -183,6 +183,15 @@ def test_while_the_actor_itself_did_not_look_or_could_write_nothing_nobody_was_s
     assert [each.is_over for each in found] == [True, True]
 
 
+def test_an_actor_whose_policy_takes_long_finds_silence_all_the_same(tmp_path: Path) -> None:
+    _, _, silence = started(tmp_path)
+    hear(silence, 0.0, (1, 1))
+    found: list[Silent] = []
+    for look in range(6):
+        found = silence.look(4.0 * look)
+    assert [each.is_over for each in found] == [True, True]
+
+
 def test_the_time_in_which_a_message_was_taken_is_not_the_rank_s(tmp_path: Path) -> None:
     _, _, silence = started(tmp_path)
     hear(silence, 0.0, (1, 1))
