@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= demo.yaml
 PYTEST_FLAGS ?=
+PART ?= 1/1
+CHAOS_FLAGS ?=
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 # Tests without a Ray cluster run on all processors; those with one use all of them by themselves.
 SPREAD := -n logical --dist worksteal
 ALL := 'not gpu and not bench and not foreign and not policies'
+SERIAL := tests/integration tests/chaos/test_real.py
 
 # Tried in this order; PYTHON=/path/to/python goes before them.
 PYTHON ?=
@@ -17,7 +20,7 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test foreign policies unit lint check fix gpu bench clean
+.PHONY: help install demo test chaos foreign policies unit lint check fix gpu bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,10 +46,13 @@ install: $(STAMP) ## make .venv with everything in it; every other target does s
 demo: $(STAMP) ## watch a small search on this machine's processors, all dials turning
 	$(BIN)/orchestrator run $(DEMO) --set name=demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, chaos
+test: $(STAMP) ## all tests that need no GPU: unit, conformance, integration, a sample of chaos
 	@# Both, also where the first fails: one run tells everything.
-	$(PYTEST) $(SPREAD) tests --ignore=tests/integration -m $(ALL); first=$$?; \
-	  $(PYTEST) tests/integration -m $(ALL) && exit $$first
+	$(PYTEST) $(SPREAD) tests $(addprefix --ignore=,$(SERIAL)) -m $(ALL); first=$$?; \
+	  $(PYTEST) $(SERIAL) -m $(ALL) && exit $$first
+
+chaos: $(STAMP) ## every kind of fault many times, hours; PART=k/n a part, taken up where it was left
+	$(BIN)/python -m tests.chaos --part $(PART) $(CHAOS_FLAGS)
 
 foreign: $(STAMP) ## whole runs of the foreign trainings that `make test` leaves out, six minutes
 	$(PYTEST) tests -m foreign

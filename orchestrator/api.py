@@ -27,6 +27,7 @@ from orchestrator.jobs.own import PICKLE_SUFFIX, digest_of
 from orchestrator.run_dirs import find_run, read_status
 from orchestrator.run_process import execute, status_of
 from orchestrator.space import as_space
+from orchestrator.storage_trust import require_trusted
 from orchestrator.view.notebook import LiveTable, notebook, status_html
 from orchestrator.view.text import dicts, mapping
 
@@ -103,12 +104,16 @@ def run_file_of(
 class Run:
     """A run that has ended, or goes on: read from its directory when it is asked.
 
+    Args:
+        path: the run directory, or the name of a run.
+        trust_storage: read checkpoints also where others can write the directory.
+
     Attributes:
         path: the run directory.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = find_run(str(path), Path("runs"))
+    def __init__(self, path: str | Path, *, trust_storage: bool = False) -> None:
+        self.path, self._trusts_storage = find_run(str(path), Path("runs")), trust_storage
 
     def __repr__(self) -> str:
         trials = dicts(self._status.get("trials"))
@@ -221,13 +226,14 @@ class Run:
         """What `export` reads: the best commit of a trial, by default of the best one.
 
         Raises:
-            ConfigError: there is no such trial.
+            ConfigError: there is no such trial, or others can have written the checkpoints.
             OrchestratorError: there is no commit.
         """
         from orchestrator.train import best
         from orchestrator.train.checkpoint import newest
         from orchestrator.train.export import Source
 
+        require_trusted(self.path, is_trusted=self._trusts_storage)
         status = self._status
         trials = {str(trial.get("trial_id")): trial for trial in dicts(status.get("trials"))}
         if trial_id is not None and trial_id not in trials:

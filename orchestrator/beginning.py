@@ -18,12 +18,13 @@ from orchestrator.config.render import scalar
 from orchestrator.config.source import read_text
 from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import has_entries, read_run
-from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.errors import ConfigError, OrchestratorError, UnfitEnvironmentError
 from orchestrator.host import num_usable_cores
 from orchestrator.jobs.own import PICKLE_SUFFIX
 from orchestrator.names import write_atomically
 from orchestrator.output import say
 from orchestrator.policies import build_policy
+from orchestrator.room import is_full, words
 from orchestrator.run_dirs import BEGUN_FILE, RUN_FILE, SCHEMA, read_status, run_file_schema, with_schema
 from orchestrator.run_spec import middle_params
 from orchestrator.train.epoch_size import num_samples
@@ -85,6 +86,7 @@ def make_run_dir(resolved: ResolvedRun) -> None:
 
     Raises:
         ConfigError: it cannot be made there.
+        UnfitEnvironmentError: the disk is full.
     """
     run_dir = resolved.run_dir
     try:
@@ -96,6 +98,9 @@ def make_run_dir(resolved: ResolvedRun) -> None:
     except FileExistsError:
         raise ConfigError(f"{run_dir} exists already; allowed: another name, or `orchestrator resume`") from None
     except OSError as error:
+        if is_full(error):
+            shutil.rmtree(run_dir, ignore_errors=True)
+            raise UnfitEnvironmentError(f"storage: {words(run_dir)}; then start the run again") from None
         raise ConfigError(
             f"storage: {run_dir} cannot be made ({error.strerror}); allowed: a directory that you may write to"
         ) from None

@@ -26,12 +26,14 @@ from orchestrator.control.snapshots import code_version
 from orchestrator.control.spec import RunSpec
 from orchestrator.devices.agent import NodeReady
 from orchestrator.devices.ray_agents import Agents, gpu_nodes
-from orchestrator.errors import JournalError, UnfitEnvironmentError, WorkerGroupError
+from orchestrator.errors import JournalError, TelemetryError, UnfitEnvironmentError, WorkerGroupError
 from orchestrator.node_requests import NodeRequests
 from orchestrator.node_watcher import NodeWatcher, num_slots_with_room, num_workers_with_room
+from orchestrator.output import say
 from orchestrator.policies.plan import TrialId
 from orchestrator.policy_handle import OWN_NAME, SHARED_NAME, SHARED_NAMESPACE, RunHandle, shared_actor
 from orchestrator.run_spec import gpu_part, middle_params, num_gpus_at_most, run_spec
+from orchestrator.silence_watcher import SilenceWatcher
 from orchestrator.supervisor import SlotSpec, Supervisor
 from orchestrator.tune.admission import PIN_HEAD, require_tested_ray
 
@@ -50,24 +52,30 @@ class ControlPlane:
     """Policy actor and slots of one start of a run, in the cluster this process is connected to.
 
     `is_foreign` says that the search is the user's own: what the run file says of a scheduler is nothing to it.
+    `retries_all` says that every trial that failed is tried again, not those alone that failed for reasons outside.
 
     Attributes:
         spec: the controller's view of the run.
         namespace: different for every start; of the policy actor that the run has for itself.
         address: where worker groups and stand-ins find the policy actor: its name and its namespace.
         policy: handle of the actor, once open.
+        is_cancelled: whether somebody asked for the end of the run.
     """
 
-    def __init__(self, resolved: ResolvedRun, run_dir: Path, *, is_foreign: bool = False) -> None:
+    def __init__(
+        self, resolved: ResolvedRun, run_dir: Path, *, is_foreign: bool = False, retries_all: bool = False
+    ) -> None:
         self._config, self._run_dir = resolved.config, run_dir
-        self.spec = run_spec(resolved)
+        self.spec, self._retries_all = run_spec(resolved), retries_all
         if is_foreign:
             self.spec = dataclasses.replace(self.spec, stop_rule=None)
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
         self.address = (OWN_NAME, self.namespace)
         self.policy: Any = None
+        self.is_cancelled: Callable[[], bool] = lambda: False
         self._slots: tuple[Supervisor, SlotSpec, int] | None = None
         self._watcher: NodeWatcher | None = None
+        self._silence: SilenceWatcher | None = None
         self._agents: Agents | None = None
         self._ready: NodeReady | None = None
         self._give_up_s = float("inf")
@@ -90,7 +98,7 @@ class ControlPlane:
         if not self._config.cluster.autoscale:
             require_room(slot_spec, self._nodes_to_come())
         if self.policy is None:
-            self.policy = start_actor(self.spec, self.namespace)
+            self.policy = start_actor(self.spec, self.namespace, retries_all=self._retries_all)
         if is_waiting:
             importlib.import_module("ray.train.torch")  # two threads importing it at once break it
         else:
@@ -106,6 +114,8 @@ class ControlPlane:
             unfit=None if self._agents is None else self._unfit_nodes,
         )
         self._watcher.start()
+        self._silence = SilenceWatcher(self.policy, self._run_dir, self._config.trial.hang_timeout_s)
+        self._silence.start()
         self._give_up_s = time.monotonic() + self._open_timeout_s
 
     def _join(self) -> None:
@@ -127,7 +137,8 @@ class ControlPlane:
         if policy["places"] and sum(node.get("CPU", 0) >= 1 for node in alive_resources()) > 1:
             text = f"{why} whose policy {policy['policy']} chooses devices, which works on one node only so far"
             raise UnfitEnvironmentError(f"{text}; allowed: another policy in the file for `orchestrator up`")
-        found = ray.get(actor.join.remote(self.spec, self.namespace, code_version()))
+        joining = actor.join.remote(self.spec, self.namespace, code_version(), retries_all=self._retries_all)
+        found = ray.get(joining)
         if "error" in found:
             raise UnfitEnvironmentError(f"{why}, and this run cannot join: {found['error']}")
         self.policy, self.address = RunHandle(actor, found["run"]), (f"{SHARED_NAME}#{found['run']}", SHARED_NAMESPACE)
@@ -211,8 +222,9 @@ class ControlPlane:
         Returns:
             Whether all slots have closed; threads of the others still wait for Ray.
         """
-        if self._watcher is not None:
-            self._watcher.stop()
+        for watcher in (self._silence, self._watcher):
+            if watcher is not None:
+                watcher.stop()
         if self._requests is not None:
             self._requests.release()
         try:
@@ -236,8 +248,7 @@ class ControlPlane:
             if not have_closed:
                 logger.warning("not all slots closed within %g s; their processes are ended", timeout_s)
             self._supervisor.abandon()
-        with contextlib.suppress(RayError):
-            ray.get(self.policy.end_run.remote(state), timeout=10.0)
+        self._end_run(state, is_hurried=is_hurried)
         self.end_actor()
         self.policy = None
         return have_closed
@@ -249,6 +260,22 @@ class ControlPlane:
                 ray.get(self.policy.actor.leave.remote(self.policy.run), timeout=10.0)
             else:
                 ray.kill(self.policy)
+
+    def _end_run(self, state: str, *, is_hurried: bool) -> None:
+        """Let the actor write what waits; where the disk is full, once there is room, unless it has to be quick."""
+        is_said = False
+        while True:
+            try:
+                ray.get(self.policy.end_run.remote(state), timeout=10.0)
+            except RayError as error:
+                if is_hurried or self.is_cancelled() or not isinstance(error, JournalError | TelemetryError):
+                    return
+                if not is_said:
+                    say(f"the run has ended, and its last entries wait: {error.__cause__ or error}")
+                is_said = True
+                time.sleep(_POLL_S)
+            else:
+                return
 
     @property
     def _open_timeout_s(self) -> float:
@@ -342,7 +369,7 @@ def as_begun(spec: RunSpec) -> RunSpec:
     return dataclasses.replace(spec, **kept)
 
 
-def start_actor(spec: Any, namespace: str) -> Any:
+def start_actor(spec: Any, namespace: str, *, retries_all: bool = False) -> Any:
     """The policy actor of a run: named, detached, restarted when it dies, on the head node where the journal is."""
     from orchestrator.control.actor import PolicyActor
 
@@ -358,7 +385,7 @@ def start_actor(spec: Any, namespace: str) -> Any:
             max_task_retries=-1,
             max_concurrency=1000,
         )
-        .remote(spec, namespace)
+        .remote(spec, namespace, retries_all=retries_all)
     )
 
 

@@ -11,14 +11,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
-from orchestrator import evidence
+from orchestrator import evidence, room
 from orchestrator.beginning import (
     load_begun,
     make_run_dir,
@@ -35,11 +35,12 @@ from orchestrator.control.journal import FILE_NAME as JOURNAL_NAME
 from orchestrator.control.journal import Journal, segments
 from orchestrator.control.status import FILE_NAME as STATUS_NAME
 from orchestrator.control_plane import ControlPlane
-from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, OrchestratorError
+from orchestrator.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, ConfigError, JournalError, OrchestratorError
 from orchestrator.interrupts import ENDING_S, Interrupts, LastResort, reinstall
 from orchestrator.leftovers import remove_home, sweep
 from orchestrator.output import LOG_NAME, lasting_output, say, say_last
 from orchestrator.processes import Owner
+from orchestrator.room import has_room
 from orchestrator.run_dirs import (
     BEGUN_FILE,
     RUN_FILE,
@@ -47,10 +48,12 @@ from orchestrator.run_dirs import (
     mark_ended,
     stop_request,
 )
+from orchestrator.storage_trust import require_trusted
 from orchestrator.view.failures import common_error
 from orchestrator.view.report import failure_line, render_broken_off
 from orchestrator.view.report import render as render_report
 from orchestrator.view.terminal import LiveView, read_status
+from orchestrator.view.text import dicts
 
 if TYPE_CHECKING:
     from orchestrator.tune.search import Search
@@ -60,6 +63,8 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 60.0
 _POLL_S = 0.2
 _LEAVE_S = 30.0
+_LEAST_ROOM_BYTES = 1 << 20
+"""What a run needs at least before it begins."""
 _NOTHING = {"actors": 0, "placement_groups": 0, "processes": 0}
 _ENDED_WELL = frozenset({"done", "stopped", "paused"})
 
@@ -83,9 +88,11 @@ def start(resolved: ResolvedRun, *, plain: bool | None = None, is_quiet: bool = 
     return _drive(resolved, resolved.run_dir, plain=plain, is_quiet=is_quiet)
 
 
-def _drive(resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet: bool = False) -> int:
+def _drive(
+    resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet: bool = False, retries_all: bool = False
+) -> int:
     """One start of a run, with output that lasts and signals that are taken from the first moment on."""
-    driver = _Driver(resolved, run_dir)
+    driver = _Driver(resolved, run_dir, retries_all=retries_all)
     with driver.interrupts.taken(), lasting_output(run_dir / LOG_NAME, is_quiet=is_quiet) as screen:
         try:
             code = driver.execute(plain)
@@ -102,23 +109,39 @@ def _drive(resolved: ResolvedRun, run_dir: Path, *, plain: bool | None, is_quiet
     return code
 
 
-def resume(run_dir: Path, *, plain: bool | None = None) -> int:
+def resume(run_dir: Path, *, plain: bool | None = None, retries_all: bool = False, trusts_storage: bool = False) -> int:
     """Take up an interrupted run where its journal left it; returns the exit code.
 
+    Trials that failed for reasons outside of them are tried again, with `retries_all` every one that failed.
+
     Raises:
-        ConfigError: there is nothing to resume.
+        ConfigError: there is nothing to resume, or others can have written what is there (unless `trusts_storage`).
     """
     status = read_status(run_dir / STATUS_NAME)
     if not (run_dir / RUN_FILE).exists() and not run_dir.joinpath(*BEGUN_FILE).exists():
         raise ConfigError(f"{run_dir} holds no run.yaml and is no run directory; see: orchestrator list")
     if status is not None and status.get("state") == "done":
-        raise ConfigError(f"the run in {run_dir} is done; nothing to resume")
+        require_retries(status, run_dir, retries_all=retries_all)
+    require_trusted(run_dir, is_trusted=trusts_storage)
     require_history(run_dir)
     resolved = load_begun(run_dir)
     require_fit(resolved, is_new=False)
     require_policy(resolved)
     (run_dir / "control" / "stop").unlink(missing_ok=True)
-    return _drive(resolved, run_dir, plain=plain)
+    return _drive(resolved, run_dir, plain=plain, retries_all=retries_all)
+
+
+def require_retries(status: Mapping[str, Any], run_dir: Path, *, retries_all: bool) -> None:
+    """Refuse to go on with a run that is done and has no trial to try again.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    failed = [trial for trial in dicts(status.get("trials")) if trial.get("state") == "failed"]
+    if any(retries_all or trial.get("cause") for trial in failed):
+        return
+    hint = f"; of its trials {len(failed)} failed by themselves: `--retry-failed` tries them again" if failed else ""
+    raise ConfigError(f"the run in {run_dir} is done; nothing to resume{hint}")
 
 
 def _load_torch() -> None:
@@ -157,14 +180,15 @@ class _Driver:
         is_stuck: whether Ray had to be ended the hard way.
     """
 
-    def __init__(self, resolved: ResolvedRun, run_dir: Path) -> None:
+    def __init__(self, resolved: ResolvedRun, run_dir: Path, *, retries_all: bool = False) -> None:
         resolved = within_quota(resolved)
         self._resolved, self._run_dir = resolved, run_dir
         self._config = resolved.config
-        self._plane = ControlPlane(resolved, run_dir)
+        self._plane = ControlPlane(resolved, run_dir, retries_all=retries_all)
         uses_gpus = self._config.devices.use != "cpu"
         self._ray = RayCluster(self._config.cluster, self._plane.namespace, run_dir, uses_gpus=uses_gpus)
         self.interrupts, self.is_stuck = Interrupts(), False
+        self._plane.is_cancelled = lambda: bool(self.interrupts.number)
         self._last_resort = LastResort(self.interrupts, self._end_hard, self.leave)
         self._view: LiveView | None = None
         self._thaw: Callable[[], None] = lambda: None
@@ -180,6 +204,8 @@ class _Driver:
         loading = threading.Thread(target=_load_torch, name="torch", daemon=True)
         loading.start()
         self._view = LiveView(lambda: read_status(self._run_dir / STATUS_NAME), plain=plain)
+        if not room.wait(self._run_dir, _LEAST_ROOM_BYTES, _say_waiting, lambda: self._wish_to_stop() is not None):
+            return self._last_word("interrupted", dict(_NOTHING))
         with single_driver(self._run_dir), self._last_resort:
             for leftover in sweep():
                 say(f"removed {leftover}, whose driver is dead")
@@ -216,7 +242,7 @@ class _Driver:
         if self._has_ended.acquire(blocking=False):  # the last resort may come at the same moment
             self.is_stuck = self._ray.is_stuck
             leaks["processes"] = self._ray.num_left
-            log_end(self._run_dir, state, leaks)
+            self._log_end(state, leaks)
             mark_ended(self._run_dir, state)
             self._report()
             line = failure_line(read_status(self._run_dir / STATUS_NAME) or {}) if state == "done" else None
@@ -224,6 +250,24 @@ class _Driver:
                 say_last(line)
                 return EXIT_SOME_FAILED
         return {"done": EXIT_DONE, "interrupted": self.interrupts.exit_code}.get(state, EXIT_FAILED)
+
+    def _log_end(self, state: str, leaks: dict[str, int]) -> None:
+        """The last entry of the journal, once there is room for it."""
+        is_said = False
+        while True:
+            try:
+                log_end(self._run_dir, state, leaks)
+            except (JournalError, OSError) as error:
+                if has_room(self._run_dir):
+                    raise
+                if not is_said:
+                    say_last(f"the last entry of the journal waits: {error}")
+                is_said = True
+                if self.interrupts.number:
+                    return
+                time.sleep(_POLL_S)
+            else:
+                return
 
     def _report(self) -> None:
         """Say what came of the run, once; its last line is the run directory."""
@@ -344,6 +388,10 @@ class _Driver:
             raise StartGivenUpError
 
 
+def _say_waiting(text: str) -> None:
+    say_last(f"the run waits: {text}")
+
+
 @contextlib.contextmanager
 def single_driver(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for this process.
@@ -371,6 +419,9 @@ def log_end(run_dir: Path, state: str, leaks: dict[str, int]) -> None:
     if not any(path.exists() for path in segments(run_dir)):
         return
     journal, clock = Journal(run_dir / JOURNAL_NAME), SystemClock()
-    journal.append([RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks)])
-    journal.close()
+    try:
+        journal.append([RunEnded(t_s=clock.now_s(), wall_s=clock.wall_s(), state=state, leaks=leaks)])
+        journal.sync()
+    finally:
+        journal.abandon()
     evidence.record_or_not(run_dir)

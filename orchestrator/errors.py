@@ -12,6 +12,8 @@
     |- TelemetryError      a record that cannot be true, or a damaged table
     |- ShareError          a share cannot be enforced as asked
     |- CheckpointError     a checkpoint is missing, damaged or does not fit
+    |  |- DamagedError       neither it nor one before it is as it was written
+    |  `- NoRoomError        the disk has no room for it
     |- JournalError        the journal cannot be read or written
     |- TraceError          a trace or workload file is malformed                  (exit 2)
     `- WorkerGroupError    a slot or its worker group failed
@@ -136,6 +138,14 @@ class ShareError(OrchestratorError):
 
 class CheckpointError(OrchestratorError):
     """A checkpoint is missing, damaged or does not fit the trial."""
+
+
+class DamagedError(CheckpointError):
+    """Neither a checkpoint nor one before it is as it was written."""
+
+
+class NoRoomError(CheckpointError):
+    """The disk has no room for a checkpoint; nothing of it was kept, and it may be tried again."""
 
 
 class JournalError(OrchestratorError):

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from ray.exceptions import RayError
 from orchestrator.control.orders import TrialOrder
 from orchestrator.errors import JournalError
 from orchestrator.policies.plan import can_split, on_ranks
+from orchestrator.room import POLL_S, has_room, words
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +177,12 @@ class Supervisor:
                 return
             logger.warning("%s ended: %s", slot_id, error)
             self._tell_of(self._policy.lose_slot, slot_id, error)
+            if not has_room(Path(self._spec.storage_path)):  # Ray Train writes there before it opens a worker group
+                logger.warning(
+                    "%s is opened again when there is room: %s", slot_id, words(Path(self._spec.storage_path))
+                )
+                self._wait_for_room()
+                continue
             is_fast = time.monotonic() - began_s < 2 * _LONGEST_BACK_OFF_S
             num_fast_failures = num_fast_failures + 1 if is_fast else 0
             if num_fast_failures >= _MAX_FAST_FAILURES:
@@ -182,6 +190,12 @@ class Supervisor:
                 return
             self._is_closing.wait(back_off_s)
             back_off_s = min(2 * back_off_s, _LONGEST_BACK_OFF_S) if is_fast else _FIRST_BACK_OFF_S
+
+    def _wait_for_room(self) -> None:
+        """Return when the disk has room, or the run ends."""
+        while not has_room(Path(self._spec.storage_path)):
+            if self._is_closing.wait(POLL_S):
+                return
 
     def _serve_once(self, slot_id: str, num_workers: int) -> None:
         """A further slot's thread, for one life of it: who needs another asks for it."""

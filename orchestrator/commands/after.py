@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.shared import json_option, opened, print_json, run_argument, storage_option
+from orchestrator.commands.shared import json_option, opened, print_json, run_argument, storage_option, trust_option
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
 from orchestrator.run_dirs import read_status, state_of
@@ -53,8 +53,9 @@ def explain(run: str, storage: Path, decision: int | None, as_json: bool) -> int
 @storage_option
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A new directory.")
 @click.option("--trial", default=None, metavar="ID", help="Which trial; the best one if not given.")
+@trust_option
 @json_option
-def export(run: str, storage: Path, output: Path, trial: str | None, as_json: bool) -> int:
+def export(run: str, storage: Path, output: Path, trial: str | None, trust_storage: bool, as_json: bool) -> int:
     """Write the model of RUN's best trial, at its best report, and its parameters as params.json.
 
     A declared training's weights go to model.safetensors, a Hugging Face model in that library's layout; what a
@@ -63,7 +64,7 @@ def export(run: str, storage: Path, output: Path, trial: str | None, as_json: bo
     run_dir = opened(run, storage)
     from orchestrator.api import Run
 
-    line = Run(run_dir).export(output, trial)
+    line = Run(run_dir, trust_storage=trust_storage).export(output, trial)
     if as_json:
         print_json({"output": output, "load": line})
     else:

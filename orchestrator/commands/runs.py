@@ -12,7 +12,15 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.shared import NumberRange, json_option, opened, print_json, run_argument, storage_option
+from orchestrator.commands.shared import (
+    NumberRange,
+    json_option,
+    opened,
+    print_json,
+    run_argument,
+    storage_option,
+    trust_option,
+)
 from orchestrator.errors import ConfigError
 from orchestrator.run_dirs import (
     ENDED_STATES,
@@ -104,14 +112,21 @@ def stop(run: str, storage: Path, now: bool, no_wait: bool, timeout_s: float, tr
     return 1
 
 
-@click.command(epilog="\b\nExample:\n  orchestrator resume demo")
+@click.command(epilog="\b\nExamples:\n  orchestrator resume demo\n  orchestrator resume demo --retry-failed")
 @run_argument
 @storage_option
 @click.option("--plain", is_flag=True, help="One line every few seconds instead of the live table.")
+@click.option("--retry-failed", is_flag=True, help="Try every trial again that failed, whatever the reason.")
 @click.option("--trial", default=None, metavar="ID", help="In a run that goes on: this trial alone.")
+@trust_option
 @json_option
-def resume(run: str, storage: Path, plain: bool, trial: str | None, as_json: bool) -> int:
-    """Go on with RUN from its last checkpoints; finished trials are not run again.
+def resume(
+    run: str, storage: Path, plain: bool, retry_failed: bool, trial: str | None, trust_storage: bool, as_json: bool
+) -> int:
+    """Go on with RUN from its last checkpoints; trials that ended well are not run again.
+
+    A trial that failed for a reason outside of it (memory, disk, a damaged checkpoint, a device, processes that died)
+    is tried again.
 
     With --trial, in a run that goes on: a trial goes on that was paused, was stopped, or failed; then with --json:
     {schema, request_id, command, trial_id}.
@@ -121,7 +136,7 @@ def resume(run: str, storage: Path, plain: bool, trial: str | None, as_json: boo
         return _steered(run_dir, "resume", trial, as_json=as_json)
     from orchestrator.driver import resume as resume_run
 
-    return int(resume_run(run_dir, plain=plain or None))
+    return int(resume_run(run_dir, plain=plain or None, retries_all=retry_failed, trusts_storage=trust_storage))
 
 
 def _steered(run_dir: Path, command: str, trial: str, *, as_json: bool) -> int:

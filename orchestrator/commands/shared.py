@@ -26,6 +26,9 @@ storage_option = click.option(
     show_default=True,
     help="Directory in which RUN is looked for by name.",
 )
+trust_option = click.option(
+    "--trust-storage", is_flag=True, help="Read checkpoints also where others can write the run directory."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

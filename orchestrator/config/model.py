@@ -208,6 +208,9 @@ class TrialSection(Section):
     share: float | None = Field(
         default=None, gt=0, le=1, description="fraction of a device per rank at the start; null for equal parts"
     )
+    hang_timeout_s: float | None = Field(
+        default=None, ge=10, le=10**6, description="restart a function that makes no step for so long; null: only warn"
+    )
 
     @property
     def global_batch(self) -> int:

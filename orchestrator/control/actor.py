@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,17 +19,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator import requests
-from orchestrator.clock import Reading, SystemClock, read_clock
+from orchestrator.clock import Clock, Reading, SystemClock, read_clock
 from orchestrator.control import nodes, placement, resizing
 from orchestrator.control.controller import Answer, Controller
 from orchestrator.control.nodes import NodeOrder, NodeView
 from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, SlotOrder, Status
 from orchestrator.control.rendezvous import Rendezvous
+from orchestrator.control.silence import Silence, Silent
 from orchestrator.control.spec import RunSpec
-from orchestrator.control.status import StatusWriter
+from orchestrator.control.status import StatusWriter, write_file
 from orchestrator.errors import JournalError, RequestError, TelemetryError
+from orchestrator.hung import Process
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import TrialId
+from orchestrator.room import POLL_S as POLL_ROOM_S
+from orchestrator.room import has_room
+from orchestrator.run_dirs import read_status
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +63,9 @@ class Cluster(Protocol):
 class PolicyActor:
     """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.driver`."""
 
-    def __init__(self, spec: RunSpec, start_id: str, cluster: Cluster | None = None) -> None:
+    def __init__(
+        self, spec: RunSpec, start_id: str, cluster: Cluster | None = None, *, retries_all: bool = False
+    ) -> None:
         if cluster is None:  # else the log would be of other people's runs as well
             logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
             log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
@@ -65,8 +73,8 @@ class PolicyActor:
             logging.getLogger("orchestrator").addHandler(log)
         self._cluster = cluster
         self._clock = SystemClock()
-        self._controller = Controller(spec, self._clock, incarnation=uuid.uuid4().hex[:8])
-        self._controller.begin(start_id)
+        begin = _begun if cluster is None else _begun_at_once  # to wait here would hold up the other runs
+        self._controller = begin(spec, self._clock, start_id, retries_all=retries_all)
         self._policy = build_policy(spec.policy, spec.policy_params)
         self._deadline_s, self._period_s = spec.deadline_s, spec.period_s
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
@@ -77,6 +85,8 @@ class PolicyActor:
         self._wake = asyncio.Event()
         self._rendezvous = Rendezvous()
         self._status = StatusWriter(self._controller.world, self._controller.run, self._clock)
+        self._silence = Silence(self._controller.world, self._controller.run)
+        self._silent: list[Silent] = []
         self._ticker: asyncio.Task[None] | None = None
         self._storing: asyncio.Task[None] | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -171,17 +181,30 @@ class PolicyActor:
     async def tell(self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], rank: int, events: Events) -> bool:
         """What a rank says happened."""
         self._ensure_ticks()
+        came_s = self._clock.now_s()
+        self._silence.take(attempt, rank, events.beat, came_s)
         try:
             is_current = self._controller.take_events(slot_id, epoch, attempt, rank, events)
+            await self._commit()
+            if events.acks and self._cluster is not None:
+                await self._cluster.offer()
+            if events.records or events.reports:
+                await self._store()  # what is answered must survive this process; the sender repeats what is not
         except TelemetryError as error:
             logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
             return True
-        await self._commit()
-        if events.acks and self._cluster is not None:
-            await self._cluster.offer()
-        if events.records or events.reports:
-            await self._store()  # what is answered must survive this process; the sender repeats what is not
+        finally:
+            self._silence.taken(attempt, rank, self._clock.now_s() - came_s)
         return is_current
+
+    async def silent(self) -> tuple[int, list[Silent]]:
+        """Process id, and the ranks that give no sign of life."""
+        return os.getpid(), self._silent
+
+    async def silence_found(self, silent: Silent, found: Process, is_restarted: bool) -> None:
+        """What the driver found of a silent rank, before it ends it."""
+        self._controller.silence_found(silent, found, is_restarted=is_restarted)
+        await self._commit()
 
     async def leave(
         self, slot_id: str, epoch: int, attempt: tuple[TrialId, int], rank: int, outcome: Outcome
@@ -265,19 +288,27 @@ class PolicyActor:
         await self._commit()
 
     async def end_run(self, state: str) -> None:
-        """Close journal and tables; the actor is of no use afterwards."""
+        """Close journal and tables; the actor is of no use afterwards.
+
+        Raises:
+            JournalError, TelemetryError: there is no room for what waits to be written; ask again.
+        """
+        if state == "done":
+            self._controller.end_paused()
+        await self._commit()
+        if not self._controller.engine.telemetry.flush():
+            raise TelemetryError(self._controller.engine.telemetry.alarm)
         for task in (self._ticker, self._serving):
             if task is not None:
                 task.cancel()
         self._is_over = True
+        self._status.run_state = state
+        self._status.trouble, self._status.alarms = None, ()
+        self._write_status()
         try:
-            if state == "done":
-                self._controller.end_paused()
-            await self._commit()
-        finally:
-            self._status.run_state = state
-            self._write_status()
             self._controller.engine.close()
+        except TelemetryError as error:  # its segments are there, and are read as well as what they would become
+            logger.warning("telemetry.kept %s", error)
 
     # Inside.
 
@@ -372,6 +403,7 @@ class PolicyActor:
                 await self._commit()
             except JournalError as error:
                 logger.warning("nothing is decided: %s", error)
+                self._hold_back()
                 await asyncio.sleep(_HELD_BACK_S)
             except Exception:
                 logger.exception("a tick failed; the plan in force stays")
@@ -379,7 +411,10 @@ class PolicyActor:
     def _look_after_all(self) -> None:
         """What is done about once a second."""
         controller = self._controller
+        self._look_for_silence()
         self._status.trouble = controller.engine.trouble
+        alarm = controller.engine.telemetry.alarm
+        self._status.alarms = () if alarm is None else (alarm,)
         try:
             controller.look_at_trials()
             controller.close_idle_slots()
@@ -390,6 +425,18 @@ class PolicyActor:
             controller.engine.telemetry.flush()
             controller.engine.rotate()
             self._write_status()
+
+    def _hold_back(self) -> None:
+        """Say why nothing is decided; training goes on meanwhile."""
+        self._look_for_silence()
+        self._status.trouble = self._controller.engine.trouble
+        self._write_status()
+
+    def _look_for_silence(self) -> None:
+        controller = self._controller
+        is_held_up = controller.engine.trouble is not None
+        self._silent = self._silence.look(controller.engine.now_s, is_held_up=is_held_up)
+        controller.note_silence(self._silent)
 
     def _write_status(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: the last one stays
@@ -421,3 +468,35 @@ class PolicyActor:
         else:
             controller.accept(snapshot, plan)
         controller.offer()
+
+
+def _begun(spec: RunSpec, clock: Clock, start_id: str, *, retries_all: bool) -> Controller:
+    """A controller that has begun; waits for room where the disk is full, because a raising actor is not restarted."""
+    run_dir = Path(spec.run_dir)
+    while True:
+        try:
+            return _begun_at_once(spec, clock, start_id, retries_all=retries_all)
+        except (JournalError, OSError) as error:
+            if has_room(run_dir):
+                raise
+            logger.warning("the policy actor waits: %s", error)
+            with contextlib.suppress(OSError):
+                write_file(
+                    run_dir, (read_status(run_dir) or {}) | {"trouble": str(error), "updated_at": clock.wall_s()}
+                )
+            time.sleep(POLL_ROOM_S)
+
+
+def _begun_at_once(spec: RunSpec, clock: Clock, start_id: str, *, retries_all: bool) -> Controller:
+    """A controller that has begun.
+
+    Raises:
+        JournalError, OSError: the journal cannot be written; nothing is held open then.
+    """
+    controller = Controller(spec, clock, incarnation=uuid.uuid4().hex[:8])
+    try:
+        controller.begin(start_id, retries_all=retries_all)
+    except (JournalError, OSError):
+        controller.engine.abandon()
+        raise
+    return controller

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orchestrator.clock import Clock
-from orchestrator.control import decisions, departures, moves, nodes, placement, resizing, resumption, steering
+from orchestrator.control import decisions, departures, moves, nodes, placement, resizing, resumption, silence, steering
 from orchestrator.control import events as ev
 from orchestrator.control import signals as sig
 from orchestrator.control.admission import Admission
 from orchestrator.control.checks import ShareChecks
 from orchestrator.control.engine import Engine
 from orchestrator.control.events import Event
+from orchestrator.control.fault_events import CommitDamaged
 from orchestrator.control.nodes import NodeView
 from orchestrator.control.orders import (
     Ack,
@@ -32,8 +33,11 @@ from orchestrator.control.orders import (
     SlotOrder,
     StopMode,
 )
+from orchestrator.control.silence import Silent
 from orchestrator.control.spec import RunSpec
+from orchestrator.control.trust import Allowance
 from orchestrator.control.world import SlotState, Trial, TrialState
+from orchestrator.hung import Process
 from orchestrator.policies.invariants import check
 from orchestrator.policies.plan import Generation, Plan, TrialId, changed_dials
 from orchestrator.policies.snapshot import Snapshot
@@ -69,13 +73,15 @@ class Controller:
         self.world, self.run = self.engine.world, self.engine.run
         self.admission = Admission(self.world, self.run)
         self.checks = ShareChecks(self.world, self.run)
+        self._allowance = Allowance()
         self._last_refusal = ""
 
-    def begin(self, start_id: str) -> None:
+    def begin(self, start_id: str, *, retries_all: bool = False) -> None:
         """Write the head of a new journal, or take up what an existing one says.
 
         A `start_id` that the journal knows means that only the actor was restarted; otherwise the whole run is started
-        anew and the worker groups of the journal are gone.
+        anew: the worker groups of the journal are gone, and trials that failed for reasons outside of them (with
+        `retries_all` every one that failed) are tried again.
         """
         spec = self.run.spec
         if not self.engine.recover():
@@ -83,7 +89,9 @@ class Controller:
             self.engine.emit(head)
         else:
             is_new = start_id not in self.run.start_ids
-            self.engine.emit(ev.Recovered(start_id=start_id, are_workers_gone=is_new, schema=ev.SCHEMA_VERSION))
+            again = departures.retried(self.run, is_every_one=retries_all) if is_new else []
+            here = ev.Recovered(start_id=start_id, are_workers_gone=is_new, schema=ev.SCHEMA_VERSION)
+            self.engine.emit(here, *again)
         self.engine.sync()
 
     # The search.
@@ -228,7 +236,9 @@ class Controller:
         if trial is None:
             return False
         for message in events.records:
-            self.engine.emit(sig.RecordsCame(trial_id=trial.trial_id, rank=rank, records=unpack(message)))
+            rows = unpack(message)
+            if self._allowance.takes((trial.trial_id, rank), len(rows), self.engine.now_s):
+                self.engine.emit(sig.RecordsCame(trial_id=trial.trial_id, rank=rank, records=rows))
         if rank == 0:
             self._take_findings(trial, events)
             for override in events.overrides:  # before any new grant
@@ -261,6 +271,15 @@ class Controller:
         trial = None if slot is None or slot.epoch != epoch else self.world.trial_in(slot)
         if trial is not None:
             self.engine.emit(ev.TrialSuspected(trial_id=trial.trial_id, reason=reason))
+
+    def note_silence(self, silent: Sequence[Silent]) -> None:
+        """Show which trials give no sign of life, and no more which do."""
+        for event in silence.noted(self.run, silent):
+            self.engine.emit(event)
+
+    def silence_found(self, silent: Silent, found: Process, *, is_restarted: bool) -> None:
+        """Write down what was found of a silent rank."""
+        self.engine.emit(*silence.found(self.world, silent, found, is_restarted=is_restarted))
 
     # The driver.
 
@@ -390,6 +409,12 @@ class Controller:
             self.engine.emit(sig.TiersFound(trial_id=trial.trial_id, report=tiers))
         for mode in events.modes:
             self.engine.emit(sig.StepModeFound(trial_id=trial.trial_id, found=mode))
+        for note in events.notes:
+            self.engine.emit(sig.TrialNoted(trial_id=trial.trial_id, note=note))
+        for found in events.fallbacks:
+            damage = CommitDamaged(trial_id=trial.trial_id, attempt=trial.attempt, **asdict(found))
+            if "damage" not in trial.notes:
+                self.engine.emit(damage)
         for dials in events.dials:
             if trial.allows != dials:
                 values = {each.name: getattr(dials, each.name) for each in fields(dials)}

@@ -15,9 +15,11 @@ from orchestrator.control.events import SPARE_REASON, Event, GainRealised, Offer
 from orchestrator.control.gain import Measurement, Pace, efficiency_of, settled
 from orchestrator.control.memory import memory_fields
 from orchestrator.control.node_views import node_type_views, waiting_views
+from orchestrator.control.orders import Note
 from orchestrator.control.ranking import Outlook
 from orchestrator.control.resizing import limits_now
-from orchestrator.control.signals import CheckMade, FitAdvanced, MeasurementBegan
+from orchestrator.control.signals import CheckMade, FitAdvanced, MeasurementBegan, TrialNoted
+from orchestrator.control.trust import Trust, judged
 from orchestrator.control.world import Run, Trial, World
 from orchestrator.policies.decide.fair_share import FairShare
 from orchestrator.policies.learn.fit import NOTHING_FITTED, Observation, inherit, update
@@ -30,15 +32,27 @@ from orchestrator.telemetry.stretch import Stretch
 def learned(world: World, run: Run, now_s: float) -> list[Event]:
     """What the running trials have shown since this was last asked and applied."""
     found: list[Event] = []
+    trust = judged(run, now_s)
     for trial in run.running():
         assert trial.window is not None
         assert trial.fit is not None
+        found += _doubted(trial, trust)
         seen = trial.window.observations(now_s)
         loss = trial.window.view(now_s).loss
         if seen or loss not in {None, trial.loss}:
             fit = update(trial.fit, completed(world, run, trial, seen)) if seen else trial.fit
-            found.append(FitAdvanced(trial_id=trial.trial_id, fit=fit, loss=loss))
+            is_shared = trust.is_example(trial.trial_id)
+            found.append(FitAdvanced(trial_id=trial.trial_id, fit=fit, loss=loss, is_shared=is_shared))
     return found
+
+
+def _doubted(trial: Trial, trust: Trust) -> list[Event]:
+    """Say whose telemetry is not believed, where that is news."""
+    why = trust.doubts.get(trial.trial_id)
+    text = "" if why is None else f"its telemetry is not believed: {why}"
+    if trial.notes.get("trust", "") == text:
+        return []
+    return [TrialNoted(trial_id=trial.trial_id, note=Note(kind="trust", text=text))]
 
 
 def completed(world: World, run: Run, trial: Trial, seen: tuple[Observation, ...]) -> tuple[Observation, ...]:
@@ -75,12 +89,16 @@ def snapshot(world: World, run: Run, now_s: float) -> Snapshot | None:
     devices = moves.devices(world) if run.spec.places else tuple(world.devices.values())
     if (not trials and not waiting) or (run.spec.places and not devices):
         return None
+    trust = judged(run, now_s)
     return Snapshot(
         now_s=now_s,
         seed=run.spec.seed,
         plan=run.plan,
         devices=tuple(sorted(devices, key=lambda device: device.device_id)),
-        trials=tuple(_view(world, run, trial, now_s, outlooks[trial.trial_id]) for trial in trials),
+        trials=tuple(
+            trust.shown(_view(world, run, trial, now_s, outlooks[trial.trial_id]), _num_beside(run, trial))
+            for trial in trials
+        ),
         quotas=_quotas(run),
         node_types=node_type_views(world, run),
         waiting=waiting,
@@ -91,6 +109,13 @@ def snapshot(world: World, run: Run, now_s: float) -> Snapshot | None:
 def _quotas(run: Run) -> tuple[Quota, ...]:
     user, most = run.spec.hidden(run.terms.user), run.terms.max_devices
     return () if most is None else (Quota(user=user, max_devices=most),)
+
+
+def _num_beside(run: Run, trial: Trial) -> int:
+    """Ranks on the fullest device of a trial."""
+    places = [each for account in run.accounts().values() for each in account.placement]
+    own = () if trial.account is None else trial.account.placement
+    return max((places.count(each) for each in own), default=1)
 
 
 def committed(run: Run, seen: Snapshot, plan: Plan, entry: PlanCommitted | None = None) -> list[Event]:

@@ -8,7 +8,8 @@ writes the events, and by `transition` for journals that say of a slot only that
 from __future__ import annotations
 
 from orchestrator.control.events import Event, TrialEnded, TrialPaused, TrialRequeued, TrialToldToStop
-from orchestrator.control.orders import Outcome, Status, StopMode
+from orchestrator.control.fault_events import TrialRetried
+from orchestrator.control.orders import Cause, Outcome, Status, StopMode
 from orchestrator.control.world import Run, Slot, Trial, TrialState
 from orchestrator.policies.plan import Settings, can_split, on_ranks
 
@@ -30,7 +31,23 @@ def told_to_stop(run: Run, trial: Trial, mode: StopMode) -> list[Event]:
 
 def failed(trial: Trial, reason: str) -> Event:
     """A trial that waits will never run."""
-    return _ended(trial, TrialState.FAILED, reason)
+    return _ended(trial, TrialState.FAILED, reason, cause=Cause.NO_SLOT)
+
+
+def retried(run: Run, *, is_every_one: bool) -> list[Event]:
+    """Trials that failed for a reason outside of them go on when the run does; with `is_every_one` all that failed."""
+    return [
+        TrialRetried(
+            run_id=run.spec.run_id,
+            trial_id=trial.trial_id,
+            attempt=trial.attempt + 1,
+            # No whole commit is left of one that failed for damage: what is newer than its beginning is lost.
+            checkpoint=None if trial.cause is Cause.DAMAGE else trial.checkpoint,
+            reason=trial.reason,
+        )
+        for trial in run.trials.values()
+        if trial.state is TrialState.FAILED and (is_every_one or trial.cause is not Cause.OWN)
+    ]
 
 
 def left(run: Run, trial: Trial, outcome: Outcome) -> Event:
@@ -38,7 +55,7 @@ def left(run: Run, trial: Trial, outcome: Outcome) -> Event:
     if outcome.status in _BEGINS_AGAIN:
         return _BEGINS_AGAIN[outcome.status](trial, outcome)
     if outcome.status is not Status.INTERRUPTED:
-        return _ended(trial, _FINAL[outcome.status], outcome.reason, outcome)
+        return _ended_or_again(run, trial, outcome)
     if trial.stop is StopMode.PAUSE:
         return _paused(trial, outcome)
     if trial.stop is StopMode.DISCARD:  # said while it was leaving for another reason
@@ -58,18 +75,27 @@ def left(run: Run, trial: Trial, outcome: Outcome) -> Event:
     return _requeued(trial, reason, outcome)
 
 
+def _ended_or_again(run: Run, trial: Trial, outcome: Outcome) -> Event:
+    """A trial ended; one that met a full disk by itself begins again, as often as slots may die under it."""
+    num_restarts = trial.num_restarts + 1
+    if outcome.cause is Cause.DISK and trial.stop is StopMode.NONE and num_restarts <= run.spec.restart_budget:
+        return _requeued(trial, f"the disk: {outcome.reason}", None, num_restarts=num_restarts)
+    return _ended(trial, _FINAL[outcome.status], outcome.reason, outcome, cause=outcome.cause)
+
+
 def lost(run: Run, slot: Slot, trial: Trial, reason: str, *, is_charged: bool = True) -> Event:
     """The slot of a trial died; the trial fails when it used up its restarts."""
     if slot.poison is not None:
         if slot.poison.status in _BEGINS_AGAIN:
             return _BEGINS_AGAIN[slot.poison.status](trial, slot.poison)
-        return _ended(trial, TrialState.FAILED, slot.poison.reason)
+        return _ended(trial, TrialState.FAILED, slot.poison.reason, cause=slot.poison.cause)
     num_restarts, budget = trial.num_restarts + is_charged, run.spec.restart_budget
     if trial.stop is StopMode.DISCARD:
         return _ended(trial, TrialState.STOPPED, "stopped while its slot was lost")
     if num_restarts > budget:
         text = f"its slot died {num_restarts} times under it; allowed: {budget} restarts (slots.restart_budget)"
-        return _ended(trial, TrialState.FAILED, text)
+        cause = Cause.DEVICE if trial.is_suspect else Cause.PROCESS
+        return _ended(trial, TrialState.FAILED, text, cause=cause)
     if trial.stop is StopMode.PAUSE:
         return _paused(trial, None)
     return _requeued(trial, f"{slot.slot_id} lost: {reason}", None, num_restarts=num_restarts)
@@ -91,9 +117,8 @@ def _overflowed(trial: Trial, outcome: Outcome) -> Event:
         return _ended(trial, TrialState.STOPPED, "stopped while it ran out of memory", outcome)
     if number >= MAX_OVERFLOWS:
         text = f"ran out of memory {number} times since its last report; allowed: {MAX_OVERFLOWS - 1}; lower"
-        return _ended(
-            trial, TrialState.FAILED, f"{text} dials.batch.max_micro; the last time: {outcome.reason}", outcome
-        )
+        text = f"{text} dials.batch.max_micro; the last time: {outcome.reason}"
+        return _ended(trial, TrialState.FAILED, text, outcome, cause=Cause.MEMORY)
     reason = f"out of memory at step {outcome.step}: {outcome.reason}"
     resume = outcome.settings or trial.resume
     return _requeued(trial, reason, outcome, num_overflows=number, resume=resume, onward=None)
@@ -161,12 +186,15 @@ def paused_in_queue(trial: Trial) -> TrialPaused:
     )
 
 
-def _ended(trial: Trial, state: TrialState, reason: str, outcome: Outcome | None = None) -> TrialEnded:
+def _ended(
+    trial: Trial, state: TrialState, reason: str, outcome: Outcome | None = None, *, cause: Cause = Cause.OWN
+) -> TrialEnded:
     return TrialEnded(
         run_id=trial.run_id,
         trial_id=trial.trial_id,
         state=state.value,
         reason=reason,
+        cause=cause.value,
         **_progress(trial, outcome),
     )
 

@@ -132,6 +132,7 @@ class Engine:
         except JournalError as error:
             self.trouble = str(error)
             raise
+        self.trouble = None
 
     def perform(self) -> None:
         """Do what follows from events that are on disk; nothing while one is not."""
@@ -159,6 +160,10 @@ class Engine:
             self._journal.close()
         finally:
             self.telemetry.close()
+
+    def abandon(self) -> None:
+        """Close the journal of an actor that could not begin."""
+        self._journal.abandon()
 
     def _append(self, events: list[Event]) -> None:
         if events:

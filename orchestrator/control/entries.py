@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Any, NewType, get_args, get_origin, get_type_hints
 
 from orchestrator.control import events as ev
+from orchestrator.control import fault_events as fev
 from orchestrator.control.events import IN_JOURNAL, LEFT_OUT, RAW, SCHEMA_VERSION, SPARSE, Event, Recovered, RunBegan
 from orchestrator.control.requested import RequestTaken
 from orchestrator.errors import JournalError
@@ -52,6 +53,9 @@ EVENTS: dict[str, type[Event]] = {
         ev.GainRealised,
         ev.RunEnded,
         RequestTaken,
+        fev.CommitDamaged,
+        fev.TrialRetried,
+        fev.RankSilent,
     )
 }
 """The class of each kind of entry."""

@@ -1,4 +1,4 @@
-"""Every entry of the journal as one frozen, typed class: the only place where the words of the journal stand.
+"""Every entry of the journal as one frozen, typed class: with `fault_events` the only place where its words stand.
 
 An event says what happened, in the past tense, with all that is needed to repeat it. The controller writes events, and
 `recovery`, `verify`, `explain`, the tables and the simulator's replay read the same classes. Knows nothing of files and
@@ -225,7 +225,7 @@ class TrialContinued(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialEnded(Event):
-    """Nothing more happens to a trial."""
+    """Nothing more happens to a trial; `cause` as in `orders.Cause`."""
 
     kind: ClassVar[str] = "trial_ended"
     trial_id: TrialId
@@ -233,6 +233,7 @@ class TrialEnded(Event):
     reason: str
     step: int
     num_samples: int
+    cause: str = field(default="", metadata={IN_JOURNAL: SPARSE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from orchestrator.control.entries import decode, encode
 from orchestrator.control.events import Event
 from orchestrator.errors import ConfigError, JournalError
+from orchestrator.room import is_full, words
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +273,10 @@ class Journal:
             self._size = self._synced_size = 0
         _sync_directory(self._path.parent)
 
+    def abandon(self) -> None:
+        """Close without a word: what was appended and not synced may be lost, and has had no effect."""
+        os.close(self._file)
+
     def close(self) -> None:
         """Sync and close; a closed journal takes no more entries."""
         try:
@@ -284,18 +289,22 @@ class Journal:
 
     def _write(self, data: bytes) -> None:
         """Write all of it, or leave the file as it was."""
-        written, why = 0, "the disk took only a part"
+        written, why = 0, f"the disk took only a part; {words(self._path, len(data))}"
         try:
             written = os.write(self._file, data)
         except OSError as error:
-            why = error.strerror or type(error).__name__
+            why = (
+                words(self._path, len(data))
+                if is_full(error)
+                else f"{error.strerror or type(error).__name__}; it is tried again"
+            )
         if written == len(data):
             self._size += written
             return
         self._is_intact = written == 0
         with contextlib.suppress(JournalError):
             self._cut(self._size)
-        raise JournalError(f"cannot write the journal {self._path}: {why}; free some space, it is tried again")
+        raise JournalError(f"cannot write the journal {self._path}: {why}")
 
     def _mend(self) -> None:
         """After a failure: cut the file to what is known to be on disk, and write the rest again."""

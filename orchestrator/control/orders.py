@@ -278,11 +278,50 @@ class Resumption:
     num_samples: int = 0
 
 
+class Cause(StrEnum):
+    """Why a trial failed, where the reason lies outside of it: `resume` tries such a trial again."""
+
+    OWN = ""  # its own, or nobody knows
+    MEMORY = "memory"
+    DISK = "disk"
+    DAMAGE = "damage"  # of its checkpoints
+    DEVICE = "device"
+    PROCESS = "process"  # its worker groups died under it
+    NO_SLOT = "no slot"  # none opened
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallback:
+    """An attempt went on from the commit of `step`, because the one it was given is damaged."""
+
+    checkpoint: str
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """The heartbeat of a rank: `number` grows while it is well; silence for `limit_s` means that it hangs."""
+
+    number: int
+    doing: str
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """What is amiss with a trial now, of one kind (`room`); an empty text says that it is over."""
+
+    kind: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How an attempt ended, as one rank saw it.
 
-    `checkpoint` is set when it was interrupted after a commit, `settings` when it shall begin again with other dials.
+    `checkpoint` is set when it was interrupted after a commit, `settings` when it shall begin again with other dials,
+    `cause` when it failed for a reason outside of it.
     """
 
     status: Status
@@ -291,6 +330,7 @@ class Outcome:
     reason: str = ""
     checkpoint: str | None = None
     settings: Settings | None = None
+    cause: Cause = Cause.OWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,10 +344,13 @@ class Events:
     tiers: tuple[TierReport, ...] = ()
     modes: tuple[StepModeView, ...] = ()
     dials: tuple[DialReport, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    notes: tuple[Note, ...] = ()
+    beat: Beat | None = None
     records: tuple[bytes, ...] = field(default=())
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
         told = (self.acks, self.overrides, self.reports, self.tiers, self.modes, self.dials, self.records)
-        return not any(told)
+        return not any((*told, self.fallbacks, self.notes))

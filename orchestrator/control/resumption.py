@@ -18,7 +18,9 @@ from orchestrator.control.events import Event, ResumptionWanted, TrialContinued,
 from orchestrator.control.orders import Resumption, StopMode
 from orchestrator.control.signals import TokenSeen
 from orchestrator.control.world import Run, Trial, TrialState
+from orchestrator.errors import JournalError
 from orchestrator.policies.plan import TrialId
+from orchestrator.room import has_room, is_full, words
 
 KEPT_PINS = 4
 """Pinned states kept of each trial. Population based training copies the newest, at most one change of mind ago."""
@@ -101,8 +103,11 @@ def pinned_path(run: Run, trial: Trial, num_reports: int) -> Path:
 def keep_commit(commit: Path, directory: Path, name: str) -> Path:
     """Hard links of a commit's files under a name of their own, so that pruning does not reach them.
 
+    The commit before it is kept beside it: that is what a trial goes on from where this one turns out damaged.
+
     Raises:
         ValueError: there is no such commit any more.
+        JournalError: the disk is full; whoever asked asks again.
     """
     if directory in commit.parents:
         return commit
@@ -112,12 +117,26 @@ def keep_commit(commit: Path, directory: Path, name: str) -> Path:
     if not commit.is_dir():
         raise ValueError(f"commit {commit} is gone; it can be kept only before the next two are made")
     draft = directory / f".{uuid.uuid4().hex[:12]}"
-    shutil.copytree(commit, draft / commit.name, copy_function=os.link)
-    draft.rename(directory / name)
+    try:
+        for each in (commit, *_before(commit)):
+            shutil.copytree(each, draft / each.name, copy_function=os.link)
+        draft.rename(directory / name)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if is_full(error) or not has_room(commit.parent):
+            raise JournalError(f"{commit} cannot be kept: {words(directory)}") from error
+        raise
     pins = sorted((path for path in directory.iterdir() if path.name[0] != "."), key=lambda path: path.stat().st_mtime)
     for old in pins[:-KEPT_PINS]:
         shutil.rmtree(old, ignore_errors=True)
     return kept
+
+
+def _before(commit: Path) -> list[Path]:
+    """The newest commit that is older, in the same directory; none where there is none."""
+    steps = {int(path.name[5:]): path for path in commit.parent.glob("step-*") if path.name[5:].isdigit()}
+    own = int(commit.name[5:]) if commit.name[5:].isdigit() else 0
+    return [steps[step] for step in sorted(steps) if step < own][-1:]
 
 
 def _continued(run: Run, trial: Trial, params: dict[str, Any], wanted: Resumption) -> list[Event]:

@@ -47,7 +47,9 @@ def advance_fit(_world: World, run: Run, event: sig.FitAdvanced) -> Effects:
     trial = run.trials[event.trial_id]
     trial.loss = trial.loss if event.loss is None else event.loss
     if event.fit is not trial.fit:
-        trial.fit = run.shape_fits[run.spec.shape(trial.params)] = event.fit
+        trial.fit = event.fit
+        if event.is_shared:
+            run.shape_fits[run.spec.shape(trial.params)] = event.fit
     return ()
 
 

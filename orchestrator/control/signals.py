@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from orchestrator.control.events import Event
 from orchestrator.control.gain import Measurement, Pace
-from orchestrator.control.orders import TierReport
+from orchestrator.control.orders import Note, TierReport
 from orchestrator.policies.learn.fit import TrialFit
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.snapshot import StepModeView
@@ -102,11 +102,15 @@ class StepModeFound(Signal):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitAdvanced(Signal):
-    """What is known of a trial's speed and loss, with what was observed since the last time."""
+    """What is known of a trial's speed and loss, with what was observed since the last time.
+
+    `is_shared` is False where it is not believed, and so is nothing to trials of its shape to come.
+    """
 
     trial_id: TrialId
     fit: TrialFit
     loss: float | None
+    is_shared: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +136,14 @@ class CheckMade(Signal):
 
     trial_id: TrialId
     check: Check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialNoted(Signal):
+    """Something is amiss with a trial, or is no more."""
+
+    trial_id: TrialId
+    note: Note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

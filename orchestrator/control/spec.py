@@ -120,6 +120,11 @@ class RunSpec:
         """Samples of a trial that runs to its end; more than any has where nobody knows."""
         return UNKNOWN_SAMPLES if self.is_function else self.samples_per_report * self.max_reports
 
+    @property
+    def max_step_samples(self) -> int:
+        """Samples that a step of a declared training can have at most."""
+        return max(self.limits.max_global_batch, self.start.global_batch)
+
     def start_on(self, num_workers: int) -> Settings:
         """The user's settings on that many ranks; as they are where the global batch does not divide by it."""
         if not can_split(self.start, num_workers):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from orchestrator.control.node_views import node_type_views
 from orchestrator.control.world import Run, Trial, TrialState, World
 from orchestrator.policies.plan import DeviceId, Settings
 from orchestrator.policies.snapshot import DeviceKind
+from orchestrator.room import is_full
 from orchestrator.telemetry.sampler import DeviceSample, Samplers, open_samplers
 
 FILE_NAME = "status.json"
 SCHEMA_VERSION = 1
+_SPARE_BYTES = 4096
 
 
 class StatusWriter:
@@ -29,6 +32,7 @@ class StatusWriter:
     Attributes:
         run_state: what the driver last said.
         trouble: why nothing is decided at the moment; None where nothing is in the way.
+        alarms: what else people should see to, one sentence each.
     """
 
     def __init__(self, world: World, run: Run, clock: Clock) -> None:
@@ -39,6 +43,7 @@ class StatusWriter:
         self._samples: dict[str, DeviceSample] = {}
         self.run_state = "starting"
         self.trouble: str | None = None
+        self.alarms: tuple[str, ...] = ()
 
     def sample_devices(self) -> list[dict[str, Any]]:
         """Look at the cores of this node; rows for the telemetry table. GPUs are looked at by their agents."""
@@ -68,6 +73,7 @@ class StatusWriter:
             "metric": spec.metric,
             "mode": spec.mode,
             "trouble": self.trouble,
+            "alarms": list(self.alarms),
             "dials": {
                 dial: {
                     "enabled": dial in spec.dials,
@@ -86,11 +92,8 @@ class StatusWriter:
         }
 
     def write(self) -> None:
-        """Replace the file."""
-        path = Path(self._run.spec.run_dir) / FILE_NAME
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(self.now(), allow_nan=False, default=_plain))
-        os.replace(draft, path)  # noqa: PTH105
+        """Replace the file; where the disk is full, write over it."""
+        write_file(Path(self._run.spec.run_dir), self.now())
 
     def _open_samplers(self) -> Samplers:
         """Samplers of the devices known now; the actor sees those of its own node."""
@@ -176,6 +179,8 @@ class StatusWriter:
             "is_held": trial.is_held,
             "log_path": str(Path(spec.run_dir) / "trials" / trial.trial_id / "log.txt"),
             "error": trial.reason if trial.state is TrialState.FAILED else None,
+            "cause": trial.cause.value or None,
+            "notes": [trial.notes[kind] for kind in sorted(trial.notes)],
             "params": trial.params,
         }
 
@@ -193,6 +198,29 @@ class StatusWriter:
             return None
         reason = allocation.reason if trial.override is None else f"override: {trial.override.reason}"
         return {"generation": trial.account.target.generation, "reason": reason}
+
+
+def write_file(run_dir: Path, status: Mapping[str, Any]) -> None:
+    """Replace the status of a run atomically; where the disk is full, write over it, which needs no room.
+
+    A reader may then see a part of it, which is no JSON, and looks again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = run_dir / FILE_NAME
+    text = json.dumps(status, allow_nan=False, default=_plain).encode()
+    data = text.ljust(-(-(len(text) + _SPARE_BYTES) // _SPARE_BYTES) * _SPARE_BYTES)  # room to grow on a full disk
+    draft = path.with_suffix(".tmp")
+    try:
+        draft.write_bytes(data)
+        os.replace(draft, path)  # noqa: PTH105
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        if not is_full(error) or not path.exists() or path.stat().st_size < len(text):
+            raise
+        with path.open("r+b") as file:
+            file.write(text.ljust(path.stat().st_size))
 
 
 def _resize_to(trial: Trial) -> int | None:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.control import events as ev
+from orchestrator.control import fault_changes as faults
+from orchestrator.control import fault_events as fev
 from orchestrator.control import seen_changes as seen
 from orchestrator.control import shared_changes as shared
 from orchestrator.control import signals as sig
@@ -66,6 +68,9 @@ _RULES: dict[type[Event], tuple[Refusal, Change]] = {
     ev.Reported: (trials.refuse_report, trials.report),
     ev.CommitPinned: (trials.refuse_pin, trials.pin),
     ev.ReportTold: (trials.refuse_unknown, trials.tell),
+    fev.CommitDamaged: (trials.refuse_ended, faults.note_damage),
+    fev.RankSilent: (trials.refuse_ended, faults.note_silence),
+    fev.TrialRetried: (faults.refuse_retry, faults.retry),
     sig.ReportToldAgain: (trials.refuse_unknown, trials.tell),
     sig.ReportWanted: (trials.refuse_unknown, trials.want_report),
     sig.TrialReleased: (trials.refuse_unknown, trials.release),
@@ -80,10 +85,11 @@ _RULES: dict[type[Event], tuple[Refusal, Change]] = {
     sig.PaceSeen: (trials.refuse_unplaced, seen.note_pace),
     sig.MeasurementBegan: (trials.refuse_unplaced, seen.begin_measurement),
     sig.CheckMade: (trials.refuse_unplaced, seen.note_check),
+    sig.TrialNoted: (trials.refuse_unplaced, faults.note),
 }
 """For each event why it may be impossible, and what it changes. The first looks only, the second never fails."""
 
-_OF_TELEMETRY = (sig.RecordsCame, sig.FitAdvanced, sig.CheckMade, ev.ShareChecked, ev.GainRealised)
+_OF_TELEMETRY = (sig.RecordsCame, sig.FitAdvanced, sig.CheckMade, sig.TrialNoted, ev.ShareChecked, ev.GainRealised)
 """Events that concern neither the order of a slot nor who waits for a report."""
 _OF_GRANTS = (ev.Offered, ev.Acknowledged, ev.Overridden)
 """Events that concern the order of a slot alone."""

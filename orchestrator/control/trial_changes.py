@@ -8,7 +8,7 @@ from orchestrator.control import events as ev
 from orchestrator.control import signals as sig
 from orchestrator.control.effects import Decide, DiscardCommits, Effect
 from orchestrator.control.grants import Account
-from orchestrator.control.orders import DialReport, Report, StopMode
+from orchestrator.control.orders import Cause, DialReport, Report, StopMode
 from orchestrator.control.world import CLONED, Run, Slot, SlotState, Trial, TrialState, World
 from orchestrator.policies.learn.fit import NOTHING_FITTED, capped, inherit
 from orchestrator.policies.snapshot import DeviceKind, Override
@@ -153,6 +153,7 @@ def assign(world: World, run: Run, event: ev.TrialAssigned) -> Effects:
         stale_after_s=run.spec.stale_after_s,
         num_workers=len(placement),
         computes_on_cpu=bool(known) and all(kind is DeviceKind.CPU for kind in known),
+        max_samples=None if run.spec.is_function else run.spec.max_step_samples,
     )
     fit = trial.kept_fit or inherit(run.shape_fits.get(shape, NOTHING_FITTED))
     # A micro-batch that overflowed is not the first to be tried again.
@@ -226,6 +227,7 @@ def end(world: World, run: Run, event: ev.TrialEnded) -> Effects:
     """Nothing more will happen to a trial."""
     trial = run.trials[event.trial_id]
     _finish(world, run, trial, event, TrialState(event.state), event.reason)
+    trial.cause = Cause(event.cause) if event.cause in set(Cause) else Cause.OWN
     _progress(trial, event.step, event.num_samples)
     return ()
 
@@ -358,7 +360,7 @@ def take_out(world: World, run: Run, trial: Trial, now_s: float) -> None:
         if not slot.trials and slot.state is SlotState.RUNNING:
             slot.state, slot.idle_since_s = SlotState.IDLE, now_s
     trial.slot_id, trial.account, trial.window, trial.fit = None, None, None, None
-    trial.override, trial.measurement, trial.step_modes, trial.checks = None, None, (), {}
+    trial.override, trial.measurement, trial.step_modes, trial.checks, trial.notes = None, None, (), {}, {}
 
 
 def tell_story(trial: Trial, text: str) -> None:

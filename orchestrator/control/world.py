@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.control.gain import GainMean, Measurement, Pace
 from orchestrator.control.grants import Account
-from orchestrator.control.orders import DialReport, Outcome, Report, Resumption, SlotHello, StopMode
+from orchestrator.control.orders import Cause, DialReport, Outcome, Report, Resumption, SlotHello, StopMode
 from orchestrator.control.ranking import Ranking
 from orchestrator.control.rungs import Rungs
 from orchestrator.control.spec import RunSpec
@@ -180,6 +180,8 @@ class Trial:
         checks: the newest check of each kind of its share.
         own_terms: terms by name that were set for it alone.
         is_held: whether somebody paused it; it is in no slot until they resume it.
+        cause: why it failed, where the reason lies outside of it.
+        notes: what is amiss with it now, or was in this attempt, by kind: damage, room, silence.
     """
 
     run_id: str
@@ -235,6 +237,8 @@ class Trial:
     checks: dict[Subject, Check] = field(default_factory=dict)
     own_terms: dict[str, Any] = field(default_factory=dict)
     is_held: bool = False
+    cause: Cause = Cause.OWN
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> TrialKey:

@@ -27,7 +27,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from orchestrator.errors import TelemetryError
+from orchestrator.room import words
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray
+from orchestrator.telemetry.segment import CHECKSUM, PARQUET, SEGMENT, Segment, files_of
 from orchestrator.telemetry.tables import (
     KEYS,
     SCHEMAS,
@@ -49,68 +51,6 @@ MAX_BUFFERED_ROWS = 1_000_000
 
 _FLUSH_ROWS = 1 << 16
 _ROW_GROUP_ROWS = 1 << 18
-_SEGMENT, _PARQUET = ".arrows", ".parquet"
-
-_CHECKSUM = b"orchestrator.crc32"
-_IN_EVERY_BATCH = b"in every batch"
-"""What the head of a segment says of `_CHECKSUM`: a tear that takes a batch may take its checksum with it. Segments of
-older writers have neither."""
-
-
-class _Segment:
-    """The stream one writer appends one table to; opened at the first batch."""
-
-    def __init__(self, directory: Path, kind: TableKind) -> None:
-        self._directory, self._kind = directory, kind
-        self._file: pa.OSFile | None = None
-        self._stream: pa.RecordBatchStreamWriter | None = None
-        self._path: Path | None = None
-        self._num_batches = 0
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Append one batch; after a failure the segment is given up and the next batch opens a new one."""
-        try:
-            stream = self._stream or self._open()
-            stream.write_batch(batch, custom_metadata={_CHECKSUM: checksum(batch)})
-            self._num_batches += 1
-        except OSError:
-            self._give_up()
-            raise
-
-    def close(self) -> None:
-        """End the stream with its marker."""
-        stream, file = self._stream, self._file
-        self._stream = self._file = None
-        try:
-            if stream is not None:
-                stream.close()
-        finally:
-            if file is not None:
-                file.close()
-
-    def _open(self) -> pa.RecordBatchStreamWriter:
-        number = 1 + max((_number(path) for path in _files(self._directory, self._kind)), default=0)
-        while True:
-            path = self._directory / f"{self._kind}-{number:05d}{_SEGMENT}"
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                break
-            except FileExistsError:  # another writer took the number; it may even be alive
-                number += 1
-        self._path, self._num_batches = path, 0
-        self._file = pa.OSFile(str(path), "wb")  # unbuffered, and it raises on a write the disk cut short
-        schema = SCHEMAS[self._kind]
-        schema = schema.with_metadata({**schema.metadata, _CHECKSUM: _IN_EVERY_BATCH})
-        self._stream = pa.ipc.new_stream(self._file, schema)
-        return self._stream
-
-    def _give_up(self) -> None:
-        with suppress(OSError, pa.ArrowException):
-            self.close()
-        if self._path is not None and self._num_batches == 0:
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
-        self._path = None
 
 
 class TelemetryWriter:
@@ -122,7 +62,7 @@ class TelemetryWriter:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._segments = {kind: _Segment(directory, kind) for kind in TableKind}
+        self._segments = {kind: Segment(directory, kind) for kind in TableKind}
         self._steps: deque[StepRows] = deque()
         self._num_steps = 0
         self._rows: dict[TableKind, list[Mapping[str, object]]] = {TableKind.DEVICES: [], TableKind.RESULTS: []}
@@ -133,6 +73,14 @@ class TelemetryWriter:
     def num_rows_dropped(self) -> int:
         """Step rows given up because the disk took none for too long."""
         return self._num_dropped
+
+    @property
+    def alarm(self) -> str | None:
+        """Why rows wait in memory; None where none do."""
+        if not self._is_failing:
+            return None
+        num_rows = self._num_steps + sum(map(len, self._rows.values()))
+        return f"{num_rows} rows of telemetry wait: {words(self._directory, self._num_steps * STEP_DTYPE.itemsize)}"
 
     def append_steps(self, trial_id: str, attempt: int, rank: int, records: StepArray) -> None:
         """Take records of one rank, dtype `STEP_DTYPE`. They are on disk after the next `flush`.
@@ -254,12 +202,12 @@ def read_table(directory: Path, kind: TableKind) -> TableRead:
     notes: list[str] = []
     parts: list[pa.Table] = []
     # Segments first: one that is compacted meanwhile is then found as Parquet; in the other order it could be missed.
-    for path in _files(directory, kind, _SEGMENT):
+    for path in files_of(directory, kind, SEGMENT):
         with suppress(FileNotFoundError):
             batches = list(_batches(path, notes))
             if batches:
                 parts.append(conform(pa.Table.from_batches(batches), kind))
-    for path in _files(directory, kind, _PARQUET):
+    for path in files_of(directory, kind, PARQUET):
         part = _read_parquet(path, notes)
         if part is not None:
             parts.append(conform(part, kind))
@@ -278,7 +226,7 @@ def compact(directory: Path) -> None:
         TelemetryError: a Parquet file could not be written; its segment is still there.
     """
     for kind in TableKind:
-        for path in _files(directory, kind, _SEGMENT):
+        for path in files_of(directory, kind, SEGMENT):
             try:
                 _compact_one(path, kind)
             except TelemetryError as error:  # of a newer version: not ours to touch
@@ -288,7 +236,7 @@ def compact(directory: Path) -> None:
 
 
 def _compact_one(path: Path, kind: TableKind) -> None:
-    target = path.with_suffix(_PARQUET)
+    target = path.with_suffix(PARQUET)
     if target.exists():  # whole, or it would not have that name; the segment may have come back torn after a crash
         return _remove(path)
     partial = path.with_suffix(".partial")
@@ -350,7 +298,7 @@ def _batches(path: Path, notes: list[str], *, is_last_chance: bool = False) -> I
             notes.append(f"{path.name}: no readable head (it names no version)")
             return
         check_version(reader.schema, str(path))
-        is_sealed = _CHECKSUM in (reader.schema.metadata or {})
+        is_sealed = CHECKSUM in (reader.schema.metadata or {})
         while True:
             try:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
@@ -391,7 +339,7 @@ def _is_as_written(batch: pa.RecordBatch, metadata: Mapping[bytes, bytes], is_se
         batch.validate(full=True)
     except pa.ArrowInvalid:
         return False
-    return not (is_sealed or _CHECKSUM in metadata) or metadata.get(_CHECKSUM) == checksum(batch)
+    return not (is_sealed or CHECKSUM in metadata) or metadata.get(CHECKSUM) == checksum(batch)
 
 
 def _read_parquet(path: Path, notes: list[str]) -> pa.Table | None:
@@ -425,16 +373,6 @@ def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.generic]:
     if pa.types.is_floating(column.type):
         return np.asarray(pc.fill_null(column, -np.inf).to_numpy())
     return np.asarray(pc.fill_null(column, 0).to_numpy())
-
-
-def _files(directory: Path, kind: TableKind, suffix: str = "") -> list[Path]:
-    """Files of a table, oldest writer first."""
-    return sorted((p for p in directory.glob(f"{kind}-*{suffix}") if p.suffix in {_SEGMENT, _PARQUET}), key=_number)
-
-
-def _number(path: Path) -> int:
-    digits = path.stem.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else 0
 
 
 def _short(error: BaseException) -> str:

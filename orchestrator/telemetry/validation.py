@@ -96,6 +96,7 @@ class Bounds:
         latest_end_s: latest moment, on the rank's clock, at which a step can have ended.
         last_seq: highest credible sequence number so far, of accepted and refused rows; None for a first batch.
         anchor: the row to go on from, None before the first accepted one.
+        max_samples: samples that a step of the trial can have at most, None where nobody knows.
     """
 
     newest_generation: int
@@ -103,6 +104,7 @@ class Bounds:
     latest_end_s: float
     last_seq: int | None
     anchor: Anchor | None
+    max_samples: int | None = None
 
 
 def judge(rows: StepArray, bounds: Bounds) -> Codes:
@@ -160,6 +162,8 @@ def _judge_counts(codes: Codes, rows: StepArray, bounds: Bounds) -> None:
     full = micro * accum * workers
     several = (flags & FLAG_SEVERAL) != 0
     fits = (samples >= 1) & np.where(several, samples % np.maximum(full, 1) == 0, samples <= full)
+    if bounds.max_samples is not None:
+        fits &= full <= bounds.max_samples
     _mark(codes, "samples", np.where(flags & FLAG_SKIPPED, samples != 0, ~fits))
     unknown = [code for code in np.unique(rows["tier"]) if tier_of(int(code)) is None]
     _mark(codes, "tier", np.isin(rows["tier"], unknown))

@@ -15,6 +15,7 @@ import numpy as np
 from orchestrator.policies.learn.fit import Observation
 from orchestrator.share.verification import Usage
 from orchestrator.telemetry import validation
+from orchestrator.telemetry.lag import ClockLag
 from orchestrator.telemetry.record import (
     FLAG_GRAPH,
     FLAG_ROLLED_BACK,
@@ -30,7 +31,8 @@ from orchestrator.telemetry.record import (
 from orchestrator.telemetry.rows import Rows, end_s
 from orchestrator.telemetry.stretch import SETTINGS, Stretch, changes_of, newest_stretch, ordinary
 from orchestrator.telemetry.usage import UsageMeter
-from orchestrator.telemetry.validation import Anchor, Bools, Bounds, Floats
+from orchestrator.telemetry.validation import Anchor, Bounds, Floats
+from orchestrator.telemetry.window_view import FoldReport, WindowView
 
 MAX_PENDING_ROWS = 16_384
 """Rows kept between two calls of `observations`; beyond, the oldest go."""
@@ -45,70 +47,6 @@ _STALE_STEPS = 5
 _ONE_CORE = 1e-3
 _JUDGED_MEMORY = 2_000
 _MIN_JUDGED = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoldReport:
-    """What became of one batch.
-
-    Attributes:
-        accepted: rows that count.
-        refused: rows that cannot be true.
-        duplicates: rows seen before; dropped, and nobody's fault.
-        missing: rows that were never seen, judged by gaps in the sequence.
-        reasons: why rows were refused, with their number, most frequent first.
-        mask: True for each accepted row of the batch.
-    """
-
-    accepted: int
-    refused: int
-    duplicates: int
-    missing: int
-    reasons: tuple[tuple[str, int], ...]
-    mask: Bools = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowView:
-    """A trial's telemetry in numbers. None where nothing was measured yet.
-
-    Attributes:
-        step: optimizer steps done.
-        num_samples: samples consumed since the start of training, as far as seen.
-        cursor: global sample position after the last row.
-        generation: of the allocation that the last row ran under.
-        updated_s: when the last row's step ended, on the rank's clock; None before the first.
-        throughput_per_s: samples/s of wall time over the last seconds.
-        step_s: median seconds per step over the last seconds.
-        loss: smoothed training loss.
-        memory_bytes: last peak memory, the largest over all ranks.
-        noise_trace: last estimate of tr(Sigma).
-        grad_sq: last estimate of |G|^2, of the same row.
-        straggler_ratio: slowest rank's median busy time over that of all ranks; 1 for one rank.
-        step_mode: how the last step was executed; None before the first.
-        is_stale: whether rank 0 has been silent for too long.
-        is_suspect: whether so many rows were refused that the rest should not be relied on either.
-        num_refused: rows refused so far.
-        num_missing: rows lost so far.
-    """
-
-    step: int
-    num_samples: int
-    cursor: int
-    generation: int
-    updated_s: float | None
-    throughput_per_s: float | None
-    step_s: float | None
-    loss: float | None
-    memory_bytes: int | None
-    noise_trace: float | None
-    grad_sq: float | None
-    straggler_ratio: float
-    step_mode: str | None
-    is_stale: bool
-    is_suspect: bool
-    num_refused: int
-    num_missing: int
 
 
 @dataclass(slots=True)
@@ -134,6 +72,10 @@ class TrialWindow:
             first batch of a rank sets its clock against ours.
         max_refused_ratio: part of the recent rows that may be refused before the trial is suspect.
         computes_on_cpu: whether all its devices are CPUs, so that CPU seconds say for how long a rank computed.
+        max_samples: samples that a step of it can have at most, None where nobody knows.
+
+    Attributes:
+        lag: how far behind its clock tells the time.
     """
 
     def __init__(
@@ -145,7 +87,9 @@ class TrialWindow:
         has_shared_clock: bool = True,
         max_refused_ratio: float = 0.05,
         computes_on_cpu: bool = False,
+        max_samples: int | None = None,
     ) -> None:
+        self.lag, self._max_samples = ClockLag(), max_samples
         self._stale_after_s, self._num_workers, self._window_s = stale_after_s, num_workers, window_s
         self._has_shared_clock, self._max_refused_ratio = has_shared_clock, max_refused_ratio
         self._computes_on_cpu = computes_on_cpu
@@ -186,6 +130,7 @@ class TrialWindow:
             _advance_rank(state, rows)
             if rank == 0:
                 self._heard_at_s = now_s
+                self.lag.add(now_s, float(_end_s(rows[-1:])[0]))
                 self._advance_trial(rows)
         return self._report(codes, missing)
 
@@ -259,6 +204,7 @@ class TrialWindow:
             latest_end_s=now_s - state.clock_lag_s + _FUTURE_SLACK_S,
             last_seq=state.last_seq,
             anchor=state.anchor,
+            max_samples=self._max_samples,
         )
 
     def _advance_trial(self, rows: StepArray) -> None:

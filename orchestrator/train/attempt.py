@@ -17,7 +17,9 @@ from typing import Protocol
 from orchestrator.control.orders import (
     Ack,
     DialReport,
+    Fallback,
     Grant,
+    Note,
     Outcome,
     OverrideReport,
     Report,
@@ -26,13 +28,16 @@ from orchestrator.control.orders import (
     StopMode,
     TrialOrder,
 )
+from orchestrator.errors import NoRoomError
 from orchestrator.policies.plan import Settings
+from orchestrator.room import POLL_S
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.telemetry.record import FLAG_APPLIED, tier_code
 from orchestrator.train import best
 from orchestrator.train.batch.guard import Move
 from orchestrator.train.best import Best
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.commit_directory import step_of
 from orchestrator.train.dials.dial import Dial, limits_of, reasons_off, turn
 from orchestrator.train.groups import Ranks
 from orchestrator.train.link import Link, Outbox
@@ -57,6 +62,11 @@ class Driver(Protocol):
     @property
     def dials(self) -> Sequence[Dial]:
         """The dials of this training, in the order in which they are set."""
+        ...
+
+    @property
+    def commits_together(self) -> bool:
+        """Whether all ranks make a commit together, at the same boundary."""
         ...
 
     def settle(self) -> None:
@@ -127,6 +137,15 @@ class Attempt:
         """Where messages to the policy actor are put."""
         return self._link.outbox
 
+    def resumed(self, driver: Driver) -> None:
+        """Say so where the driver went on from an older commit than it was given, because that one is damaged."""
+        assert self.trial.resume_from is not None
+        wanted, (step, _) = step_of(Path(self.trial.resume_from)), driver.progress
+        logger.info("resumed from %s at step %d", self.trial.resume_from, step)
+        if self.speaks and wanted is not None and step < wanted:
+            fallback = Fallback(checkpoint=self.trial.resume_from, step=step, num_steps=wanted - step)
+            self._link.outbox.add_fallback(fallback)
+
     def cross(self, driver: Driver) -> float:
         """Follow a new order from here on, between two steps; returns the seconds that took."""
         order = self._boundary.cross()
@@ -145,11 +164,14 @@ class Attempt:
     def wait_until(self, is_met: Callable[[], bool], driver: Driver) -> bool:
         """Wait at a boundary until an order meets a condition; False when told to leave first."""
         while not self.is_told_to_leave:
+            self.ranks.pulse.rest()
             if is_met():
+                self.ranks.pulse.rest("step")  # the first one may take long
                 return True
             order = self._boundary.wait()
             self._say_ack()
             self.follow(order, driver)
+        self.ranks.pulse.rest("leaving")
         return False
 
     def poll(self, is_met: Callable[[], bool], driver: Driver) -> bool | None:
@@ -158,6 +180,42 @@ class Attempt:
         if self.is_told_to_leave:
             return False
         return True if is_met() else None
+
+    def when_room(self, write: Callable[[], Path | None], driver: Driver) -> Path | None:
+        """The commit that `write` makes, if it makes one, as soon as the disk has room for it.
+
+        Meanwhile the trial waits at its boundary, and the live table says so. None where the search has no further use
+        for it before there is room.
+        """
+        is_said = False
+        while True:
+            try:
+                with self.ranks.pulse.long("commit"):
+                    path = write()
+            except NoRoomError as error:
+                if not is_said:
+                    logger.warning("waits for room: %s", error)
+                    self._note_room(str(error))
+                is_said = True
+                if not self._waits_on(driver):
+                    return None
+            else:
+                if is_said:
+                    logger.warning("there is room again: %s", path)
+                    self._note_room("")
+                return path
+
+    def _note_room(self, text: str) -> None:
+        if self.speaks:
+            self.outbox.add_note(Note(kind="room", text=text))
+
+    def _waits_on(self, driver: Driver) -> bool:
+        """Wait a moment for room; False where the trial was told to leave without a commit."""
+        if self.ranks.world_size > 1 and not driver.commits_together:
+            time.sleep(POLL_S)  # alone: the others know nothing of it, and an order is met by all
+        else:
+            self.follow(self._boundary.wait(POLL_S), driver)
+        return self.order.stop is not StopMode.DISCARD
 
     def override(self, driver: Driver, move: Move, *, is_lasting: bool = True) -> None:
         """Tell of a protective move that was made inside the limits."""
@@ -266,7 +324,9 @@ class Attempt:
         """Set all dials; every rank does so before the same step. Returns the seconds that took."""
         driver.settle()  # steps on their way belong to the grant before
         began_s = time.monotonic()
-        settings = turn(driver.dials, grant)
+        with self.ranks.pulse.long("turning the dials"):
+            settings = turn(driver.dials, grant)
+        self.ranks.pulse.forget()
         why_not = driver.turned(grant.settings, settings)
         self.grant = grant
         applied_s = time.monotonic()

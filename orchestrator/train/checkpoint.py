@@ -19,7 +19,6 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 import warnings
@@ -38,16 +37,26 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, DamagedError, NoRoomError
+from orchestrator.room import has_room, is_full, words
 from orchestrator.train import best, flat_state, manifest, objects
+from orchestrator.train.commit_directory import (
+    UNFINISHED_NAME,
+    commits_in,
+    newest,
+    newest_whole,
+    step_of,
+    verified,
+    verify,
+)
 from orchestrator.train.fsdp import local_part
 from orchestrator.train.manifest import FileEntry, Manifest
+
+__all__ = ["KEEP_COMMITS", "commit", "commit_files", "load", "newest", "newest_whole", "step_of", "verified", "verify"]
 
 KEEP_COMMITS = 2
 """Commits kept beside the best one: the newest, and the one before in case the newest turns out damaged."""
 
-_COMMIT_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
-_UNFINISHED_NAME = re.compile(_COMMIT_NAME.pattern + r"\.(tmp|old)-[0-9a-f]+")
 # DCP names its files `__<rank>_<number>.distcp`; generator state follows as `rng_rank<rank>.pt`.
 _TENSOR_FILES = "__{rank}_*.distcp"
 _RNG_FILE = "rng_rank{rank}.pt"
@@ -75,13 +84,25 @@ class _Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def agree(self, what: str, problem: str | None, value: object = None) -> list[Any]:
+    def agree(
+        self,
+        what: str,
+        problem: BaseException | None,
+        value: object = None,
+        error: type[CheckpointError] = CheckpointError,
+    ) -> list[Any]:
         """`value` of every rank, or the same error on every rank where any had a problem: none may go on alone."""
-        answers = self.gather((problem, value))
-        found = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text is not None]
+        told = None if problem is None else (_text(problem), isinstance(problem, NoRoomError) or is_full(problem))
+        answers = self.gather((told, value))
+        found = [(rank, *problem) for rank, (problem, _) in enumerate(answers) if problem is not None]
         if found:
-            raise CheckpointError(f"{what}: {'; '.join(found)}")
+            texts = "; ".join(f"rank {rank}: {text}" for rank, text, _ in found)
+            raise (NoRoomError if any(has_no_room for _, _, has_no_room in found) else error)(f"{what}: {texts}")
         return [given for _, given in answers]
+
+
+def _text(problem: BaseException) -> str:
+    return str(problem) if isinstance(problem, CheckpointError | OSError) else f"{type(problem).__name__}: {problem}"
 
 
 def commit(
@@ -117,13 +138,14 @@ def commit(
         CheckpointError: on every rank, if any rank could not do its part. Nothing was committed then.
     """
     ranks = _Ranks(rank, world_size, group)
-    proposal, problem, pickled = None, None, b""
+    proposal, pickled = None, b""
+    problem: BaseException | None = None
     try:
         plain = {name: value for name, value in extra.items() if name != "objects"}
         pickled = objects.pickled(extra.get("objects", {}))
         proposal = _propose(directory, model, optimizer, plain, is_first=rank == 0)
     except (CheckpointError, OSError) as error:
-        problem = str(error)
+        problem = _without_room(error, directory, 0)
     own_draft = None if proposal is None else proposal.draft
     try:
         draft = ranks.agree(f"cannot commit to {directory}", problem, own_draft)[0]
@@ -148,16 +170,18 @@ def commit(
     return final
 
 
-def commit_files(directory: Path, write: Callable[[Path], None], extra: Mapping[str, Any]) -> Path:
+def commit_files(directory: Path, write: Callable[[Path], None], extra: Mapping[str, Any], num_bytes: int = 0) -> Path:
     """Make files of any kind durable as the commit `<directory>/step-<n>`; called by one rank. Retention as `commit`.
 
     Args:
         directory: the trial's own directory of commits.
         write: writes them into the folder that it is given, in folders too.
         extra: JSON-able; holds `step` and what else a later attempt needs.
+        num_bytes: how many that is about: an error that hides that the disk is full is told from others by it.
 
     Raises:
-        CheckpointError: it could not be written. Nothing was committed then.
+        NoRoomError: there is no room on the disk. Nothing was committed then.
+        CheckpointError: it could not be written, neither.
     """
     kept: dict[str, Any] = json.loads(manifest.canonical(dict(extra)))
     final = directory / f"step-{_step_of(kept)}"
@@ -179,10 +203,12 @@ def commit_files(directory: Path, write: Callable[[Path], None], extra: Mapping[
             files=tuple(manifest.describe(path, draft) for path in files),
         )
         _finish(draft, final, record, _Ranks(0, 1, None))
-    except (CheckpointError, OSError, shutil.Error) as error:
+    except (CheckpointError, OSError, RuntimeError) as error:  # `torch.save` raises the last of a full disk
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"cannot commit to {final}: {error}") from error
+        problem = _without_room(error, final, num_bytes)
+        kind = NoRoomError if isinstance(problem, NoRoomError) else CheckpointError
+        raise kind(f"cannot commit to {final}: {problem}") from error
     return final
 
 
@@ -232,23 +258,25 @@ def load(
         The `extra` of the commit, with its `objects`; those of rank 0 where it has none of this rank.
 
     Raises:
-        CheckpointError: on every rank, if the commit and all before it are damaged, or it does not fit.
+        CheckpointError: on every rank, if it does not fit.
+        DamagedError: on every rank, if the commit and all before it are damaged.
     """
     ranks = _Ranks(rank, world_size, group)
     what = f"cannot load {path}"
-    problem, chosen = None, None
+    problem: BaseException | None = None
+    chosen = None
     try:
         chosen = newest_whole(path) if rank == 0 else None
     except CheckpointError as error:
-        problem = str(error)
-    path, record = ranks.agree(what, problem, chosen)[0]
+        problem = error
+    path, record = ranks.agree(what, problem, chosen, DamagedError)[0]
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict[str, Any]] = {}
     found: dict[str, Any] = {}
     try:
         tensors, state = flat_state.targets(model, optimizer, record.tensors)
     except CheckpointError as error:
-        problem = str(error)
+        problem = error
     ranks.agree(what, problem)
     try:
         with _quiet_about_one_process():
@@ -257,48 +285,9 @@ def load(
         found = objects.read(path, {entry.name for entry in record.files}, rank)
         _restore_generators(path, record, rank)
     except (CheckpointError, CheckpointException, OSError, RuntimeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = error
     ranks.agree(what, problem)
     return {**record.extra, **({"objects": found} if found else {})}
-
-
-def verify(path: Path) -> list[str]:
-    """What is wrong with the commit in `path`; empty where nothing is. Unpickles nothing."""
-    try:
-        verified(path)
-    except CheckpointError as error:
-        return [str(error)]
-    return []
-
-
-def newest(directory: Path) -> Path | None:
-    """The newest commit in `directory`, whole or not; None where there is none."""
-    return max(_commits(directory), default=(0, None))[1]
-
-
-def newest_whole(path: Path) -> tuple[Path, Manifest]:
-    """The commit in `path`, or the newest before it that verifies, with a warning that says what that costs.
-
-    Raises:
-        CheckpointError: there is none; its text is that of `path` itself.
-    """
-    try:
-        return path, verified(path)
-    except CheckpointError as damage:
-        match = _COMMIT_NAME.fullmatch(path.name)
-        step = int(match.group(1)) if match is not None else -1
-        for older, candidate in sorted(_commits(path.parent), reverse=True):
-            if older >= step:
-                continue
-            try:
-                record = verified(candidate)
-            except CheckpointError as error:
-                _log.warning("checkpoint.damaged %s is skipped: %s", candidate, error)
-                continue
-            cost = f"{step - older} step{'s' * (step - older != 1)}"
-            _log.warning("checkpoint.damaged %s; going on from %s, %s are done again", damage, candidate, cost)
-            return candidate, record
-        raise
 
 
 @contextmanager
@@ -343,7 +332,8 @@ def _make_draft(final: Path) -> Path:
 
 def _write_parts(draft: Path, tensors: dict[str, Tensor], pickled: bytes, ranks: _Ranks) -> tuple[FileEntry, ...]:
     """Write this rank's part of every file, durable, and gather what all ranks wrote."""
-    problem, entries = None, []
+    problem: BaseException | None = None
+    entries: list[FileEntry] = []
     try:
         num_files = _num_files(tensors)  # a thread each; that all are finite was read back, so no kernel is under way
         writer = FileSystemWriter(draft, sync_files=False, thread_count=num_files)
@@ -365,21 +355,34 @@ def _write_parts(draft: Path, tensors: dict[str, Tensor], pickled: bytes, ranks:
             entries = list(pool.map(manifest.describe, own))
             synced.result()
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = _without_room(error, draft, _num_bytes(tensors) * ranks.world_size)
     gathered = ranks.agree(f"cannot write {draft}", problem, entries)
     return tuple(sorted((entry for part in gathered for entry in part), key=lambda entry: entry.name))
 
 
 def _num_files(tensors: Mapping[str, Tensor]) -> int:
     """How many files this rank's tensors are worth, on the cores it may use."""
+    return max(1, min(_MAX_FILES, len(os.sched_getaffinity(0)), _num_bytes(tensors) // _BYTES_PER_FILE))
+
+
+def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of this rank's part of the tensors."""
     local = map(local_part, tensors.values())
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in local)
-    return max(1, min(_MAX_FILES, len(os.sched_getaffinity(0)), num_bytes // _BYTES_PER_FILE))
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+def _without_room(error: BaseException, draft: Path, needed_bytes: int) -> BaseException:
+    """An error of writing, or that there is no room: torch's writer of tensors hides why the disk refused them."""
+    if isinstance(error, CheckpointError) and not is_full(error):
+        return error
+    if is_full(error) or not has_room(draft.parent, needed_bytes):
+        return NoRoomError(words(draft.parent, needed_bytes))
+    return error
 
 
 def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:
     """Write the manifest, give the draft its final name, and clear away what it replaces."""
-    problem = None
+    problem: BaseException | None = None
     if ranks.rank == 0:
         try:
             manifest.write_synced(draft / manifest.MANIFEST_NAME, manifest.encode(record))
@@ -389,7 +392,7 @@ def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:
             draft.rename(final)
             manifest.sync_directory(final.parent)
         except (CheckpointError, OSError) as error:
-            problem = str(error)
+            problem = _without_room(error, draft, 0)
         else:
             _clear_away(final, record.step)
     ranks.agree(f"cannot commit {final}", problem)
@@ -398,43 +401,17 @@ def _finish(draft: Path, final: Path, record: Manifest, ranks: _Ranks) -> None:
 def _clear_away(final: Path, step: int) -> None:
     """Remove unfinished commits, commits of later steps, and all but the newest `KEEP_COMMITS` and the best one."""
     directory = final.parent
-    commits = sorted(_commits(directory), reverse=True)
+    commits = sorted(commits_in(directory), reverse=True)
     behind = [path for number, path in commits if number <= step]
     found = best.read(directory)
     kept = {*behind[:KEEP_COMMITS], *(path for path in behind if found is not None and path.name == found.commit)}
-    unfinished = [path for path in directory.iterdir() if _UNFINISHED_NAME.fullmatch(path.name)]
+    unfinished = [path for path in directory.iterdir() if UNFINISHED_NAME.fullmatch(path.name)]
     for path in [*(path for _, path in commits if path not in kept), *unfinished]:
         try:
             shutil.rmtree(path)
         except OSError as error:
             # The commit itself is safe; the next one tries again.
             _log.warning("checkpoint.not_removed %s: %s", path, error)
-
-
-def _commits(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of everything in `directory` that is named like a commit."""
-    if not directory.is_dir():
-        return []
-    found = ((_COMMIT_NAME.fullmatch(path.name), path) for path in directory.iterdir())
-    return [(int(match.group(1)), path) for match, path in found if match is not None]
-
-
-def verified(path: Path) -> Manifest:
-    """The manifest of the commit in `path`, once every file has been found to be as it says.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    match = _COMMIT_NAME.fullmatch(path.name)
-    if match is None:
-        raise CheckpointError(f"{path} is not named like a commit; allowed: step-<n>, as `commit` names it")
-    record = manifest.read(path)
-    problems = manifest.problems_of(path, record)
-    if record.step != int(match.group(1)):
-        problems.append(f"the manifest is of step {record.step}")
-    if problems:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}; use an older commit")
-    return record
 
 
 def _restore_generators(path: Path, record: Manifest, rank: int) -> None:

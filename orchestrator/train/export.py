@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,11 @@ def export(source: Source, target: Path) -> str:
 
     Raises:
         ConfigError: the directory is there and not empty.
-        CheckpointError: the commit is damaged.
+        DamagedError: the commit and all others of the trial are damaged.
     """
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is there and not empty; allowed: a new directory", "--output")
-    record = checkpoint.verified(source.commit)
+    source, record = _whole(source)
     target.mkdir(parents=True, exist_ok=True)
     line = _write_function(source, target) if _is_function(record) else _write_model(source, target)
     key = JobKey.of(source.job)
@@ -82,9 +82,10 @@ def state_dict(source: Source) -> dict[str, Tensor]:
     """The weights of a commit by name, on the CPU.
 
     Raises:
-        CheckpointError: the commit is damaged, or a function's files do not say which of them holds weights.
+        CheckpointError: all commits are damaged, or a function's files do not say which of them holds weights.
     """
-    if not _is_function(checkpoint.verified(source.commit)):
+    source, record = _whole(source)
+    if not _is_function(record):
         return dict(built(source).state_dict())
     files = [path for path in sorted(source.commit.rglob("*")) if path.is_file() and path.name != WATCHED]
     tensors = [path for path in files if path.suffix in _WEIGHTS]
@@ -120,6 +121,12 @@ def _watched(commit: Path) -> dict[str, Tensor]:
     # Its files were compared with their SHA-256 before; the state of an optimizer may hold any object.
     state = torch.load(commit / WATCHED, map_location="cpu", weights_only=False)["model"]
     return {name: value.clone().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _whole(source: Source) -> tuple[Source, manifest.Manifest]:
+    """The same with the newest whole commit where its own is damaged; its value is not known then."""
+    commit, record = checkpoint.newest_whole(source.commit, also_later=True)
+    return (source if commit == source.commit else replace(source, commit=commit, value=None)), record
 
 
 def _is_function(record: manifest.Manifest) -> bool:

@@ -66,6 +66,7 @@ class Gradients:
             began_s = time.monotonic()
             batch = self._training.batch(part.tolist(), self._ranks.device)
             sums.data_s += time.monotonic() - began_s
+            self._ranks.pulse.beat("micro-batch")
             terms = self._loss(self._model, batch, settings.tier)
             if terms.is_mean:
                 share = len(part) / num_samples

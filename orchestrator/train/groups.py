@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from orchestrator.train.pulse import Pulse
 from orchestrator.train.stall import Stall
 from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_mode.recorder import Recorder
@@ -45,7 +46,7 @@ class Ranks:
 
     `step_mode` is how its steps are executed, where that can be chosen; `recorder` makes what records them, None for
     CUDA graphs. `trials_ahead` is how many trials of its kind the process is expected to serve, this one included.
-    `stall` times its steps.
+    `stall` times its steps, `pulse` is its heartbeat.
     """
 
     rank: int
@@ -57,6 +58,7 @@ class Ranks:
     recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None
     trials_ahead: float = 1.0
     stall: Stall = field(default_factory=Stall, compare=False)
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
 
 
 class Groups:

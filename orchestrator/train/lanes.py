@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, TrialOrder
+from orchestrator.control.orders import Cause, Outcome, SlotOp, SlotOrder, TrialOrder
 from orchestrator.errors import WorkerGroupError
 from orchestrator.jobs.own import is_own
 from orchestrator.jobs.table import job_info
@@ -34,7 +34,7 @@ from orchestrator.train.function.workplace import logged_to
 from orchestrator.train.groups import Ranks
 from orchestrator.train.isolation import ProcessState, seed_generators
 from orchestrator.train.loop import TrialLoop
-from orchestrator.train.serve import SlotLink, failed_outcome, job_of
+from orchestrator.train.serve import SlotLink, failed_outcome, job_of, wait_for_room
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class LaneServer:
 
     Args:
         lanes: the lanes.
-        ranks: of the process: one rank.
+        ranks: of the process: one rank; its heartbeat is that of all its lanes, which have one thread.
         shared: its share.
         clean: the process before its first trial.
         company: who is stepped with whom.
@@ -203,7 +203,9 @@ class LaneServer:
             if asking:
                 self._step(asking)
             elif not any(self._is_ready(lane) for lane in self._lanes):
+                self._ranks.pulse.rest()
                 self._news.wait(_HEARTBEAT_S)
+                self._ranks.pulse.rest("step")  # what comes now may take longer than a wait
 
     def _turn(self, lane: Lane) -> None:
         """Let a lane follow its newest order, as far as it need not be stepped."""
@@ -232,6 +234,8 @@ class LaneServer:
         if attempt == lane.finished:  # an order from before the actor learned that this attempt is over
             return
         lane.link.begin(*attempt)
+        self._ranks.pulse.begin()
+        lane.link.outbox.pulse = self._ranks.pulse
         lane.trial, self._is_dirty = order.trial, True
         with lane.entered():
             logger.info("trial %s attempt %d begins: %s", *attempt, order.trial.params)
@@ -256,8 +260,7 @@ class LaneServer:
                 except StopIteration as end:
                     outcome = end.value
                 except Exception as error:
-                    outcome = failed_outcome(error, lane.trial, None if lane.loop is None else lane.loop)
-                    self._end_if_gone(error, outcome)
+                    outcome = self._failed(lane, error)
         finally:
             if outcome is not None:
                 self._leave(lane, outcome)
@@ -280,6 +283,8 @@ class LaneServer:
             assert lane.member is not None
             members[lane.number] = (lane.member, lane.need.at_most)
         found = self._company.step(members)
+        if found:
+            self._ranks.pulse.beat()
         for lane in asking:
             stepped = found.get(lane.number) or self._alone(lane)
             if stepped is not None:
@@ -297,18 +302,26 @@ class LaneServer:
             try:
                 return lane.loop.advance()
             except Exception as error:
-                outcome = failed_outcome(error, lane.trial, lane.loop)
-                self._end_if_gone(error, outcome)
+                outcome = self._failed(lane, error)
         self._leave(lane, outcome)
         return None
 
-    def _end_if_gone(self, error: Exception, outcome: Outcome) -> None:
-        """A GPU that failed ends the process: its trials go on from their last commits in a new one."""
+    def _failed(self, lane: Lane, error: Exception) -> Outcome:
+        """How a lane's trial ended that raised.
+
+        Raises:
+            WorkerGroupError: the GPU failed, which ends the process: its trials go on from their last commits.
+        """
+        assert lane.trial is not None
+        outcome = failed_outcome(error, lane.trial, lane.loop)
         if is_device_fault(error):
-            for lane in self._lanes:
-                if lane.trial is not None:
-                    lane.link.fault(outcome.reason)
+            for other in self._lanes:
+                if other.trial is not None:
+                    other.link.fault(outcome.reason)
             raise WorkerGroupError(f"the GPU failed: {outcome.reason}") from error
+        if outcome.cause is Cause.DISK:  # the other lanes write to the same disk, and wait as well
+            wait_for_room(Path(lane.trial.directory), self._ranks, lane.boundary, lane.link)
+        return outcome
 
     def _leave(self, lane: Lane, outcome: Outcome) -> None:
         """The lane's trial is over; the last one to leave has the process put right."""
@@ -320,6 +333,7 @@ class LaneServer:
             if lane.training is not None:
                 lane.training.close()
         lane.share.release()
+        self._ranks.pulse.forget()  # those that stay may be put together anew
         lane.trial = lane.training = lane.loop = lane.course = lane.need = lane.member = None
         lane.generators, lane.reason = {}, ""
         lane.finished = (trial.trial_id, trial.attempt)
@@ -329,4 +343,5 @@ class LaneServer:
                 logger.warning("the trials of this process, the last one %s, left %s", trial.trial_id, leak)
         lane.link.flush(_FLUSH_TIMEOUT_S)
         lane.link.finish(outcome)
+        lane.link.outbox.pulse = None
         gc.collect()

@@ -12,9 +12,21 @@ from typing import Protocol
 
 import numpy as np
 
-from orchestrator.control.orders import Ack, DialReport, Events, Outcome, OverrideReport, Report, SlotOrder, TierReport
+from orchestrator.control.orders import (
+    Ack,
+    DialReport,
+    Events,
+    Fallback,
+    Note,
+    Outcome,
+    OverrideReport,
+    Report,
+    SlotOrder,
+    TierReport,
+)
 from orchestrator.policies.snapshot import StepModeView
 from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
+from orchestrator.train.pulse import Pulse
 
 _RECORDS_PER_MESSAGE = 2048
 _MAX_RECORDS_KEPT = 65536
@@ -53,10 +65,12 @@ class Outbox:
     Attributes:
         offset_s: added to every moment, which the rank tells on its own machine's clock, to have it on the run's.
         num_dropped: step records lost because nobody took them.
+        pulse: the heartbeat of the trial that runs, which goes with each message; None where none runs.
     """
 
     def __init__(self) -> None:
         self.offset_s = 0.0
+        self.pulse: Pulse | None = None
         self._lock = threading.Lock()
         self._filled = threading.Event()
         self._rows: StepArray = np.zeros(_RECORDS_PER_MESSAGE, dtype=STEP_DTYPE)
@@ -68,6 +82,8 @@ class Outbox:
         self._tiers: list[TierReport] = []
         self._modes: list[StepModeView] = []
         self._dials: list[DialReport] = []
+        self._fallbacks: list[Fallback] = []
+        self._notes: list[Note] = []
         self._num_taken = 0
         self.num_dropped = 0
 
@@ -111,6 +127,17 @@ class Outbox:
             self._dials = [report]
         self._filled.set()
 
+    def add_fallback(self, fallback: Fallback) -> None:
+        """Append that a commit was damaged."""
+        with self._lock:
+            self._fallbacks.append(fallback)
+
+    def add_note(self, note: Note) -> None:
+        """Append what is amiss now, or is no more, and ask for it to be sent at once."""
+        with self._lock:
+            self._notes.append(note)
+        self._filled.set()
+
     def add_mode(self, measured: StepModeView) -> None:
         """Tell which step mode some dials have; it goes with the next message."""
         with self._lock:
@@ -140,10 +167,13 @@ class Outbox:
                 tiers=tuple(self._tiers),
                 modes=tuple(self._modes),
                 dials=tuple(self._dials),
+                fallbacks=tuple(self._fallbacks),
+                notes=tuple(self._notes),
+                beat=None if self.pulse is None else self.pulse.view,
                 records=tuple(records),
             )
             self._full, self._num_rows = [], 0
             self._acks, self._overrides, self._reports, self._tiers = [], [], [], []
-            self._modes, self._dials = [], []
+            self._modes, self._dials, self._fallbacks, self._notes = [], [], [], []
             self._num_taken += 1
             return events

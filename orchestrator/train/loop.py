@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class TrialLoop:
             extra = stepper.resume(Path(self._trial.resume_from))
             attempt.num_reports = max(attempt.num_reports, int(extra["num_reports"]))
             watch.guard.restore(extra.get("guard"))
-            logger.info("resumed from %s at step %d", self._trial.resume_from, stepper.step_index)
+            attempt.resumed(self)
         self._tell_dials()
         attempt.follow(None, self)
         if not (yield Wait(lambda: attempt.grant is not None)):
@@ -118,6 +119,11 @@ class TrialLoop:
         if self._parts is None:
             return 0, 0
         return self._stepper.step_index, self._stepper.cursor.position
+
+    @property
+    def commits_together(self) -> bool:
+        """All ranks of a declared training write their part of a commit."""
+        return True
 
     @property
     def settings(self) -> Settings:
@@ -197,6 +203,7 @@ class TrialLoop:
             results, move = self._parts.guard.advance()
         finally:
             self._ranks.stall.end()
+            self._ranks.pulse.beat()
         return Stepped(results, move)
 
     def _settle_below(self, target: int) -> bool:
@@ -237,7 +244,8 @@ class TrialLoop:
         move, self._move = self._move, None
         if move is not None and is_cheaper(self.settings.tier, move.tier):
             self._obey(move)
-        probed = self._watched.before_step()
+        with self._ranks.pulse.long("probing a tier") if self._watched.is_due else nullcontext():
+            probed = self._watched.before_step()
         if probed is not None:
             self._obey(probed)
         self._tell_tiers()
@@ -303,6 +311,8 @@ class TrialLoop:
         attempt = self.attempt
         metrics = self._evaluate()
         path = self._commit(attempt.num_reports + 1)
+        if path is None:
+            return False
         attempt.report(self, metrics, path)
         self._watched.committed()
         if attempt.num_reports >= self._trial.max_reports:
@@ -327,12 +337,15 @@ class TrialLoop:
         self._stepper.offload.back()
         if attempt.order.stop.commits:
             path = self._commit(attempt.num_reports) if attempt.grant is not None else None
+            if not attempt.order.stop.commits:  # said while it waited for room
+                return attempt.outcome(Status.STOPPED, self)
             return attempt.outcome(Status.INTERRUPTED, self, path)
         return attempt.outcome(Status.STOPPED, self)
 
-    def _commit(self, num_reports: int) -> Path:
-        extra = {"num_reports": num_reports, "guard": self._watched.guard.state()}
-        return self._stepper.commit(self.attempt.directory / "checkpoints", extra)
+    def _commit(self, num_reports: int) -> Path | None:
+        """Write a commit, once there is room; None where the trial was told to leave without one meanwhile."""
+        extra, directory = {"num_reports": num_reports, "guard": self._watched.guard.state()}, self.attempt.directory
+        return self.attempt.when_room(lambda: self._stepper.commit(directory / "checkpoints", extra), self)
 
     def _record(self, result: StepResult, times: Times) -> None:
         """Append this step's telemetry."""

@@ -28,6 +28,8 @@ _POLL_S = 20.0
 _RETRY_S = 0.25
 _LEAVE_TIMEOUT_S = 10.0
 _CLOCK_TIMEOUT_S = 10.0
+_BEAT_S = 1.0
+"""A heartbeat goes alone so often where there is nothing else to send."""
 
 
 def _nothing() -> None:
@@ -47,6 +49,7 @@ class RayLink:
         self._attempt: tuple[TrialId, int] | None = None
         self._is_closed = threading.Event()
         self._sending = threading.Lock()
+        self._beaten_s = 0.0
         self._threads: list[threading.Thread] = []
         self.version = 0
         self.on_news: Callable[[], None] = _nothing
@@ -186,10 +189,15 @@ class RayLink:
             with self._sending:
                 self._deliver(self.outbox.take(), deadline_s=None)
 
+    def _is_beat_due(self, events: Events) -> bool:
+        """Whether a heartbeat goes alone: nothing else was sent for a while."""
+        return events.beat is not None and time.monotonic() >= self._beaten_s + _BEAT_S
+
     def _deliver(self, events: Events, deadline_s: float | None) -> bool:
         """Send one message until it is taken over (or refused as belonging to an attempt that is over)."""
-        if events.is_empty or self._attempt is None:
+        if self._attempt is None or (events.is_empty and not self._is_beat_due(events)):
             return True
+        self._beaten_s = time.monotonic()
         while not self._is_closed.is_set():
             try:
                 timeout_s = 10.0 if deadline_s is None else max(0.1, deadline_s - time.monotonic())

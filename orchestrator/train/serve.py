@@ -14,16 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, TrialOrder
+from orchestrator.control.orders import Cause, Note, Outcome, SlotOp, SlotOrder, Status, StopMode, TrialOrder
 from orchestrator.errors import ApplyError, OutOfMemoryError, TierError, WorkerGroupError
 from orchestrator.jobs import build_job, job_info
 from orchestrator.jobs.job import Job
 from orchestrator.jobs.own import call_function, is_own, last_line_of, tail_of
 from orchestrator.policies.plan import TrialId
+from orchestrator.room import POLL_S, has_room, words
 from orchestrator.share import ShareMechanism
 from orchestrator.train.attempt import Driver
 from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.causes import cause_of
 from orchestrator.train.device_fault import is_device_fault
 from orchestrator.train.function.driver import FunctionDriver
 from orchestrator.train.function.workplace import logged_to
@@ -98,11 +100,16 @@ class Server:
             if attempt == finished:  # an order from before the actor learned that this attempt is over
                 continue
             self.link.begin(*attempt)
+            pulse = self.groups.ranks.pulse
+            pulse.begin()
+            self.link.outbox.pulse = pulse
             outcome = self._run_trial(order, order.trial)
+            pulse.rest("leaving")
             self.share.release()
             for leak in (*self.clean.leaks(), *self.clean.restore(order.trial.seed)):
                 logger.warning("trial %s left %s", order.trial.trial_id, leak)
             self._finish(outcome)
+            self.link.outbox.pulse = None
             finished = attempt
 
     @property
@@ -126,6 +133,8 @@ class Server:
                     raise WorkerGroupError(f"the GPU failed under {trial.trial_id}: {outcome.reason}") from error
                 if outcome.status is Status.FAILED and self._is_alone():
                     outcome = replace(outcome, status=Status.LOST)
+                if outcome.cause is Cause.DISK:
+                    wait_for_room(Path(trial.directory), self.groups.ranks, self.boundary, self.link)
                 if outcome.status in _BEGINS_AGAIN and self.groups.ranks.world_size > 1:
                     self.groups.break_off()  # the others wait for this rank in a collective that it will never enter
             logger.info("trial %s attempt %d ends: %s", trial.trial_id, trial.attempt, outcome.status)
@@ -177,6 +186,19 @@ class Server:
         self.clean = self.clean.regrouped()
 
 
+def wait_for_room(directory: Path, ranks: Ranks, boundary: Boundary, link: Link) -> None:
+    """Let a trial whose own write met a full disk begin again only when there is room, or it is not wanted."""
+    if ranks.world_size > 1 or has_room(directory):
+        return
+    logger.warning("waits for room: %s", words(directory))
+    link.outbox.add_note(Note(kind="room", text=words(directory)))
+    while not has_room(directory):
+        ranks.pulse.rest()
+        order = boundary.wait(POLL_S)
+        if order is not None and (order.stop is not StopMode.NONE or order.op is not SlotOp.RUN):
+            return
+
+
 def failed_outcome(error: Exception, trial: TrialOrder | None, driver: Driver | None) -> Outcome:
     """How an attempt ended that raised `error`, which is written to the log with its own traceback."""
     assert trial is not None
@@ -195,4 +217,4 @@ def _status_after(error: Exception) -> Outcome:
         return Outcome(status=Status.MEMORY, step=0, num_samples=0)
     if isinstance(error, TierError):
         return Outcome(status=Status.TIER, step=0, num_samples=0)
-    return Outcome(status=Status.FAILED, step=0, num_samples=0)
+    return Outcome(status=Status.FAILED, step=0, num_samples=0, cause=cause_of(error))

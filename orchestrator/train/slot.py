@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from orchestrator.control.orders import Opening, SlotHello
 from orchestrator.errors import ShareError, UnfitEnvironmentError
+from orchestrator.hung import answer_with_stacks
 from orchestrator.jobs import build_job, job_info
 from orchestrator.jobs.own import add_import_paths, is_own
 from orchestrator.policies.plan import DeviceId
@@ -72,6 +73,7 @@ def slot_loop(config: dict[str, Any]) -> None:
     opening = _opening(joined_wall_s, shared_wall_s)
     hello = replace(_hello(config, ranks, share, words), opening=opening)
     lanes = config.get("lanes", (config["slot_id"],))
+    answer_with_stacks(Path(config["warm_up"].directory).parents[1])
     try:
         if len(lanes) > 1:
             _serve_lanes(config, ranks, share, hello)

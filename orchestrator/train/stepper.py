@@ -369,12 +369,15 @@ class Stepper:
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics, in the tier the trial runs with."""
+        pulse = self._ranks.pulse
+        beating = self.model.register_forward_hook(lambda *_: pulse.beat("evaluation"))
         self.model.eval()
         self.job.note_progress(self.step_index, self.cursor.epoch)
         try:
-            with lowered(self.settings.tier, self._ranks.device):
+            with pulse.long("evaluation"), lowered(self.settings.tier, self._ranks.device):
                 found = self.job.evaluate(self.model, self._ranks.device)
         finally:
+            beating.remove()
             self.model.train()
         metric = self._order.metric or self.job.metric
         self.optimizers.take_metric(found.get(self.job.monitor or metric or "val_loss"))

@@ -17,7 +17,13 @@ __all__ = ["trainable"]
 
 
 def trainable(
-    training: Training, overrides: Iterable[str] = (), *, resume: bool = False, name: str | None = None, **options: Any
+    training: Training,
+    overrides: Iterable[str] = (),
+    *,
+    resume: bool = False,
+    trust_storage: bool = False,
+    name: str | None = None,
+    **options: Any,
 ) -> AbstractContextManager[type]:
     """A trainable for a `ray.tune.Tuner` of your own, whose trials run in slots under one policy.
 
@@ -31,6 +37,7 @@ def trainable(
         training: a run file, or what `orchestrator.run` takes: a function or class, its import path, or a dict.
         overrides: `a.b=value`, as on the command line.
         resume: take up a run of that name that is there, for `Tuner.restore`.
+        trust_storage: go on with a run also where others can write its directory.
         name: of the run, where `training` is no run file.
         options: as those of `orchestrator.run`.
 
@@ -41,4 +48,6 @@ def trainable(
     """
     from orchestrator.tune.session import open_session  # Ray takes seconds to import
 
-    return open_session(training, list(overrides), is_resumed=resume, name=name, options=options)
+    return open_session(
+        training, list(overrides), is_resumed=resume, trusts_storage=trust_storage, name=name, options=options
+    )

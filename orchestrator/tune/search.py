@@ -129,7 +129,8 @@ class Search:
             {HEAD: part},
         )
         if not self._is_simple and tune.Tuner.can_restore(self._directory):
-            return tune.Tuner.restore(self._directory, trainable=trainable, resume_errored=False)
+            # Trials that are not tried again fail at once with the reason that the journal has.
+            return tune.Tuner.restore(self._directory, trainable=trainable, resume_errored=True)
         return tune.Tuner(
             trainable,
             param_space=self._space(),

@@ -37,6 +37,7 @@ from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.host import require_linux
 from orchestrator.interrupts import EXIT_CODES, reinstall, terminable
 from orchestrator.run_dirs import StopKind, stop_request
+from orchestrator.storage_trust import require_trusted
 from orchestrator.tune.adapter import SlotTrial
 from orchestrator.tune.admission import HEAD, require_tested_ray, sliver
 
@@ -50,7 +51,13 @@ _LOOK_S = 1.0
 
 @contextlib.contextmanager
 def open_session(
-    training: Training, overrides: list[str], *, is_resumed: bool, name: str | None, options: dict[str, Any]
+    training: Training,
+    overrides: list[str],
+    *,
+    is_resumed: bool,
+    trusts_storage: bool,
+    name: str | None,
+    options: dict[str, Any],
 ) -> Iterator[type]:
     """See `orchestrator.tune.trainable`."""
     require_linux()
@@ -58,7 +65,7 @@ def open_session(
     with run_file_of(training, name=name, **options) as (file, settings):
         resolved = load_config(file, [*settings, *overrides], has_own_search=True)
         resolved = resolved if is_resumed else with_counted_epochs(resolved)
-        run_dir = _run_dir(resolved, is_resumed=is_resumed)
+        run_dir = _run_dir(resolved, is_resumed=is_resumed, trusts_storage=trusts_storage)
     if is_resumed:
         resolved = load_begun(run_dir)
     resolved = within_quota(resolved)
@@ -90,7 +97,7 @@ def open_session(
             log_end(run_dir, state, {name: max(0, count - before[name]) for name, count in left.items()})
 
 
-def _run_dir(resolved: ResolvedRun, *, is_resumed: bool) -> Path:
+def _run_dir(resolved: ResolvedRun, *, is_resumed: bool, trusts_storage: bool) -> Path:
     """The run's directory, made if the run is new.
 
     Raises:
@@ -102,6 +109,7 @@ def _run_dir(resolved: ResolvedRun, *, is_resumed: bool) -> Path:
     if is_resumed:
         if not (run_dir / "run.yaml").exists():
             raise ConfigError(f"{run_dir} holds no run.yaml; leave resume=True out to begin a new run")
+        require_trusted(run_dir, is_trusted=trusts_storage)
         require_history(run_dir)
         (run_dir / "control" / "stop").unlink(missing_ok=True)
         return run_dir

@@ -153,7 +153,7 @@ def plain_line(status: Mapping[str, object], now_s: float) -> str:
                 f"{clean(trial.get('trial_id'))} step {show_count(trial.get('step'))}"
                 f" loss {show_number(trial.get('loss'))}{metric} {rate} share {show_number(trial.get('share'), 2)}"
                 f" ({_enforced(trial)}){_checked(trial)} batch {_batch(trial)} {_tier(trial)}{_tier_layers(trial)}"
-                f" left {show_seconds(trial.get('time_left_s'))}{_prefixed(_decision(trial))}"
+                f" left {show_seconds(trial.get('time_left_s'))}{_prefixed(_notes(trial))}{_prefixed(_decision(trial))}"
             )
     for device in dicts(status.get("devices")):
         parts.append(
@@ -161,6 +161,7 @@ def plain_line(status: Mapping[str, object], now_s: float) -> str:
             f" used {_percent(device.get('utilisation_ratio'))}"
         )
     parts.extend(node_texts(status))
+    parts.extend(clean(text) for text in (status.get("trouble"), *_alarms(status)) if text)
     parts.append("dials " + ", ".join(dial_texts(status)))
     return " | ".join(parts)
 
@@ -225,11 +226,21 @@ def _title(
     ]
     age_s = now_s - (number(status.get("updated_at")) or now_s)
     if age_s > STALE_AFTER_S and _state(status) in {"starting", "running", "stopping"}:
-        text = f"no news for {show_seconds(age_s)}: the run may have crashed; `orchestrator resume` takes it up"
+        text = "the policy actor is silent; training goes on, and the driver replaces it"
+        lines.append(_line(f"no news for {show_seconds(age_s)}: {text}", Role.FAILED, width))
+    elif _state(status) == "lost":
+        text = "the driver of the run is gone: `orchestrator resume` goes on from its last checkpoints"
         lines.append(_line(text, Role.FAILED, width))
     elif status.get("trouble"):
         lines.append(_line(f"nothing is decided: {clean(status['trouble'])}", Role.FAILED, width))
+    lines.extend(_line(clean(text), Role.FAILED, width) for text in _alarms(status))
     return lines
+
+
+def _alarms(status: Mapping[str, object]) -> list[object]:
+    """What people should see to."""
+    alarms = status.get("alarms")
+    return list(alarms) if isinstance(alarms, list) else []
 
 
 def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list[Line]:
@@ -259,7 +270,16 @@ def _trial_lines(trial: Mapping[str, object], shown: _Shown, width: int) -> list
     mode = trial.get("step_mode")
     steps = f"{mode} steps" if mode in {"graph", "compiled", "bundle"} else ""
     waits = "waits at its rung for others" if trial.get("waits_at_rung") is True else ""
-    texts = (metric, _held(trial, shown.unit), steps, _resize(trial), waits, _off(trial), _decision(trial))
+    texts = (
+        _notes(trial),
+        metric,
+        _held(trial, shown.unit),
+        steps,
+        _resize(trial),
+        waits,
+        _off(trial),
+        _decision(trial),
+    )
     details = "; ".join(text for text in texts if text)
     params = _params(trial, width - width_of(details) - (width_of(row) if width >= WIDE else 0) - 4)
     details = "; ".join(text for text in (params, details) if text)
@@ -352,6 +372,12 @@ def _off(trial: Mapping[str, object]) -> str:
     """The dials that the trial's training does not have, each with its reason."""
     off = mapping(trial.get("off"))
     return ", ".join(f"{clean(name)} off ({clean(reason)})" for name, reason in sorted(off.items()))
+
+
+def _notes(trial: Mapping[str, object]) -> str:
+    """What is amiss with the trial."""
+    notes = trial.get("notes")
+    return "; ".join(f"! {clean(note)}" for note in notes) if isinstance(notes, list) else ""
 
 
 def _tier(trial: Mapping[str, object]) -> str:

@@ -43,6 +43,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "orchestrator/train/ray_link.py",
         "orchestrator/submit.py",
         "orchestrator/supervisor.py",
+        "orchestrator/silence_watcher.py",
         "orchestrator/devices/ray_agents.py",
         "orchestrator/devices/ray_alone.py",
         "orchestrator/devices/ray_cards.py",

@@ -43,9 +43,10 @@ class Commits:
         """Take up a commit, or the newest whole one before it; what it was made with.
 
         Raises:
-            CheckpointError: there is none that is whole.
+            DamagedError: there is none that is whole.
         """
-        path, extra = newest_whole(path)
+        path, record = checkpoint.newest_whole(path)
+        extra = dict(record.extra)
         if extra.get("has_files", True):
             name = f"{RESUMED}-{self._rank}" if self._rank else RESUMED
             self.checkpoint = take_out(path, self._directory / name)
@@ -86,17 +87,14 @@ def commit(directory: Path, source: Path | None, extra: Mapping[str, Any], watch
         if watched is not None:
             watched.save(draft)
 
-    return checkpoint.commit_files(directory, write, extra)
+    num_bytes = (0 if source is None else _size_of(source)) + (0 if watched is None else watched.num_bytes)
+    return checkpoint.commit_files(directory, write, extra, num_bytes)
 
 
-def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The commit in `path`, or the newest before it whose files are as they were written; and what it was made with.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found, record = checkpoint.newest_whole(path)
-    return found, dict(record.extra)
+def _size_of(source: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = source.rglob("*") if source.is_dir() else [source]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def take_out(path: Path, target: Path) -> Path:

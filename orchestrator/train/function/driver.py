@@ -18,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from orchestrator.control.orders import Outcome, SlotOrder, Status
+from orchestrator.control.orders import Outcome, SlotOrder, Status, StopMode
 from orchestrator.errors import FunctionError, OutOfMemoryError, TierError
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import Tier
@@ -118,6 +118,7 @@ class FunctionDriver:
         attempt = self.attempt
         if attempt.trial.resume_from is not None:
             self._resume(Path(attempt.trial.resume_from))
+            attempt.resumed(self)
         elif attempt.trial.attempt:
             attempt.num_reports = 0  # it begins anew; reports that were taken already are not made again
             logger.info("no checkpoint was reported: the function begins anew")
@@ -183,6 +184,11 @@ class FunctionDriver:
         return self._step, self._position
 
     @property
+    def commits_together(self) -> bool:
+        """Rank 0 alone keeps what it reports."""
+        return False
+
+    @property
     def settings(self) -> Settings:
         """The dials in force; the batch is what the function trains with."""
         return self._settings
@@ -213,7 +219,7 @@ class FunctionDriver:
         self.settle()
         if attempt.trial.metric:
             self._guard.take_report(self._settings.tier, attempt.trial.metric, values[attempt.trial.metric])
-        path = self._commits.commit(checkpoint, self._watched, self._place(attempt.num_reports + 1))
+        path = self._commit(checkpoint)
         self._guard.committed()
         self._blame.reported(self._settings.tier)
         if attempt.num_reports < attempt.trial.num_reports_done:
@@ -310,6 +316,7 @@ class FunctionDriver:
     def _stepped(self, _optimizer: Optimizer) -> None:
         """The first optimizer has made a step: record it, and cross the boundary behind it."""
         attempt, (times, flags) = self.attempt, self._clock.end()
+        self._ranks.pulse.beat()
         num_backwards, loss = self._steps.num_backwards, self._steps.take_loss()
         self._look_at_dials(num_backwards)
         settings = self._batch.label(self._settings)
@@ -428,6 +435,19 @@ class FunctionDriver:
     def _place(self, num_reports: int) -> dict[str, int]:
         """Where the function stands, for a later attempt."""
         return {"step": self._step, "position": self._position, "num_reports": num_reports}
+
+    def _commit(self, checkpoint: Path | None) -> Path | None:
+        """Keep what a report brought, once there is room; None where there is nothing to keep.
+
+        Raises:
+            _Leave: the search has no further use for the trial, said while it waited for room.
+        """
+        attempt, place = self.attempt, self._place(self.attempt.num_reports + 1)
+        path = attempt.when_room(lambda: self._commits.commit(checkpoint, self._watched, place), self)
+        if path is None and attempt.order.stop is StopMode.DISCARD:
+            self._is_leaving = True
+            raise _Leave
+        return path
 
     def _resume(self, path: Path) -> None:
         extra = self._commits.resume(path)

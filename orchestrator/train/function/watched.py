@@ -92,6 +92,13 @@ class Watched:
         }
         torch.save(state, directory / FILE)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that `save` writes."""
+        states = [] if self._optimizer is None else self._optimizer.state.values()
+        values = [*self.model.state_dict().values(), *(value for state in states for value in state.values())]
+        return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
     def load(self, path: Path) -> None:
         """Load what `save` wrote, in place; an optimizer that is not known yet gets its part before its first step.
 

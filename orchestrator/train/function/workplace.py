@@ -10,9 +10,12 @@ import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+
+from orchestrator.room import POLL_S, is_full
 
 WORK = "work"
 """A trial's working directory, below its own."""
@@ -61,8 +64,10 @@ class LogStream(io.TextIOBase):
         self._handler.acquire()
         try:
             if self._handler.stream is not None:
-                self._handler.stream.write(f"{shown}\n")
-                self._handler.stream.flush()
+                # On a full disk the rest is written with a later line, or lost; printing must not fail.
+                with suppress(OSError):
+                    self._handler.stream.write(f"{shown}\n")
+                    self._handler.stream.flush()
         finally:
             self._handler.release()
 
@@ -70,8 +75,7 @@ class LogStream(io.TextIOBase):
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Write what this process prints, and what any logger says, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _opened(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, stream = logging.getLogger(), LogStream(handler)
     before, others = root.level, root.handlers[:]
@@ -85,7 +89,20 @@ def logged_to(path: Path) -> Iterator[None]:
         stream.close_line()
         root.handlers[:] = others
         root.setLevel(before)
-        handler.close()
+        with suppress(OSError):  # a full disk
+            handler.close()
+
+
+def _opened(path: Path) -> logging.FileHandler:
+    """The log file, as soon as the disk has room for it."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            if not is_full(error):
+                raise
+            time.sleep(POLL_S)
 
 
 def own_path(path: str | os.PathLike[str], directory: Path) -> Path | None:

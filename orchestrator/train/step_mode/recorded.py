@@ -168,7 +168,9 @@ class RecordedSteps:
             indices, _ = take(trial.job, trial.cursor, self.settings, self._ranks)
             parts = micro_batches(indices, self.settings.micro_batch)
             first = trial.job.batch(parts[0].tolist(), CPU)
-            if self._prepared(tuple(first), len(parts), StepMode.COMPILED) is not None:
+            with self._ranks.pulse.long("compiling"):
+                is_prepared = self._prepared(tuple(first), len(parts), StepMode.COMPILED) is not None
+            if is_prepared:
                 self._modes.race(self._dials)
         self._compilation.end_turn()
         return settled

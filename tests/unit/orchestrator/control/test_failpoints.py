@@ -23,7 +23,7 @@ from orchestrator.control.entries import EVENTS
 from orchestrator.control.events import Event
 from orchestrator.control.journal import FILE_NAME, Journal, line_of, read_events
 from orchestrator.control.nodes import NodeView
-from orchestrator.control.orders import DialReport, Events, Outcome, OverrideReport, Resumption, Status
+from orchestrator.control.orders import DialReport, Events, Fallback, Outcome, OverrideReport, Resumption, Status
 from orchestrator.control.transition import apply
 from orchestrator.control.world import World as ControlWorld
 from orchestrator.errors import JournalError
@@ -184,7 +184,8 @@ def tell(stage: Stage) -> None:
     assert granted is not None
     smaller = replace(granted.settings, micro_batch=4, grad_accum=2)
     report = OverrideReport(generation=granted.generation, number=1, settings=smaller, step=3, reason="full")
-    workers[0].tell(Events(number=1, overrides=(report,)))
+    damaged = Fallback(checkpoint="/c/0", step=0, num_steps=1)
+    workers[0].tell(Events(number=1, overrides=(report,), fallbacks=(damaged,)))
     spec = stage.real.run.spec
     declared = DialReport(step=1, start=spec.start, limits=spec.limits, off={"precision": "it has its own"})
     workers[1].tell(Events(number=2, dials=(declared,)))
@@ -268,7 +269,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 def test_the_story_has_what_can_be_written_while_trials_run(undisturbed: Stage) -> None:
     kinds = {kind for write in undisturbed.writes for kind in write} | {"run", "recovered"}
-    elsewhere = {"trial_resize", "told", "refusal", "check", "gain", "run_ended", "run_interrupted"}
+    elsewhere = {
+        "trial_resize",
+        "told",
+        "refusal",
+        "check",
+        "gain",
+        "run_ended",
+        "run_interrupted",
+        "trial_retried",
+        "rank_silent",
+    }
     assert kinds | elsewhere >= set(EVENTS) - {"trial_pinned", "trial_suspected"}
     assert {state for state, _, _ in outcome(undisturbed).values()} == {"done"}
 

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.control import events as ev
+from orchestrator.control import fault_events as fev
 from orchestrator.control import signals as sig
 from orchestrator.control.effects import Applied, Refused
 from orchestrator.control.entries import EVENTS
 from orchestrator.control.gain import Measurement, Pace
 from orchestrator.control.grants import held
-from orchestrator.control.orders import Outcome, Resumption, SlotHello, Status, StopMode, TierReport
+from orchestrator.control.orders import Note, Outcome, Resumption, SlotHello, Status, StopMode, TierReport
 from orchestrator.control.requested import RequestTaken
 from orchestrator.control.transition import _RULES, apply
 from orchestrator.control.world import NodeState, SlotState, TrialState, World
@@ -77,6 +78,26 @@ def outcome(status: Status) -> Outcome:
 
 
 EVENTS_OF: dict[type[ev.Event], st.SearchStrategy[Any]] = {
+    fev.CommitDamaged: st.builds(
+        fev.CommitDamaged, trial_id=TRIALS, attempt=SMALL, checkpoint=TEXT, step=SMALL, num_steps=SMALL
+    ),
+    sig.TrialNoted: st.builds(sig.TrialNoted, trial_id=TRIALS, note=st.builds(Note, kind=TEXT, text=TEXT)),
+    fev.RankSilent: st.builds(
+        fev.RankSilent,
+        trial_id=TRIALS,
+        attempt=SMALL,
+        slot_id=SLOTS,
+        rank=SMALL,
+        silent_s=st.just(12.0),
+        limit_s=st.just(10.0),
+        doing=TEXT,
+        process=TEXT,
+        stack=TEXT,
+        is_restarted=st.booleans(),
+    ),
+    fev.TrialRetried: st.builds(
+        fev.TrialRetried, trial_id=TRIALS, attempt=SMALL, checkpoint=st.sampled_from([None, "/c/0"]), reason=TEXT
+    ),
     ev.RunBegan: st.builds(ev.RunBegan, schema=st.just(2), run_id=st.just("r"), spec=st.just(SPEC.to_jsonable())),
     ev.Recovered: st.builds(ev.Recovered, start_id=TEXT, are_workers_gone=st.booleans()),
     ev.RunInterrupted: st.builds(ev.RunInterrupted),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import TelemetryError
 from orchestrator.telemetry import store
 from orchestrator.telemetry.record import STEP_DTYPE
+from orchestrator.telemetry.segment import Segment
 from orchestrator.telemetry.store import TelemetryWriter, compact, read_table
 from orchestrator.telemetry.tables import SCHEMAS, StepRows, TableKind, row_batch, step_batch
 from tests.run_directory import records
@@ -417,7 +418,7 @@ class TornStream:
 def test_a_segment_that_failed_is_given_up_for_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_before: int, num_left: int
 ) -> None:
-    segment = store._Segment(tmp_path, TableKind.STEPS)
+    segment = Segment(tmp_path, TableKind.STEPS)
     batches = [
         step_batch([StepRows(trial_id="a", attempt=0, rank=0, records=records(4, seq=4 * number))])
         for number in range(num_before + 1)

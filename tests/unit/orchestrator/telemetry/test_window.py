@@ -21,7 +21,8 @@ from orchestrator.telemetry.record import (
     pack,
     unpack,
 )
-from orchestrator.telemetry.window import MAX_PENDING_ROWS, FoldReport, TrialWindow
+from orchestrator.telemetry.window import MAX_PENDING_ROWS, TrialWindow
+from orchestrator.telemetry.window_view import FoldReport
 
 STEP_S = 0.02
 START_S = 1000.0

@@ -13,7 +13,9 @@ import torch
 from orchestrator.control.orders import (
     Ack,
     DialReport,
+    Fallback,
     Grant,
+    Note,
     Outcome,
     OverrideReport,
     Report,
@@ -75,6 +77,8 @@ class Script:
         self.reports: list[Report] = []
         self.dials: list[DialReport] = []
         self.tiers: list[TierReport] = []
+        self.fallbacks: list[Fallback] = []
+        self.notes: list[Note] = []
         self._records: list[bytes] = []
         self._num_steps = 0
         add_record = self.outbox.add_record
@@ -115,6 +119,8 @@ class Script:
         self.reports += events.reports
         self.dials += events.dials
         self.tiers += events.tiers
+        self.fallbacks += events.fallbacks
+        self.notes += events.notes
         self._records += events.records
 
     @property

@@ -115,7 +115,10 @@ def test_what_keeps_decisions_from_being_taken_is_said() -> None:
 
 
 def test_an_old_status_of_a_running_run_is_called_old() -> None:
-    assert "no news for 1:40" in frame_text(status(RUN_DIR), now_s=1183.0)
+    found = frame_text(status(RUN_DIR), now_s=1183.0, width=200)
+    assert "no news for 1:40: the policy actor is silent; training goes on" in found
+    assert "resume" not in found, "which would be refused while the driver lives"
+    assert "`orchestrator resume` goes on" in frame_text(status(RUN_DIR, state="lost"), now_s=1183.0, width=200)
     assert "no news" not in frame_text(status(RUN_DIR, state="done"), now_s=1183.0)
     assert "no news" not in frame_text(status(RUN_DIR), now_s=1090.0)
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import orchestrator
-from orchestrator.control.orders import DialReport, Outcome, SlotOrder, Status, StopMode
-from orchestrator.errors import FunctionError, OutOfMemoryError, TierError
+from orchestrator.control.orders import DialReport, Fallback, Outcome, SlotOrder, Status, StopMode
+from orchestrator.errors import DamagedError, FunctionError, OutOfMemoryError, TierError
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import TIERS
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.commit_directory import verified
 from orchestrator.train.function import autocast, batch, commits
 from orchestrator.train.function.driver import FunctionDriver
 from tests.unit.orchestrator.train.links import ONE_RANK, FakeShare, Script, grant, order
@@ -616,7 +617,7 @@ def test_it_goes_on_from_the_checkpoint_that_it_reported(tmp_path: Path) -> None
     assert [report.step for report in script.reports] == [5, 10]
     path = script.reports[-1].checkpoint
     assert path is not None
-    assert commits.newest_whole(Path(path))[1]["num_reports"] == 2
+    assert verified(Path(path)).extra["num_reports"] == 2
     first = function_order(tmp_path / "t")
     assert first.trial is not None
     again = replace(first.trial, attempt=1, resume_from=path, num_reports_done=2)
@@ -655,6 +656,11 @@ def test_where_its_newest_checkpoint_is_damaged_it_goes_on_from_the_one_before(t
     assert seen == [0, 2]
     assert script.records["step"][0] == 10
     assert script.reports == [], "the third report was taken already"
+    assert script.fallbacks == [Fallback(checkpoint=path, step=10, num_steps=5)]
+    for commit in (tmp_path / "t" / "checkpoints").iterdir():
+        (commit / "epoch").write_text("9")
+    with pytest.raises(DamagedError, match="step-15"):
+        drive(replace(first, trial=again), train)
 
 
 def test_a_checkpoint_may_be_one_file(tmp_path: Path) -> None:
@@ -663,7 +669,7 @@ def test_a_checkpoint_may_be_one_file(tmp_path: Path) -> None:
     path = commits.commit(tmp_path / "checkpoints", source, {"step": 5})
     taken = commits.take_out(path, tmp_path / "resumed")
     assert [(file.name, file.read_text()) for file in taken.iterdir()] == [("epoch=1.ckpt", "state")]
-    assert commits.newest_whole(path) == (path, {"step": 5})
+    assert verified(path).extra == {"step": 5}
 
 
 def test_without_a_checkpoint_it_begins_anew_and_repeats_no_report(tmp_path: Path) -> None:
