@@ -189,7 +189,7 @@ class PolicyActor:
             if events.acks and self._cluster is not None:
                 await self._cluster.offer()
             if events.records or events.reports:
-                await self._store()  # what is answered must survive this process; the sender repeats what is not
+                await self._store()
         except TelemetryError as error:
             logger.warning("telemetry.refused slot=%s rank=%d: %s", slot_id, rank, error)
             return True
@@ -358,10 +358,17 @@ class PolicyActor:
                 self._controller.advance_rungs()
 
     async def _store(self) -> None:
-        """Return once the records taken so far are in their file; messages of the same moment share one write."""
+        """Return once the records taken so far are in their file; messages of the same moment share one write.
+
+        Raises:
+            JournalError: the disk takes none. What is answered must survive this process: the sender sends it again.
+        """
         if self._storing is None:
             self._storing = asyncio.get_running_loop().create_task(self._store_soon())
         await asyncio.shield(self._storing)
+        alarm = self._controller.engine.telemetry.alarm
+        if alarm is not None:
+            raise JournalError(alarm)
 
     async def _store_soon(self) -> None:
         await asyncio.sleep(_STORE_DELAY_S)
@@ -434,8 +441,9 @@ class PolicyActor:
 
     def _look_for_silence(self) -> None:
         controller = self._controller
-        is_held_up = controller.engine.trouble is not None
-        self._silent = self._silence.look(controller.engine.now_s, is_held_up=is_held_up)
+        engine = controller.engine
+        is_held_up = engine.trouble is not None or engine.telemetry.alarm is not None
+        self._silent = self._silence.look(engine.now_s, is_held_up=is_held_up)
         controller.note_silence(self._silent)
 
     def _write_status(self) -> None:

@@ -237,7 +237,8 @@ class Controller:
             return False
         for message in events.records:
             rows = unpack(message)
-            if self._allowance.takes((trial.trial_id, rank), len(rows), self.engine.now_s):
+            is_again = self.engine.telemetry.alarm is not None  # what the disk did not take is sent again and again
+            if is_again or self._allowance.takes((trial.trial_id, rank), len(rows), self.engine.now_s):
                 self.engine.emit(sig.RecordsCame(trial_id=trial.trial_id, rank=rank, records=rows))
         if rank == 0:
             self._take_findings(trial, events)

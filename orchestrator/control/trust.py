@@ -27,7 +27,7 @@ MAX_LAG_S = 5.0
 DISAGREEMENT = 2.0
 """Speeds of trials of one shape with the same dials differ by less, on devices of one kind."""
 _MAJORITY = 3
-ROWS_PER_S, BURST_ROWS = 10_000, 1 << 17
+ROWS_PER_S, BURST_ROWS = 10_000, 1 << 19
 """Step records that a rank may send: twice what a rank keeps while nobody takes them, at once."""
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from orchestrator.telemetry.record import STEP_DTYPE, StepArray, pack
 from orchestrator.train.pulse import Pulse
 
 _RECORDS_PER_MESSAGE = 2048
-_MAX_RECORDS_KEPT = 65536
+_MAX_RECORDS_KEPT = 1 << 18
+"""About 40 MB; of steps of 10 ms what a full disk of three quarters of an hour holds back."""
 
 
 class Link(Protocol):

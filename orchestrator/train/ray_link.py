@@ -28,6 +28,7 @@ _POLL_S = 20.0
 _RETRY_S = 0.25
 _LEAVE_TIMEOUT_S = 10.0
 _CLOCK_TIMEOUT_S = 10.0
+_FLUSH_S = 10.0
 _BEAT_S = 1.0
 """A heartbeat goes alone so often where there is nothing else to send."""
 
@@ -206,6 +207,8 @@ class RayLink:
             except (RayError, ValueError) as error:
                 logger.debug("the policy actor is away: %s", error)
                 self._actor = None
+                if deadline_s is not None and isinstance(error, JournalError):  # it is there, and waits for room
+                    deadline_s = time.monotonic() + _FLUSH_S
                 if deadline_s is not None and time.monotonic() > deadline_s:
                     return False
                 time.sleep(_RETRY_S)

@@ -55,8 +55,9 @@ def kill_rank(run: Started, draw: random.Random) -> str:
     step = draw.randrange(100, 3000)
     trial = reach(run, step)
     pid = rank_pids(run)[slot_of(run, trial)]
+    before = len(run.of("trial_requeued"))
     os.kill(pid, signal.SIGKILL)
-    run.wait_until(lambda: run.of("trial_requeued"), "the trial goes back to the queue")
+    run.wait_until(lambda: len(run.of("trial_requeued")) > before, "the trial goes back to the queue")
     return f"SIGKILL of rank 0 of {trial} at step {step} or later"
 
 
@@ -65,30 +66,31 @@ def stop_rank(run: Started, draw: random.Random) -> str:
     step = draw.randrange(100, 3000)
     trial = reach(run, step)
     pid = rank_pids(run)[slot_of(run, trial)]
+    before = {kind: len(run.of(kind)) for kind in ("rank_silent", "trial_requeued")}
     os.kill(pid, signal.SIGSTOP)
     began_s = time.monotonic()
-    run.wait_until(lambda: run.of("rank_silent"), "the silence is found")
+    run.wait_until(lambda: len(run.of("rank_silent")) > before["rank_silent"], "the silence is found")
     found_s = time.monotonic() - began_s
-    run.wait_until(lambda: run.of("trial_requeued"), "the trial goes back to the queue")
+    run.wait_until(lambda: len(run.of("trial_requeued")) > before["trial_requeued"], "the trial is queued again")
     return f"SIGSTOP of rank 0 of {trial} at step {step} or later, found after {found_s:.1f} s"
 
 
 def kill_actor(run: Started, draw: random.Random) -> str:
     """SIGKILL of the policy actor."""
     reach(run, draw.randrange(100, 3000))
-    pid = int(run.status["actor_pid"])
+    pid, before = int(run.status["actor_pid"]), len(run.of("recovered"))
     os.kill(pid, signal.SIGKILL)
-    run.wait_until(lambda: len(run.of("recovered")) > 0, "the actor is back")
+    run.wait_until(lambda: len(run.of("recovered")) > before, "the actor is back")
     return f"SIGKILL of the actor {pid}"
 
 
 def stop_actor(run: Started, draw: random.Random) -> str:
     """SIGSTOP of the policy actor, for ever: it has to be replaced."""
     reach(run, draw.randrange(100, 3000))
-    pid = int(run.status["actor_pid"])
+    pid, before = int(run.status["actor_pid"]), len(run.of("recovered"))
     began_s = time.monotonic()
     os.kill(pid, signal.SIGSTOP)
-    run.wait_until(lambda: len(run.of("recovered")) > 0, "another actor is there")
+    run.wait_until(lambda: len(run.of("recovered")) > before, "another actor is there")
     return f"SIGSTOP of the actor {pid}, replaced after {time.monotonic() - began_s:.1f} s"
 
 
@@ -116,7 +118,7 @@ def _full(run: Started, draw: random.Random, *, kills_actor: bool) -> str:
     step, held_s = draw.randrange(100, 2500), draw.uniform(8.0, 14.0)
     reach(run, step)
     pid = int(run.status["actor_pid"])
-    num_reports = len(run.of("result"))
+    num_reports, num_recovered = len(run.of("result")), len(run.of("recovered"))
     with filled(run.run_dir) as num_bytes:
         run.wait_until(lambda: _alarm(run), "an alarm of the full disk")
         alarm = _alarm(run)
@@ -125,6 +127,8 @@ def _full(run: Started, draw: random.Random, *, kills_actor: bool) -> str:
         time.sleep(held_s)
         if len(run.of("result")) > num_reports:
             raise NotFiredError("reports came through a full disk")
+    if kills_actor:
+        run.wait_until(lambda: len(run.of("recovered")) > num_recovered, "another actor is there")
     killed = ", with SIGKILL of the actor" if kills_actor else ""
     return f"disk full ({num_bytes} bytes of ballast) for {held_s:.1f} s{killed}: {alarm}"
 

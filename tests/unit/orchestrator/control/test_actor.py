@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orchestrator.control.actor import PolicyActor
 from orchestrator.control.journal import read
 from orchestrator.control.orders import Ack, Events, Outcome, Report, SlotHello, SlotOp, SlotOrder, Status
+from orchestrator.errors import JournalError, TelemetryError
 from orchestrator.policies.plan import TrialId
+from orchestrator.telemetry.record import STEP_DTYPE, pack
+from orchestrator.telemetry.store import read_table
+from orchestrator.telemetry.tables import TableKind
 from tests.unit.orchestrator.control import bad_policies
 from tests.unit.orchestrator.control.worlds import DEVICE, spec
 
@@ -106,3 +112,36 @@ def test_damaged_telemetry_is_refused_without_harm(tmp_path: Path) -> None:
         return is_current
 
     assert asyncio.run(run())
+
+
+def test_records_that_the_disk_does_not_take_are_not_acknowledged_and_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would die with the actor, if it is killed while the disk is full."""
+    rows = np.zeros(5, dtype=STEP_DTYPE)
+    for name, values in {"seq": range(5), "step": range(5), "cursor": range(0, 40, 8)}.items():
+        rows[name] = list(values)
+    for name, value in {"num_samples": 8, "micro_batch": 8, "grad_accum": 1, "num_workers": 1, "step_s": 0.001}.items():
+        rows[name] = value
+    rows["start_s"] = time.monotonic() - 1.0 + np.arange(5) * 0.002
+
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def run() -> None:
+        actor = PolicyActor(spec(tmp_path), "s1")
+        epoch = await actor.attach(hello())
+        await actor.submit(T0, {})
+        message = Events(number=0, records=(pack(rows),))
+        with monkeypatch.context() as patch:
+            patch.setattr("orchestrator.telemetry.segment.Segment._open", full)
+            for _ in range(2):
+                with pytest.raises(JournalError, match=r"\d+ rows of telemetry wait: no room on the disk"):
+                    await actor.tell("slot-0", epoch, (T0, 0), 0, message)
+            with pytest.raises(TelemetryError, match="no room"):
+                await actor.end_run("done")
+        assert await actor.tell("slot-0", epoch, (T0, 0), 0, message)
+        await actor.end_run("done")
+
+    asyncio.run(run())
+    assert read_table(tmp_path / "telemetry", TableKind.STEPS).table.num_rows == 5
