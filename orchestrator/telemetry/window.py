@@ -130,7 +130,7 @@ class TrialWindow:
             _advance_rank(state, rows)
             if rank == 0:
                 self._heard_at_s = now_s
-                self.lag.add(now_s, float(_end_s(rows[-1:])[0]))
+                self.lag.add(now_s, float(end_s(rows[-1:])[0]))
                 self._advance_trial(rows)
         return self._report(codes, missing)
 
