@@ -298,7 +298,7 @@ class FunctionDriver:
         """Where the batch may turn, see from time to time what a larger one would gain."""
         if self._watched is not None:
             self._watched.takes(optimizer)
-        if not self._batch.why_off and self._batch.own.grad_accum == 1:
+        if optimizer is self._steps.first and not self._batch.why_off and self._batch.own.grad_accum == 1:
             self._noise.before(optimizer, self._step)
 
     def _computed(self, num_backwards: int) -> None:
@@ -425,14 +425,16 @@ class FunctionDriver:
 
     # Reports and checkpoints.
 
-    def _place(self, num_reports: int) -> dict[str, int]:
+    def _place(self, num_reports: int) -> dict[str, Any]:
         """Where the function stands, for a later attempt."""
-        return {"step": self._step, "position": self._position, "num_reports": num_reports}
+        place = {"step": self._step, "position": self._position, "num_reports": num_reports}
+        return {**place, "guard": self._guard.state()}
 
     def _resume(self, path: Path) -> None:
         extra = self._commits.resume(path)
         self._step, self._position = int(extra["step"]), int(extra["position"])
         self.attempt.num_reports = int(extra["num_reports"])
+        self._guard.kept = extra.get("guard")
         logger.info("the function goes on from its checkpoint of step %d", self._step)
 
     def _restore(self) -> None:
