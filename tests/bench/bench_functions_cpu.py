@@ -21,7 +21,7 @@ from tests.bench.results_file import Figure, Report, chosen_part, median_figure,
 
 STEPS, WARM_STEPS = 15, 3
 SEEDS = (0, 1, 2)
-TRAININGS = ("plain_loop", "tune_function", "tabular_24_params")
+TRAININGS = ("ray_train_loop", "tune_function", "resnet_batchnorm")
 """Those of `tests/foreign` whose batch and precision may both turn."""
 WATCH_BUDGET = 0.02
 """Part of a trial's time for probes, as run files have it unless they say otherwise."""

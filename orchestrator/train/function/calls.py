@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+logger = logging.getLogger(__name__)
+
 NUM_CALLS = 2
 """Calls that a probe compares; their difference is the noise of the batch."""
+MAX_BYTES = 1 << 30
+"""Inputs and outputs of a call that are larger are not kept: that is memory that the function does not know of."""
 
 
 @dataclass(slots=True)
@@ -44,7 +49,7 @@ class Calls:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._calls: list[Call] = []
-        self._has_one = self._is_replaying = False
+        self._has_one = self._is_replaying = self._is_off = False
         self._hook: RemovableHandle | None = None
 
     @property
@@ -55,7 +60,7 @@ class Calls:
 
     def arm(self) -> None:
         """Keep the first call of each of the next steps, unless that is so already."""
-        if self._hook is None:
+        if self._hook is None and not self._is_off:
             self._calls, self._has_one = [], False
             self._hook = self._model.register_forward_hook(_Hook(self), with_kwargs=True)
 
@@ -103,6 +108,12 @@ class Calls:
         is_wanted = not self._has_one and len(self._calls) < NUM_CALLS
         if not is_wanted or self._is_replaying or not torch.is_grad_enabled():
             return None
+        if sum(tensor.numel() * tensor.element_size() for tensor in tensors_in((args, kwargs, output))) > MAX_BYTES:
+            logger.info(
+                "no tier is probed: inputs and outputs of the watched model are larger than %d bytes", MAX_BYTES
+            )
+            self._is_off = True
+            return None
         call = Call(args=mapped(args, _copy), kwargs=mapped(kwargs, _copy))
         self._calls.append(call)
         self._has_one = True
@@ -140,7 +151,8 @@ def _arrived(call: Call, number: int, output: Tensor, grad: Tensor) -> None:
 
 
 def _product(output: Tensor, grad: Tensor) -> Tensor:
-    return (output.detach().double() * grad.detach().double()).sum()
+    """Sum of the products of all elements; without another tensor of that size, which a language model's may be."""
+    return torch.dot(output.detach().flatten().float(), grad.detach().flatten().float()).double()
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ class FunctionDriver:
         """Where the batch may turn, see from time to time what a larger one would gain."""
         if self._watched is not None:
             self._watched.takes(optimizer)
-        if not self._batch.why_off and self._batch.own.grad_accum == 1:
+        if optimizer is self._steps.first and not self._batch.why_off and self._batch.own.grad_accum == 1:
             self._noise.before(optimizer, self._step)
 
     def _computed(self, num_backwards: int) -> None:
@@ -432,9 +432,10 @@ class FunctionDriver:
 
     # Reports and checkpoints.
 
-    def _place(self, num_reports: int) -> dict[str, int]:
+    def _place(self, num_reports: int) -> dict[str, Any]:
         """Where the function stands, for a later attempt."""
-        return {"step": self._step, "position": self._position, "num_reports": num_reports}
+        place = {"step": self._step, "position": self._position, "num_reports": num_reports}
+        return {**place, "guard": self._guard.state()}
 
     def _commit(self, checkpoint: Path | None) -> Path | None:
         """Keep what a report brought, once there is room; None where there is nothing to keep.
@@ -453,6 +454,7 @@ class FunctionDriver:
         extra = self._commits.resume(path)
         self._step, self._position = int(extra["step"]), int(extra["position"])
         self.attempt.num_reports = int(extra["num_reports"])
+        self._guard.kept = extra.get("guard")
         logger.info("the function goes on from its checkpoint of step %d", self._step)
 
     def _restore(self) -> None:

@@ -9,7 +9,7 @@ Called by the driver at each boundary, and with each step once its loss is known
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,11 @@ class Protected(Standing, Protocol):
 
 
 class TierGuard:
-    """The guard of one attempt. One rank judges by probes; several only by what is not finite."""
+    """The guard of one attempt. One rank judges by probes; several only by what is not finite.
+
+    Attributes:
+        kept: the state of the guard of an earlier attempt, whose bans hold on; None where there is none.
+    """
 
     def __init__(self, attempt: Attempt, precision: Autocast, host: Protected) -> None:
         self._attempt, self._precision, self._host = attempt, precision, host
@@ -58,6 +62,7 @@ class TierGuard:
         self._num_spoilt = 0
         self._move: Move | None = None
         self._is_bad = False
+        self.kept: dict[str, Any] | None = None
         self._posted: tuple[dist.Work, torch.Tensor] | None = None
 
     def watch(self, watched: Watched) -> None:
@@ -66,8 +71,13 @@ class TierGuard:
         if ranks.world_size == 1 and not self._precision.why_off and not is_compiled(watched.model):
             self._watched = watched
             self._watch = PrecisionWatch(self._plan(watched), watched, ranks.device, None)
+            self._watch.guard.restore(self.kept)
             self._is_new = True
             self._tell()
+
+    def state(self) -> dict[str, Any] | None:
+        """What a commit keeps; None where nothing is probed."""
+        return self.kept if self._watch is None else self._watch.guard.state()
 
     @property
     def is_probing(self) -> bool:

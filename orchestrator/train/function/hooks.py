@@ -30,8 +30,8 @@ square root."""
 class Steps:
     """Watches optimizers and losses.
 
-    Calls `computed` behind each backward pass, `ahead` in front of each step of the first optimizer, and `boundary`
-    behind it.
+    Calls `computed` behind each backward pass, `ahead` in front of each step of any optimizer, and `boundary` behind
+    those of the first.
 
     Attributes:
         first: the optimizer whose steps are counted; None until one has made a step.
@@ -114,8 +114,7 @@ class Steps:
                 hook.remove()
 
     def _before(self, optimizer: Optimizer) -> None:
-        if self.first is None or optimizer is self.first:
-            self._ahead(optimizer)
+        self._ahead(optimizer)
         if self.factor == 1.0:
             return
         rates: list[float | Tensor] = []

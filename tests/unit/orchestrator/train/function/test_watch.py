@@ -20,6 +20,7 @@ from orchestrator.control.orders import SlotOrder, Status, StopMode
 from orchestrator.errors import FunctionError
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import tier_code
+from orchestrator.train.function import commits
 from orchestrator.train.function.calls import Calls
 from tests.unit.orchestrator.train.function.test_driver import drive, function_order
 from tests.unit.orchestrator.train.links import grant
@@ -257,6 +258,43 @@ def test_an_attempt_goes_on_with_the_state_of_its_newest_report(tmp_path: Path, 
     assert first.losses[:32] + second.losses == twin.losses
     assert torch.equal(second.weights[-1], twin.weights[-1])
     assert [(report.index, report.step) for report in script.reports] == [(2, 48), (3, 64)]
+
+
+def test_a_tier_that_harmed_is_banned_in_the_next_attempt_too(tmp_path: Path) -> None:
+    order = watched_order(tmp_path, tiers=(Tier.FP32, Tier.BF16, COARSE))
+    script, _ = drive(order, Training(epochs=6), (10, in_tier(COARSE)))
+    assert order.trial is not None
+    path = Path(script.reports[-1].checkpoint or "")
+    kept = commits.newest_whole(path)[1]["guard"]
+    assert kept["records"][COARSE.value]["num_bans"] > 0
+    again = replace(order.trial, attempt=1, resume_from=str(path), num_reports_done=6)
+    script, _ = drive(replace(order, trial=again), Training(epochs=7))
+    assert (
+        commits.newest_whole(Path(script.reports[-1].checkpoint or ""))[1]["guard"]["records"][COARSE.value]
+        == (kept["records"][COARSE.value])
+    )
+
+
+def test_the_optimizer_of_a_watched_model_need_not_step_first(tmp_path: Path) -> None:
+    def train() -> None:
+        torch.manual_seed(0)
+        first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        others, own = torch.optim.Adam(first.parameters()), torch.optim.Adam(second.parameters())
+        orchestrator.watch(second)
+        for _ in range(4):
+            second(first(torch.ones(1, 2))).sum().backward()
+            others.step()
+            own.step()
+        counts.append(int(own.state[second.weight]["step"]))
+        orchestrator.report({"loss": 0.0})
+
+    counts: list[int] = []
+    script, _ = drive(watched_order(tmp_path), train)
+    order = watched_order(tmp_path)
+    assert order.trial is not None
+    again = replace(order.trial, attempt=1, resume_from=script.reports[-1].checkpoint, num_reports_done=1)
+    drive(replace(order, trial=again), train)
+    assert counts == [4, 8]
 
 
 def test_a_function_without_files_of_its_own_finds_none(tmp_path: Path) -> None:
