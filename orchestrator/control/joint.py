@@ -14,11 +14,12 @@ from orchestrator.policies.plan import Allocation, Generation, Plan, TrialId
 from orchestrator.policies.snapshot import Quota, Snapshot, TrialView
 
 
-def joined(parts: Mapping[str, Snapshot], quotas: Sequence[Quota] = ()) -> Snapshot:
+def joined(parts: Mapping[str, Snapshot], plans: Mapping[str, Plan], quotas: Sequence[Quota] = ()) -> Snapshot:
     """What several runs see, as one world. They have one clock, and no nodes to ask for.
 
     Args:
-        parts: what each sees, by the prefix of its trials.
+        parts: what each sees, by the prefix of its trials; those without a trial see nothing.
+        plans: what is in force of each, also of those: a policy sees by it which trials have gone.
         quotas: those of the cluster. Of several quotas of a user the smallest counts.
     """
     ordered = [(prefix, parts[prefix]) for prefix in sorted(parts)]
@@ -29,7 +30,7 @@ def joined(parts: Mapping[str, Snapshot], quotas: Sequence[Quota] = ()) -> Snaps
     return Snapshot(
         now_s=max(part.now_s for _, part in ordered),
         seed=ordered[0][1].seed,
-        plan=in_force({prefix: part.plan for prefix, part in ordered}),
+        plan=in_force(plans),
         devices=tuple(devices[key] for key in sorted(devices)),
         trials=_sorted_views([_named(prefix, view) for prefix, part in ordered for view in part.trials]),
         quotas=tuple(Quota(user=user, max_devices=limit) for user, limit in sorted(most.items())),

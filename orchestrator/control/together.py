@@ -44,6 +44,7 @@ class Together:
         self.controllers: dict[str, Controller] = {}
         self.quotas: tuple[Quota, ...] = ()
         self._last_refusal = ""
+        self._gone: dict[str, Plan] = {}
 
     def join(self, controller: Controller) -> None:
         """One more run."""
@@ -60,6 +61,7 @@ class Together:
         if gone is None:
             return
         gone.world.neighbours.clear()
+        self._gone[prefix] = gone.run.plan  # until the next plan: the policy shall see that its trials have gone
         for other in self.controllers.values():
             other.world.neighbours.pop(prefix, None)
 
@@ -71,7 +73,10 @@ class Together:
             seen = controller.snapshot()
             if seen is not None:
                 parts[prefix] = seen
-        return Scene(parts, joined(parts, self.quotas)) if parts else None
+        if not parts:
+            return None
+        plans = {prefix: controller.run.plan for prefix, controller in self.controllers.items()}
+        return Scene(parts, joined(parts, {**self._gone, **plans}, self.quotas))
 
     def accept(self, scene: Scene, plan: Plan) -> bool:
         """Take a plan that breaks no invariant: each run journals it, and makes its part the target."""
@@ -79,7 +84,7 @@ class Together:
         if violations:
             self.refuse(scene, "the plan breaks invariants", tuple(violation.text for violation in violations))
             return False
-        self._last_refusal = ""
+        self._last_refusal, self._gone = "", {}
         shared = ev.PlanCommitted.of(scene.snapshot, plan)
         for prefix, seen in scene.parts.items():
             controller = self.controllers.get(prefix)

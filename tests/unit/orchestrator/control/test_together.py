@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.clock import ManualClock
 from orchestrator.control.grants import held
+from orchestrator.control.orders import SlotOp
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.terms import Terms
 from orchestrator.control.together import Together
@@ -44,10 +45,12 @@ class Cluster:
         self.together = Together()
         self.runs: list[RunOf] = []
 
-    def begin(self, name: str, terms: Terms | None = None) -> RunOf:
+    def begin(self, name: str, terms: Terms | None = None, *, places: bool = False) -> RunOf:
         prefix = f"r{len(self.runs) + 1}/"
         kind = type("Named", (RunOf,), {"prefix": prefix})
-        run: RunOf = kind(self.directory / name, self.policy_name, clock=self.clock, terms=terms or Terms())
+        run: RunOf = kind(
+            self.directory / name, self.policy_name, clock=self.clock, terms=terms or Terms(), places=places
+        )
         self.runs.append(run)
         self.together.join(run.controller)
         return run
@@ -119,6 +122,9 @@ def test_what_a_run_held_is_free_when_it_leaves(cluster: Cluster) -> None:
             worker.obey()
     first.finish()
     cluster.together.leave("r1/")
+    scene = cluster.together.scene()
+    assert scene is not None
+    assert scene.snapshot.plan.allocation(TrialId("r1/t0")) is not None, "the policy sees that it has gone"
     cluster.decide()
     second.obey()
     assert second.grant is not None
@@ -231,3 +237,42 @@ def test_trials_of_one_shape_share_what_is_measured_in_whichever_run(cluster: Cl
     assert len({trial.shape for trial in scene.snapshot.trials}) == 1
     assert "depth" not in scene.snapshot.trials[0].shape
     assert one.trial(T0).state is two.trial(T0).state is TrialState.RUNNING
+
+
+@pytest.mark.parametrize("policy", ["fluid", "tiresias", "goodput_joint"])
+def test_trials_of_two_runs_take_turns_on_one_device_and_all_end(tmp_path: Path, policy: str) -> None:
+    cluster = Cluster(tmp_path, policy)
+    for name in ("one", "two"):
+        cluster.begin(name, places=True)
+    workers = [worker for run in cluster.runs for worker in started(run, T0, T1)]
+    for _ in range(300):
+        cluster.clock.advance(0.05)
+        cluster.decide()
+        for worker in workers:
+            train(worker)
+            assert cluster.held() <= 1.0 + 1e-9
+        trials = [trial for run in cluster.runs for trial in run.controller.run.trials.values()]
+        if all(trial.state.is_final for trial in trials):
+            break
+    assert [trial.state for trial in trials] == [TrialState.DONE] * 4
+    for run in cluster.runs:
+        run.flush()
+        answer = verify(run.run_dir)
+        assert answer["violations"] == []
+        assert answer["checked"]["plans_replayed"] == answer["checked"]["plans"]
+
+
+def train(worker: Worker) -> None:
+    """What a worker group does about its newest order: some steps, a report when it is due, or leave."""
+    order, run = worker.order(), worker.world.controller.run
+    if order is None or order.op is not SlotOp.RUN or order.trial is None:
+        return
+    worker.obey()
+    if worker.leave() or worker.grant is None:
+        return
+    trial = worker.world.trial(order.trial.trial_id)
+    if worker.position >= (len(trial.reports) + 1) * run.spec.samples_per_report:
+        worker.world.controller.want(trial.trial_id, len(trial.reports))
+        worker.report(len(trial.reports))
+        if len(trial.reports) == run.spec.max_reports:
+            worker.finish()
