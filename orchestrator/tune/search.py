@@ -205,8 +205,9 @@ class Search:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of Ray Tune's says more than that a trial failed, with a traceback of our stand-in: the report says
-    so with the user's own.
+    """Whether a line of Ray Tune's says more than that a trial failed, with a traceback of our stand-in.
+
+    The report says that with the user's own.
     """
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     is_known = error is not None and TrialFailedError.__name__ in str(error)
