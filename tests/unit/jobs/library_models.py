@@ -166,6 +166,10 @@ def sums(is_masked: bool = True, size: int = 192) -> dict[str, Any]:
     }
 
 
+KEPT_SUMS = Sums(64, is_masked=False), Sums(16, is_masked=False)
+"""Data that is there already."""
+
+
 def unlabelled() -> tuple[Any, Any]:
     data = [{"input_ids": torch.zeros(4, dtype=torch.long)} for _ in range(32)]
     return data, data

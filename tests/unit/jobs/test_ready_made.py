@@ -192,6 +192,13 @@ def test_steps_of_library_models_are_replayed_with_the_losses_of_eager_ones(
     assert [result.learning_rate for result in found] == [result.learning_rate for result in wanted]
 
 
+def test_data_may_be_an_object_that_is_there_already(tmp_path: Path) -> None:
+    one = stepper(tmp_path, key("gpt2", "KEPT_SUMS"), {}, "eval_loss", micro_batch=8)
+    assert one.cursor.num_samples == 64
+    assert one.step().num_samples == 8
+    assert set(one.evaluate()) == {"eval_loss"}
+
+
 def test_an_argument_may_be_searched_and_is_that_of_the_trial(tmp_path: Path) -> None:
     job = key("gpt2", "sums", args={"lr_scheduler_type": "constant"})
     one = stepper(tmp_path, job, {"learning_rate": 0.07, "weight_decay": 0.5}, "eval_loss", micro_batch=8)
