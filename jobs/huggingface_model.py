@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from orchestrator.jobs.job_key import JobKey
-from orchestrator.jobs.own import UserCodeError, load
+from orchestrator.jobs.own import UserCodeError, load, load_data
 from orchestrator.jobs.ready_made import HUGGINGFACE_ARGS, maker_of, split, taken
 from orchestrator.jobs.samples import kept_generators, moved, size_of
 
@@ -66,7 +66,7 @@ class HuggingFaceTraining:
                 " returns a pair of those to train on and to evaluate on, or a dict with train, eval, and collate or"
                 " compute_metrics"
             )
-        make = load(self._key.data)
+        make = load_data(self._key.data)
         made = make(**taken(make, self._key.data, self._params, self._of_model() | self._given))
         self._train, self._held_out, self._named = split(made, self._key.data)
         if isinstance(self._train, DataLoader):
@@ -161,7 +161,7 @@ class HuggingFaceTraining:
     def _of_model(self) -> dict[str, Any]:
         others = dict(self._given)
         if self._key.data is not None:
-            others |= taken(load(self._key.data), self._key.data, self._params, others)
+            others |= taken(load_data(self._key.data), self._key.data, self._params, others)
         return taken(maker_of(self._key), self._key.path, self._params, others)
 
     def _look_at(self, model: nn.Module) -> None:

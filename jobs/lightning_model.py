@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from orchestrator.jobs.job_key import JobKey
 from orchestrator.jobs.lightning_trainer import Logged, Trainer
-from orchestrator.jobs.own import UserCodeError, load
+from orchestrator.jobs.own import UserCodeError, load, load_data
 from orchestrator.jobs.ready_made import FUNCTION_ROUTE, LIGHTNING_ARGS, split, taken
 from orchestrator.jobs.samples import eval_batches, kept_generators, moved, size_of
 
@@ -92,7 +92,7 @@ class LightningTraining:
             with kept_generators():  # the model of the trial is drawn later, as it would be without this one
                 source = self._made()
             return self._loaders_of(source, self.title)
-        make = load(self._key.data)
+        make = load_data(self._key.data)
         made = make(**taken(make, self._key.data, self._params, self._taken_by_module() | self._args))
         if hasattr(made, "train_dataloader"):
             made.trainer, self.trainer.datamodule = self.trainer, made
@@ -214,7 +214,7 @@ class LightningTraining:
 
     def _taken_by_module(self) -> dict[str, Any]:
         make, path, args = load(self._key.path), self._key.path, self._args
-        of_data = {} if self._key.data is None else taken(load(self._key.data), self._key.data, self._params, args)
+        of_data = {} if self._key.data is None else taken(load_data(self._key.data), self._key.data, self._params, args)
         return taken(make, path, self._params, of_data | args)
 
     def _loaders_of(self, source: Any, name: str) -> Any:  # noqa: ANN401 - the user's

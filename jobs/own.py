@@ -77,20 +77,33 @@ def load(job: str) -> Callable[..., Any]:
     Raises:
         UserCodeError: it is not there, cannot be called, or its module raises when it is imported.
     """
-    return _loaded(JobKey.of(job).path)
+    path = JobKey.of(job).path
+    found = _loaded(path)
+    if not callable(found):
+        raise UserCodeError(
+            f"{path!r} is {_a(type(found).__name__)}; allowed: a function, or a class with the parts of a training"
+        )
+    return found
+
+
+def load_data(path: str) -> Callable[..., Any]:
+    """What makes the data at an import path: a function or class that is there, or what returns the object that is.
+
+    Raises:
+        UserCodeError: it is not there, or its module raises when it is imported.
+    """
+    found = _loaded(path)
+    return found if callable(found) else lambda: found
 
 
 @cache
-def _loaded(job: str) -> Callable[..., Any]:
-    module_name, _, name = job.partition(":")
+def _loaded(path: str) -> Any:  # noqa: ANN401 - the user's
+    module_name, _, name = path.partition(":")
     if not module_name or not name:
-        raise UserCodeError(f"{job!r} is no import path; allowed: package.module:name, or a name of the table")
-    found = _unpickled(module_name, job) if module_name.endswith(PICKLE_SUFFIX) else _imported(module_name, name, job)
-    if not callable(found):
-        raise UserCodeError(
-            f"{job!r} is {_a(type(found).__name__)}; allowed: a function, or a class with the parts of a training"
-        )
-    return found
+        raise UserCodeError(f"{path!r} is no import path; allowed: package.module:name, or a name of the table")
+    if module_name.endswith(PICKLE_SUFFIX):
+        return _unpickled(module_name, path)
+    return _imported(module_name, name, path)
 
 
 def kind_of(found: Callable[..., Any], key: JobKey) -> Kind:

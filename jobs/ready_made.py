@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from orchestrator.jobs.job_key import JobKey
-from orchestrator.jobs.own import UserCodeError, load, params_of, signature_of, takes_any
+from orchestrator.jobs.own import UserCodeError, load, load_data, params_of, signature_of, takes_any
 from orchestrator.jobs.param import JobInfo, Param, ParamKind, did_you_mean
 
 FUNCTION_ROUTE = "name a function of yours that makes the library's trainer and calls it, which runs unchanged"
@@ -78,7 +78,7 @@ def info_of_model(key: JobKey, kind: Literal["lightning", "huggingface"]) -> Job
     args = {param.name: param.default for param in known} | _checked(key, known)
     found = maker_of(key)
     params: dict[str, Param] = {}
-    for maker, path in ((found, key.path), (None if key.data is None else load(key.data), key.data or "")):
+    for maker, path in ((found, key.path), (None if key.data is None else load_data(key.data), key.data or "")):
         if maker is not None:
             for param in params_of(maker, path):
                 params.setdefault(param.name, param)

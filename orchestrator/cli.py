@@ -7,9 +7,11 @@ imported here. Called by the `orchestrator` script and by `python -m orchestrato
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -157,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # the last of three places that may catch everything: a bug must still end with exit code 1
         logger.exception("the command ended with an unexpected error; please report it with the lines below")
         return EXIT_FAILED
+    if arguments is None and "ray" in sys.modules:
+        _leave(code)
     return code
 
 
@@ -190,6 +194,16 @@ def _complain(text: str) -> None:
         click.echo(text, err=True)
     except (OSError, ValueError):
         give_up(sys.stderr)
+
+
+def _leave(code: int) -> None:
+    """End this process at once. All that a run began has ended by now, and what was printed has been passed on; the
+    interpreter would take another one or two seconds to unload torch and Ray.
+    """
+    logging.shutdown()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _flush() -> None:

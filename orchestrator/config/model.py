@@ -50,7 +50,7 @@ class JobSection(Section):
         default=None,
         min_length=1,
         max_length=300,
-        description="import path of the data of a Lightning or Hugging Face model: a class, or a function returning it",
+        description="import path of the data of a Lightning or Hugging Face model: a class, a function or an object",
     )
     args: Params = Field(
         default_factory=dict, description="what the library's own trainer would be given, of such a model"

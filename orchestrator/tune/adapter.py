@@ -50,6 +50,10 @@ def within(bounds: Mapping[str, tuple[float, float]], params: dict[str, Any]) ->
     return params | {name: min(max(params[name], low), high) for name, (low, high) in bounds.items() if name in params}
 
 
+class TrialFailedError(RuntimeError):
+    """The trial behind a stand-in failed; Tune is told so in this way, and knows nothing of the reason but its text."""
+
+
 class SlotTrial(tune.Trainable):  # type: ignore[misc]
     """One trial of the search. `step` returns the next report of the trial that runs in a slot.
 
@@ -92,7 +96,7 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
         """The next report.
 
         Raises:
-            RuntimeError: the trial failed; the message is its reason.
+            TrialFailedError: the trial failed; the message is its reason.
         """
         if not self._is_submitted:
             resumption = Resumption(token=uuid.uuid4().hex, reopens=self._is_foreign, **self._pointer)
@@ -103,7 +107,7 @@ class SlotTrial(tune.Trainable):  # type: ignore[misc]
             answer = self._ask("answer", self._id, self._index)
         if answer.report is None:
             if answer.state is TrialState.FAILED:
-                raise RuntimeError(answer.reason)
+                raise TrialFailedError(answer.reason)
             return {**self._last, "done": True}
         self._index += 1
         report = answer.report

@@ -37,7 +37,15 @@ from orchestrator.config.search_checks import mutable_params
 from orchestrator.config.space import Distribution, as_distribution
 from orchestrator.errors import UnfitEnvironmentError
 from orchestrator.space import Define, as_whole
-from orchestrator.tune.adapter import LIVE, WHOLE, Interrupter, SlotTrial, StopForwarder, within
+from orchestrator.tune.adapter import (
+    LIVE,
+    WHOLE,
+    Interrupter,
+    SlotTrial,
+    StopForwarder,
+    TrialFailedError,
+    within,
+)
 from orchestrator.tune.admission import HEAD, PIN_HEAD, sliver
 
 logger = logging.getLogger(__name__)
@@ -46,6 +54,8 @@ _DIRECTORY = "tune"
 _STATE_PREFIX = "experiment_state"
 _WORST = 1e30
 """For a metric that is no number: worse than any, and still one that percentiles and means can be taken of."""
+
+_TUNES_LOGGERS = ("ray.tune.execution.tune_controller", "ray.tune.tune")
 
 _SNAPSHOT_PERIOD_S = 2.0
 """As `orchestrator.cluster` tells Tune."""
@@ -112,6 +122,8 @@ class Search:
         return (path for path in directory.glob("*") if path.is_file() and not path.name.startswith("tmp"))
 
     def _fit(self, tuner: tune.Tuner) -> None:
+        for name in _TUNES_LOGGERS:
+            logging.getLogger(name).addFilter(_is_news)
         try:
             tuner.fit()
         except Exception as error:
@@ -191,6 +203,16 @@ class Search:
             ask = partial(as_whole, WHOLE, define_by_run)
             return OptunaSearch(space=ask, metric=self._metric, mode=self._mode, sampler=sampler)
         return BasicVariantGenerator(random_state=seed, max_concurrent=search.num_slots if self._is_simple else 0)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of Ray Tune's says more than that a trial failed, with a traceback of our stand-in.
+
+    The report says that with the user's own.
+    """
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    is_known = error is not None and TrialFailedError.__name__ in str(error)
+    return not is_known and not str(record.msg).startswith("Trials did not complete")
 
 
 def optuna_sampler(seed: int, *, is_random: bool = False) -> Any:

@@ -43,7 +43,7 @@ def train(job: str, seed: int, *, turns: bool, overrides: list[str], directory: 
     from tests.unit.orchestrator.train.links import Script, loop
 
     resolved = load_config(search_file(job), [each for each in overrides if not each.startswith("lr=")])
-    spec, space = run_spec(resolved), resolved.config.search.space
+    spec, space = run_spec(resolved), resolved.config.search.one_space
     bounds = space["lr"].loguniform
     assert bounds is not None, "every search file searches the learning rate so"
     given = [float(each[3:]) for each in overrides if each.startswith("lr=")]

@@ -170,6 +170,7 @@ def test_a_mistake_in_a_function_is_shown_once_with_its_traceback_and_ends_the_s
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.count("return weights + undefined_name") == 1
     assert "every trial failed in the same way" in done.stdout
+    assert "ray/tune" not in done.stdout + done.stderr, "frames of Tune and of ours say nothing to a user"
     assert "NameError: name 'undefined_name' is not defined (my_training.py:" in done.stdout
     trials = orchestrator.Run(project / "runs" / "bad").trials
     assert 2 <= len(trials) < 12

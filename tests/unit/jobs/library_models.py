@@ -38,7 +38,7 @@ class Points(lightning.LightningDataModule):  # type: ignore[misc]
 class Classifier(lightning.LightningModule):  # type: ignore[misc]
     """A perceptron with a schedule of one of the kinds that Lightning takes."""
 
-    def __init__(self, lr: float = 0.05, width: int = 16, schedule: str = "onecycle") -> None:
+    def __init__(self, lr: float = 0.05, width: int = 16, schedule: str = "onecycle", fused: bool = False) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
@@ -61,7 +61,7 @@ class Classifier(lightning.LightningModule):  # type: ignore[misc]
         self.log("largest", scores.max(), reduce_fx="max")
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr, fused=self.hparams.fused)
         steps = self.trainer.estimated_stepping_batches
         match self.hparams.schedule:
             case "none":
@@ -164,6 +164,10 @@ def sums(is_masked: bool = True, size: int = 192) -> dict[str, Any]:
         "eval": Sums(50, is_masked=is_masked),
         "compute_metrics": accuracy,
     }
+
+
+KEPT_SUMS = Sums(64, is_masked=False), Sums(16, is_masked=False)
+"""Data that is there already."""
 
 
 def unlabelled() -> tuple[Any, Any]:

@@ -28,10 +28,13 @@ from orchestrator.jobs.own import UserCodeError
 from orchestrator.train import checkpoint
 from orchestrator.train.epoch_size import num_samples
 from orchestrator.train.export import Source, export
+from orchestrator.train.groups import Ranks
+from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.stepper import Stepper
 from tests.unit.jobs import library_models as models
 from tests.unit.jobs.library_ranks import WORLD_SIZE, main
 from tests.unit.orchestrator.train.links import ONE_RANK, order
+from tests.unit.orchestrator.train.step_mode.recorders import CallAgain
 
 HERE = models.__name__
 TRAINER_OFF = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -66,11 +69,13 @@ def trial(folder: Path, samples: int, reports: int, metric: str, **start: Any) -
     )
 
 
-def stepper(folder: Path, job: str, params: dict[str, Any], metric: str = "val_loss", **start: int) -> Stepper:
+def stepper(
+    folder: Path, job: str, params: dict[str, Any], metric: str = "val_loss", ranks: Ranks = ONE_RANK, **start: int
+) -> Stepper:
     torch.manual_seed(3)
     start = {"micro_batch": 16, **start}
-    samples = start.pop("samples", 256)
-    return Stepper(trial(folder, samples, start.pop("reports", 3), metric, **start), build_job(job, params), ONE_RANK)
+    samples, reports = start.pop("samples", 256), start.pop("reports", 3)
+    return Stepper(trial(folder, samples, reports, metric, **start), build_job(job, params), ranks)
 
 
 class Losses(lightning.Callback):  # type: ignore[misc]
@@ -163,6 +168,35 @@ def test_rows_with_one_label_count_by_their_samples(tmp_path: Path) -> None:
     parts = stepper(tmp_path, job, {}, "eval_loss", micro_batch=4, grad_accum=4, samples=64)
     assert [whole.step().loss for _ in range(8)] == pytest.approx([parts.step().loss for _ in range(8)], rel=1e-4)
     assert whole.job.why_not_replayed == ""
+
+
+REPLAYABLE = [
+    (key("gpt2", "sums"), {"is_masked": False}, "eval_loss"),
+    (key("bert", "texts"), {}, "eval_loss"),
+    (key("Classifier", "Points"), {"fused": True}, "val_loss"),
+]
+
+
+@pytest.mark.parametrize(("job", "params", "metric"), REPLAYABLE)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_steps_of_library_models_are_replayed_with_the_losses_of_eager_ones(
+    tmp_path: Path, job: str, params: dict[str, Any], metric: str
+) -> None:
+    replayed = replace(ONE_RANK, step_mode=StepMode.GRAPH, recorder=CallAgain)
+    one = stepper(tmp_path, job, params, metric, ranks=replayed, micro_batch=8, samples=64)
+    found = [result for _ in range(16) for result in one.advance()] + one.settle()
+    assert {result.mode for result in found[1:]} == {StepMode.GRAPH}
+    eager = stepper(tmp_path, job, params, metric, micro_batch=8, samples=64)
+    wanted = [eager.step() for _ in found]
+    assert [result.loss for result in found] == pytest.approx([result.loss for result in wanted], rel=1e-5)
+    assert [result.learning_rate for result in found] == [result.learning_rate for result in wanted]
+
+
+def test_data_may_be_an_object_that_is_there_already(tmp_path: Path) -> None:
+    one = stepper(tmp_path, key("gpt2", "KEPT_SUMS"), {}, "eval_loss", micro_batch=8)
+    assert one.cursor.num_samples == 64
+    assert one.step().num_samples == 8
+    assert set(one.evaluate()) == {"eval_loss"}
 
 
 def test_an_argument_may_be_searched_and_is_that_of_the_trial(tmp_path: Path) -> None:

@@ -167,7 +167,11 @@ def test_a_function_of_this_process_is_kept_in_the_run_directory_for_resume(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    options = {"space": lambda trial: {"x": trial.suggest_int("x", 1, 2)}, "metric": "loss", "mode": "min"}
+    options: dict[str, Any] = {
+        "space": lambda trial: {"x": trial.suggest_int("x", 1, 2)},
+        "metric": "loss",
+        "mode": "min",
+    }
     with api.run_file_of(train, name="mine", storage=tmp_path / "runs", **options) as (file, settings):
         resolved = load_config(file, settings)
         make_run_dir(resolved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ from ray.tune.schedulers.pbt import _explore
 from orchestrator.config import load_config
 from orchestrator.config.model import RunConfig
 from orchestrator.config.space import Distribution
+from orchestrator.tune import search
 from orchestrator.tune.adapter import within
 from orchestrator.tune.search import bounds_of, domain, mutation, scheduler_of
 
@@ -77,3 +79,15 @@ def test_the_ends_of_a_space_are_checked_against_the_job(tmp_path: Path) -> None
     (tmp_path / "run.yaml").write_text("name: a\njob: {name: mlp}\nsearch: {space: {lr: {uniform: [-1.0, 0.1]}}}\n")
     with pytest.raises(Exception, match=r"search\.space\.lr: got -1\.0"):
         load_config(tmp_path / "run.yaml", [])
+
+
+def test_tunes_word_of_a_failed_trial_is_dropped_and_all_else_is_not() -> None:
+    def record(text: str, error: Exception | None = None) -> logging.LogRecord:
+        told = None if error is None else (type(error), error, None)
+        return logging.LogRecord("ray.tune.tune", logging.ERROR, "", 0, text, (), told)
+
+    failed = RuntimeError("ray::train()\n  adapter.py\norchestrator.tune.adapter.TrialFailedError: NameError: x")
+    assert not search._is_news(record("Trial task failed for trial SlotTrial_1", failed))
+    assert not search._is_news(record("Trials did not complete: %s"))
+    assert search._is_news(record("Trial task failed for trial SlotTrial_1", RuntimeError("the actor is away")))
+    assert search._is_news(record("the disk is full"))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.view.report import rank, render
+from orchestrator.view.text import width_of
 from tests.run_directory import status
 
 RUN_DIR = Path("runs/demo")
@@ -60,3 +61,18 @@ def test_a_run_without_trials_has_a_report_too() -> None:
 def test_a_long_ranking_is_cut_and_counted() -> None:
     content = status(RUN_DIR, trials=trials(*[float(value) for value in range(30)]))
     assert "... and 10 more" in render(content, RUN_DIR)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_thirty_parameters_fit_the_terminal_with_the_searched_ones_first(width: int) -> None:
+    params = {"learning_rate": 0.0012345, "width": 64, **{f"fixed_{n}": "word" * 3 for n in range(28)}}
+    content = status(RUN_DIR, metric="eval/loss")
+    for trial in content["trials"]:
+        trial["params"] = params
+    lines = render(content, RUN_DIR, width=width).split("\n\n")[1].splitlines()
+    assert lines[0].split()[:2] == ["trial", "eval/loss"]
+    assert len(lines) == 1 + len(content["trials"])
+    for line in lines[1:]:
+        assert width_of(line) <= width
+        assert "learning_rate=0.001234 " in line
+        assert line.endswith("..." if width == 80 else "... fixed_27=wordwordword")
