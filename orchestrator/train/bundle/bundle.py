@@ -122,7 +122,6 @@ class Bundle:
         seeds = torch.tensor([each.cursor.seed + 1 for each in steppers] + [0] * len(spare), device=device)
         self._draws = Draws([member.generator for member in members], seeds, self._stacked.steps)
         self._grads = torch.zeros(num_rows, self._stacked.num_columns, device=device)
-        self._pads = _pads(self._stacked, num_rows)
         self._pairs = Pairs(self._stacked, self._grads, optimizers, MAX_STEPS)
         self._loss = torch.zeros(num_rows, device=device)
         self._halted = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -134,7 +133,9 @@ class Bundle:
         self._replays: dict[str, Callable[[], None]] = {}
         self._step_s: float | None = None
         self._step_bytes, self._max_bytes = 0, _MAX_BYTES[device.type]
+        self._reader: torch.cuda.Stream | None = None
         if device.type == "cuda":
+            self._reader = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._max_bytes = min(self._max_bytes, torch.cuda.get_device_properties(device).total_memory // _MAX_PART)
         try:
             self._compare(first_new)
@@ -187,9 +188,10 @@ class Bundle:
             raise StackingError(text.splitlines()[0]) from error
         began_s = time.monotonic()
         self._launch(num_steps, plans)
-        if self._device.type == "cuda" and num_steps < max_steps:
-            for row in rows:
-                self.members[row].read_ahead(num_steps)
+        if self._reader is not None and num_steps < max_steps:
+            with torch.cuda.stream(self._reader):  # to wait there for a copy is not to wait for the steps
+                for row in rows:
+                    self.members[row].read_ahead(num_steps)
         told = self._told[:num_steps].cpu()
         products = self._pairs.found[:num_steps].cpu() if any(plan.pairs for plan in plans.values()) else None
         self._step_s = (time.monotonic() - began_s) / num_steps
@@ -244,7 +246,8 @@ class Bundle:
             if any(grad is None for grad in alone):
                 raise StackingError("not all of its parameters have a gradient", row)
             loss = loss.detach()
-            apart = sum((a - g[row]).float().square().sum() for a, g in zip(alone, grads, strict=True))
+            pairs = zip(alone, self._stacked.columns, strict=True)
+            apart = sum((a - column.of(grads)[row]).float().square().sum() for a, column in pairs)
             norm = sum(a.float().square().sum() for a in alone)
             is_same = torch.isfinite(losses[row]) & (abs(losses[row] - loss) <= tolerance * abs(loss) + 1e-6)
             if not bool(is_same & (apart <= (tolerance**2) * norm + 1e-12)):
@@ -292,6 +295,10 @@ class Bundle:
         self._make_room(read[first], numbers)
         assert self._numbers is not None
         self._numbers[: len(numbers)].copy_(numbers)
+        if self._reader is not None:
+            torch.cuda.current_stream().wait_stream(self._reader)
+            for part in (part for batches in read.values() for part in batches):
+                part.record_stream(torch.cuda.current_stream())  # type: ignore[no-untyped-call]
         for row, source in enumerate(sources):
             for held, part in zip(self._batches, read[source], strict=True):
                 held[: len(part), row].copy_(part)
@@ -363,25 +370,19 @@ class Bundle:
 
     def _first(self) -> None:
         losses, grads = self._pass_over()
-        torch.cat(self._flat(grads), dim=1, out=self._grads)
+        self._grads.copy_(grads)
         self._loss.copy_(losses)
 
     def _further(self) -> None:
         losses, grads = self._pass_over()
-        self._grads.add_(torch.cat(self._flat(grads), dim=1))
+        self._grads.add_(grads)
         self._loss.add_(losses)
 
-    def _pass_over(self) -> tuple[Tensor, list[Tensor]]:
+    def _pass_over(self) -> tuple[Tensor, Tensor]:
         batch = tuple(part.index_select(0, self._part)[0] for part in self._batches)
         self._draws.begin(self._part - self._place * self._num_parts)
         self._part.add_(1)
         return self._forward.pass_over(self._values, batch, self._draws)
-
-    def _flat(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        parts = []
-        for grad, pad in zip(grads, self._pads, strict=True):
-            parts += [grad.reshape(self._num_rows, -1), pad] if pad is not None else [grad.reshape(self._num_rows, -1)]
-        return parts
 
     def _finish(self) -> None:
         """Norms, clipping, update; a row whose loss or gradient is not finite is left as it is from here on."""
@@ -396,12 +397,3 @@ class Bundle:
         numbers = self._numbers.index_select(0, self._place)[0]
         self._update.apply(self._grads, self._weight, norms, alive, numbers)
         self._place.add_(1)
-
-
-def _pads(stacked: Stacked, num_rows: int) -> list[Tensor | None]:
-    """What fills the space behind each parameter, None where there is none."""
-    columns = stacked.columns
-    begins = [*(column.begin for column in columns[1:]), stacked.num_columns]
-    device = stacked.values.device
-    gaps = [begin - column.end for begin, column in zip(begins, columns, strict=True)]
-    return [torch.zeros(num_rows, gap, device=device) if gap else None for gap in gaps]

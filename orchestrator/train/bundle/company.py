@@ -15,7 +15,7 @@ import torch
 
 from orchestrator.policies.plan import Settings
 from orchestrator.train.bundle.bundle import NOT_COMPILED, Bundle, Recorder, StackingError
-from orchestrator.train.bundle.forward import Forward
+from orchestrator.train.bundle.forward import Forward, forward_of
 from orchestrator.train.bundle.kind import kind_of, why_alone
 from orchestrator.train.bundle.member import Member
 from orchestrator.train.course import Stepped
@@ -149,8 +149,7 @@ class Company:
     def _bundle(self, kind: Hashable, members: list[Member], first_new: int) -> Bundle:
         """A bundle of these trials, of compiled kernels where that is asked for and can be."""
         if kind not in self._forwards:
-            first = members[0].stepper
-            self._forwards[kind] = Forward(first.job, first.model, first.settings.tier, is_compiled=self.is_compiled)
+            self._forwards[kind] = forward_of(members[0], is_compiled=self.is_compiled)
         forward = self._forwards[kind]
         turn_process(members[0])
         recorder = None if self.recorder is None else self.recorder()

@@ -268,11 +268,11 @@ def test_members_that_wait_stay_as_they_are_while_the_others_go_on() -> None:
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
-class Counted(TorchDispatchMode):
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what reaches the device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(
