@@ -178,7 +178,7 @@ class Bundle:
         plans = {row: self.members[row].plan(num_steps, self._update.numbers_of) for row in rows}
         try:
             data_s = self._bring(plans)
-            self._record()
+            self._record(_paired(plans))
         except Exception as error:
             for row, plan in plans.items():
                 self.members[row].settle(plan, _NOTHING, StepMode.EAGER, 0.0)
@@ -187,7 +187,7 @@ class Bundle:
             text = f"their steps cannot be done as one ({type(error).__name__}: {error})"
             raise StackingError(text.splitlines()[0]) from error
         began_s = time.monotonic()
-        self._launch(num_steps, plans)
+        self._launch(num_steps, _paired(plans))
         if self._reader is not None and num_steps < max_steps:
             with torch.cuda.stream(self._reader):  # to wait there for a copy is not to wait for the steps
                 for row in rows:
@@ -195,7 +195,7 @@ class Bundle:
         told = self._told[:num_steps].cpu()
         products = self._pairs.found[:num_steps].cpu() if any(plan.pairs for plan in plans.values()) else None
         self._step_s = (time.monotonic() - began_s) / num_steps
-        mode = StepMode.GRAPH if self._replays else StepMode.EAGER
+        mode = StepMode.EAGER if self._recorder is None else StepMode.GRAPH
         results: list[list[StepResult]] = [[] for _ in self.members]
         for row, plan in plans.items():
             losses, norms, halted = told[:, :, row].unbind(1)
@@ -325,29 +325,28 @@ class Bundle:
         self._numbers = torch.zeros(MAX_STEPS, *numbers.shape[1:], device=self._device)
         self._replays.clear()
 
-    def _record(self) -> None:
-        """Record what a step is made of, once; rows are halted meanwhile, so that nothing changes."""
-        if self._recorder is None or self._replays:
+    def _record(self, paired: Mapping[int, set[PairPart]]) -> None:
+        """Record what the steps to come are made of, as far as it was not; nothing changes meanwhile."""
+        if self._recorder is None:
             return
-        held = self._halted.clone()
-        self._halted.fill_(True)
-        for is_last in (False, True):
-            self._recorder.rehearse(self._whole, may_wait=not is_last)
-            self._place.zero_()
-            self._part.zero_()
-        parts = {"first": self._first, "further": self._further, "finish": self._finish, "whole": self._whole}
-        found = {name: self._recorder.record(work) for name, work in parts.items()}
-        found |= {part.value: self._recorder.record(work) for part, work in self._pairs.works(self._place).items()}
-        self._halted.copy_(held)
-        self._replays = found
+        if not self._replays:
+            held = self._halted.clone()
+            self._halted.fill_(True)
+            for is_last in (False, True):
+                self._recorder.rehearse(self._whole, may_wait=not is_last)
+                self._place.zero_()
+                self._part.zero_()
+            self._halted.copy_(held)
+        works = self._works()
+        names = {"whole"} if self._num_parts == 1 else {"first", "further", "finish"}
+        if paired:
+            names |= {"first", "finish", *(part.value for parts in paired.values() for part in parts)}
+        for name in sorted(names - self._replays.keys()):
+            self._replays[name] = self._recorder.record(works[name])
 
-    def _launch(self, num_steps: int, plans: Mapping[int, Ahead]) -> None:
+    def _launch(self, num_steps: int, paired: Mapping[int, set[PairPart]]) -> None:
         """Execute the steps; the host waits for none of them."""
-        paired: dict[int, set[PairPart]] = {}
-        for plan in plans.values():
-            for step, part in plan.pairs.items():
-                paired.setdefault(step, set()).add(part)
-        works = self._replays or self._works()
+        works = self._replays if self._recorder is not None else self._works()
         for step in range(num_steps):
             if self._num_parts == 1 and step not in paired:
                 works["whole"]()
@@ -397,3 +396,12 @@ class Bundle:
         numbers = self._numbers.index_select(0, self._place)[0]
         self._update.apply(self._grads, self._weight, norms, alive, numbers)
         self._place.add_(1)
+
+
+def _paired(plans: Mapping[int, Ahead]) -> dict[int, set[PairPart]]:
+    """What some member does for its noise scale, by step."""
+    found: dict[int, set[PairPart]] = {}
+    for plan in plans.values():
+        for step, part in plan.pairs.items():
+            found.setdefault(step, set()).add(part)
+    return found
