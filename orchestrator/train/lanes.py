@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,9 +287,20 @@ class LaneServer:
         if found:
             self._ranks.pulse.beat()
         for lane in asking:
-            stepped = found.get(lane.number) or self._alone(lane)
+            if lane.number in found:
+                self._go_on(lane, found[lane.number])
+            else:
+                self._step_alone(lane)
+
+    def _step_alone(self, lane: Lane) -> None:
+        """Step a lane's trial for as long as a bundle takes for its steps in a row, which are as many as it likes."""
+        began_s = time.monotonic()
+        while isinstance(lane.need, Step):
+            stepped = self._alone(lane)
             if stepped is not None:
                 self._go_on(lane, stepped)
+            if time.monotonic() - began_s >= self._company.target_s:
+                return
 
     def _alone(self, lane: Lane) -> Stepped | None:
         """A step of one trial; None where it failed, and the lane is free."""
@@ -299,8 +311,11 @@ class LaneServer:
             if reason != lane.reason:
                 lane.reason = reason
                 logger.info("steps alone: %s", reason)
+            began_s = time.monotonic()
             try:
-                return lane.loop.advance()
+                stepped = lane.loop.advance()
+                self._company.note_alone(lane.number, time.monotonic() - began_s)
+                return stepped
             except Exception as error:
                 outcome = self._failed(lane, error)
         self._leave(lane, outcome)

@@ -116,7 +116,12 @@ def _serve_lanes(config: dict[str, Any], ranks: Ranks, share: ShareMechanism, he
             lanes.append(Lane(number, link, Boundary(link, 0, 1, None), shared.lane(number)))
         is_eager, is_compiled = ranks.step_mode is StepMode.EAGER, ranks.step_mode is StepMode.COMPILED
         recorder = None if is_eager else recorder_for(ranks.device)
-        company = Company(target_s=STEPS_S, recorder=recorder, is_compiled=is_compiled)
+        company = Company(
+            target_s=STEPS_S,
+            recorder=recorder,
+            is_compiled=is_compiled,
+            is_measured=ranks.device.type == "cpu",
+        )
         LaneServer(lanes, ranks, shared, _clean(), company, news).serve()
     finally:
         for link in links:

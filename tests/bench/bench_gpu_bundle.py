@@ -31,7 +31,7 @@ from torch.nn import functional
 from orchestrator.jobs import build_job
 from orchestrator.policies.tier import Tier
 from orchestrator.train.bundle.bundle import Bundle
-from orchestrator.train.bundle.forward import Forward
+from orchestrator.train.bundle.forward import forward_of
 from orchestrator.train.bundle.member import Member
 from orchestrator.train.groups import Ranks
 from orchestrator.train.precision.tiers import set_tier
@@ -138,9 +138,8 @@ def member(case: Case, index: int, tier: Tier) -> Member:
 
 def bundled(members: list[Member], *, how: str) -> Bundle:
     """`how` is eager, graph or compiled (and recorded)."""
-    first = members[0].stepper
     is_compiled = how == "compiled"
-    forward = Forward(first.job, first.model, first.settings.tier, is_compiled=is_compiled)
+    forward = forward_of(members[0], is_compiled=is_compiled)
     recorder = CudaRecorder() if IS_CUDA and how != "eager" else None
     compiler = partial(torch.compile, dynamic=False) if is_compiled else None
     return Bundle(members, forward, recorder=recorder, compile=compiler)

@@ -122,7 +122,6 @@ class Bundle:
         seeds = torch.tensor([each.cursor.seed + 1 for each in steppers] + [0] * len(spare), device=device)
         self._draws = Draws([member.generator for member in members], seeds, self._stacked.steps)
         self._grads = torch.zeros(num_rows, self._stacked.num_columns, device=device)
-        self._pads = _pads(self._stacked, num_rows)
         self._pairs = Pairs(self._stacked, self._grads, optimizers, MAX_STEPS)
         self._loss = torch.zeros(num_rows, device=device)
         self._halted = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -134,7 +133,9 @@ class Bundle:
         self._replays: dict[str, Callable[[], None]] = {}
         self._step_s: float | None = None
         self._step_bytes, self._max_bytes = 0, _MAX_BYTES[device.type]
+        self._reader: torch.cuda.Stream | None = None
         if device.type == "cuda":
+            self._reader = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._max_bytes = min(self._max_bytes, torch.cuda.get_device_properties(device).total_memory // _MAX_PART)
         try:
             self._compare(first_new)
@@ -177,7 +178,7 @@ class Bundle:
         plans = {row: self.members[row].plan(num_steps, self._update.numbers_of) for row in rows}
         try:
             data_s = self._bring(plans)
-            self._record()
+            self._record(_paired(plans))
         except Exception as error:
             for row, plan in plans.items():
                 self.members[row].settle(plan, _NOTHING, StepMode.EAGER, 0.0)
@@ -186,14 +187,15 @@ class Bundle:
             text = f"their steps cannot be done as one ({type(error).__name__}: {error})"
             raise StackingError(text.splitlines()[0]) from error
         began_s = time.monotonic()
-        self._launch(num_steps, plans)
-        if self._device.type == "cuda" and num_steps < max_steps:
-            for row in rows:
-                self.members[row].read_ahead(num_steps)
+        self._launch(num_steps, _paired(plans))
+        if self._reader is not None and num_steps < max_steps:
+            with torch.cuda.stream(self._reader):  # to wait there for a copy is not to wait for the steps
+                for row in rows:
+                    self.members[row].read_ahead(num_steps)
         told = self._told[:num_steps].cpu()
         products = self._pairs.found[:num_steps].cpu() if any(plan.pairs for plan in plans.values()) else None
         self._step_s = (time.monotonic() - began_s) / num_steps
-        mode = StepMode.GRAPH if self._replays else StepMode.EAGER
+        mode = StepMode.EAGER if self._recorder is None else StepMode.GRAPH
         results: list[list[StepResult]] = [[] for _ in self.members]
         for row, plan in plans.items():
             losses, norms, halted = told[:, :, row].unbind(1)
@@ -244,7 +246,8 @@ class Bundle:
             if any(grad is None for grad in alone):
                 raise StackingError("not all of its parameters have a gradient", row)
             loss = loss.detach()
-            apart = sum((a - g[row]).float().square().sum() for a, g in zip(alone, grads, strict=True))
+            pairs = zip(alone, self._stacked.columns, strict=True)
+            apart = sum((a - column.of(grads)[row]).float().square().sum() for a, column in pairs)
             norm = sum(a.float().square().sum() for a in alone)
             is_same = torch.isfinite(losses[row]) & (abs(losses[row] - loss) <= tolerance * abs(loss) + 1e-6)
             if not bool(is_same & (apart <= (tolerance**2) * norm + 1e-12)):
@@ -292,6 +295,10 @@ class Bundle:
         self._make_room(read[first], numbers)
         assert self._numbers is not None
         self._numbers[: len(numbers)].copy_(numbers)
+        if self._reader is not None:
+            torch.cuda.current_stream().wait_stream(self._reader)
+            for part in (part for batches in read.values() for part in batches):
+                part.record_stream(torch.cuda.current_stream())  # type: ignore[no-untyped-call]
         for row, source in enumerate(sources):
             for held, part in zip(self._batches, read[source], strict=True):
                 held[: len(part), row].copy_(part)
@@ -318,29 +325,28 @@ class Bundle:
         self._numbers = torch.zeros(MAX_STEPS, *numbers.shape[1:], device=self._device)
         self._replays.clear()
 
-    def _record(self) -> None:
-        """Record what a step is made of, once; rows are halted meanwhile, so that nothing changes."""
-        if self._recorder is None or self._replays:
+    def _record(self, paired: Mapping[int, set[PairPart]]) -> None:
+        """Record what the steps to come are made of, as far as it was not; nothing changes meanwhile."""
+        if self._recorder is None:
             return
-        held = self._halted.clone()
-        self._halted.fill_(True)
-        for is_last in (False, True):
-            self._recorder.rehearse(self._whole, may_wait=not is_last)
-            self._place.zero_()
-            self._part.zero_()
-        parts = {"first": self._first, "further": self._further, "finish": self._finish, "whole": self._whole}
-        found = {name: self._recorder.record(work) for name, work in parts.items()}
-        found |= {part.value: self._recorder.record(work) for part, work in self._pairs.works(self._place).items()}
-        self._halted.copy_(held)
-        self._replays = found
+        if not self._replays:
+            held = self._halted.clone()
+            self._halted.fill_(True)
+            for is_last in (False, True):
+                self._recorder.rehearse(self._whole, may_wait=not is_last)
+                self._place.zero_()
+                self._part.zero_()
+            self._halted.copy_(held)
+        works = self._works()
+        names = {"whole"} if self._num_parts == 1 else {"first", "further", "finish"}
+        if paired:
+            names |= {"first", "finish", *(part.value for parts in paired.values() for part in parts)}
+        for name in sorted(names - self._replays.keys()):
+            self._replays[name] = self._recorder.record(works[name])
 
-    def _launch(self, num_steps: int, plans: Mapping[int, Ahead]) -> None:
+    def _launch(self, num_steps: int, paired: Mapping[int, set[PairPart]]) -> None:
         """Execute the steps; the host waits for none of them."""
-        paired: dict[int, set[PairPart]] = {}
-        for plan in plans.values():
-            for step, part in plan.pairs.items():
-                paired.setdefault(step, set()).add(part)
-        works = self._replays or self._works()
+        works = self._replays if self._recorder is not None else self._works()
         for step in range(num_steps):
             if self._num_parts == 1 and step not in paired:
                 works["whole"]()
@@ -363,25 +369,19 @@ class Bundle:
 
     def _first(self) -> None:
         losses, grads = self._pass_over()
-        torch.cat(self._flat(grads), dim=1, out=self._grads)
+        self._grads.copy_(grads)
         self._loss.copy_(losses)
 
     def _further(self) -> None:
         losses, grads = self._pass_over()
-        self._grads.add_(torch.cat(self._flat(grads), dim=1))
+        self._grads.add_(grads)
         self._loss.add_(losses)
 
-    def _pass_over(self) -> tuple[Tensor, list[Tensor]]:
+    def _pass_over(self) -> tuple[Tensor, Tensor]:
         batch = tuple(part.index_select(0, self._part)[0] for part in self._batches)
         self._draws.begin(self._part - self._place * self._num_parts)
         self._part.add_(1)
         return self._forward.pass_over(self._values, batch, self._draws)
-
-    def _flat(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        parts = []
-        for grad, pad in zip(grads, self._pads, strict=True):
-            parts += [grad.reshape(self._num_rows, -1), pad] if pad is not None else [grad.reshape(self._num_rows, -1)]
-        return parts
 
     def _finish(self) -> None:
         """Norms, clipping, update; a row whose loss or gradient is not finite is left as it is from here on."""
@@ -398,10 +398,10 @@ class Bundle:
         self._place.add_(1)
 
 
-def _pads(stacked: Stacked, num_rows: int) -> list[Tensor | None]:
-    """What fills the space behind each parameter, None where there is none."""
-    columns = stacked.columns
-    begins = [*(column.begin for column in columns[1:]), stacked.num_columns]
-    device = stacked.values.device
-    gaps = [begin - column.end for begin, column in zip(begins, columns, strict=True)]
-    return [torch.zeros(num_rows, gap, device=device) if gap else None for gap in gaps]
+def _paired(plans: Mapping[int, Ahead]) -> dict[int, set[PairPart]]:
+    """What some member does for its noise scale, by step."""
+    found: dict[int, set[PairPart]] = {}
+    for plan in plans.values():
+        for step, part in plan.pairs.items():
+            found.setdefault(step, set()).add(part)
+    return found

@@ -15,7 +15,7 @@ import torch
 
 from orchestrator.policies.plan import Settings
 from orchestrator.train.bundle.bundle import NOT_COMPILED, Bundle, Recorder, StackingError
-from orchestrator.train.bundle.forward import Forward
+from orchestrator.train.bundle.forward import Forward, forward_of
 from orchestrator.train.bundle.kind import kind_of, why_alone
 from orchestrator.train.bundle.member import Member
 from orchestrator.train.course import Stepped
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 STEPS_S = 0.05
 """Seconds that the steps between two boundaries fill: short ones are told of together, and orders wait no longer."""
+
+_MEASURED, _SLOWER = 6, 1.1
+"""Steps alone, and rounds of steps as one, from which both are compared; and how much slower as one is too slow."""
 
 Name = int
 """Names one trial among those of the process: its lane."""
@@ -46,17 +49,22 @@ class Company:
         target_s: seconds that the steps between two boundaries shall fill.
         recorder: makes what records the steps of a bundle; None to execute them.
         is_compiled: whether torch.compile makes the kernels of bundles, as far as it can.
+        is_measured: whether steps as one must show that they are not slower than steps alone; on a GPU, where a step
+            alone is over before it is done, nobody can tell.
     """
 
     target_s: float = 0.0
     recorder: Callable[[], Recorder] | None = None
     is_compiled: bool = False
+    is_measured: bool = False
     _groups: dict[Hashable, _Group] = field(default_factory=dict)
     _forwards: dict[Hashable, Forward] = field(default_factory=dict)
     _kinds: dict[Name, tuple[Settings, Hashable]] = field(default_factory=dict)
     _proven: dict[Hashable, set[Name]] = field(default_factory=dict)
     _refused: dict[Hashable, str] = field(default_factory=dict)
     _reasons: dict[Name, str] = field(default_factory=dict)
+    _alone_s: dict[Hashable, list[float]] = field(default_factory=dict)
+    _together_s: dict[Hashable, list[float]] = field(default_factory=dict)
 
     def why_alone(self, name: Name) -> str:
         """Why a trial is not stepped with others, empty where it is, or would be if there were any of its kind."""
@@ -72,7 +80,8 @@ class Company:
         kinds: dict[Hashable, list[Name]] = {}
         for name, (member, _) in asking.items():
             kind = self._kind(name, member)
-            if kind is not None and kind not in self._refused:
+            is_known = not self.is_measured or len(self._alone_s.get(kind, ())) >= _MEASURED
+            if kind is not None and kind not in self._refused and is_known:
                 kinds.setdefault(kind, []).append(name)
         found: dict[Name, Stepped] = {}
         for kind, names in kinds.items():
@@ -89,9 +98,30 @@ class Company:
                 continue
             for row in rows:
                 found[group.names[row]] = Stepped(results[row], num_together=len(rows))
+            if self.is_measured and len(rows) == len(group.names):
+                self._judge(kind, group)
         for name in asking.keys() - found.keys():
             self._part(name)
         return found
+
+    def note_alone(self, name: Name, seconds: float) -> None:
+        """A trial has stepped alone."""
+        _, kind = self._kinds.get(name, (None, None))
+        if kind is not None:
+            self._alone_s.setdefault(kind, []).append(seconds)
+
+    def _judge(self, kind: Hashable, group: _Group) -> None:
+        """Let go of a kind of bundle whose steps take longer than those of its trials one after the other."""
+        times = self._together_s.setdefault(kind, [])
+        if group.bundle.step_s is None or len(times) >= _MEASURED:
+            return
+        times.append(group.bundle.step_s / len(group.names))
+        # The shortest of each: others of the process or the machine make a step longer, nothing makes it shorter.
+        together_s, alone_s = min(times), min(self._alone_s[kind])
+        if len(times) >= _MEASURED and together_s > _SLOWER * alone_s:
+            self._refuse(
+                kind, f"as one a step takes {1e3 * together_s:.3g} ms of each trial, alone {1e3 * alone_s:.3g}"
+            )
 
     def leave(self, name: Name) -> None:
         """The trial goes: it is one of its own again, as far as it has come."""
@@ -149,8 +179,7 @@ class Company:
     def _bundle(self, kind: Hashable, members: list[Member], first_new: int) -> Bundle:
         """A bundle of these trials, of compiled kernels where that is asked for and can be."""
         if kind not in self._forwards:
-            first = members[0].stepper
-            self._forwards[kind] = Forward(first.job, first.model, first.settings.tier, is_compiled=self.is_compiled)
+            self._forwards[kind] = forward_of(members[0], is_compiled=self.is_compiled)
         forward = self._forwards[kind]
         turn_process(members[0])
         recorder = None if self.recorder is None else self.recorder()

@@ -23,10 +23,13 @@ from orchestrator.jobs.training import Training
 from orchestrator.policies.tier import Tier
 from orchestrator.train.bundle.draws import Draws, Folded, set_rates
 from orchestrator.train.bundle.linear import full_linear, half_linear
+from orchestrator.train.bundle.member import Member
+from orchestrator.train.bundle.stacked import join_of
 from orchestrator.train.precision.linear import PrecisionLinear
 from orchestrator.train.precision.tiers import lowered
 
 Batch = tuple[Tensor, ...]
+Join = Callable[[Sequence[Tensor]], Tensor]
 
 
 class _Whole(nn.Module):
@@ -51,14 +54,19 @@ class Forward:
         training: of one of them; the others' must compute the same, which the bundle checks.
         model: of the same one.
         tier: of all of them.
+        join: puts the gradients of all parameters, (K, ...) each, into one matrix.
+        is_compiled: whether torch.compile makes its kernels.
     """
 
-    def __init__(self, training: Training, model: nn.Module, tier: Tier, *, is_compiled: bool = False) -> None:
+    def __init__(
+        self, training: Training, model: nn.Module, tier: Tier, join: Join, *, is_compiled: bool = False
+    ) -> None:
         self._device = next(model.parameters()).device
         self._tier, self.is_compiled = tier, is_compiled
         self._whole = _Whole(_functional(model, tier), training)
         self._losses = vmap(self._one, in_dims=(0, None, 0), randomness="error")
-        self._compiled: dict[int, Callable[..., tuple[Tensor, list[Tensor]]]] = {}
+        self._compiled: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._join = join
 
     @property
     def num_elements(self) -> int:
@@ -82,11 +90,11 @@ class Forward:
 
     def pass_over(
         self, values: dict[str, Tensor], batch: Batch, draws: Draws, *, is_dry: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The loss of each row, (K,), and the gradient of each parameter, (K, ...), in the order of `values`.
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each row, (K,), and its gradient, (K, N), as `join` puts parameters together.
 
         Args:
-            values: stacked parameters by name.
+            values: stacked parameters by name, in the order of `join`.
             batch: (K, B, ...) each.
             draws: what dropout draws from.
             is_dry: leave dropout out, to compare with a trial alone.
@@ -98,12 +106,12 @@ class Forward:
             return self._passed(values, batch, draws, is_dry=is_dry)
         num_rows = len(batch[0])
         if num_rows not in self._compiled:
+            # What joins the gradients is traced as well: they are written where they belong, and not copied there.
             traced = make_fx(lambda values, batch: self._passed(values, batch, draws))(dict(values), batch)
             if draws.are_used:
                 raise RuntimeError("dropout draws anew at every step, which a trace would not")
             self._compiled[num_rows] = torch.compile(traced, dynamic=False)
-        losses, grads = self._compiled[num_rows](dict(values), batch)
-        return losses, list(grads)
+        return self._compiled[num_rows](dict(values), batch)
 
     def alone(self, training: Training, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of one member by its own training and model, without dropout; for comparison."""
@@ -112,12 +120,13 @@ class Forward:
 
     def _passed(
         self, values: dict[str, Tensor], batch: Batch, draws: Draws, *, is_dry: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor]:
         leaves = {f"model.{name}": value.detach().requires_grad_() for name, value in values.items()}
         with lowered(self._tier, self._device):
             with Folded(draws, is_dry=is_dry):
                 losses = self._losses(leaves, self._others(), batch)
-            return losses.detach(), list(torch.autograd.grad(losses.sum(), list(leaves.values())))
+            grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        return losses.detach(), self._join(grads)
 
     def _one(self, leaves: dict[str, Tensor], others: dict[str, Tensor], batch: Batch) -> Tensor:
         loss: Tensor = functional_call(self._whole, (leaves, others), (batch,))
@@ -128,6 +137,13 @@ class Forward:
         model = self._whole.model
         frozen = {f"model.{name}": param for name, param in model.named_parameters() if not param.requires_grad}
         return frozen | {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+
+
+def forward_of(member: Member, *, is_compiled: bool = False) -> Forward:
+    """The stacked pass of all trials like this one."""
+    stepper = member.stepper
+    join = join_of(stepper.model, stepper.optimizers.one)
+    return Forward(stepper.job, stepper.model, stepper.settings.tier, join, is_compiled=is_compiled)
 
 
 class _Dry(Folded):

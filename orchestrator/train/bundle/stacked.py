@@ -7,7 +7,7 @@ memory again. Knows no step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,24 @@ class Stacked:
                 state.update(kept)
                 if self._is_adam:
                     state["step"] = self.steps[row]
+
+
+def join_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Sequence[Tensor]], Tensor]:
+    """What puts gradients of a model, in the order of `Stacked.columns`, side by side as they lie there."""
+    groups = _groups_of(model, optimizer)
+    columns = [column for group in groups for column in group.columns]
+    begins = [*(column.begin for column in columns[1:]), groups[-1].end]
+    gaps = [begin - column.end for begin, column in zip(begins, columns, strict=True)]
+
+    def join(grads: Sequence[Tensor]) -> Tensor:
+        parts: list[Tensor] = []
+        for grad, gap in zip(grads, gaps, strict=True):
+            parts.append(grad.reshape(len(grad), -1))
+            if gap:
+                parts.append(grad.new_zeros(len(grad), gap))
+        return torch.cat(parts, dim=1)
+
+    return join
 
 
 def uneven_steps(optimizer: torch.optim.Optimizer) -> bool:

@@ -14,8 +14,9 @@ import torch
 from orchestrator.control.orders import Outcome, SlotOp, SlotOrder, Status, StopMode
 from orchestrator.policies.plan import TrialId
 from orchestrator.policies.tier import Tier
-from orchestrator.telemetry.record import num_steps_of
+from orchestrator.telemetry.record import FLAG_BUNDLE, num_steps_of
 from orchestrator.train.boundary import Boundary
+from orchestrator.train.bundle.bundle import Bundle
 from orchestrator.train.bundle.company import Company
 from orchestrator.train.isolation import ProcessState
 from orchestrator.train.lanes import Lane, LaneServer, Shared
@@ -50,10 +51,8 @@ def first_order(directory: Path, index: int, **changes: object) -> SlotOrder:
     return replace(made, trial=replace(made.trial, trial_id=TrialId(f"t{index}"), params=params))
 
 
-def serve(
-    scripts: list[LaneScript], share: FakeShare | None = None, target_s: float = 0.0, *, is_compiled: bool = False
-) -> None:
-    shared, company = Shared(share or FakeShare()), Company(target_s=target_s, is_compiled=is_compiled)
+def serve(scripts: list[LaneScript], share: FakeShare | None = None, company: Company | None = None) -> None:
+    shared, company = Shared(share or FakeShare()), company or Company()
     lanes = [
         Lane(number, script, Boundary(script, 0, 1, None), shared.lane(number)) for number, script in enumerate(scripts)
     ]
@@ -181,14 +180,41 @@ def test_compiled_bundles_have_rows_to_spare_and_give_the_same(tmp_path: Path, m
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in range(3)]
     scripts[0].at(7, lambda now: replace(now, stop=StopMode.DISCARD))
-    serve(scripts, is_compiled=True)
+    serve(scripts, company=Company(is_compiled=True))
     for index in (1, 2):
         assert metrics(scripts[index]) == pytest.approx(metrics(alone(tmp_path / "alone", index)), rel=1e-5)
 
 
+@pytest.mark.parametrize(("step_s", "is_kept"), [(1e-7, True), (10.0, False)])
+def test_a_bundle_that_is_slower_than_its_trials_alone_is_given_up(
+    step_s: float, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bundle, "step_s", property(lambda _: step_s))
+    scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in range(2)]
+    serve(scripts, company=Company(is_measured=True))
+    flags = scripts[0].records["flags"] & FLAG_BUNDLE != 0
+    assert not flags[:2].any()  # it begins with steps alone
+    assert flags[4:9].all()
+    assert flags[12:].all() == flags[12:].any() == is_kept
+    log = (tmp_path / "lanes" / "0" / "log.txt").read_text()
+    assert ("steps alone: as one a step takes 5e+03 ms of each trial" in log) != is_kept
+    for index in range(2):
+        assert metrics(scripts[index]) == pytest.approx(metrics(alone(tmp_path / "alone", index)), rel=1e-5)
+
+
+def test_one_that_steps_alone_gets_as_much_time_as_a_bundle(tmp_path: Path) -> None:
+    scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in (0, 1, 3)]
+    serve(scripts, company=Company(target_s=0.05))
+    lone = scripts[2].records
+    rounds = scripts[0].records
+    assert len(rounds) < 20
+    assert len(lone) == 40  # a record for each of its steps, and yet it keeps up
+    assert metrics(scripts[2]) == pytest.approx(metrics(alone(tmp_path / "alone", 3)), rel=1e-5)
+
+
 def test_many_short_steps_are_told_of_in_one_record(tmp_path: Path) -> None:
     scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in range(3)]
-    serve(scripts, target_s=0.05)
+    serve(scripts, company=Company(target_s=0.05))
     for index, script in enumerate(scripts):
         wanted = alone(tmp_path / "alone", index)
         records = script.records

@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from orchestrator.policies.plan import Settings
 from orchestrator.train.bundle.bundle import Bundle, Recorder
-from orchestrator.train.bundle.forward import Forward
+from orchestrator.train.bundle.forward import forward_of
 from orchestrator.train.bundle.member import Member
+from orchestrator.train.groups import Ranks
 from orchestrator.train.stepper import Stepper
 from tests.unit.orchestrator.train.links import ONE_RANK, order, settings
 
@@ -102,18 +103,18 @@ class Tokens:
         return {"val_loss": float(functional.cross_entropy(logits, tokens[:, 1:].flatten()))}
 
 
-def stepper(job: object, *, seed: int = 3, **dials: object) -> Stepper:
+def stepper(job: object, *, seed: int = 3, ranks: Ranks = ONE_RANK, **dials: object) -> Stepper:
     """A trial as its own process would make it; global generators are left as a lane's are."""
     first = order(Path("unused"))
     assert first.trial is not None
     start: Settings = settings(**dials)
     torch.manual_seed(seed)
-    return Stepper(replace(first.trial, seed=seed, start=start), job, ONE_RANK)
+    return Stepper(replace(first.trial, seed=seed, start=start), job, ranks)
 
 
-def member(job: object, *, seed: int = 3, **dials: object) -> Member:
+def member(job: object, *, seed: int = 3, ranks: Ranks = ONE_RANK, **dials: object) -> Member:
     """The same as a member of a bundle, with the generator that it would have alone."""
-    made = stepper(job, seed=seed, **dials)
+    made = stepper(job, seed=seed, ranks=ranks, **dials)
     generator = torch.Generator()
     generator.set_state(torch.get_rng_state())
     return Member(made, generator)
@@ -122,8 +123,7 @@ def member(job: object, *, seed: int = 3, **dials: object) -> Member:
 def bundle(
     members: list[Member], *, num_rows: int | None = None, recorder: Recorder | None = None, is_compiled: bool = False
 ) -> Bundle:
-    first = members[0].stepper
-    forward = Forward(first.job, first.model, first.settings.tier, is_compiled=is_compiled)
+    forward = forward_of(members[0], is_compiled=is_compiled)
     return Bundle(members, forward, num_rows=num_rows, recorder=recorder)
 
 
