@@ -76,7 +76,7 @@ def linear_stack(config: dict[str, Any]) -> None:
     features = torch.randn(count, width)
     with torch.no_grad():
         teacher = stack().to(device())
-        targets = torch.cat([teacher(part.to(device())).cpu() for part in features.split(1024)])
+        targets = torch.cat([teacher(part.to(device())).cpu() for part in torch.split(features, 1024)])
         targets += 0.3 * torch.randn_like(targets)
     loader = DataLoader(
         TensorDataset(features, targets), batch_size=config.get("batch_size", 256), shuffle=True, drop_last=True

@@ -20,7 +20,7 @@ from orchestrator.control.orders import SlotOrder, Status, StopMode
 from orchestrator.errors import FunctionError
 from orchestrator.policies.tier import Tier
 from orchestrator.telemetry.record import tier_code
-from orchestrator.train.function import commits
+from orchestrator.train import checkpoint
 from orchestrator.train.function.calls import Calls
 from tests.unit.orchestrator.train.function.test_driver import drive, function_order
 from tests.unit.orchestrator.train.links import grant
@@ -265,14 +265,12 @@ def test_a_tier_that_harmed_is_banned_in_the_next_attempt_too(tmp_path: Path) ->
     script, _ = drive(order, Training(epochs=6), (10, in_tier(COARSE)))
     assert order.trial is not None
     path = Path(script.reports[-1].checkpoint or "")
-    kept = commits.newest_whole(path)[1]["guard"]
+    kept = checkpoint.newest_whole(path)[1].extra["guard"]
     assert kept["records"][COARSE.value]["num_bans"] > 0
     again = replace(order.trial, attempt=1, resume_from=str(path), num_reports_done=6)
     script, _ = drive(replace(order, trial=again), Training(epochs=7))
-    assert (
-        commits.newest_whole(Path(script.reports[-1].checkpoint or ""))[1]["guard"]["records"][COARSE.value]
-        == (kept["records"][COARSE.value])
-    )
+    later = checkpoint.newest_whole(Path(script.reports[-1].checkpoint or ""))[1].extra["guard"]
+    assert later["records"][COARSE.value] == kept["records"][COARSE.value]
 
 
 def test_the_optimizer_of_a_watched_model_need_not_step_first(tmp_path: Path) -> None:
