@@ -9,7 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from orchestrator.control.orders import TrialOrder
+    from orchestrator.train.groups import Ranks
 
 
 class Running(Protocol):
@@ -58,6 +62,19 @@ class TrialInfo:
     rank: int
     world_size: int
     attempt: int
+
+    @classmethod
+    def of(cls, trial: TrialOrder, directory: Path, ranks: Ranks) -> TrialInfo:
+        """What a rank of that trial says of itself."""
+        run = directory.parents[1].name
+        return cls(
+            trial_id=trial.trial_id,
+            run=run,
+            directory=directory,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            attempt=trial.attempt,
+        )
 
 
 class _Now:

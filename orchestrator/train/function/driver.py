@@ -36,6 +36,7 @@ from orchestrator.train.function.batch import LoaderBatch, Loaders
 from orchestrator.train.function.blame import TierBlame
 from orchestrator.train.function.commits import Commits
 from orchestrator.train.function.current import TrialInfo, running_as
+from orchestrator.train.function.endings import Done, Leave, Spoilt
 from orchestrator.train.function.guard import SpoiltError, TierGuard
 from orchestrator.train.function.hooks import Steps
 from orchestrator.train.function.noise import FunctionNoise
@@ -50,18 +51,6 @@ from orchestrator.train.step_mode.choice import StepMode
 from orchestrator.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
-
-
-class _Leave(BaseException):
-    """Unwinds a function that was told to leave; not an Exception, so that its own handlers let it pass."""
-
-
-class _Done(BaseException):
-    """Unwinds a function that made its last report."""
-
-
-class _Spoilt(BaseException):
-    """Unwinds a function whose weights a cheaper tier has spoilt."""
 
 
 class FunctionDriver:
@@ -126,11 +115,11 @@ class FunctionDriver:
             stack.callback(self._restore)
             try:
                 self._call(stack)
-            except _Done:
+            except Done:
                 return self._ended(Status.DONE)
-            except _Leave:
+            except Leave:
                 pass
-            except _Spoilt as spoilt:
+            except Spoilt as spoilt:
                 raise TierError(str(spoilt)) from None
             except Exception as error:
                 if not self._is_leaving:
@@ -228,7 +217,7 @@ class FunctionDriver:
             attempt.report(self, values, path)
             if attempt.num_reports >= attempt.trial.max_reports:
                 self._is_leaving = True
-                raise _Done
+                raise Done
             self._wait(lambda: attempt.order.credit > attempt.num_reports)
         self._clock.begin_anew()
 
@@ -245,15 +234,7 @@ class FunctionDriver:
     @property
     def info(self) -> TrialInfo:
         """The trial as its function sees it."""
-        trial, directory = self.attempt.trial, self.attempt.directory
-        return TrialInfo(
-            trial_id=trial.trial_id,
-            run=directory.parents[1].name,
-            directory=directory,
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
-            attempt=trial.attempt,
-        )
+        return TrialInfo.of(self.attempt.trial, self.attempt.directory, self._ranks)
 
     def watch(self, model: object, optimizer: object, loader: object) -> None:
         """Take a model, its optimizer and its loader: keep their state, and probe precision tiers.
@@ -340,7 +321,7 @@ class FunctionDriver:
             self._guard.between_steps()
         except SpoiltError as error:
             self._is_leaving = True
-            raise _Spoilt(str(error)) from None
+            raise Spoilt(str(error)) from None
         self._clock.begin()
         self._clock.switch_s = attempt.cross(self)
         self._wait(lambda: not attempt.is_paused)
@@ -350,11 +331,11 @@ class FunctionDriver:
         """Wait at a boundary.
 
         Raises:
-            _Leave: the trial was told to.
+            Leave: the trial was told to.
         """
         if not self.attempt.wait_until(is_met, self):
             self._is_leaving = True
-            raise _Leave
+            raise Leave
 
     def turned(self, asked: Settings, settings: Settings) -> str:
         """The dials are set so from the next step on; the learning rate follows the batch."""
@@ -441,13 +422,13 @@ class FunctionDriver:
         """Keep what a report brought, once there is room; None where there is nothing to keep.
 
         Raises:
-            _Leave: the search has no further use for the trial, said while it waited for room.
+            Leave: the search has no further use for the trial, said while it waited for room.
         """
         attempt, place = self.attempt, self._place(self.attempt.num_reports + 1)
         path = attempt.when_room(lambda: self._commits.commit(checkpoint, self._watched, place), self)
         if path is None and attempt.order.stop is StopMode.DISCARD:
             self._is_leaving = True
-            raise _Leave
+            raise Leave
         return path
 
     def _resume(self, path: Path) -> None:
