@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.config import ResolvedRun
-from orchestrator.control.orders import TrialOrder
+from orchestrator.control.orders import Retry, TrialOrder
 from orchestrator.devices.agent import NodeReady
 from orchestrator.devices.ray_agents import Agents, gpu_nodes
 from orchestrator.errors import JournalError, TelemetryError, UnfitEnvironmentError, WorkerGroupError
@@ -59,7 +59,9 @@ class ControlPlane:
         self, resolved: ResolvedRun, run_dir: Path, *, is_foreign: bool = False, retries_all: bool = False
     ) -> None:
         self._config, self._run_dir = resolved.config, run_dir
-        self.spec, self._retries_all = run_spec(resolved), retries_all
+        self.spec = run_spec(resolved)
+        # A trial that the user's own search does not ask for would hold a slot for nobody.
+        self._retry = Retry.NONE if is_foreign else Retry.ALL if retries_all else Retry.OUTSIDE
         if is_foreign:
             self.spec = dataclasses.replace(self.spec, stop_rule=None)
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
@@ -88,7 +90,7 @@ class ControlPlane:
         slot_spec = self.slot_spec()
         if not self._config.cluster.autoscale:
             require_room(slot_spec, self._nodes_to_come())
-        self.policy = start_actor(self.spec, self.namespace, retries_all=self._retries_all)
+        self.policy = start_actor(self.spec, self.namespace, self._retry)
         if is_waiting:
             importlib.import_module("ray.train.torch")  # two threads importing it at once break it
         else:
@@ -297,7 +299,7 @@ class ControlPlane:
         )
 
 
-def start_actor(spec: Any, namespace: str, *, retries_all: bool = False) -> Any:
+def start_actor(spec: Any, namespace: str, retry: Retry = Retry.OUTSIDE) -> Any:
     """The policy actor of a run: named, detached, restarted when it dies, on the head node where the journal is."""
     from orchestrator.control.actor import PolicyActor
 
@@ -313,7 +315,7 @@ def start_actor(spec: Any, namespace: str, *, retries_all: bool = False) -> Any:
             max_task_retries=-1,
             max_concurrency=1000,
         )
-        .remote(spec, namespace, retries_all=retries_all)
+        .remote(spec, namespace, retry)
     )
 
 

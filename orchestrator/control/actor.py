@@ -22,7 +22,7 @@ from orchestrator.clock import Clock, Reading, SystemClock, read_clock
 from orchestrator.control import nodes, placement, resizing
 from orchestrator.control.controller import Answer, Controller
 from orchestrator.control.nodes import NodeOrder, NodeView
-from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, SlotOrder, Status
+from orchestrator.control.orders import Events, Outcome, Resumption, Retry, SlotHello, SlotOrder, Status
 from orchestrator.control.rendezvous import Rendezvous
 from orchestrator.control.silence import Silence, Silent
 from orchestrator.control.spec import RunSpec
@@ -49,13 +49,13 @@ _HELD_BACK_S = 0.5
 class PolicyActor:
     """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.driver`."""
 
-    def __init__(self, spec: RunSpec, start_id: str, *, retries_all: bool = False) -> None:
+    def __init__(self, spec: RunSpec, start_id: str, retry: Retry = Retry.OUTSIDE) -> None:
         logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         log = logging.FileHandler(Path(spec.run_dir) / "policy.log")
         log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("orchestrator").addHandler(log)
         self._clock = SystemClock()
-        self._controller = _begun(spec, self._clock, start_id, retries_all=retries_all)
+        self._controller = _begun(spec, self._clock, start_id, retry)
         self._policy = build_policy(spec.policy, spec.policy_params)
         self._deadline_s, self._period_s = spec.deadline_s, spec.period_s
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
@@ -415,14 +415,14 @@ class PolicyActor:
         controller.offer()
 
 
-def _begun(spec: RunSpec, clock: Clock, start_id: str, *, retries_all: bool) -> Controller:
+def _begun(spec: RunSpec, clock: Clock, start_id: str, retry: Retry) -> Controller:
     """A controller that has begun; waits for room where the disk is full, because a raising actor is not restarted."""
     run_dir = Path(spec.run_dir)
     while True:
         controller: Controller | None = None
         try:
             controller = Controller(spec, clock, incarnation=uuid.uuid4().hex[:8])
-            controller.begin(start_id, retries_all=retries_all)
+            controller.begin(start_id, retry)
         except (JournalError, OSError) as error:
             if controller is not None:
                 controller.engine.abandon()

@@ -29,6 +29,7 @@ from orchestrator.control.orders import (
     OverrideReport,
     Report,
     Resumption,
+    Retry,
     SlotHello,
     SlotOrder,
     StopMode,
@@ -75,12 +76,11 @@ class Controller:
         self._allowance = Allowance()
         self._last_refusal = ""
 
-    def begin(self, start_id: str, *, retries_all: bool = False) -> None:
+    def begin(self, start_id: str, retry: Retry = Retry.OUTSIDE) -> None:
         """Write the head of a new journal, or take up what an existing one says.
 
         A `start_id` that the journal knows means that only the actor was restarted; otherwise the whole run is started
-        anew: the worker groups of the journal are gone, and trials that failed for reasons outside of them (with
-        `retries_all` every one that failed) are tried again.
+        anew: the worker groups of the journal are gone, and failed trials are tried again as `retry` says.
         """
         spec = self.run.spec
         if not self.engine.recover():
@@ -88,7 +88,7 @@ class Controller:
             self.engine.emit(head)
         else:
             is_new = start_id not in self.run.start_ids
-            again = departures.retried(self.run, is_every_one=retries_all) if is_new else []
+            again = departures.retried(self.run, retry) if is_new else []
             here = ev.Recovered(start_id=start_id, are_workers_gone=is_new, schema=ev.SCHEMA_VERSION)
             self.engine.emit(here, *again)
         self.engine.sync()
