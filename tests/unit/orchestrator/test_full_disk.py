@@ -27,7 +27,7 @@ from orchestrator.run_dirs import mark_ended, read_status
 from orchestrator.telemetry.record import STEP_DTYPE
 from orchestrator.telemetry.store import TelemetryWriter, read_table
 from orchestrator.telemetry.tables import TableKind
-from orchestrator.train import best
+from orchestrator.train import best, checkpoint
 from orchestrator.train.function import commits
 from orchestrator.train.function.workplace import logged_to
 from orchestrator.train.isolation import seed_generators
@@ -68,6 +68,14 @@ def test_a_commit_waits_for_room_and_the_trial_goes_on_to_the_same_result(tmp_pa
     assert "no room" in waited.notes[0].text
     assert waited.notes[-1] == Note(kind="room", text="")
     assert [path.name for path in sorted((tmp_path / "b" / "checkpoints").glob("step-*"))] == ["step-10", "step-20"]
+
+
+def test_where_one_rank_has_no_room_all_of_them_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that went on alone would wait in the next collective for ever."""
+    told = [(None, "mine"), (("no room on the disk", True), None)]
+    monkeypatch.setattr(checkpoint._Ranks, "gather", lambda _self, _value: told)
+    with pytest.raises(NoRoomError, match="cannot write it: rank 1: no room on the disk"):
+        checkpoint._Ranks(0, 2, None).agree("cannot write it", None, "mine")
 
 
 def test_a_trial_that_waits_for_room_leaves_when_the_search_has_no_further_use_for_it(
