@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from orchestrator.config import ResolvedRun
 from orchestrator.control.events import RunBegan
 from orchestrator.control.journal import has_entries, read_run
-from orchestrator.control.orders import TrialOrder
+from orchestrator.control.orders import Retry, TrialOrder
 from orchestrator.control.snapshots import code_version
 from orchestrator.control.spec import RunSpec
 from orchestrator.devices.agent import NodeReady
@@ -66,7 +66,9 @@ class ControlPlane:
         self, resolved: ResolvedRun, run_dir: Path, *, is_foreign: bool = False, retries_all: bool = False
     ) -> None:
         self._config, self._run_dir = resolved.config, run_dir
-        self.spec, self._retries_all = run_spec(resolved), retries_all
+        self.spec = run_spec(resolved)
+        # A trial that the user's own search does not ask for would hold a slot for nobody.
+        self._retry = Retry.NONE if is_foreign else Retry.ALL if retries_all else Retry.OUTSIDE
         if is_foreign:
             self.spec = dataclasses.replace(self.spec, stop_rule=None)
         self.namespace = f"orchestrator-{self._config.name}-{uuid.uuid4().hex[:8]}"
@@ -98,7 +100,7 @@ class ControlPlane:
         if not self._config.cluster.autoscale:
             require_room(slot_spec, self._nodes_to_come())
         if self.policy is None:
-            self.policy = start_actor(self.spec, self.namespace, retries_all=self._retries_all)
+            self.policy = start_actor(self.spec, self.namespace, self._retry)
         if is_waiting:
             importlib.import_module("ray.train.torch")  # two threads importing it at once break it
         else:
@@ -137,7 +139,7 @@ class ControlPlane:
         if policy["places"] and sum(node.get("CPU", 0) >= 1 for node in alive_resources()) > 1:
             text = f"{why} whose policy {policy['policy']} chooses devices, which works on one node only so far"
             raise UnfitEnvironmentError(f"{text}; allowed: another policy in the file for `orchestrator up`")
-        joining = actor.join.remote(self.spec, self.namespace, code_version(), retries_all=self._retries_all)
+        joining = actor.join.remote(self.spec, self.namespace, code_version(), self._retry)
         found = ray.get(joining)
         if "error" in found:
             raise UnfitEnvironmentError(f"{why}, and this run cannot join: {found['error']}")
@@ -369,7 +371,7 @@ def as_begun(spec: RunSpec) -> RunSpec:
     return dataclasses.replace(spec, **kept)
 
 
-def start_actor(spec: Any, namespace: str, *, retries_all: bool = False) -> Any:
+def start_actor(spec: Any, namespace: str, retry: Retry = Retry.OUTSIDE) -> Any:
     """The policy actor of a run: named, detached, restarted when it dies, on the head node where the journal is."""
     from orchestrator.control.actor import PolicyActor
 
@@ -385,7 +387,7 @@ def start_actor(spec: Any, namespace: str, *, retries_all: bool = False) -> Any:
             max_task_retries=-1,
             max_concurrency=1000,
         )
-        .remote(spec, namespace, retries_all=retries_all)
+        .remote(spec, namespace, retry)
     )
 
 

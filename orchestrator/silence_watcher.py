@@ -53,7 +53,7 @@ class SilenceWatcher:
         self._policy, self._run_dir, self._hang_timeout_s, self._now_s = policy, run_dir, hang_timeout_s, now_s
         self._is_over = threading.Event()
         self._actor_pid, self._heard_s = 0, now_s()
-        self._told: set[tuple[str, int, int]] = set()
+        self._told: set[tuple[str, int, str, int, int]] = set()
         self._node_id = ""
         self._thread = threading.Thread(target=self._watch, name="silence", daemon=True)
 
@@ -106,11 +106,11 @@ class SilenceWatcher:
         """See what a silent process is about, say so, and end it if nothing else will help."""
         found: Process = self._on(silent.node_id, examine, silent.pid, self._run_dir if silent.is_over else None)
         what = verdict(silent, found, self._hang_timeout_s)
-        key = (silent.slot_id, silent.epoch, silent.rank)
+        key = (silent.slot_id, silent.epoch, silent.trial_id, silent.attempt, silent.rank)
         if what is None or (what == "warn" and key in self._told):
             return
-        self._told.add(key)
         ray.get(self._policy.silence_found.remote(silent, found, what == "restart"), timeout=ANSWER_S)
+        self._told.add(key)
         if what == "restart":
             self._on(silent.node_id, end, silent.pid)
 

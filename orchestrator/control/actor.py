@@ -11,30 +11,27 @@ import concurrent.futures
 import contextlib
 import logging
 import os
-import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from orchestrator import requests
-from orchestrator.clock import Clock, Reading, SystemClock, read_clock
+from orchestrator.clock import Reading, SystemClock, read_clock
 from orchestrator.control import nodes, placement, resizing
+from orchestrator.control.begin import begun, begun_at_once
 from orchestrator.control.controller import Answer, Controller
 from orchestrator.control.nodes import NodeOrder, NodeView
-from orchestrator.control.orders import Events, Outcome, Resumption, SlotHello, SlotOrder, Status
+from orchestrator.control.orders import Events, Outcome, Resumption, Retry, SlotHello, SlotOrder, Status
 from orchestrator.control.rendezvous import Rendezvous
+from orchestrator.control.request_server import serve
 from orchestrator.control.silence import Silence, Silent
 from orchestrator.control.spec import RunSpec
-from orchestrator.control.status import StatusWriter, write_file
-from orchestrator.errors import JournalError, RequestError, TelemetryError
+from orchestrator.control.status import StatusWriter
+from orchestrator.control.together import Cluster
+from orchestrator.errors import JournalError, TelemetryError
 from orchestrator.hung import Process
 from orchestrator.policies import build_policy
 from orchestrator.policies.plan import TrialId
-from orchestrator.room import POLL_S as POLL_ROOM_S
-from orchestrator.room import has_room
-from orchestrator.run_dirs import read_status
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +40,15 @@ _LOOK_S = 1.0
 """Who waits looks so often: a report may be told after a time, without anything having happened."""
 _SLOW_PERIOD_S = 1.0
 _STORE_DELAY_S = 0.005
-_REQUESTS_S = 0.2
 _HELD_BACK_S = 0.5
 """Between two attempts while the journal cannot be written."""
-
-
-class Cluster(Protocol):
-    """Who decides where several runs share a policy."""
-
-    async def decide(self, *, is_urgent: bool) -> None:
-        """Decide for all of them; not again so soon where nothing is urgent."""
-        ...
-
-    async def offer(self) -> None:
-        """Something was given back: offer it to whoever waits for it, in whichever run."""
-        ...
 
 
 class PolicyActor:
     """The methods that worker groups, the search and the driver call. Made a Ray actor by `orchestrator.driver`."""
 
     def __init__(
-        self, spec: RunSpec, start_id: str, cluster: Cluster | None = None, *, retries_all: bool = False
+        self, spec: RunSpec, start_id: str, retry: Retry = Retry.OUTSIDE, cluster: Cluster | None = None
     ) -> None:
         if cluster is None:  # else the log would be of other people's runs as well
             logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -73,8 +57,8 @@ class PolicyActor:
             logging.getLogger("orchestrator").addHandler(log)
         self._cluster = cluster
         self._clock = SystemClock()
-        begin = _begun if cluster is None else _begun_at_once  # to wait here would hold up the other runs
-        self._controller = begin(spec, self._clock, start_id, retries_all=retries_all)
+        begin = begun if cluster is None else begun_at_once  # to wait here would hold up the other runs
+        self._controller = begin(spec, self._clock, start_id, retry)
         self._policy = build_policy(spec.policy, spec.policy_params)
         self._deadline_s, self._period_s = spec.deadline_s, spec.period_s
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
@@ -315,7 +299,7 @@ class PolicyActor:
     def _ensure_ticks(self) -> None:
         if self._ticker is None and not self._is_over:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever())
-            self._serving = asyncio.get_running_loop().create_task(self._serve_requests())
+            self._serving = asyncio.get_running_loop().create_task(serve(self._controller, self._commit))
 
     async def _commit(self) -> None:
         """Return once everything that happened is on disk and what follows is done; messages of a moment share a sync.
@@ -374,24 +358,6 @@ class PolicyActor:
         await asyncio.sleep(_STORE_DELAY_S)
         self._storing = None  # records that come from here on wait for the next write
         self._controller.engine.telemetry.flush()
-
-    async def _serve_requests(self) -> None:
-        """Do what is asked for in the run's directory; what cannot be written down now is done later."""
-        run_dir = Path(self._controller.run.spec.run_dir)
-        while True:
-            await asyncio.sleep(_REQUESTS_S)
-            try:
-                for request in requests.pending(run_dir):
-                    try:
-                        found = self._controller.steer(request)
-                    except RequestError as error:
-                        found = {"error": {"code": error.code, "message": str(error)}}
-                    await self._commit()
-                    requests.answer(run_dir, request, found)
-            except (JournalError, OSError) as error:
-                logger.warning("requests wait: %s", error)
-            except Exception:
-                logger.exception("a request failed")
 
     async def _tick_for_ever(self) -> None:
         """Decide every period and at once when trials come or go; the first of three places that catch everything."""
@@ -476,35 +442,3 @@ class PolicyActor:
         else:
             controller.accept(snapshot, plan)
         controller.offer()
-
-
-def _begun(spec: RunSpec, clock: Clock, start_id: str, *, retries_all: bool) -> Controller:
-    """A controller that has begun; waits for room where the disk is full, because a raising actor is not restarted."""
-    run_dir = Path(spec.run_dir)
-    while True:
-        try:
-            return _begun_at_once(spec, clock, start_id, retries_all=retries_all)
-        except (JournalError, OSError) as error:
-            if has_room(run_dir):
-                raise
-            logger.warning("the policy actor waits: %s", error)
-            with contextlib.suppress(OSError):
-                write_file(
-                    run_dir, (read_status(run_dir) or {}) | {"trouble": str(error), "updated_at": clock.wall_s()}
-                )
-            time.sleep(POLL_ROOM_S)
-
-
-def _begun_at_once(spec: RunSpec, clock: Clock, start_id: str, *, retries_all: bool) -> Controller:
-    """A controller that has begun.
-
-    Raises:
-        JournalError, OSError: the journal cannot be written; nothing is held open then.
-    """
-    controller = Controller(spec, clock, incarnation=uuid.uuid4().hex[:8])
-    try:
-        controller.begin(start_id, retries_all=retries_all)
-    except (JournalError, OSError):
-        controller.engine.abandon()
-        raise
-    return controller

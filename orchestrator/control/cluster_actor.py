@@ -22,6 +22,7 @@ from orchestrator.control.cluster_spec import ClusterSpec
 from orchestrator.control.events import RunBegan
 from orchestrator.control.grants import held
 from orchestrator.control.journal import has_entries, read_run
+from orchestrator.control.orders import Retry
 from orchestrator.control.spec import RunSpec
 from orchestrator.control.together import Together
 from orchestrator.control.world import Run, TrialState, World
@@ -78,7 +79,7 @@ class ClusterActor:
         self._save()
         return ""
 
-    async def join(self, spec: RunSpec, start_id: str, version: str, *, retries_all: bool = False) -> dict[str, str]:
+    async def join(self, spec: RunSpec, start_id: str, version: str, retry: Retry = Retry.OUTSIDE) -> dict[str, str]:
         """Take a run in; its `run` is what calls for it begin with, or `error` says why not."""
         if version != self._spec.version:
             return {"error": self._other_version(version)}
@@ -86,7 +87,7 @@ class ClusterActor:
             joined = self._as_joined(spec)
             if isinstance(joined, str):
                 return {"error": joined}
-            self._begin(joined, start_id, retries_all=retries_all)
+            self._begin(joined, start_id, retry)
         except (OrchestratorError, OSError) as error:
             return {"error": str(error)}
         self._save()
@@ -159,11 +160,11 @@ class ClusterActor:
             prefix = began.prefix
         return ours.joined(spec, prefix)
 
-    def _begin(self, spec: RunSpec, start_id: str, *, retries_all: bool = False) -> None:
+    def _begin(self, spec: RunSpec, start_id: str, retry: Retry = Retry.OUTSIDE) -> None:
         run = spec.prefix.rstrip("/")
         for known in [key for key, entry in self._registry.items() if entry["spec"]["run_dir"] == spec.run_dir]:
             self._drop(known)  # its driver was started anew
-        part = PolicyActor(spec, start_id, self, retries_all=retries_all)
+        part = PolicyActor(spec, start_id, retry, self)
         self._runs[run], self._called_s[run] = part, time.monotonic()
         self._together.join(part.controller)
         self._registry[run] = {"start_id": start_id, "spec": spec.to_jsonable()}

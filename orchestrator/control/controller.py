@@ -29,6 +29,7 @@ from orchestrator.control.orders import (
     OverrideReport,
     Report,
     Resumption,
+    Retry,
     SlotHello,
     SlotOrder,
     StopMode,
@@ -39,7 +40,7 @@ from orchestrator.control.trust import Allowance
 from orchestrator.control.world import SlotState, Trial, TrialState
 from orchestrator.hung import Process
 from orchestrator.policies.invariants import check
-from orchestrator.policies.plan import Generation, Plan, TrialId, changed_dials
+from orchestrator.policies.plan import Plan, TrialId
 from orchestrator.policies.snapshot import Snapshot
 from orchestrator.requests import Request
 from orchestrator.telemetry.record import unpack
@@ -76,12 +77,11 @@ class Controller:
         self._allowance = Allowance()
         self._last_refusal = ""
 
-    def begin(self, start_id: str, *, retries_all: bool = False) -> None:
+    def begin(self, start_id: str, retry: Retry = Retry.OUTSIDE) -> None:
         """Write the head of a new journal, or take up what an existing one says.
 
         A `start_id` that the journal knows means that only the actor was restarted; otherwise the whole run is started
-        anew: the worker groups of the journal are gone, and trials that failed for reasons outside of them (with
-        `retries_all` every one that failed) are tried again.
+        anew: the worker groups of the journal are gone, and failed trials are tried again as `retry` says.
         """
         spec = self.run.spec
         if not self.engine.recover():
@@ -89,7 +89,7 @@ class Controller:
             self.engine.emit(head)
         else:
             is_new = start_id not in self.run.start_ids
-            again = departures.retried(self.run, is_every_one=retries_all) if is_new else []
+            again = departures.retried(self.run, retry) if is_new else []
             here = ev.Recovered(start_id=start_id, are_workers_gone=is_new, schema=ev.SCHEMA_VERSION)
             self.engine.emit(here, *again)
         self.engine.sync()
@@ -422,26 +422,10 @@ class Controller:
                 self.engine.emit(ev.DialsDeclared(trial_id=trial.trial_id, **values))
 
     def _take_ack(self, trial: Trial, ack: Ack) -> None:
-        account = trial.account
-        granted = None if account is None else next((g for g in account.offers if g.generation == ack.generation), None)
-        if account is None or granted is None:
-            return
-        before, now_s = account.settings, self.engine.now_s
-        arrival = resizing.arrived(self.run, trial, now_s) if before is None else None
-        dials = ("workers",) if arrival is not None else ()
-        committed_s = self.run.committed_at_s.get(ack.generation, ack.applied_s)
-        acknowledged = ev.Acknowledged(
-            generation=Generation(ack.generation),
-            trial_id=trial.trial_id,
-            attempt=trial.attempt,
-            step=ack.step,
-            settings=ack.settings,
-            ack_s=max(0.0, ack.applied_s - committed_s),
-            switch_s=ack.switch_s,
-            dials=dials if before is None else changed_dials(before, granted.settings),
-        )
-        self.engine.emit(*_listed(arrival), acknowledged)
-        self.offer()
+        events = decisions.acknowledged(self.run, trial, ack, self.engine.now_s)
+        if events:
+            self.engine.emit(*events)
+            self.offer()
 
     def _take_override(self, trial: Trial, report: OverrideReport) -> None:
         values = {each.name: getattr(report, each.name) for each in fields(report)}

@@ -11,13 +11,13 @@ import dataclasses
 from dataclasses import replace
 
 from orchestrator.control import grants, moves
-from orchestrator.control.events import SPARE_REASON, Event, GainRealised, Offered, PlanCommitted
+from orchestrator.control.events import SPARE_REASON, Acknowledged, Event, GainRealised, Offered, PlanCommitted
 from orchestrator.control.gain import Measurement, Pace, efficiency_of, settled
 from orchestrator.control.memory import memory_fields
 from orchestrator.control.node_views import node_type_views, waiting_views
-from orchestrator.control.orders import Note
+from orchestrator.control.orders import Ack, Note
 from orchestrator.control.ranking import Outlook
-from orchestrator.control.resizing import limits_now
+from orchestrator.control.resizing import arrived, limits_now
 from orchestrator.control.signals import CheckMade, FitAdvanced, MeasurementBegan, TrialNoted
 from orchestrator.control.trust import Trust, judged
 from orchestrator.control.world import Run, Trial, World
@@ -266,3 +266,25 @@ def _words(pace: Pace) -> dict[str, float]:
 
 def _efficiency(view: TrialView, settings: Settings) -> float:
     return efficiency_of(view.fit, view.start.global_batch, settings.global_batch)
+
+
+def acknowledged(run: Run, trial: Trial, ack: Ack, now_s: float) -> list[Event]:
+    """A trial has applied what it was offered; nothing where that was not."""
+    account = trial.account
+    granted = None if account is None else next((g for g in account.offers if g.generation == ack.generation), None)
+    if account is None or granted is None:
+        return []
+    before = account.settings
+    arrival = arrived(run, trial, now_s) if before is None else None
+    dials = ("workers",) if arrival is not None else ()
+    entry = Acknowledged(
+        generation=Generation(ack.generation),
+        trial_id=trial.trial_id,
+        attempt=trial.attempt,
+        step=ack.step,
+        settings=ack.settings,
+        ack_s=max(0.0, ack.applied_s - run.committed_at_s.get(ack.generation, ack.applied_s)),
+        switch_s=ack.switch_s,
+        dials=dials if before is None else changed_dials(before, granted.settings),
+    )
+    return [entry] if arrival is None else [arrival, entry]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from orchestrator.control.events import Event, TrialEnded, TrialPaused, TrialRequeued, TrialToldToStop
 from orchestrator.control.fault_events import TrialRetried
-from orchestrator.control.orders import Cause, Outcome, Status, StopMode
+from orchestrator.control.orders import Cause, Outcome, Retry, Status, StopMode
 from orchestrator.control.world import Run, Slot, Trial, TrialState
 from orchestrator.policies.plan import Settings, can_split, on_ranks
 
@@ -34,8 +34,10 @@ def failed(trial: Trial, reason: str) -> Event:
     return _ended(trial, TrialState.FAILED, reason, cause=Cause.NO_SLOT)
 
 
-def retried(run: Run, *, is_every_one: bool) -> list[Event]:
-    """Trials that failed for a reason outside of them go on when the run does; with `is_every_one` all that failed."""
+def retried(run: Run, retry: Retry) -> list[Event]:
+    """Trials that had failed and go on when the run does."""
+    if retry is Retry.NONE:
+        return []
     return [
         TrialRetried(
             run_id=run.spec.run_id,
@@ -46,7 +48,7 @@ def retried(run: Run, *, is_every_one: bool) -> list[Event]:
             reason=trial.reason,
         )
         for trial in run.trials.values()
-        if trial.state is TrialState.FAILED and (is_every_one or trial.cause is not Cause.OWN)
+        if trial.state is TrialState.FAILED and (retry is Retry.ALL or trial.cause is not Cause.OWN)
     ]
 
 

@@ -1,8 +1,7 @@
 """Every entry of the journal as one frozen, typed class: with `fault_events` the only place where its words stand.
 
 An event says what happened, in the past tense, with all that is needed to repeat it. The controller writes events, and
-`recovery`, `verify`, `explain`, the tables and the simulator's replay read the same classes. Knows nothing of files and
-nothing of what an event changes.
+`recovery`, `verify`, `explain`, the tables and the simulator's replay read the same classes. Knows of no files.
 """
 
 from __future__ import annotations

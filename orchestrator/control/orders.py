@@ -290,6 +290,14 @@ class Cause(StrEnum):
     NO_SLOT = "no slot"  # none opened
 
 
+class Retry(StrEnum):
+    """Which failed trials are tried again when a run is started anew."""
+
+    NONE = "none"  # the search is the user's own, and says so itself
+    OUTSIDE = "outside"  # those that failed for a reason outside of them
+    ALL = "all"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fallback:
     """An attempt went on from the commit of `step`, because the one it was given is damaged."""

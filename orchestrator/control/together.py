@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from orchestrator.control import events as ev
 from orchestrator.control.controller import Controller
@@ -22,6 +23,18 @@ from orchestrator.policies.plan import Plan
 from orchestrator.policies.snapshot import Quota, Snapshot
 
 logger = logging.getLogger(__name__)
+
+
+class Cluster(Protocol):
+    """Who decides where several runs share a policy."""
+
+    async def decide(self, *, is_urgent: bool) -> None:
+        """Decide for all of them; not again so soon where nothing is urgent."""
+        ...
+
+    async def offer(self) -> None:
+        """Something was given back: offer it to whoever waits for it, in whichever run."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

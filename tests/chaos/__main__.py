@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.chaos.injections import INJECTIONS
 from tests.chaos.real import Results, disturbed, undisturbed
 from tests.chaos.simulated import KINDS, simulate
@@ -79,7 +81,7 @@ def play(schedule: Schedule, place: Path, wanted: Results) -> dict[str, Any]:
             violations = [*violations, "no fault has struck"]
     except PermissionError as error:
         fault, violations, facts = "", [], {"skipped": str(error)}
-    except Exception as error:  # the schedule is judged, and the others are played
+    except (Exception, pytest.fail.Exception) as error:  # the schedule is judged, and the others are played
         fault, violations = "", [f"{type(error).__name__}: {error}", traceback.format_exc(limit=-4)]
     took_s = round(time.monotonic() - began_s, 2)
     values = {"seed": schedule.seed, "what": schedule.what, "kind": schedule.kind, "fault": fault}

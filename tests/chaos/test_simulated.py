@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from orchestrator.control import transition
+from orchestrator.control.engine import Engine
+from orchestrator.control.events import Event, Reported
+from orchestrator.control.world import Trial, World
+from orchestrator.errors import JournalError
 from tests.chaos.__main__ import Schedule, part_of, played, schedules
 from tests.chaos.simulated import KINDS, simulate
 
@@ -42,3 +49,45 @@ def test_what_was_played_is_not_played_again_and_a_torn_line_is(tmp_path: Path) 
     (tmp_path / "results.jsonl").write_text(line + "\n" + line[:20])
     assert played(tmp_path / "results.jsonl") == {Schedule(1, "simulated", "zombie")}
     assert played(tmp_path / "none.jsonl") == set()
+
+
+def _no_fence(patch: pytest.MonkeyPatch) -> None:
+    def attempt_in(self: World, slot_id: str, _epoch: int, _attempt: object) -> Trial | None:
+        slot = self.slots.get(slot_id)
+        return None if slot is None else self.trial_in(slot)
+
+    patch.setattr(World, "attempt_in", attempt_in)
+
+
+def _no_number(patch: pytest.MonkeyPatch) -> None:
+    """Reports are taken as often as they come."""
+    rule = transition._RULES[Reported]
+    patch.setitem(transition._RULES, Reported, (lambda _world, _run, _event: None, rule[1]))
+
+
+def _no_order(patch: pytest.MonkeyPatch) -> None:
+    """What is told takes effect although its entry was refused."""
+    plain = Engine._append
+
+    def append(self: Engine, events: list[Event]) -> None:
+        with suppress(JournalError):
+            plain(self, events)
+
+    patch.setattr(Engine, "_append", append)
+
+
+@pytest.mark.parametrize(
+    ("remove", "kind"), [(_no_fence, "zombie"), (_no_number, "told twice"), (_no_order, "journal: refused")]
+)
+def test_a_guard_that_is_removed_is_missed(
+    tmp_path: Path, remove: Callable[[pytest.MonkeyPatch], None], kind: str
+) -> None:
+    def is_red(seed: int) -> bool:
+        try:
+            return bool(simulate(tmp_path / str(seed), kind, seed)[1])
+        except (Exception, pytest.fail.Exception):
+            return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        remove(patch)
+        assert any(is_red(seed) for seed in range(4))

@@ -19,8 +19,10 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from orchestrator.control.orders import Grant
+from orchestrator.errors import OutOfMemoryError
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.snapshot import DialLimits
+from orchestrator.train.batch.guard import is_out_of_memory
 from orchestrator.train.dials.dial import held_still
 
 NO_LOADER = "no DataLoader"
@@ -228,6 +230,18 @@ class LoaderBatch:
         """Samples in the next batch, as far as the sampler says."""
         sampler = None if self._seen is None else self._seen.sampler
         return self.own.micro_batch if sampler is None or self.why_off else sampler.batch_size
+
+    def judge(self, error: Exception, settings: Settings) -> None:
+        """Memory that ran out with a larger batch than the function's own is no fault of the function.
+
+        Raises:
+            OutOfMemoryError: it shall begin again with its own batch.
+        """
+        own, now = self.own, self.now
+        if is_out_of_memory(error) and now > own.micro_batch:
+            text = f"with a batch of {now}, where its own is {own.micro_batch}: {error}"
+            settings = replace(settings, micro_batch=own.micro_batch, grad_accum=own.grad_accum)
+            raise OutOfMemoryError(text, settings=settings) from error
 
     def hold(self, why: str) -> None:
         """The batch must not change in this training, for a reason that its library gives."""

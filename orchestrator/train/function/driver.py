@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from orchestrator.control.orders import Outcome, SlotOrder, Status, StopMode
-from orchestrator.errors import FunctionError, OutOfMemoryError, TierError
+from orchestrator.errors import FunctionError, TierError
 from orchestrator.policies.plan import Settings
 from orchestrator.policies.tier import Tier
 from orchestrator.share.mechanism import ShareMechanism
 from orchestrator.train.attempt import Attempt
-from orchestrator.train.batch.guard import Move, is_out_of_memory
+from orchestrator.train.batch.guard import Move
 from orchestrator.train.batch.learning_rate import scaled
 from orchestrator.train.batch.memory import MemoryMeter
 from orchestrator.train.boundary import Boundary
@@ -123,7 +123,7 @@ class FunctionDriver:
                 raise TierError(str(spoilt)) from None
             except Exception as error:
                 if not self._is_leaving:
-                    self._refuse_batch(error)
+                    self._batch.judge(error, self._settings)
                     self._blame.judge(error)
                 logger.info("the function raised while it was leaving", exc_info=error)
             if attempt.is_told_to_leave:
@@ -152,18 +152,6 @@ class FunctionDriver:
         self._clock.begin()
         self._function()
         self.offers.settle()
-
-    def _refuse_batch(self, error: Exception) -> None:
-        """Memory that ran out with a larger batch than the function's own is no fault of the function.
-
-        Raises:
-            OutOfMemoryError: it shall begin again with its own batch.
-        """
-        own, now = self._batch.own, self._batch.now
-        if is_out_of_memory(error) and now > own.micro_batch:
-            text = f"with a batch of {now}, where its own is {own.micro_batch}: {error}"
-            settings = replace(self._settings, micro_batch=own.micro_batch, grad_accum=own.grad_accum)
-            raise OutOfMemoryError(text, settings=settings) from error
 
     # What an attempt asks of its driver.
 
@@ -254,11 +242,7 @@ class FunctionDriver:
         self._watched = Watched(model, given, self._precision, self)
         if self._commits.watched is not None:
             self._watched.load(self._commits.watched)
-            logger.info(
-                "the watched model goes on from step %d, behind %d reports",
-                self._step,
-                self.attempt.num_reports,
-            )
+            logger.info("the watched model goes on from step %d and report %d", self._step, self.attempt.num_reports)
         self._guard.watch(self._watched)
         self.attempt.tell_dials(self)
 
@@ -413,18 +397,14 @@ class FunctionDriver:
 
     # Reports and checkpoints.
 
-    def _place(self, num_reports: int) -> dict[str, Any]:
-        """Where the function stands, for a later attempt."""
-        place = {"step": self._step, "position": self._position, "num_reports": num_reports}
-        return {**place, "guard": self._guard.state()}
-
     def _commit(self, checkpoint: Path | None) -> Path | None:
         """Keep what a report brought, once there is room; None where there is nothing to keep.
 
         Raises:
             Leave: the search has no further use for the trial, said while it waited for room.
         """
-        attempt, place = self.attempt, self._place(self.attempt.num_reports + 1)
+        attempt, number = self.attempt, self.attempt.num_reports + 1
+        place = {"step": self._step, "position": self._position, "num_reports": number, "guard": self._guard.state()}
         path = attempt.when_room(lambda: self._commits.commit(checkpoint, self._watched, place), self)
         if path is None and attempt.order.stop is StopMode.DISCARD:
             self._is_leaving = True

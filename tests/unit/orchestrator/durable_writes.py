@@ -50,7 +50,7 @@ _add(
     "orchestrator/control/resumption.py:keep_commit",
     "orchestrator/driver.py:single_driver",
     "orchestrator/train/checkpoint.py:_write_parts",
-    "orchestrator/train/checkpoint.py:commit_files",
+    "orchestrator/train/function/commits.py:write",
     "orchestrator/train/function/workplace.py:_opened",
 )
 _add(When.KEEPS, "orchestrator/telemetry/segment.py:_open", "orchestrator/telemetry/store.py:_compact_one")
@@ -71,9 +71,11 @@ _add(
     When.SAYS,
     "orchestrator/api.py:_job_of",
     "orchestrator/api.py:run_file_of",
-    "orchestrator/beginning.py:_ship_function",
+    "orchestrator/beginning.py:_ship_functions",
     "orchestrator/cluster.py:_in_one_message",
     "orchestrator/commands/files.py:init",
+    "orchestrator/commands/own_training.py:write_training",
+    "orchestrator/control/cluster_actor.py:__init__",
     "orchestrator/control/repair.py:repair",
     "orchestrator/leftovers.py:make_home",
     "orchestrator/train/export.py:_write_function",
@@ -140,6 +142,7 @@ def _is_write(call: ast.Call) -> bool:
 def full_at(*functions: str, times: int = 1 << 30) -> Iterator[list[str]]:
     """Make writes within functions of those names fail as on a full disk, so many times; what failed is in the list."""
     failed: list[str] = []
+    open_ = Path.open
 
     def strikes() -> bool:
         frame = sys._getframe(2)
@@ -156,7 +159,9 @@ def full_at(*functions: str, times: int = 1 << 30) -> Iterator[list[str]]:
 
     def failing(plain: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
-            if strikes():
+            mode = str(options.get("mode", "".join(map(str, arguments[1:2]))))
+            needs_no_room = plain is open_ and not set(mode) & set("wax")  # reading, and writing over what is there
+            if not needs_no_room and strikes():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return plain(*arguments, **options)
 
@@ -168,6 +173,7 @@ def full_at(*functions: str, times: int = 1 << 30) -> Iterator[list[str]]:
             (os, "fsync"),
             (Path, "write_text"),
             (Path, "write_bytes"),
+            (Path, "open"),
         ):
             patch.setattr(module, name, failing(getattr(module, name)))
         yield failed

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator import beginning, room
+from orchestrator import beginning, evidence, room
 from orchestrator.config import load_config
 from orchestrator.control.fault_events import CommitDamaged
 from orchestrator.control.orders import Cause, Events, Note, Outcome, SlotOrder, Status, StopMode
@@ -23,13 +23,15 @@ from orchestrator.control.world import TrialState
 from orchestrator.errors import JournalError, NoRoomError, UnfitEnvironmentError
 from orchestrator.jobs import build_job
 from orchestrator.policies.plan import TrialId
-from orchestrator.run_dirs import read_status
+from orchestrator.run_dirs import mark_ended, read_status
 from orchestrator.telemetry.record import STEP_DTYPE
 from orchestrator.telemetry.store import TelemetryWriter, read_table
 from orchestrator.telemetry.tables import TableKind
+from orchestrator.train import best, checkpoint
 from orchestrator.train.function import commits
 from orchestrator.train.function.workplace import logged_to
 from orchestrator.train.isolation import seed_generators
+from orchestrator.train.precision.calibrate import CostFile
 from tests.unit.orchestrator.control.worlds import World
 from tests.unit.orchestrator.durable_writes import SITES, When, found, full_at
 from tests.unit.orchestrator.train.links import Script, loop, order
@@ -66,6 +68,14 @@ def test_a_commit_waits_for_room_and_the_trial_goes_on_to_the_same_result(tmp_pa
     assert "no room" in waited.notes[0].text
     assert waited.notes[-1] == Note(kind="room", text="")
     assert [path.name for path in sorted((tmp_path / "b" / "checkpoints").glob("step-*"))] == ["step-10", "step-20"]
+
+
+def test_where_one_rank_has_no_room_all_of_them_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that went on alone would wait in the next collective for ever."""
+    told = [(None, "mine"), (("no room on the disk", True), None)]
+    monkeypatch.setattr(checkpoint._Ranks, "gather", lambda _self, _value: told)
+    with pytest.raises(NoRoomError, match="cannot write it: rank 1: no room on the disk"):
+        checkpoint._Ranks(0, 2, None).agree("cannot write it", None, "mine")
 
 
 def test_a_trial_that_waits_for_room_leaves_when_the_search_has_no_further_use_for_it(
@@ -204,6 +214,26 @@ def test_a_run_that_cannot_be_made_on_a_full_disk_says_so_and_leaves_nothing(tmp
         with pytest.raises(UnfitEnvironmentError, match="no room on the disk"):
             beginning.make_run_dir(resolved)
     assert not resolved.run_dir.exists()
+
+
+def test_what_a_run_can_do_without_is_left_out(tmp_path: Path) -> None:
+    world = World(tmp_path / "r")
+    world.controller.submit(T0, {"lr": 0.1})
+    world.perform()
+    with full_at("save") as failed:
+        assert not world.controller.engine.rotate(0)
+    with full_at("write_atomically") as unwritten:
+        evidence.record_or_not(world.run_dir)
+        assert not best.note(tmp_path, best.Best(commit="step-1", step=1, metric="x", value=1.0), "min")
+        write_file(world.run_dir, {"state": "running"})
+        mark_ended(world.run_dir, "failed")
+    tier_costs = CostFile.of(tmp_path, "key")
+    with full_at("store") as uncalibrated:
+        tier_costs.store("key", {})
+    assert failed
+    assert len(unwritten) == 3
+    assert uncalibrated
+    assert world.controller.engine.rotate(0)
 
 
 def test_a_run_that_begins_on_a_full_disk_says_so_once_and_waits(tmp_path: Path) -> None:

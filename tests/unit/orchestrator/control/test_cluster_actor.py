@@ -195,11 +195,11 @@ def test_a_run_that_nobody_calls_for_any_more_is_let_go(
     from orchestrator.control import cluster_actor
 
     monkeypatch.setattr(cluster_actor, "_LOOK_S", 0.01)
-    monkeypatch.setattr(cluster_actor, "_SILENT_S", 0.0)
 
     async def story() -> int:
         actor = ClusterActor(cluster_spec(tmp_path))
         await begin(actor, run_of(tmp_path, "one"))
+        monkeypatch.setattr(cluster_actor, "_SILENT_S", 0.0)
         for _ in range(200):
             if not (await actor.queue())["runs"]:
                 break

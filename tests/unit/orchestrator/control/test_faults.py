@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.control.fault_events import CommitDamaged
 from orchestrator.control.journal import read_history
-from orchestrator.control.orders import Cause, Events, Fallback, Outcome, Status
+from orchestrator.control.orders import Cause, Events, Fallback, Outcome, Retry, Status
 from orchestrator.control.world import TrialState
 from orchestrator.driver import require_retries
 from orchestrator.errors import ConfigError
@@ -90,9 +90,18 @@ def test_with_retry_failed_every_trial_goes_on_and_behind_damage_from_its_beginn
     world.close()
     world.start_id = "s2"
     world.controller = type(world.controller)(world.spec, world.clock, incarnation="i")
-    world.controller.begin(world.start_id, retries_all=True)
+    world.controller.begin(world.start_id, Retry.ALL)
     assert [world.trial(each).state for each in (T0, T1)] == [TrialState.QUEUED] * 2
     assert [world.trial(each).checkpoint for each in (T0, T1)] == [None, "/c/0"]
+
+
+def test_a_search_of_the_user_s_own_says_itself_what_is_tried_again(tmp_path: Path) -> None:
+    world, workers = started(tmp_path)
+    fail(workers[0], Cause.DEVICE, "the GPU failed")
+    world.close()
+    world.controller = type(world.controller)(world.spec, world.clock, incarnation="i")
+    world.controller.begin("s2", Retry.NONE)
+    assert world.trial(T0).state is TrialState.FAILED
 
 
 def test_slots_that_died_under_a_trial_too_often_are_a_reason_from_outside(tmp_path: Path) -> None:
