@@ -7,6 +7,7 @@ it does not answer: Ray starts it again from its journal.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.control.silence import Silent
 from orchestrator.hung import Process, end, examine, verdict
 from orchestrator.room import has_room
+from orchestrator.tune.admission import PIN_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,16 @@ class SilenceWatcher:
         self._is_over = threading.Event()
         self._actor_pid, self._heard_s = 0, now_s()
         self._told: set[tuple[str, int, str, int, int]] = set()
-        self._node_id = ""
+        self._node_id = self._actor_node_id = ""
         self._thread = threading.Thread(target=self._watch, name="silence", daemon=True)
 
     def start(self) -> None:
         """Begin to look."""
         self._node_id = ray.get_runtime_context().get_node_id()
+        heads = [
+            node["NodeID"] for node in ray.nodes() if node["Alive"] and PIN_HEAD.keys() <= node["Resources"].keys()
+        ]
+        self._actor_node_id = heads[0] if heads else self._node_id
         self._thread.start()
 
     def stop(self) -> None:
@@ -73,7 +79,8 @@ class SilenceWatcher:
             try:
                 self._actor_pid, silent = ray.get(self._policy.silent.remote(), timeout=ANSWER_S)
             except GetTimeoutError:
-                self.look_at_actor()
+                with contextlib.suppress(RayError):  # its node does not answer, either
+                    self.look_at_actor()
                 continue
             except RayError as error:  # it is being restarted
                 logger.debug("the policy actor is away: %s", error)
@@ -89,7 +96,9 @@ class SilenceWatcher:
     def look_at_actor(self) -> None:
         """The actor did not answer: end its process where that is stopped, or has been silent for long."""
         silent_s = self._now_s() - self._heard_s
-        found = examine(self._actor_pid, None) if self._actor_pid else Process(state="unknown")
+        found = Process(state="unknown")
+        if self._actor_pid:
+            found = self._on(self._actor_node_id, examine, self._actor_pid, None)
         limit_s = STOPPED_S if found.is_stopped else SILENT_S
         if silent_s < limit_s or found.state in {"unknown", "gone"} or not has_room(self._run_dir):
             return
@@ -99,7 +108,7 @@ class SilenceWatcher:
             found.state,
             silent_s,
         )
-        end(self._actor_pid)
+        self._on(self._actor_node_id, end, self._actor_pid)
         self._heard_s = self._now_s()
 
     def _look_at(self, silent: Silent) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from orchestrator import beginning, evidence, room
 from orchestrator.config import load_config
@@ -29,12 +31,14 @@ from orchestrator.telemetry.store import TelemetryWriter, read_table
 from orchestrator.telemetry.tables import TableKind
 from orchestrator.train import best, checkpoint
 from orchestrator.train.function import commits
+from orchestrator.train.function.autocast import Autocast
+from orchestrator.train.function.watched import Watched
 from orchestrator.train.function.workplace import logged_to
 from orchestrator.train.isolation import seed_generators
 from orchestrator.train.precision.calibrate import CostFile
 from tests.unit.orchestrator.control.worlds import World
 from tests.unit.orchestrator.durable_writes import SITES, When, found, full_at
-from tests.unit.orchestrator.train.links import Script, loop, order
+from tests.unit.orchestrator.train.links import Script, loop, order, settings
 
 T0 = TrialId("t0")
 
@@ -99,6 +103,26 @@ def test_a_commit_of_a_function_waits_too(tmp_path: Path) -> None:
         commits.commit(tmp_path / "checkpoints", tmp_path / "state", {"step": 3})
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert commits.commit(tmp_path / "checkpoints", tmp_path / "state", {"step": 3}).is_dir()
+
+
+def test_a_commit_of_a_watched_model_waits_where_torch_hides_that_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standing: Any = None
+    seen = Watched(nn.Linear(4, 2), None, Autocast(torch.device("cpu"), settings()), standing)
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    needed: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", full)
+        patch.setattr(checkpoint, "has_room", lambda _path, needed_bytes: needed.append(needed_bytes) is not None)
+        with pytest.raises(NoRoomError, match="no room on the disk"):
+            commits.commit(tmp_path / "checkpoints", None, {"step": 3}, seen)
+    assert needed == [40], "the bytes of its parameters"
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert commits.commit(tmp_path / "checkpoints", None, {"step": 3}, seen).is_dir()
 
 
 def test_a_commit_that_a_search_wants_to_keep_is_asked_for_again(

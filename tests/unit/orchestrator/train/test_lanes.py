@@ -122,9 +122,27 @@ def test_a_trial_that_raises_ends_alone(tmp_path: Path) -> None:
     serve(scripts)
     assert scripts[1].outcome is not None
     assert scripts[1].outcome.status is Status.FAILED
-    assert "CheckpointError" in scripts[1].outcome.reason
+    assert "DamagedError" in scripts[1].outcome.reason
     for index in (0, 2):
         assert metrics(scripts[index]) == pytest.approx(metrics(alone(tmp_path / "alone", index)), rel=1e-5)
+
+
+def test_each_step_of_the_process_is_a_sign_of_life_of_all_its_lanes(tmp_path: Path) -> None:
+    scripts = [LaneScript(first_order(tmp_path, index)) for index in (0, 1, 3)]  # two as one, and one alone
+    seen: list[list[int | None]] = []
+
+    def look(now: SlotOrder) -> SlotOrder:
+        beats = [script.outbox.take().beat for script in scripts]
+        seen.append([None if beat is None else beat.number for beat in beats])
+        return now
+
+    for number in (4, 12, 20):
+        scripts[0].at(number, look)
+    serve(scripts)
+    first, second, third = seen
+    assert all(number is not None and number == numbers[0] for numbers in seen for number in numbers)
+    assert (first[0] or 0) < (second[0] or 0) < (third[0] or 0)
+    assert [script.outbox.take().beat for script in scripts] == [None, None, None], "there is no trial any more"
 
 
 def test_a_turn_of_batch_or_tier_takes_a_trial_into_another_bundle(tmp_path: Path) -> None:
