@@ -115,9 +115,14 @@ def test_a_commit_of_a_watched_model_waits_where_torch_hides_that_the_disk_is_fu
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     needed: list[int] = []
+
+    def has_room(_path: Path, needed_bytes: int) -> bool:
+        needed.append(needed_bytes)
+        return False
+
     with monkeypatch.context() as patch:
         patch.setattr("torch.save", full)
-        patch.setattr(checkpoint, "has_room", lambda _path, needed_bytes: needed.append(needed_bytes) is not None)
+        patch.setattr(checkpoint, "has_room", has_room)
         with pytest.raises(NoRoomError, match="no room on the disk"):
             commits.commit(tmp_path / "checkpoints", None, {"step": 3}, seen)
     assert needed == [40], "the bytes of its parameters"
