@@ -183,6 +183,8 @@ class PrecisionWatch:
     def before_step(self) -> Move | None:
         """At a boundary: probe if it is time to, or calibrate; the move that follows."""
         move = None
+        if self.is_due:
+            self._ranges.end()  # where steps are told of late, one may still be counted: not its layers in other tiers
         if self._is_probe_due:
             move = self._probe()
         elif self._is_piece_due:
@@ -224,6 +226,7 @@ class PrecisionWatch:
         self.guard.forget_losses(is_same_batch=before.global_batch == self._turned_from.global_batch)
         self._busy.clear()
         if before.tier is not self._turned_from.tier:
+            self._ranges.end()  # layers that were to be counted in the next step are in another tier by then
             self._next_count = self._num_steps  # the first step in a new tier is counted; that costs, so no other is
         self.close()  # what is still on its way was seen in the tier before
 

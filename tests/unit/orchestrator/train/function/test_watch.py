@@ -222,6 +222,14 @@ def test_linear_layers_compute_in_tiers_of_their_own_and_are_plain_again(tmp_pat
     assert script.dials[-1].limits.tiers == (Tier.FP32, tier)
 
 
+@pytest.mark.parametrize("back_at", range(34, 39))
+def test_a_tier_may_be_left_at_the_boundary_at_which_its_range_would_be_counted(tmp_path: Path, back_at: int) -> None:
+    order = watched_order(tmp_path, tiers=(Tier.FP32, Tier.INT8))
+    back = lambda now: replace(now, grant=grant(3, micro_batch=BATCH))  # noqa: E731
+    _, outcome = drive(order, Training(epochs=3), (10, in_tier(Tier.INT8)), (back_at, back))
+    assert outcome.status is Status.DONE
+
+
 def test_without_the_line_only_autocasts_tiers_are_allowed(tmp_path: Path) -> None:
     order = watched_order(tmp_path, tiers=(Tier.FP32, Tier.BF16, Tier.FP8, Tier.INT8, COARSE))
     script, _ = drive(order, Training(watches=False, epochs=1))

@@ -167,6 +167,20 @@ def test_a_tier_in_which_everything_vanishes_is_left_after_one_step(tmp_path: Pa
     assert sum(hooks) == 0, "steps that are not counted pay nothing"
 
 
+@pytest.mark.parametrize("other", [Tier.FP32, Tier.BF16])
+def test_a_tier_may_be_left_between_the_decision_to_count_its_range_and_the_step(tmp_path: Path, other: Tier) -> None:
+    stepper = stepper_of(tmp_path)
+    watch = watch_of(stepper, ladder=(Tier.FP32, Tier.BF16, Tier.INT8))
+    watch.begin()
+    stepper.turn(grant_tier(stepper, Tier.INT8))
+    watch.turned()
+    watch.before_step()
+    stepper.turn(grant_tier(stepper, other))  # by an order that came at that boundary
+    watch.turned()
+    stepper.step()
+    assert sum(len(layer._forward_hooks) for layer in stepper.model.modules()) == 0
+
+
 def test_counting_what_falls_out_of_range_changes_no_step(tmp_path: Path) -> None:
     for word in ("int8", "fp8", "fp16", "fixed(8,16)"):
         plain, counted = stepper_of(tmp_path), stepper_of(tmp_path)
