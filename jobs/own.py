@@ -78,7 +78,7 @@ def load(job: str) -> Callable[..., Any]:
         UserCodeError: it is not there, cannot be called, or its module raises when it is imported.
     """
     path = JobKey.of(job).path
-    found = _loaded(path)
+    found: Callable[..., Any] = _loaded(path)
     if not callable(found):
         raise UserCodeError(
             f"{path!r} is {_a(type(found).__name__)}; allowed: a function, or a class with the parts of a training"
