@@ -69,7 +69,8 @@ def tune_torch(folder: Path, num_trials: int) -> dict[str, Any]:
     """Ray Tune with a function that builds a `TorchTrainer` of one worker, as the documentation of both says."""
     from ray import tune
 
-    return _tuned(tune.with_resources(_torch_trial, {"cpu": 0.01}), folder, num_trials, {"folder": str(folder)})
+    outside = {"node:__internal_head__": 0.001}  # its worker is what needs a core
+    return _tuned(tune.with_resources(_torch_trial, outside), folder, num_trials, {"folder": str(folder)})
 
 
 def _torch_trial(config: dict[str, Any]) -> None:
