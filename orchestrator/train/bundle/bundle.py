@@ -301,7 +301,7 @@ class Bundle:
         if self._reader is not None:
             torch.cuda.current_stream().wait_stream(self._reader)
             for part in (part for batches in read.values() for part in batches):
-                part.record_stream(torch.cuda.current_stream())  # type: ignore[no-untyped-call]
+                part.record_stream(torch.cuda.current_stream())
         for row, source in enumerate(sources):
             for held, part in zip(self._batches, read[source], strict=True):
                 held[: len(part), row].copy_(part)
