@@ -66,7 +66,7 @@ def test_many_steps_in_a_row_read_ahead_and_are_those_steps() -> None:
     whole = Bundle(members, forward_of(members[0]), recorder=CudaRecorder())
     found = []
     while members[0].stepper.step_index < 400:
-        found += whole.advance(1000, target_s=0.02)[0]
+        found += whole.advance(1000, target_s=1.0)[0]
     wanted = alone(stepper(jobs[0], seed=0, ranks=ranks()), members[0].stepper.step_index)
     assert max(result.num_steps for result in found) > 8
     for result in found:

@@ -20,6 +20,7 @@ from orchestrator.policies.tier import Tier
 from orchestrator.train.batch.meter import PairPart
 from orchestrator.train.bundle.draws import Draws
 from orchestrator.train.bundle.forward import Batch, Forward, without_gradients_of
+from orchestrator.train.bundle.kind import numbers_now
 from orchestrator.train.bundle.member import Ahead, Member, Outcomes
 from orchestrator.train.bundle.pairs import Pairs
 from orchestrator.train.bundle.stacked import Stacked, uneven_steps
@@ -239,10 +240,12 @@ class Bundle:
         tolerance = _TOLERANCE[self._tier]
         for row in range(first_new, len(self.members)):
             stepper = self.members[row].stepper
-            params = dict(stepper.model.named_parameters())
+            params, numbers = dict(stepper.model.named_parameters()), numbers_now(stepper)
             with without_gradients_of(stepper.model):
                 loss = self._forward.alone(stepper.job, stepper.model, tuple(looked[row]))
                 alone = torch.autograd.grad(loss, [params[name] for name in self._values], allow_unused=True)
+            if numbers_now(stepper) != numbers:
+                raise StackingError("its loss changes attributes of the training or of a layer", row)
             if any(grad is None for grad in alone):
                 raise StackingError("not all of its parameters have a gradient", row)
             loss = loss.detach()

@@ -107,8 +107,9 @@ class Company:
     def note_alone(self, name: Name, seconds: float) -> None:
         """A trial has stepped alone."""
         _, kind = self._kinds.get(name, (None, None))
-        if kind is not None:
-            self._alone_s.setdefault(kind, []).append(seconds)
+        known = self._alone_s.setdefault(kind, []) if kind is not None else []
+        if len(known) < _MEASURED:
+            known.append(seconds)
 
     def _judge(self, kind: Hashable, group: _Group) -> None:
         """Let go of a kind of bundle whose steps take longer than those of its trials one after the other."""

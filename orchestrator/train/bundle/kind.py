@@ -59,6 +59,13 @@ def kind_of(stepper: Stepper) -> Hashable:
     return type(stepper.job.own), type(optimizer), groups, params, layers, dials
 
 
+def numbers_now(stepper: Stepper) -> Hashable:
+    """Plain attributes of the training and of all layers: a loss that changes any counts something by itself."""
+    own = getattr(stepper.job.own, "__dict__", {})
+    counted = tuple((name, value) for name, value in sorted(own.items()) if isinstance(value, _PLAIN))
+    return counted, tuple(_numbers_of(module) for module in stepper.model.modules())
+
+
 def _why_not_updated(stepper: Stepper) -> str:
     members = stepper.optimizers.members
     if len(members) > 1 or type(members[0]) not in _OPTIMIZERS:

@@ -222,7 +222,7 @@ def test_a_bundle_that_is_slower_than_its_trials_alone_is_given_up(
 
 def test_one_that_steps_alone_gets_as_much_time_as_a_bundle(tmp_path: Path) -> None:
     scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in (0, 1, 3)]
-    serve(scripts, company=Company(target_s=0.05))
+    serve(scripts, company=Company(target_s=10.0))
     lone = scripts[2].records
     rounds = scripts[0].records
     assert len(rounds) < 20
@@ -232,7 +232,7 @@ def test_one_that_steps_alone_gets_as_much_time_as_a_bundle(tmp_path: Path) -> N
 
 def test_many_short_steps_are_told_of_in_one_record(tmp_path: Path) -> None:
     scripts = [LaneScript(first_order(tmp_path / "lanes", index)) for index in range(3)]
-    serve(scripts, company=Company(target_s=0.05))
+    serve(scripts, company=Company(target_s=10.0))
     for index, script in enumerate(scripts):
         wanted = alone(tmp_path / "alone", index)
         records = script.records

@@ -87,8 +87,21 @@ class Counted(Tokens):
         return Counting(super().build_model())
 
 
+class Annealed(Tokens):
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        self.calls += 1  # of this trial only
+        return super().loss(model, batch)
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Branching, "cannot be stacked"), (Counted, "changes buffers, such as running means")]
+    ("kind", "reason"),
+    [
+        (Branching, "cannot be stacked"),
+        (Counted, "changes buffers, such as running means"),
+        (Annealed, "its loss changes attributes of the training"),
+    ],
 )
 def test_what_vmap_cannot_do_is_refused(kind: type[Tokens], reason: str) -> None:
     members = [member(kind()), member(kind(), seed=4)]
