@@ -7,6 +7,7 @@ n-th of those that are left over, beginning with the k-th, so that n machines or
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import random
 import shutil
@@ -116,6 +117,11 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     file, began_s = options.out / "results.jsonl", time.monotonic()
+    lock = (options.out / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        parser.error(f"another process plays in {options.out}; allowed: one at a time, or another --out for each part")
     known = played(file)
     todo = [each for each in part_of(schedules(options.simulated, options.real), options.part) if each not in known]
     num_played = num_bad = 0

@@ -23,6 +23,7 @@ from orchestrator.control.orders import (
     Fallback,
     Outcome,
     OverrideReport,
+    Report,
     Resumption,
     SlotOp,
     Status,
@@ -81,9 +82,20 @@ class Simulation:
         if index >= NUM_REPORTS:
             worker.finish()
         elif index < order.credit and self.draw.random() < 0.3:
-            worker.report(index)
+            self.report(worker, index)
         else:
             self.stage.ask(trial.trial_id, index)
+
+    def report(self, worker: Worker, index: int) -> None:
+        """Report and commit, under a name that no other trial's commit has."""
+        assert worker.attempt is not None
+        name = f"/c/{worker.attempt[0]}-{index}"
+        if name not in self.stage.commits:  # a report that comes again is of the same commit
+            self.stage.commits[name] = worker.step, worker.position
+        step, position = self.stage.commits[name]
+        metrics = {"val_loss": 1.0}
+        told = Report(index=index, step=step, num_samples=position, metrics=metrics, checkpoint=name)
+        worker.tell(Events(number=0, reports=(told,)))
 
     def busy(self) -> Worker | None:
         """A worker group with a trial that has a grant, if there is one."""
@@ -150,7 +162,7 @@ def _zombie(sim: Simulation, worker: Worker) -> None:
     assert worker.attempt is not None
     assert not worker.tell(Events(number=1, records=(worker.train(3, 0.02),)))
     before = len(sim.stage.trial(worker.attempt[0]).reports)
-    worker.report(before)
+    sim.report(worker, before)
     worker.finish()
     assert len(sim.stage.trial(worker.attempt[0]).reports) == before
     sim.fired.append(f"a zombie of {worker.slot_id} spoke in vain")
@@ -165,8 +177,8 @@ def _told_twice(sim: Simulation, worker: Worker) -> None:
     trial = sim.stage.trial(worker.attempt[0])
     index = len(trial.reports)
     if index < NUM_REPORTS:
-        worker.report(index)
-        worker.report(index)
+        sim.report(worker, index)
+        sim.report(worker, index)
         assert len(trial.reports) == index + 1
     sim.fired.append("messages came twice")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -48,13 +49,14 @@ def test_a_trial_that_ran_out_of_memory_goes_on_behind_the_newest_whole_checkpoi
     (tmp_path / "moody.py").write_text(TRAINING)
     (tmp_path / "broken").touch()
     run_dir = tmp_path / "runs" / "r"
-    content = {
+    content: dict[str, Any] = {
         "name": "r",
         "storage": str(tmp_path / "runs"),
         "job": {"name": "moody:train", "import_paths": [str(tmp_path)]},
-        "search": {"metric": "val_loss", "mode": "min", "space": {"lr": {"grid": [0.01, 0.1]}}, "max_concurrent": 1},
+        "search": {"metric": "val_loss", "mode": "min", "space": {"lr": {"grid": [0.01, 0.1]}}, "num_trials": 2},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    content["search"]["max_concurrent"] = 1
     first = call("run", str(tmp_path / "run.yaml"), "--plain")
     assert first.returncode == 4, first.stderr
     failed = json.loads((run_dir / "status.json").read_text())["trials"][1]
