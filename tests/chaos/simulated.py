@@ -89,7 +89,7 @@ class Simulation:
     def report(self, worker: Worker, index: int) -> None:
         """Report and commit, under a name that no other trial's commit has."""
         assert worker.attempt is not None
-        name = f"/c/{worker.attempt[0]}-{index}"
+        name = f"/c/{worker.attempt[0]}-{worker.attempt[1]}-{index}"
         if name not in self.stage.commits:  # a report that comes again is of the same commit
             self.stage.commits[name] = worker.step, worker.position
         step, position = self.stage.commits[name]
