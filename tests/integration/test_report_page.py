@@ -74,6 +74,7 @@ def test_filters_act_on_the_table_and_all_charts(browser: Chromium, page: Path) 
     assert [browser.ask(each) for each in (ROWS, CURVES, PARALLEL)] == [5, 5, 5]
     choose(browser, "find", "trial-00003", "input")
     assert [browser.ask(each) for each in (ROWS, CURVES, PARALLEL)] == [1, 1, 1]
+    assert browser.ask("document.getElementById('trial').value") == "trial-00003"
     measured = "document.querySelector('#dials tbody tr td:nth-child(3)').textContent"
     assert browser.ask(measured) == "1"
 

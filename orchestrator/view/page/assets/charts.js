@@ -112,7 +112,7 @@ function drawParallel() {
   const chart = draw("parallel", {
     parallel: { left: 46, right: 64, top: 44, bottom: 26 }, parallelAxis: axes,
     series: [{
-      type: "parallel", smooth: false, inactiveOpacity: 0.06, activeOpacity: 1, lineStyle: { width: 1.5, opacity: 0.8 },
+      type: "parallel", smooth: false, inactiveOpacity: 0.06, activeOpacity: 1, lineStyle: { width: 1.5, opacity: trials.length > 100 ? 0.4 : 0.8 },
       data: [...trials].reverse().map((trial) => ({
         name: trial.trial_id, trial,
         value: axes.map((_, dim) => cell(dim < names.length ? trial.params[names[dim]] : trial.best, dim)),
@@ -128,7 +128,7 @@ function drawParallel() {
 function drawImportance() {
   const found = run().importance;
   byId("importance").hidden = !found.shares.length;
-  byId("importance-note").textContent = found.shares.length ? `${found.note}. The bars add up to 1.` : `Not shown: ${found.note}.`;
+  byId("importance-note").textContent = found.shares.length ? `${found.note}, whatever is filtered. The bars add up to 1.` : `Not shown: ${found.note}.`;
   if (!found.shares.length) return;
   const rows = found.shares.slice(0, 15).reverse();
   byId("importance").style.height = `${70 + 28 * rows.length}px`;

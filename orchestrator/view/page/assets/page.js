@@ -2,8 +2,14 @@
 
 function select(trial) {
   if (trial) chosen.trial = trial;
-  byId("trial").value = chosen.trial ? chosen.trial.trial_id : "";
   changed();
+}
+
+// The timeline is that of a trial that is shown: the one that was chosen, or else the best.
+function keepTrial() {
+  const trials = visible();
+  if (!trials.includes(chosen.trial)) chosen.trial = trials[0] || null;
+  fillChoice(byId("trial"), trials.map((trial) => [trial.trial_id, `${trial.trial_id} (${trial.state})`]), chosen.trial ? chosen.trial.trial_id : "");
 }
 
 function beginRun(number) {
@@ -13,7 +19,7 @@ function beginRun(number) {
   const trials = run().trials, present = STATES.filter((state) => trials.some((trial) => trial.state === state));
   chosen.states = new Set([...present, ...trials.map((trial) => trial.state)]);
   chosen.most = trials.length > MANY_TRIALS ? 100 : 0;
-  chosen.trial = ranked(run())[0] || null;
+  chosen.trial = null;
   const metrics = [...new Set(trials.flatMap((trial) => Object.keys(trial.curves)))];
   const order = [run().metric, "", ...metrics.filter((name) => name !== "" && name !== run().metric).sort()];
   const values = order.filter((name) => metrics.includes(name));
@@ -22,7 +28,6 @@ function beginRun(number) {
   byId("log").checked = false;
   fillChoice(byId("value"), values.map((name) => [name, name === "" ? "training loss" : name]), chosen.value);
   fillChoice(byId("most"), [[0, "all"], [5, "5"], [10, "10"], [25, "25"], [100, "100"], [300, "300"]], String(chosen.most));
-  fillChoice(byId("trial"), ranked(run()).map((trial) => [trial.trial_id, `${trial.trial_id} (${trial.state})`]), chosen.trial ? chosen.trial.trial_id : "");
   fill(byId("states"), ...[...chosen.states].map((state) => stateChip(state, trials)));
   drawHead();
   changed();
@@ -102,7 +107,7 @@ listen("trial", "change", (field) => select(run().trials.find((trial) => trial.t
 listen("more", "click", () => { numRows += 100; drawRanking(); });
 const drawRun = () => { drawImportance(); drawDevices(); drawBest(); drawNotes(); };
 listen("theme", "click", () => { chosen.isDark = !chosen.isDark; applyTheme(); changed(); drawRun(); });
-[drawRanking, drawCurves, drawParallel, drawTimeline, drawDials].forEach(onChange);
+[keepTrial, drawRanking, drawCurves, drawParallel, drawTimeline, drawDials].forEach(onChange);
 beginRun(0);
 drawRun();
 listen("run", "change", drawRun);
