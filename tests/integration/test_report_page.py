@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from orchestrator.view.page import build
 from tests.integration.chromium import PHONE, SCREEN, Chromium, find_chromium
 from tests.unit.orchestrator.view.page_runs import search_run
-from tests.unit.orchestrator.view.test_page import hostile_run
+from tests.unit.orchestrator.view.test_page import HOSTILE, hostile_run
 
 PROGRAM = find_chromium()
 pytestmark = pytest.mark.skipif(
@@ -49,7 +50,7 @@ def choose(browser: Chromium, field: str, value: str, event: str = "change") -> 
     """Put a value into a field as a person does."""
     browser.ask(f"""(() => {{
       const field = document.getElementById({field!r});
-      field.value = {value!r};
+      field.value = {json.dumps(value)};
       field.dispatchEvent(new Event({event!r}));
     }})()""")
 
@@ -134,6 +135,9 @@ def test_hostile_names_are_shown_as_they_are_and_run_nothing(
     build.write(build.render([hostile_run(tmp_path / "run")], 1.7e9), file)
     browser.open(file, size)
     browser.ask("document.querySelectorAll('#ranking tr.trial button').forEach((button) => button.click())")
+    for metric in ("toString", HOSTILE):
+        choose(browser, "value", metric)
+    assert "[native code]" not in browser.ask("document.body.innerText")
     assert browser.ask("document.querySelectorAll('img, iframe').length") == 0
     assert "onerror" in browser.ask("document.getElementById('ranking').textContent")
     assert browser.ask("document.title").endswith("orchestrator report")

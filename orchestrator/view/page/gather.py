@@ -132,6 +132,7 @@ class _Gathering:
         names = Counter(
             name for course in self._courses.values() for _, entry in course.reports[-1:] for name in entry.metrics
         )
+        names.pop("", None)  # the key of the training loss
         shown = sorted(names, key=lambda name: (name != self._metric, name))
         if len(shown) > _MAX_METRICS:
             self._notes.append(f"{len(shown)} metrics were reported; the page has the first {_MAX_METRICS} by name")

@@ -57,7 +57,7 @@ function drawCurves() {
     return {
       type: "line", name: trial.trial_id, data: points, color: of.get(trial), z: isSelected ? 5 : 2,
       showSymbol: points.length < 30, symbol: "circle", symbolSize: 5, triggerLineEvent: true, lineStyle: { width: isSelected ? 3 : 1.4 },
-      emphasis: { focus: "series", lineStyle: { width: 3 } }, cursor: "pointer", trial,
+      emphasis: { focus: "series", lineStyle: { width: 3 } }, cursor: "pointer",
     };
   }).reverse();
   byId("curves-note").textContent = series.length
@@ -114,13 +114,15 @@ function drawParallel() {
     series: [{
       type: "parallel", smooth: false, inactiveOpacity: 0.06, activeOpacity: 1, lineStyle: { width: 1.5, opacity: trials.length > 100 ? 0.4 : 0.8 },
       data: [...trials].reverse().map((trial) => ({
-        name: trial.trial_id, trial,
+        name: trial.trial_id,
         value: axes.map((_, dim) => cell(dim < names.length ? trial.params[names[dim]] : trial.best, dim)),
         lineStyle: { color: of.get(trial), width: trial === chosen.trial ? 4 : 1.5 },
       })),
     }],
-    tooltip: tooltip((item) => tip(item.name, [
-      ...names.map((name) => `${name} ${shown(item.data.trial.params[name])}`), `${run().metric} ${shown(item.data.trial.best)}`])),
+    tooltip: tooltip((item) => {
+      const trial = trials.find((each) => each.trial_id === item.name);
+      return tip(item.name, [...names.map((name) => `${name} ${shown(trial.params[name])}`), `${run().metric} ${shown(trial.best)}`]);
+    }),
   });
   chart.resize();
 }

@@ -1,6 +1,12 @@
 // What the page knows and what is chosen in it. All text goes into the page through textContent, never as HTML.
 
 const page = JSON.parse(document.getElementById("data").textContent);
+// By names that users chose, which may be those of an object's own methods.
+const bare = (object) => Object.assign(Object.create(null), object);
+page.runs.forEach((one) => one.trials.forEach((trial) => {
+  trial.params = bare(trial.params);
+  trial.curves = bare(trial.curves);
+}));
 const byId = (id) => document.getElementById(id);
 const MISSING = "-";
 const PALETTE = {

@@ -229,10 +229,12 @@ def test_every_kept_journal_becomes_a_page(name: str, tmp_path: Path) -> None:
 
 def hostile_run(path: Path) -> Path:
     """A run whose names, parameters, metrics, reasons and logs are all made to break a page."""
-    run_dir = search_run(path, 11, num_steps=24, params={HOSTILE: HOSTILE, "nan": "NaN"})
+    run_dir = search_run(path, 11, num_steps=24, params={HOSTILE: HOSTILE, "nan": "NaN", "__proto__": "x"})
     journal = run_dir / "journal.jsonl"
     word = json.dumps(HOSTILE)[1:-1]
     text = journal.read_text().replace("accuracy", word).replace("width must divide heads", word)
+    text = text.replace('"kind":"deep"', '"constructor":1,"kind":"deep"', 1)  # a parameter that one trial has
+    text = text.replace('"broken":null', '"toString":0.5', 1)  # and a metric
     journal.write_text(text.replace("goodput +20 %", word))
     (run_dir / "trials" / "trial-00006" / "log.txt").write_text(f"{HOSTILE}\n]]>\n<!--\n")
     return run_dir
