@@ -117,6 +117,15 @@ def test_another_run_is_one_choice_away(browser: Chromium, page: Path) -> None:
     assert "needs 10 trials" in browser.ask("document.getElementById('importance-note').textContent")
 
 
+def test_a_run_that_has_only_begun_draws_without_errors(browser: Chromium, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").touch()
+    build.write(build.render([tmp_path], 1.7e9), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", PHONE)
+    assert browser.ask(COUNT) == "0 of 0 trials"
+    assert "No device was measured yet." in browser.ask("document.getElementById('devices').textContent")
+    assert browser.ask(OVERFLOW) == 0
+
+
 def test_a_phone_needs_no_scrolling_to_the_side(browser: Chromium, page: Path) -> None:
     browser.open(page, PHONE)
     assert browser.ask("innerWidth") == 390

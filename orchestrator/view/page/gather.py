@@ -83,8 +83,8 @@ class _Gathering:
         self._origin_s = history.entries[0].wall_s if history.entries else 0.0
         last_s = history.entries[-1].wall_s if history.entries else 0.0
         told_s = status.get("updated_at")
-        is_known = isinstance(told_s, int | float) and math.isfinite(told_s)
-        self._elapsed_s = max(last_s, float(told_s) if is_known and told_s is not None else 0.0) - self._origin_s
+        is_told = bool(last_s) and isinstance(told_s, int | float) and math.isfinite(told_s)
+        self._elapsed_s = max(last_s, float(told_s or 0.0) if is_told else 0.0) - self._origin_s
         allocations = {
             (row["generation"], row["trial_id"]): row
             for row in self._tables.plans.select(["generation", "trial_id", "reason", "predicted_gain"]).to_pylist()

@@ -217,6 +217,14 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     assert any("torn" in note for note in page.notes)
 
 
+def test_a_run_that_has_only_begun_is_an_empty_page(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").touch()
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "updated_at": 1.7e9, "trials": []}))
+    page = gather(tmp_path)
+    assert (page.elapsed_s, page.trials, page.devices) == (0, (), ())
+    assert "needs 10 trials" in page.importance.note
+
+
 @pytest.mark.parametrize("name", ["kept", "resize", "search"])
 def test_every_kept_journal_becomes_a_page(name: str, tmp_path: Path) -> None:
     shutil.copy(JOURNALS / f"{name}.jsonl", tmp_path / "journal.jsonl")
