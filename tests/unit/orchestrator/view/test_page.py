@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.policies.codec import to_jsonable
 from orchestrator.view.page import build
 from orchestrator.view.page.gather import gather
+from orchestrator.view.page.importance import importance_of
 from orchestrator.view.page.values import RunPage, TrialPage
 from tests.run_directory import CHEAPER, DEVICE, ONE_RANK, healthy_run, records
 from tests.unit.orchestrator.view.page_runs import METRIC, search_run
@@ -188,6 +190,15 @@ def test_importance_says_why_there_is_none(tmp_path: Path) -> None:
     assert gather(healthy_run(tmp_path).write()).importance.note == (
         "needs 10 trials with a value of the metric; there are 0"
     )
+
+
+@pytest.mark.parametrize("missing", ["optuna", "sklearn"])
+def test_importance_names_the_package_that_is_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    params = [{"lr": 0.1 * number, "width": number % 3} for number in range(12)]
+    found = importance_of(params, [float(number) for number in range(12)])
+    assert found.shares == ()
+    assert found.note == f"needs optuna and scikit-learn; {missing} is not installed"
 
 
 def test_overrides_pauses_and_restarts_are_changes(tmp_path: Path) -> None:
