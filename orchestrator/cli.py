@@ -50,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "set": ("orchestrator.commands.steer", "Change the priority, weight ... of a run or a trial."),
     "logs": ("orchestrator.commands.steer", "Print the end of a trial's log."),
     "explain": ("orchestrator.commands.after", "Explain a decision: what was weighed, chosen and gained."),
+    "report": ("orchestrator.commands.after", "Write a run, or several, as one HTML page to look at."),
     "export": ("orchestrator.commands.after", "Write the best trial's model as files that plain PyTorch loads."),
     "verify": ("orchestrator.commands.after", "Check a run's journal and telemetry for violations."),
     "repair": ("orchestrator.commands.after", "Make a damaged journal whole, as far as it can be."),

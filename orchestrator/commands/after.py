@@ -1,16 +1,27 @@
 """Commands on what a run left behind.
 
-`explain`, `export` and `verify` also work while the run goes on, and only read it; `repair` mends its journal.
+`explain`, `report`, `export` and `verify` also work while the run goes on, and only read it. `repair` mends its
+journal.
 """
 
 from __future__ import annotations
 
+import time
+import webbrowser
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from orchestrator.commands.shared import json_option, opened, print_json, run_argument, storage_option, trust_option
+from orchestrator.commands.shared import (
+    json_option,
+    opened,
+    print_json,
+    run_argument,
+    runs_argument,
+    storage_option,
+    trust_option,
+)
 from orchestrator.config.words import printable
 from orchestrator.errors import ConfigError
 from orchestrator.run_dirs import read_status, state_of
@@ -42,6 +53,42 @@ def explain(run: str, storage: Path, decision: int | None, as_json: bool) -> int
         print_json(answer)
     else:
         click.echo(view.render(answer))
+    return 0
+
+
+@click.command(
+    epilog="\b\nExamples:\n  orchestrator report demo --open\n  orchestrator report demo second --output compared.html"
+)
+@runs_argument
+@storage_option
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FILE",
+    help="The file to write; RUN.html in this directory if not given, report.html for several runs.",
+)
+@click.option("--open", "opens", is_flag=True, help="Show it in the browser.")
+@json_option
+def report(runs: tuple[str, ...], storage: Path, output: Path | None, opens: bool, as_json: bool) -> int:
+    """Write RUN, or several runs to compare, as one HTML file that needs no network.
+
+    It holds the ranking of trials, their curves, parameters, decisions and logs, as far as they have come: write it
+    again to see more of a run that goes on. Prints the name of the file; with --json: {output, runs, num_bytes}.
+    """
+    run_dirs = [opened(run, storage) for run in runs]
+    from orchestrator.view.page import build
+
+    file = output or Path(f"{run_dirs[0].name if len(run_dirs) == 1 else 'report'}.html")
+    build.check_output(file)
+    text = build.render(run_dirs, time.time())
+    build.write(text, file)
+    if as_json:
+        print_json({"output": file, "runs": run_dirs, "num_bytes": len(text.encode())})
+    else:
+        click.echo(file)
+    if opens and not webbrowser.open(file.absolute().as_uri()):
+        click.echo(f"no browser could be started; open {file.absolute()}", err=True)
     return 0
 
 
@@ -134,4 +181,10 @@ def repair(run: str, storage: Path, as_json: bool) -> int:
     return 0
 
 
-TABLE: dict[str, click.Command] = {"explain": explain, "export": export, "verify": verify, "repair": repair}
+TABLE: dict[str, click.Command] = {
+    "explain": explain,
+    "report": report,
+    "export": export,
+    "verify": verify,
+    "repair": repair,
+}

@@ -19,6 +19,7 @@ def _complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: s
 
 
 run_argument = click.argument("run", shell_complete=_complete_run)
+runs_argument = click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, shell_complete=_complete_run)
 storage_option = click.option(
     "--storage",
     type=click.Path(path_type=Path),

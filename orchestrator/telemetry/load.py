@@ -28,8 +28,10 @@ from orchestrator.control.events import (
     TrialQueued,
     TrialRequeued,
 )
+from orchestrator.control.joint import part_of
 from orchestrator.control.journal import History, read_history
 from orchestrator.errors import ConfigError
+from orchestrator.policies.codec import plan_from
 from orchestrator.policies.plan import TrialId
 from orchestrator.run_dirs import read_status
 from orchestrator.telemetry.store import read_table
@@ -149,8 +151,15 @@ def load_run(path: str | Path) -> RunTables:
         TelemetryError: it was written by a newer version.
     """
     run_dir = Path(path)
-    history = read_history(run_dir)
-    status = read_status(run_dir) or {}
+    return tables_of(run_dir, read_history(run_dir), read_status(run_dir) or {})
+
+
+def tables_of(run_dir: Path, history: History, status: Mapping[str, Any]) -> RunTables:
+    """The same, with a journal and a status that were read already.
+
+    Raises:
+        TelemetryError: a newer version wrote the telemetry.
+    """
     reads = {kind: read_table(run_dir / "telemetry", kind) for kind in TableKind}
     notes = [*history.damage]
     if history.torn_tail_bytes:
@@ -196,7 +205,7 @@ def _trials(history: History, status: Mapping[str, Any]) -> pa.Table:
         elif isinstance(entry, TrialContinued):
             rows[entry.trial_id] |= {"state": "queued", "attempt": entry.attempt}
             params[entry.trial_id] = entry.params
-        elif isinstance(entry, TrialAssigned | TrialRequeued | Reported | TrialEnded):
+        elif isinstance(entry, TrialAssigned | TrialRequeued | TrialPaused | Reported | TrialEnded):
             rows.setdefault(entry.trial_id, {"trial_id": entry.trial_id}).update(_news(entry))
     for trial in _dicts(status.get("trials")):
         trial_id = TrialId(str(trial.get("trial_id")))
@@ -214,11 +223,11 @@ def _trials(history: History, status: Mapping[str, Any]) -> pa.Table:
     return table
 
 
-def _news(entry: TrialAssigned | TrialRequeued | Reported | TrialEnded) -> dict[str, Any]:
+def _news(entry: TrialAssigned | TrialRequeued | TrialPaused | Reported | TrialEnded) -> dict[str, Any]:
     """What a journal entry says of a trial."""
     if isinstance(entry, TrialAssigned):
         return {"state": "running", "attempt": entry.attempt, "slot_id": entry.slot_id}
-    if isinstance(entry, TrialRequeued):
+    if isinstance(entry, TrialRequeued | TrialPaused):
         return {"state": "paused" if isinstance(entry, TrialPaused) else "queued", "attempt": entry.attempt}
     news: dict[str, Any] = {"step": entry.step, "num_samples": entry.num_samples}
     if isinstance(entry, TrialEnded):
@@ -231,7 +240,7 @@ def _plans(history: History, notes: list[str]) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for entry in history.of(PlanCommitted):
         try:
-            _, plan = entry.decode()
+            plan = part_of(plan_from(entry.plan), entry.prefix)  # without its snapshot, which takes longest
         except ValueError as error:
             notes.append(f"the plan of generation {entry.generation} cannot be read: {error}")
             continue

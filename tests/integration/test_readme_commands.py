@@ -146,7 +146,7 @@ def test_the_run_is_resumed_to_its_end(story: dict[str, Any]) -> None:
     assert story["resume"].stdout.strip().splitlines()[-1] == str(story["run_dir"])
 
 
-@pytest.mark.parametrize("command", ["list", "watch", "explain", "verify"])
+@pytest.mark.parametrize("command", ["list", "watch", "explain", "report", "verify"])
 def test_a_command_on_a_run_succeeds(story: dict[str, Any], shell: Shell, command: str) -> None:
     done = shell.type(example(command))
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"

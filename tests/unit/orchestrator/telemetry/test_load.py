@@ -42,6 +42,13 @@ def test_trials_come_from_the_journal_when_there_is_no_status(tmp_path: Path) ->
     ]
 
 
+def test_a_paused_trial_is_called_so_when_there_is_no_status(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.begin("a")
+    run.log("trial_paused", trial_id="a", attempt=1, reason="made room", checkpoint=None, step=3, num_samples=24)
+    assert orchestrator.load_run(run.write()).trials["state"].to_pylist() == ["paused"]
+
+
 def test_the_status_tells_of_a_running_trial_and_the_journal_of_an_ended_one(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.begin("trial-0001", "trial-0002")
