@@ -74,7 +74,7 @@ class HuggingFaceTraining:
 
     def build_model(self) -> nn.Module:
         """The model, from its configuration or by the user's function; what it takes decides about the batches."""
-        with kept_generators():
+        with kept_generators(), torch.device("cpu"):  # the model is made on its device, data are not
             self.prepare()
         maker, found = maker_of(self._key), load(self._key.path)
         made = maker(**self._of_model())

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+_RATES = frozenset({"lr", "initial_lr"})
 Rate = Callable[[float], float]
 """The rate of a step, from the rate that the training's schedule says."""
 
@@ -108,6 +109,7 @@ class Optimizers:
         self.one = as_one(members)
         self.needs_closure = any(_asks_for_closure(member) for member in members)
         self._unit_samples, self._num_units, self._most_units = unit_samples, 0, most_units
+        self._first_numbers = [_fixed(group) for group in self._groups]
         self._bases = [float(group["lr"]) for group in self._groups]
         self._first_bases = list(self._bases)
         self._applied: list[float | None] = list(self._bases)
@@ -121,6 +123,19 @@ class Optimizers:
     def is_scheduled(self) -> bool:
         """Whether rates are not those that the training began with: by a schedule, or by hand."""
         return bool(self._schedulers) or self._bases != self._first_bases
+
+    @property
+    def why_not_replayed(self) -> str | None:
+        """Why recorded steps would be wrong; None where they are right.
+
+        The rate is read from memory, the other numbers of a group are part of a recording: `OneCycleLR`, for one,
+        turns betas as well, unless it is told `cycle_momentum=False`.
+        """
+        for group, first in zip(self._groups, self._first_numbers, strict=True):
+            changed = [name for name, value in first.items() if group.get(name) != value]
+            if changed:
+                return f"a schedule changes {changed[0]}"
+        return None
 
     @property
     def bases(self) -> list[float]:
@@ -214,6 +229,12 @@ def as_one(members: Sequence[Optimizer]) -> Optimizer:
 
 def _wants_metric(scheduler: LRScheduler) -> bool:
     return isinstance(scheduler, ReduceLROnPlateau)
+
+
+def _fixed(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a group that a step is made with, but for its rate."""
+    kinds = (bool, int, float, tuple, str)
+    return {name: value for name, value in group.items() if isinstance(value, kinds) and name not in _RATES}
 
 
 def _asks_for_closure(optimizer: Optimizer) -> bool:

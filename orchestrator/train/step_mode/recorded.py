@@ -88,15 +88,19 @@ class RecordedSteps:
         """Whether the next step is to be replayed, as far as the first one of the trial showed that it can be."""
         if not self._modes.mode(self._dials).is_replayed:
             return False
-        reason = self._trial.job.why_not_replayed
+        reason = self._why_not
         if reason:
             self._modes.refuse(reason)
         return not reason
 
     @property
+    def _why_not(self) -> str | None:
+        return self._trial.job.why_not_replayed or self._trial.optimizers.why_not_replayed
+
+    @property
     def is_possible(self) -> bool:
         """Whether steps may be replayed from a graph."""
-        is_allowed = self._modes.refusal is None and not self._trial.job.why_not_replayed
+        is_allowed = self._modes.refusal is None and not self._why_not
         return is_allowed and self._ranks.step_mode is not StepMode.EAGER
 
     def note_eager(self, seconds: float) -> None:

@@ -173,7 +173,7 @@ def test_rows_with_one_label_count_by_their_samples(tmp_path: Path) -> None:
 REPLAYABLE = [
     (key("gpt2", "sums"), {"is_masked": False}, "eval_loss"),
     (key("bert", "texts"), {}, "eval_loss"),
-    (key("Classifier", "Points"), {"fused": True}, "val_loss"),
+    (key("Classifier", "Points"), {"fused": True, "schedule": "steps"}, "val_loss"),
 ]
 
 
@@ -190,6 +190,17 @@ def test_steps_of_library_models_are_replayed_with_the_losses_of_eager_ones(
     wanted = [eager.step() for _ in found]
     assert [result.loss for result in found] == pytest.approx([result.loss for result in wanted], rel=1e-5)
     assert [result.learning_rate for result in found] == [result.learning_rate for result in wanted]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_schedule_that_turns_more_than_the_rate_is_not_replayed(tmp_path: Path) -> None:
+    """Betas are part of a recording; a recorder that runs the step anew, as the one of the tests does, hides that."""
+    replayed = replace(ONE_RANK, step_mode=StepMode.GRAPH, recorder=CallAgain)
+    job = key("Classifier", "Points")
+    one = stepper(tmp_path, job, {"fused": True}, ranks=replayed, micro_batch=8, samples=64)
+    found = [result for _ in range(8) for result in one.advance()] + one.settle()
+    assert {result.mode for result in found} == {StepMode.EAGER}
+    assert "a schedule changes betas" in one.mode_words
 
 
 def test_data_may_be_an_object_that_is_there_already(tmp_path: Path) -> None:
