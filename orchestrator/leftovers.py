@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.host import make_temporary, temporary_places
-from orchestrator.processes import Life, Owner, kill, still_there, with_environment
+from orchestrator.processes import Life, Owner, kill, still_there, with_environment, with_title_and_file_below
 
 PREFIX = "orch-"
 _OWNER_FILE = "owner.json"
@@ -60,7 +60,8 @@ def make_home(run_dir: Path) -> Path:
 
 def processes_of(home: Path) -> set[int]:
     """Processes of the cluster in that directory, whoever their parent is now."""
-    return with_environment("RAY_TMPDIR", str(home))
+    # Ray's agents give themselves a title, which overwrites the beginning of the environment that the kernel shows.
+    return with_environment("RAY_TMPDIR", str(home)) | with_title_and_file_below("ray::", home)
 
 
 def remove_home(home: Path) -> int:

@@ -5,6 +5,7 @@ Reads `/proc` only. Knows no run and no Ray. Used by the driver, the lock of a r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -146,6 +147,26 @@ def with_environment(name: str, value: str) -> set[int]:
         if wanted in variables and pid != os.getpid() and start_ticks(pid) is not None:
             found.add(pid)
     return found
+
+
+def with_title_and_file_below(title: str, directory: Path) -> set[int]:
+    """Ids of this user's processes whose command begins so and that have a file open below that directory."""
+    begin, place, found = title.encode(), f"{directory}/", set()
+    for pid in _all_pids():
+        try:
+            is_named_so = (_PROC / str(pid) / "cmdline").read_bytes().startswith(begin)
+        except OSError:
+            continue
+        if is_named_so and pid != os.getpid() and any(path.startswith(place) for path in _open_files(pid)):
+            found.add(pid)
+    return found
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for link in (_PROC / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                yield str(link.readlink())
 
 
 def _all_pids() -> Iterator[int]:

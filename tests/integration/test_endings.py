@@ -25,10 +25,10 @@ def tree_of(pid: int) -> list[psutil.Process]:
     return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
 
-def left_of(tmp_path: Path) -> list[list[str]]:
+def left_of(tmp_path: Path) -> list[str]:
     """The commands of a run's processes that are there when all should have ended."""
     left = still_there(with_environment("ENDING_TEST", tmp_path.name), ENDS_WITHIN_S)
-    return [psutil.Process(pid).cmdline() for pid in left]
+    return [f"{pid} {psutil.Process(pid).name()} {' '.join(psutil.Process(pid).cmdline()).strip()}" for pid in left]
 
 
 def test_sigterm_to_the_whole_group_while_slots_open_leaves_nothing_and_the_run_can_begin(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.unit.test_readme import README, ROOT, blocks, rows, section
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 WAIT_S = 120.0
-LONGER = "--set trial.samples_per_report=60000"
+LONGER = "--set trial.samples_per_report=120000"
 """The README's run ends within seconds; this keeps it going until it has been stopped."""
 
 

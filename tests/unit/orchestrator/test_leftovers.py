@@ -56,6 +56,23 @@ def test_processes_of_a_dead_run_are_ended_with_its_directory(tmp_path: Path) ->
     assert not dead.exists()
 
 
+def test_an_agent_whose_title_covers_its_environment_is_found_by_its_log(tmp_path: Path) -> None:
+    dead = home(tmp_path, "dead", start_ticks=1)
+    with (dead / "ray" / "agent.out").open("w") as log:
+        agent = subprocess.Popen(["ray::DashboardAgent", "60"], executable="sleep", stdout=log, env={})
+        another = subprocess.Popen(["tail", "-f", "/dev/null"], stdout=log, env={})
+    try:
+        (found,) = leftovers.find([tmp_path])
+        assert found.pids == (agent.pid,), "what else writes there may be the user's"
+        leftovers.sweep([tmp_path])
+        assert agent.wait(timeout=10) == -9
+        assert another.poll() is None
+    finally:
+        for process in (agent, another):
+            process.kill()
+            process.wait()
+
+
 def test_a_new_directory_is_marked_as_this_process_and_this_user_only() -> None:
     made = leftovers.make_home(Path("/runs/new"))
     try:
