@@ -372,22 +372,23 @@ def as_begun(spec: RunSpec) -> RunSpec:
 
 
 def start_actor(spec: Any, namespace: str, retry: Retry = Retry.OUTSIDE) -> Any:
-    """The policy actor of a run: named, detached, restarted when it dies, on the head node where the journal is."""
+    """The policy actor of a run."""
     from orchestrator.control.actor import PolicyActor
 
-    return (
-        ray.remote(PolicyActor)
-        .options(
-            name=OWN_NAME,
-            namespace=namespace,
-            lifetime="detached",
-            num_cpus=0,
-            resources=PIN_HEAD,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=1000,
-        )
-        .remote(spec, namespace, retry)
+    return on_head(PolicyActor, OWN_NAME, namespace).remote(spec, namespace, retry)
+
+
+def on_head(actor: type, name: str, namespace: str) -> Any:
+    """An actor class of Ray's: named, detached, restarted when it dies, on the head node where its journal is."""
+    return ray.remote(actor).options(
+        name=name,
+        namespace=namespace,
+        lifetime="detached",
+        num_cpus=0,
+        resources=PIN_HEAD,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=1000,
     )
 
 

@@ -14,10 +14,10 @@ from ray.exceptions import RayActorError
 from orchestrator.config.cluster_file import ClusterFile
 from orchestrator.control.cluster_spec import ClusterSpec
 from orchestrator.control.snapshots import code_version
+from orchestrator.control_plane import on_head
 from orchestrator.errors import OrchestratorError, UnfitEnvironmentError
 from orchestrator.policy_handle import SHARED_NAME, SHARED_NAMESPACE, shared_actor
 from orchestrator.requests import asker
-from orchestrator.tune.admission import PIN_HEAD
 
 
 @contextlib.contextmanager
@@ -66,20 +66,7 @@ def up(file: ClusterFile) -> dict[str, Any]:
     else:
         from orchestrator.control.cluster_actor import ClusterActor
 
-        actor = (
-            ray.remote(ClusterActor)
-            .options(
-                name=SHARED_NAME,
-                namespace=SHARED_NAMESPACE,
-                lifetime="detached",
-                num_cpus=0,
-                resources=PIN_HEAD,
-                max_restarts=-1,
-                max_task_retries=-1,
-                max_concurrency=1000,
-            )
-            .remote(spec)
-        )
+        actor = on_head(ClusterActor, SHARED_NAME, SHARED_NAMESPACE).remote(spec)
     found: dict[str, Any] = ray.get(actor.ready.remote())
     return found
 
